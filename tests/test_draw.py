@@ -1,0 +1,210 @@
+"""Pictures: only the segments' own pixels change, labels stay inside, odd input still draws."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xsam import draw
+from xsam.draw import PALETTE, draw_curves, draw_segments, side_by_side, stack
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def rectangle(width: int, height: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+    mask = np.zeros((height, width), dtype=bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def is_colour(picture: Image.Image, colour: np.ndarray | tuple) -> np.ndarray:
+    return (np.array(picture) == colour).all(axis=-1)
+
+
+@pytest.fixture
+def no_labels(monkeypatch):
+    monkeypatch.setattr(draw, "_draw_labels", lambda *arguments: None)
+
+
+def test_pixels_change_inside_the_masks_only(no_labels):
+    image = photograph(500, 300)
+    masks = np.stack([rectangle(500, 300, 20, 30, 200, 200), rectangle(500, 300, 150, 9, 500, 90)])
+    picture = draw_segments(image, masks, ["a", "b"])
+    changed = (np.array(picture) != np.array(image)).any(axis=-1)
+    union = masks.any(axis=0)
+    assert not changed[~union].any()
+    assert changed[union].mean() > 0.99
+    # The middle of a segment is mixed with its colour, its outline is that colour.
+    mixed = (np.array(image)[100, 100].astype(float) + PALETTE[0]) / 2
+    assert np.abs(np.array(picture)[100, 100] - mixed).max() <= 1
+    assert (np.array(picture)[100, 21] == PALETTE[0]).all()
+
+
+def test_the_smaller_segment_is_on_top_and_keeps_its_colour(no_labels):
+    small, large = rectangle(500, 500, 200, 200, 300, 300), rectangle(500, 500, 50, 50, 450, 450)
+    image = Image.new("RGB", (500, 500), "white")
+    pictures = [
+        np.array(draw_segments(image, np.stack([small, large]), ["small", "large"])),
+        np.array(draw_segments(image, np.stack([large, small]), ["large", "small"])),
+    ]
+    for picture, small_index in zip(pictures, [0, 1], strict=True):
+        assert np.abs(picture[250, 250] - (255.0 + PALETTE[small_index]) / 2).max() <= 1
+        assert np.abs(picture[100, 250] - (255.0 + PALETTE[1 - small_index]) / 2).max() <= 1
+
+
+def test_small_images_are_enlarged_by_a_whole_factor(no_labels):
+    image = Image.new("RGB", (100, 60), "gray")
+    mask = rectangle(100, 60, 10, 20, 50, 40)
+    picture = draw_segments(image, mask[None], ["a"])
+    assert picture.size == (500, 300)
+    enlarged = mask.repeat(5, axis=0).repeat(5, axis=1)
+    assert (is_colour(picture, (128, 128, 128)) == ~enlarged).all()
+    assert draw_segments(photograph(480, 30), np.zeros((0, 30, 480), bool), []).size == (480, 30)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (490, 0), (0, 390), (490, 390)])
+def test_labels_stay_inside_the_picture(corner):
+    left, top = corner
+    mask = rectangle(500, 400, left, top, left + 10, top + 10)
+    picture = draw_segments(Image.new("RGB", (500, 400)), mask[None], ["a long label"], [0.5])
+    # Whole boxes are of one size wherever they are.
+    rows, columns = np.nonzero(is_colour(picture, PALETTE[0]))
+    middle = draw_segments(
+        Image.new("RGB", (500, 400)),
+        rectangle(500, 400, 245, 195, 255, 205)[None],
+        ["a long label"],
+        [0.5],
+    )
+    middle_rows, middle_columns = np.nonzero(is_colour(middle, PALETTE[0]))
+    assert np.ptp(columns) == np.ptp(middle_columns)
+    assert np.ptp(rows) == np.ptp(middle_rows)
+
+
+def test_labels_do_not_cover_each_other():
+    image = Image.new("RGB", (600, 500))
+    mask = rectangle(600, 500, 295, 245, 305, 255)
+    alone = is_colour(draw_segments(image, mask[None], ["person"]), PALETTE[0]).sum()
+    crowd = draw_segments(image, np.stack([mask] * 6), ["person"] * 6)
+    for n in range(6):
+        assert is_colour(crowd, PALETTE[n]).sum() > 0.7 * alone
+
+
+def test_the_label_sits_in_the_largest_part():
+    mask = rectangle(600, 400, 10, 10, 200, 40) | rectangle(600, 400, 300, 200, 590, 390)
+    picture = draw_segments(Image.new("RGB", (600, 400)), mask[None], ["cat"])
+    rows, columns = np.nonzero(is_colour(picture, PALETTE[0]))
+    inside = (rows > 210) & (rows < 380) & (columns > 310) & (columns < 580)  # no outline
+    assert inside.sum() > 200
+    assert abs(rows[inside].mean() - 295) < 3
+
+
+def test_no_segments_and_empty_masks_leave_the_picture_alone():
+    image = photograph(500, 300)
+    for masks, labels in [
+        (np.zeros((0, 300, 500), bool), []),
+        (np.zeros((1, 300, 500), bool), "a"),
+    ]:
+        picture = draw_segments(image, masks, list(labels))
+        assert (np.array(picture) == np.array(image)).all()
+
+
+def test_the_title_is_a_strip_that_grows_with_its_lines():
+    image, masks = photograph(500, 300), np.zeros((0, 300, 500), bool)
+    short = draw_segments(image, masks, [], title="short")
+    long = draw_segments(image, masks, [], title="a line that must wrap " * 8)
+    assert 300 < short.height < long.height
+    assert short.width == long.width == 500
+    assert (np.array(long)[-300:] == np.array(image)).all()
+
+
+def test_wrong_masks_are_refused():
+    image = photograph(500, 300)
+    with pytest.raises(ValueError, match="300 wide and 500 high, the image 500 wide and 300 high"):
+        draw_segments(image, np.zeros((1, 500, 300), bool), ["a"])
+    with pytest.raises(ValueError, match="float64"):
+        draw_segments(image, np.zeros((1, 300, 500)), ["a"])
+    with pytest.raises(ValueError, match="1 masks, 2 labels"):
+        draw_segments(image, np.zeros((1, 300, 500), bool), ["a", "b"])
+    with pytest.raises(ValueError, match="2 scores"):
+        draw_segments(image, np.zeros((1, 300, 500), bool), ["a"], [0.1, 0.2])
+
+
+def test_the_same_input_gives_the_same_picture():
+    masks = np.random.default_rng(1).random((30, 90, 120)) > 0.98
+    labels = [f"label {n}" for n in range(30)]
+    first, second = (draw_segments(photograph(120, 90), masks, labels) for _ in range(2))
+    assert first.tobytes() == second.tobytes()
+
+
+def test_the_palette_is_distinct():
+    colours = PALETTE[:24].astype(float)
+    distance = np.linalg.norm(colours[:, None] - colours[None, :], axis=-1)
+    assert distance[~np.eye(24, dtype=bool)].min() > 60
+
+
+def test_side_by_side_and_stack_sizes():
+    wide, tall = Image.new("RGB", (200, 100), "red"), Image.new("L", (50, 200), 0)
+    row = side_by_side([wide, tall], ["", "tall"])
+    assert is_colour(row, (255, 0, 0)).sum() == 400 * 200  # scaled to the height of the other
+    assert row.height > 200
+    column = stack([wide, tall])
+    assert column.width == 200
+    assert column.height > 300
+    assert is_colour(column, (255, 0, 0)).sum() == 200 * 100
+    with pytest.raises(ValueError, match="2 pictures, 1 titles"):
+        side_by_side([wide, tall], ["one"])
+    with pytest.raises(ValueError, match="at least one"):
+        stack([])
+
+
+@pytest.mark.parametrize("log_scale", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        [0.0],
+        [3e-5] * 200,
+        [float("nan")] * 60,
+        [1.0, float("nan"), float("inf"), -2.0, 0.0, None],
+        [1e30, *[1e-12] * 99],
+        [1.0, 1.0 + 1e-12],
+    ],
+    ids=["empty", "zero", "constant", "all nan", "some bad", "spike", "almost constant"],
+)
+def test_odd_curves_are_drawn(values, log_scale):
+    chart = draw_curves({"a": (list(range(len(values))), values)}, "odd", (400, 300), log_scale)
+    assert chart.size == (400, 300)
+    assert draw_curves({}, "no series", (400, 300), log_scale).size == (400, 300)
+
+
+def test_nan_is_skipped_and_long_series_get_a_running_mean():
+    steps = np.arange(300.0)
+    values = np.sin(steps) + steps / 100
+    with_nan = np.insert(values, 150, np.nan), np.insert(steps, 150, 149.5)
+    plain = draw_curves({"a": (steps.tolist(), values.tolist())}, "t")
+    holed = draw_curves({"a": (with_nan[1].tolist(), with_nan[0].tolist())}, "t")
+    assert plain.tobytes() == holed.tobytes()
+    full = np.array(draw_curves({"a": (steps[:2].tolist(), [0.0, 1.0])}, "t"))[200:300].min(axis=-1)
+    pale = np.array(plain)[200:300].min(axis=-1)
+    assert ((pale > 150) & (pale < 200)).sum() > 5 * ((full > 150) & (full < 200)).sum()
+    with pytest.raises(ValueError, match="'a' has 2 steps and 1 values"):
+        draw_curves({"a": ([0, 1], [0.5])}, "t")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (-3, 41, [0, 10, 20, 30, 40]),
+        (0.3, 0.6, [0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6]),
+    ],
+)
+def test_ticks_are_round(low, high, expected):
+    np.testing.assert_allclose(draw._round_ticks(low, high, 7), expected, atol=1e-12)
+
+
+def test_log_ticks_are_round():
+    np.testing.assert_allclose(draw._log_ticks(-4.5, 1.2), [1e-4, 1e-3, 1e-2, 0.1, 1, 10])
+    np.testing.assert_allclose(draw._log_ticks(-1.01, 1.01), [0.1, 0.2, 0.5, 1, 2, 5, 10])

@@ -1,0 +1,457 @@
+"""Every number of the model, of the three training stages and of the datasets, and the command line made from them.
+
+First link of the import chain: this file knows nothing of torch, so that a wrong flag or a missing file is reported
+before any heavy import. `xsam()` is the model of the paper, `toy()` the same code with smaller numbers.
+
+    python xsam/train.py --config toy --stage 1 --num_queries 40 --global_batch_size 8
+"""
+
+import argparse
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SPECIAL_TOKENS = ("<p>", "</p>", "<SEG>")
+
+
+@dataclass
+class ModelConfig:
+    """Architecture (SPEC of the parts: paper section 3 and figure 2). Lengths are pixels of the padded input."""
+
+    # Segmentation encoder: the ViT of SAM.
+    seg_encoder: str = "sam-vit-large"  # folder under the weights root
+    seg_image_size: int = 1024
+    seg_patch_size: int = 16
+    seg_dim: int = 1024
+    seg_depth: int = 24
+    seg_heads: int = 16
+    seg_mlp_dim: int = 4096
+    seg_window_size: int = 14
+    seg_global_blocks: tuple[int, ...] = (5, 11, 17, 23)  # 0-based; the others attend in windows
+    seg_neck_dim: int = 256
+
+    # Image encoder and language model: architectures of the transformers library, by folder and by config.json values.
+    image_encoder: str = "siglip2-so400m-patch14-384"
+    image_encoder_config: dict = field(
+        default_factory=lambda: dict(
+            model_type="siglip_vision_model",
+            hidden_size=1152,
+            num_hidden_layers=27,
+            num_attention_heads=16,
+            intermediate_size=4304,
+            patch_size=14,
+            image_size=384,
+        )
+    )
+    llm: str = "Phi-3-mini-4k-instruct"
+    llm_config: dict = field(
+        default_factory=lambda: dict(
+            model_type="phi3",
+            vocab_size=32064,
+            hidden_size=3072,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            intermediate_size=8192,
+            max_position_embeddings=4096,
+            original_max_position_embeddings=4096,
+        )
+    )
+    max_text_length: int = 2319  # text tokens of one sample, visual tokens not counted
+
+    # Segmentation connector: one scale, and one encoder layer, for each branch; the finest first.
+    connector_dim: int = 512
+    connector_scales: tuple[float, ...] = (2.0, 1.0, 0.5)
+    connector_layers: tuple[int, ...] = (12, 18, 24)  # hidden-state index; 0 is the patch embedding
+
+    # Region sampler: points read inside a visual prompt.
+    num_region_points: int = 256
+
+    # Pixel decoder and masked-attention decoder.
+    decoder_dim: int = 256
+    decoder_heads: int = 8
+    pixel_decoder_layers: int = 6
+    pixel_decoder_points: int = 4
+    pixel_decoder_mlp_dim: int = 1024
+    decoder_layers: int = 9
+    decoder_mlp_dim: int = 2048
+    num_queries: int = 200
+    num_classes: int = 133  # linear head of stage 1, background not counted
+    logit_clamp: float = 50.0
+
+
+@dataclass
+class Stage:
+    """One row of the recipe (paper tables 1 and 8). `learning_rates` goes by the longest matching prefix; 0 is frozen."""
+
+    learning_rates: dict[str, float]
+    datasets: tuple[str, ...]
+    starts_from: tuple[int, ...] = ()  # earlier stages whose checkpoints are read
+    global_batch_size: int = 64
+    micro_batch_size: int = 4  # samples of one forward pass; accumulation is derived
+    epochs: float = 1.0
+    max_steps: int = 0  # 0: as many as the epochs need
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    warmup_ratio: float = 0.03
+    scale_range: tuple[float, ...] = ()  # random scale then crop or pad; empty: none
+    flip_probability: float = 0.0
+    repeat_threshold: float = 0.1  # t of max(1, sqrt(t / share)); 0: no repetition
+
+
+@dataclass
+class LossConfig:
+    """Weights of the criterion (paper equation 4 and Mask2Former, Cheng et al. 2022)."""
+
+    class_weight: float = 2.0
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+    background_weight: float = 0.1
+    num_points: int = 12544
+    oversample_ratio: float = 3.0
+    importance_ratio: float = 0.75
+    ignore_unlabelled: bool = True  # False: void and crowd are negatives, as in the published code
+
+
+@dataclass
+class Config:
+    """A whole run: enough to rebuild the model and to repeat the training."""
+
+    name: str
+    model: ModelConfig
+    stages: dict[int, Stage]
+    loss: LossConfig = field(default_factory=LossConfig)
+    seed: int = 0
+    num_workers: int = 4
+    save_every: int = 1000
+    keep_checkpoints: int = 2
+    eval_batch_size: int = 8
+    max_new_tokens: int = 256
+    score_threshold: float = 0.8  # panoptic: queries below it are dropped
+    overlap_threshold: float = 0.8  # panoptic: least visible share of a segment
+    eval_tasks: tuple[str, ...] = ()  # scored before the first stage and after each
+    num_pictures: int = 8  # for each task
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """Inverse of `to_dict`, also after a trip through JSON. Raises ValueError at an unknown or missing name."""
+        return _build(cls, values, "config")
+
+
+def xsam() -> Config:
+    """X-SAM of the paper: SAM ViT-L, SigLIP2-so400m, Phi-3-mini."""
+    return Config(
+        name="xsam",
+        model=ModelConfig(),
+        stages={
+            1: Stage(
+                learning_rates={"segmentor.encoder": 1e-5, "": 1e-4},
+                datasets=("coco_panoptic",),
+                epochs=36,
+                clip_norm=0.01,
+                scale_range=(0.1, 2.0),
+            ),
+            2: Stage(
+                learning_rates={"": 0.0, "image_projector": 1e-3, "seg_projector": 1e-3},
+                datasets=("llava_pretrain",),
+                starts_from=(1,),
+                global_batch_size=256,
+                micro_batch_size=32,
+                weight_decay=0.0,
+            ),
+            3: Stage(
+                learning_rates={"segmentor.encoder": 4e-6, "image_encoder": 4e-6, "": 4e-5},
+                datasets=("llava_instruct", "coco_panoptic", "refcoco", "refcoco+", "refcocog"),
+                starts_from=(1, 2),
+            ),
+        },
+    )
+
+
+def toy() -> Config:
+    """The same code for a laptop: 128-pixel drawings, about two million parameters, minutes on two CPU cores."""
+    config = xsam()
+    config.name = "toy"
+    config.model = ModelConfig(
+        seg_encoder="sam-vit-toy",
+        seg_image_size=128,
+        seg_patch_size=8,
+        seg_dim=96,
+        seg_depth=6,
+        seg_heads=3,
+        seg_mlp_dim=288,
+        seg_window_size=8,
+        seg_global_blocks=(1, 3, 5),
+        seg_neck_dim=32,
+        image_encoder="siglip2-toy",
+        image_encoder_config=dict(
+            model_type="siglip_vision_model",
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=128,
+            patch_size=16,
+            image_size=96,
+        ),
+        llm="phi3-toy",
+        llm_config=dict(
+            model_type="phi3",
+            vocab_size=256,
+            hidden_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            intermediate_size=256,
+            max_position_embeddings=512,
+            original_max_position_embeddings=512,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        max_text_length=320,
+        connector_dim=64,
+        connector_layers=(2, 4, 6),
+        num_region_points=32,
+        decoder_dim=64,
+        decoder_heads=4,
+        pixel_decoder_layers=2,
+        pixel_decoder_points=2,
+        pixel_decoder_mlp_dim=128,
+        decoder_layers=3,
+        decoder_mlp_dim=128,
+        num_queries=20,
+        num_classes=12,
+    )
+    config.loss.num_points = 1024
+    config.num_workers = 0
+    config.save_every = 200
+    config.eval_batch_size = 16
+    config.max_new_tokens = 48
+    config.eval_tasks = ("panoptic", "refer")
+    one, two, three = config.stages[1], config.stages[2], config.stages[3]
+    one.learning_rates = {"segmentor.encoder": 1e-3, "": 1e-3}
+    one.scale_range = (0.8, 1.25)
+    one.clip_norm = 1.0
+    one.max_steps = 700
+    three.learning_rates = {"segmentor.encoder": 2e-4, "image_encoder": 5e-4, "": 1e-3}
+    three.datasets = ("llava_instruct", "coco_panoptic", "refcoco")
+    three.max_steps = 600
+    two.max_steps = 60
+    for stage in config.stages.values():
+        stage.global_batch_size, stage.micro_batch_size = 16, 8
+    return config
+
+
+CONFIGS = {"xsam": xsam, "toy": toy}
+
+
+# ---- what lies where on disk -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset on disk: the task it trains and its files, relative to the data root."""
+
+    task: str
+    annotations: str
+    images: str
+    masks: str = ""
+    instances: str = ""  # RefCOCO keeps its masks in a second file
+    about: str = ""
+
+    def paths(self) -> list[str]:
+        return [
+            path for path in (self.annotations, self.instances, self.masks, self.images) if path
+        ]
+
+
+_COCO = "img_genseg/coco2017"
+_REF = "img_refseg/refcocos"
+_LLAVA = "img_chat/llava"
+
+
+def _panoptic(split: str) -> Source:
+    return Source(
+        task="generic",
+        annotations=f"{_COCO}/annotations/panoptic_{split}2017.json",
+        masks=f"{_COCO}/panoptic_{split}2017",
+        images=f"{_COCO}/{split}2017",
+        about=f"COCO 2017 {split} images with panoptic annotations",
+    )
+
+
+def _refer(folder: str, who: str) -> Source:
+    return Source(
+        task="refer",
+        annotations=f"{_REF}/{folder}/refs({who}).p",
+        instances=f"{_REF}/{folder}/instances.json",
+        images=f"{_REF}/images/train2014",
+        about=f"{folder} expressions, its COCO instances and the COCO 2014 train images",
+    )
+
+
+SOURCES = {
+    "coco_panoptic": _panoptic("train"),
+    "coco_panoptic_val": _panoptic("val"),
+    "refcoco": _refer("refcoco", "unc"),
+    "refcoco+": _refer("refcoco+", "unc"),
+    "refcocog": _refer("refcocog", "umd"),
+    "llava_pretrain": Source(
+        task="chat",
+        annotations=f"{_LLAVA}/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
+        images=f"{_LLAVA}/LLaVA-Pretrain/images",
+        about="LLaVA 558K captions and their images",
+    ),
+    "llava_instruct": Source(
+        task="chat",
+        annotations=f"{_LLAVA}/LLaVA-Instruct-150K/llava_v1_5_mix665k.json",
+        images=f"{_LLAVA}/llava_images",
+        about="LLaVA-1.5 665K conversations and their images",
+    ),
+}
+
+
+def stage_folder(out: Path, stage: int) -> Path:
+    return Path(out) / f"stage{stage}"
+
+
+def required_paths(
+    config: Config, stages: list[int], data: Path, weights: Path, out: Path
+) -> list[tuple[Path, str]]:
+    """(path, what belongs there) for all that the named stages read and no earlier one of them makes."""
+    required: dict[Path, str] = {}
+    for number in stages:
+        stage = config.stages[number]
+        for name in stage.datasets:
+            for path in SOURCES[name].paths():
+                required[data / path] = SOURCES[name].about
+        model = config.model
+        folders = {
+            1: [model.seg_encoder],
+            2: [model.image_encoder, model.llm],
+            3: [model.image_encoder, model.llm],
+        }
+        for folder in folders[number]:
+            required[weights / folder] = (
+                f"Hugging Face folder {folder} (config.json and safetensors)"
+            )
+        for earlier in stage.starts_from:
+            if earlier not in stages:
+                required[stage_folder(out, earlier) / "latest"] = (
+                    f"a finished stage {earlier} (train --stage {earlier})"
+                )
+    return list(required.items())
+
+
+# ---- dictionaries and flags ------------------------------------------------------------------------------------------
+
+
+def _build(kind, values, where: str):
+    """`values` as `kind`, which is a dataclass, a tuple or dict type, an optional or a plain type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = sorted(set(values) - set(hints))
+        if unknown:
+            raise ValueError(
+                f"{where}: unknown name {', '.join(unknown)}; known are {', '.join(hints)}"
+            )
+        try:
+            return kind(
+                **{
+                    name: _build(hints[name], value, f"{where}.{name}")
+                    for name, value in values.items()
+                }
+            )
+        except TypeError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if origin is tuple:
+        return tuple(_build(arguments[0], value, where) for value in values)
+    if origin is dict:
+        return {
+            arguments[0](key): _build(arguments[1], value, f"{where}.{key}")
+            for key, value in values.items()
+        }
+    if kind is float and isinstance(values, int) and not isinstance(values, bool):
+        return float(values)
+    expected = origin or kind
+    if not isinstance(values, expected):
+        raise ValueError(
+            f"{where}: expected {getattr(expected, '__name__', expected)}, got {values!r}"
+        )
+    return values
+
+
+def _parse(kind, text: str):
+    """One flag's text as the type of its field: JSON for dicts, commas for tuples."""
+    origin = typing.get_origin(kind) or kind
+    if origin is bool:
+        if text.lower() not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+        return text.lower() == "true"
+    if origin is tuple:
+        return tuple(typing.get_args(kind)[0](part) for part in text.split(",") if part)
+    if origin is dict:
+        try:
+            return (
+                _build(kind, json.loads(text), "value")
+                if typing.get_args(kind)
+                else json.loads(text)
+            )
+        except json.JSONDecodeError as error:
+            raise argparse.ArgumentTypeError(f"expected JSON, got {text!r}: {error}") from error
+    return kind(text)
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """`--FIELD VALUE` for every field of the configuration; a stage's field goes to each stage of the run."""
+    for title, kind in (
+        ("model", ModelConfig),
+        ("stage", Stage),
+        ("loss", LossConfig),
+        ("run", Config),
+    ):
+        group = parser.add_argument_group(f"{title} fields (default: the value of --config)")
+        hints = typing.get_type_hints(kind)
+        for entry in dataclasses.fields(kind):
+            if kind is Config and entry.name in ("name", "model", "stages", "loss"):
+                continue
+            convert = lambda text, hint=hints[entry.name]: _parse(hint, text)  # noqa: E731
+            convert.__name__ = getattr(hints[entry.name], "__name__", str(hints[entry.name]))
+            group.add_argument(
+                f"--{entry.name}",
+                type=convert,
+                default=argparse.SUPPRESS,
+                metavar=_metavar(hints[entry.name]),
+            )
+
+
+def _metavar(hint) -> str:
+    origin = typing.get_origin(hint) or hint
+    if isinstance(hint, types.GenericAlias) and origin is tuple:
+        return f"{typing.get_args(hint)[0].__name__.upper()},..."
+    return {dict: "JSON", bool: "true|false"}.get(
+        origin, getattr(origin, "__name__", "VALUE").upper()
+    )
+
+
+def apply_flags(config: Config, flags: dict, stages: list[int]) -> Config:
+    """Puts parsed flags into `config`: the model's, the loss's and the run's fields, and those of the `stages` run."""
+    for name, value in flags.items():
+        targets = (
+            [config.stages[number] for number in stages],
+            [config.model],
+            [config.loss],
+            [config],
+        )
+        for owners in targets:
+            if name in {entry.name for entry in dataclasses.fields(owners[0])}:
+                for owner in owners:
+                    setattr(owner, name, value)
+    return config

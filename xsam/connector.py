@@ -1,0 +1,94 @@
+"""Between the encoders, the language model and the decoder: pixel shuffle, projectors, connector, region sampler.
+
+Paper section 3 ("Dual Projectors", "Segmentation Connector") and figure 4.
+Legend: B batch, H W grid, C channels, N tokens, R regions, P points, s scale.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xsam.encoders import ChannelLayerNorm
+
+
+def pixel_shuffle(x: Tensor, scale: float) -> Tensor:
+    """[B, H, W, C] to [B, sH, sW, C/s²]: trades channels for resolution (s > 1) or resolution for channels (s < 1).
+
+    Columns are folded before rows; published weights depend on the channel order that follows from it.
+    """
+    B, H, W, C = x.shape
+    x = x.reshape(B, H, int(W * scale), int(C / scale)).transpose(1, 2)
+    x = x.reshape(B, int(W * scale), int(H * scale), int(C / scale**2))
+    return x.transpose(1, 2)
+
+
+class Projector(nn.Module):
+    """Two linear layers with an exact GELU between: visual tokens to the language model, its states to the decoder."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.model = nn.Sequential(
+            nn.Linear(in_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class ConnectorBranch(nn.Module):
+    """One scale: three convolutions, a LayerNorm after each and no activation, then pixel shuffle."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        shuffled_dim = int(in_dim * scale)
+        self.model = nn.Sequential(
+            nn.Conv2d(in_dim, hidden_dim, 1, bias=False),
+            ChannelLayerNorm(hidden_dim, eps=1e-6),
+            nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, bias=False),
+            ChannelLayerNorm(hidden_dim, eps=1e-6),
+            nn.Conv2d(hidden_dim, shuffled_dim, 1, bias=False),
+            ChannelLayerNorm(shuffled_dim, eps=1e-6),
+        )
+        self.out_dim = int(shuffled_dim / scale**2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.model(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return pixel_shuffle(x, self.scale).permute(0, 3, 1, 2)  # [B, out_dim, sH, sW]
+
+
+class SegmentationConnector(nn.Module):
+    """A pyramid from a plain ViT (figure 4): each branch reads one hidden state and makes one scale, finest first."""
+
+    def __init__(
+        self, in_dim: int, hidden_dim: int, scales: tuple[float, ...], layers: tuple[int, ...]
+    ):
+        super().__init__()
+        if len(scales) != len(layers):
+            raise ValueError(
+                f"connector_scales {scales} and connector_layers {layers} differ in length"
+            )
+        self.layers = layers
+        self.model = nn.ModuleList(ConnectorBranch(in_dim, hidden_dim, scale) for scale in scales)
+
+    @property
+    def out_dims(self) -> list[int]:
+        return [branch.out_dim for branch in self.model]
+
+    def forward(self, hidden_states: list[Tensor]) -> list[Tensor]:
+        """Hidden states [B, H, W, C] to features [B, out_dim, sH, sW], the finest first."""
+        return [
+            branch(hidden_states[layer])
+            for branch, layer in zip(self.model, self.layers, strict=True)
+        ]
+
+
+def sample_regions(tokens: Tensor, points: Tensor, image_index: Tensor) -> Tensor:
+    """Region sampler: one vector for each visual prompt, the mean of the tokens read bilinearly at its points.
+
+    tokens [B, H, W, C] are projected segmentation tokens; points [R, P, 2] are (row, column) in 0..1 where 0 and 1
+    are the centres of the outermost tokens; image_index [R] names each prompt's image. Returns [R, C].
+    """
+    grid = points.flip(-1)[:, :, None] * 2 - 1  # grid_sample wants (x, y) in -1..1
+    maps = tokens.permute(0, 3, 1, 2)[image_index]
+    sampled = F.grid_sample(maps, grid.to(maps.dtype), align_corners=True)  # [R, C, P, 1]
+    return sampled.mean(dim=(2, 3))

@@ -1,0 +1,368 @@
+"""From multi-scale features to masks: pixel decoder, masked-attention decoder, class heads.
+
+Last box of the diagram (paper section 3, "Segmentation Decoder"): the decoder of Mask2Former (Cheng et al. 2022) with
+deformable attention (Zhu et al. 2021) in plain PyTorch, the <SEG> state added to its queries, and class scores that are
+cosines between queries and condition embeddings. Parameter names are those of transformers' Mask2Former.
+Legend: B images, R decoder runs (one per <SEG>), Q queries, N tokens, C channels, K classes, L decoder outputs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sine_positions(height: int, width: int, dim: int, device: torch.device) -> Tensor:
+    """Sine and cosine codes of row and column, coordinates running to 2π: [height·width, dim], rows first."""
+    frequencies = 10000 ** (2 * (torch.arange(dim // 2, device=device) // 2) / (dim // 2))
+
+    def codes(size: int) -> Tensor:
+        position = torch.arange(1, size + 1, device=device) / (size + 1e-6) * 2 * math.pi
+        angles = position[:, None] / frequencies
+        return torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], dim=-1).flatten(1)
+
+    rows, columns = codes(height)[:, None], codes(width)[None]
+    grid = [rows.expand(height, width, -1), columns.expand(height, width, -1)]
+    return torch.cat(grid, dim=-1).flatten(0, 1)
+
+
+# ---- pixel decoder ---------------------------------------------------------------------------------
+
+
+class DeformableAttention(nn.Module):
+    """Every token reads a few points around itself on each level of the pyramid."""
+
+    def __init__(self, dim: int, num_heads: int, num_levels: int, num_points: int):
+        super().__init__()
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.sampling_offsets = nn.Linear(dim, num_heads * num_levels * num_points * 2)
+        self.attention_weights = nn.Linear(dim, num_heads * num_levels * num_points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+
+    def initialise(self) -> None:
+        """Heads look in different directions, points at growing distance, all with equal weight."""
+        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        directions = directions / directions.abs().amax(dim=-1, keepdim=True)
+        distances = torch.arange(1, self.num_points + 1)[:, None]
+        offsets = directions[:, None, None] * distances  # [heads, 1, points, 2]
+        offsets = offsets.expand(-1, self.num_levels, -1, -1)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.flatten())
+
+    def forward(
+        self, x: Tensor, positions: Tensor, references: Tensor, shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """x and positions [B, N, C]; references [N, 2], each token's own (x, y) in 0..1."""
+        B, N, C = x.shape
+        heads, levels, points = self.num_heads, self.num_levels, self.num_points
+        queries = x + positions
+        offsets = self.sampling_offsets(queries).view(B, N, heads, levels, points, 2)
+        weights = self.attention_weights(queries).view(B, N, heads, levels * points).softmax(-1)
+        sizes = torch.tensor([(w, h) for h, w in shapes], device=x.device, dtype=offsets.dtype)
+        locations = references[:, None, None, None].to(offsets) + offsets / sizes[:, None]
+        grids = (
+            (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)
+        )  # [levels, B·heads, N, points, 2]
+
+        values = self.value_proj(x).view(B, N, heads, C // heads).permute(0, 2, 3, 1)
+        values = values.flatten(0, 1).split([h * w for h, w in shapes], dim=-1)
+        sampled = [
+            F.grid_sample(value.unflatten(-1, shape), grid.to(value.dtype), align_corners=False)
+            for value, grid, shape in zip(values, grids, shapes, strict=True)
+        ]  # levels × [B·heads, C/heads, N, points]
+        weights = weights.transpose(1, 2).reshape(B * heads, 1, N, levels * points)
+        x = (torch.cat(sampled, dim=-1) * weights).sum(-1)  # [B·heads, C/heads, N]
+        return self.output_proj(x.view(B, C, N).transpose(1, 2))
+
+
+class PixelDecoderLayer(nn.Module):
+    def __init__(self, dim: int, num_heads: int, num_levels: int, num_points: int, mlp_dim: int):
+        super().__init__()
+        self.self_attn = DeformableAttention(dim, num_heads, num_levels, num_points)
+        self.self_attn_layer_norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, dim)
+        self.final_layer_norm = nn.LayerNorm(dim)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, references: Tensor, shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        x = self.self_attn_layer_norm(x + self.self_attn(x, positions, references, shapes))
+        return self.final_layer_norm(x + self.fc2(F.relu(self.fc1(x))))
+
+
+class PixelDecoder(nn.Module):
+    """Exchanges information between the scales and makes the mask features at the finest one."""
+
+    def __init__(
+        self,
+        in_dims: list[int],
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        num_points: int,
+        mlp_dim: int,
+    ):
+        super().__init__()
+        num_levels, num_groups = len(in_dims), min(32, dim // 2)
+        self.dim = dim
+        self.input_projections = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(in_dim, dim, 1), nn.GroupNorm(num_groups, dim))
+            for in_dim in reversed(in_dims)
+        )
+        self.level_embed = nn.Parameter(torch.empty(num_levels, dim))
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(
+            PixelDecoderLayer(dim, num_heads, num_levels, num_points, mlp_dim)
+            for _ in range(num_layers)
+        )
+        self.adapter_1 = nn.Sequential(
+            nn.Conv2d(in_dims[0], dim, 1, bias=False), nn.GroupNorm(num_groups, dim)
+        )
+        self.layer_1 = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(num_groups, dim), nn.ReLU()
+        )
+        self.mask_projection = nn.Conv2d(dim, dim, 1)
+        self.initialise()
+
+    def initialise(self) -> None:
+        nn.init.normal_(self.level_embed)
+        for parameter in self.encoder.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for layer in self.encoder.layers:
+            layer.self_attn.initialise()
+        for convolution in (self.adapter_1[0], self.layer_1[0], self.mask_projection):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
+        for projection in self.input_projections:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Features [B, C_i, h_i, w_i], finest first, to mask features [B, C, h_0, w_0] and levels, coarsest first."""
+        levels = [
+            project(feature)
+            for project, feature in zip(self.input_projections, reversed(features), strict=True)
+        ]
+        shapes = [(level.shape[2], level.shape[3]) for level in levels]
+        device = levels[0].device
+        positions = torch.cat(
+            [
+                sine_positions(h, w, self.dim, device) + embed
+                for (h, w), embed in zip(shapes, self.level_embed, strict=True)
+            ]
+        )
+        references = torch.cat([_centres(h, w, device) for h, w in shapes])
+
+        x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # [B, N, C]
+        for layer in self.encoder.layers:
+            x = layer(x, positions, references, shapes)
+        split = x.transpose(1, 2).split([h * w for h, w in shapes], dim=2)
+        levels = [level.unflatten(2, shape) for level, shape in zip(split, shapes, strict=True)]
+
+        # One more FPN step reads the finest input again; its upsampling is the identity at three scales.
+        finest = self.layer_1(self.adapter_1(features[0]) + levels[-1])
+        return self.mask_projection(finest), levels
+
+
+def _centres(height: int, width: int, device: torch.device) -> Tensor:
+    """(x, y) in 0..1 of every cell of a grid, rows first: [height·width, 2]."""
+    y = (torch.arange(height, device=device) + 0.5) / height
+    x = (torch.arange(width, device=device) + 0.5) / width
+    return torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).flatten(0, 1)
+
+
+# ---- masked-attention decoder ----------------------------------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    """Positions are added to queries and keys, not to values."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj, self.k_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.v_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        q, k, v = self.q_proj(x + positions), self.k_proj(x + positions), self.v_proj(x)
+        return self.out_proj(_attention(q, k, v, self.num_heads))
+
+
+class CrossAttention(nn.Module):
+    """Attention to image features, with the packed weights of `nn.MultiheadAttention`."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """queries [R, Q, C], keys and values [R, N, C]; mask [R, Q, N] is True where a query may look."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        inputs = zip((queries, keys, values), weights, biases, strict=True)
+        q, k, v = (F.linear(x, weight, bias) for x, weight, bias in inputs)
+        return self.out_proj(_attention(q, k, v, self.num_heads, mask[:, None]))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class DecoderLayer(nn.Module):
+    """Cross-attention first, then self-attention and MLP, each with its LayerNorm after the residual."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int):
+        super().__init__()
+        self.cross_attn = CrossAttention(dim, num_heads)
+        self.cross_attn_layer_norm = nn.LayerNorm(dim)
+        self.self_attn = SelfAttention(dim, num_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, dim)
+        self.final_layer_norm = nn.LayerNorm(dim)
+
+    def forward(
+        self, x: Tensor, query_positions: Tensor, level: Tensor, positions: Tensor, mask: Tensor
+    ) -> Tensor:
+        attended = self.cross_attn(x + query_positions, level + positions, level, mask)
+        x = self.cross_attn_layer_norm(x + attended)
+        x = self.self_attn_layer_norm(x + self.self_attn(x, query_positions))
+        return self.final_layer_norm(x + self.fc2(F.relu(self.fc1(x))))
+
+
+class MaskPredictor(nn.Module):
+    """Three linear layers from a query to its mask embedding: a mask is its product with the mask features."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mask_embedder = nn.ModuleList(nn.Sequential(nn.Linear(dim, dim)) for _ in range(3))
+
+    def forward(self, queries: Tensor) -> Tensor:
+        first, second, third = self.mask_embedder
+        return third(F.relu(second(F.relu(first(queries)))))
+
+
+class MaskedAttentionDecoder(nn.Module):
+    """Queries that look, layer by layer, only where their last mask is positive."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_dim: int,
+        num_queries: int,
+        num_levels: int,
+    ):
+        super().__init__()
+        self.queries_features = nn.Embedding(num_queries, dim)
+        self.queries_embedder = nn.Embedding(num_queries, dim)
+        self.level_embed = nn.Embedding(num_levels, dim)
+        self.decoder = nn.Module()
+        self.decoder.layers = nn.ModuleList(
+            DecoderLayer(dim, num_heads, mlp_dim) for _ in range(num_layers)
+        )
+        self.decoder.layernorm = nn.LayerNorm(dim)
+        self.decoder.mask_predictor = MaskPredictor(dim)
+        for parameter in self.decoder.layers.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(
+        self, mask_features: Tensor, levels: list[Tensor], seg_embeddings: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """mask features [R, C, h, w], levels [R, C, h_i, w_i], <SEG> embeddings [R, C] or None.
+
+        Returns normalised queries and mask embeddings, both [L, R, Q, C]: before the first layer and after each.
+        The mask logits of output l are einsum("rqc,rchw->rqhw", mask_embeddings[l], mask_features).
+        """
+        R = mask_features.shape[0]
+        device = mask_features.device
+        tokens = [level.flatten(2).transpose(1, 2) for level in levels]  # each [R, N, C]
+        tokens = [x + embed for x, embed in zip(tokens, self.level_embed.weight, strict=True)]
+        positions = [
+            sine_positions(*level.shape[2:], level.shape[1], device).to(level) for level in levels
+        ]
+        # Resizing is linear, so the masks that steer attention come from resized features: Q·N products a level
+        # instead of Q full masks a layer.
+        steering = [
+            F.interpolate(mask_features, level.shape[2:], mode="bilinear").flatten(2)
+            for level in levels
+        ]
+
+        query_positions = self.queries_embedder.weight.expand(R, -1, -1)
+        x = self.queries_features.weight.expand(R, -1, -1)  # [R, Q, C]
+        if seg_embeddings is not None:
+            x = x + seg_embeddings[:, None]
+        outputs = [self._predict(x)]
+        for index, layer in enumerate(self.decoder.layers):
+            level = index % len(levels)
+            with torch.no_grad():
+                mask = outputs[-1][1] @ steering[level] >= 0  # [R, Q, N]
+                mask |= ~mask.any(dim=-1, keepdim=True)  # an empty mask looks everywhere
+            x = layer(x, query_positions, tokens[level], positions[level], mask)
+            outputs.append(self._predict(x))
+        queries, mask_embeddings = zip(*outputs, strict=True)
+        return torch.stack(queries), torch.stack(mask_embeddings)
+
+    def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        queries = self.decoder.layernorm(x)
+        return queries, self.decoder.mask_predictor(queries)
+
+
+# ---- class heads and outputs -----------------------------------------------------------------------
+
+
+class LinearClassHead(nn.Module):
+    """Stage 1: a fixed list of classes, background last."""
+
+    def __init__(self, dim: int, num_classes: int):
+        super().__init__()
+        self.predictor = nn.Linear(dim, num_classes + 1)
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """[L, R, Q, C] to logits [L, R, Q, K+1]."""
+        return self.predictor(queries)
+
+
+class CosineClassHead(nn.Module):
+    """Stages 2 and 3: exp(scale)·cos(query, condition), clamped; the classes are whatever the prompt names."""
+
+    def __init__(self, clamp: float):
+        super().__init__()
+        self.clamp = clamp
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, queries: Tensor, conditions: Tensor, is_padding: Tensor) -> Tensor:
+        """queries [L, R, Q, C], conditions [R, K, C] with is_padding [R, K] to logits [L, R, Q, K]."""
+        queries = F.normalize(queries.float(), dim=-1)
+        conditions = F.normalize(conditions.float(), dim=-1)
+        logits = self.logit_scale.float().exp() * (queries @ conditions.transpose(1, 2))
+        logits = logits.clamp(-self.clamp, self.clamp)
+        return logits.masked_fill(is_padding[:, None], -1e4)
+
+
+@dataclass
+class Predictions:
+    """What the decoder says, before any mask is painted."""
+
+    class_logits: Tensor  # [L, R, Q, K+1], background last
+    mask_embeddings: Tensor  # [L, R, Q, C]
+    mask_features: Tensor  # [B, C, h, w]
+    image_index: Tensor  # [R] each run's image
+
+    def mask_logits(self) -> Tensor:
+        """The last output's masks, [R, Q, h, w]."""
+        features = self.mask_features[self.image_index]
+        return torch.einsum("rqc,rchw->rqhw", self.mask_embeddings[-1], features)

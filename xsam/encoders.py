@@ -1,0 +1,268 @@
+"""The dual encoders: SAM's ViT written out by hand, the image encoder through transformers, and what both are fed.
+
+First boxes of the diagram (paper section 3, "Dual Encoders"). The segmentation encoder gives fine features to the
+connector and, pixel-shuffled, to the language model; the image encoder gives global ones to the language model.
+Legend: B batch, h w patch grid, C channels, N tokens, S side of the padded input in pixels.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+SEG_MEAN, SEG_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0..255
+
+
+# ---- segmentation encoder --------------------------------------------------------------------------
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of [B, C, h, w]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size: int, dim: int):
+        super().__init__()
+        self.projection = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection(x).permute(0, 2, 3, 1)  # [B, h, w, C]
+
+
+def relative_positions(table: Tensor, size: int) -> Tensor:
+    """Rows of `table` [2L-1, c] for every (query, key) pair along one axis: [size, size, c].
+
+    A table of another length is interpolated linearly to 2·size-1 rows, as SAM does.
+    """
+    if table.shape[0] != 2 * size - 1:
+        resized = F.interpolate(table.T[None].float(), size=2 * size - 1, mode="linear")
+        table = resized[0].T.to(table.dtype)
+    index = torch.arange(size, device=table.device)
+    return table[index[:, None] - index[None, :] + size - 1]
+
+
+class Attention(nn.Module):
+    """Self-attention over a grid with decomposed relative positions (Li et al. 2022, MViTv2).
+
+    The bias of query (i, j) and key (k, l) is q·R_h[i, k] + q·R_w[j, l]. It is a longer dot product: append the two
+    rows of biases to the query and one-hot row and column codes to the key. So the fused kernel runs and the
+    [heads, N, N] bias never exists.
+    """
+
+    def __init__(self, dim: int, num_heads: int, size: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, dim // num_heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, dim // num_heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, h, w, C = x.shape
+        heads, dim = self.num_heads, C // self.num_heads
+        q, k, v = (
+            self.qkv(x).view(B, h * w, 3, heads, dim).permute(2, 0, 3, 1, 4)
+        )  # [B, heads, N, dim]
+
+        grid = q.reshape(B, heads, h, w, dim)
+        bias_h = torch.einsum("bnhwc,hkc->bnhwk", grid, relative_positions(self.rel_pos_h, h).to(q))
+        bias_w = torch.einsum("bnhwc,wkc->bnhwk", grid, relative_positions(self.rel_pos_w, w).to(q))
+        q = torch.cat([q * dim**-0.5, bias_h.flatten(2, 3), bias_w.flatten(2, 3)], dim=-1)
+        rows = torch.eye(h, device=x.device, dtype=q.dtype).repeat_interleave(w, dim=0)  # [N, h]
+        columns = torch.eye(w, device=x.device, dtype=q.dtype).repeat(h, 1)  # [N, w]
+        codes = torch.cat([rows, columns], dim=-1).expand(B, heads, -1, -1)
+        k = torch.cat([k, codes], dim=-1)
+
+        x = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return self.proj(x.transpose(1, 2).reshape(B, h, w, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.lin1 = nn.Linear(dim, hidden_dim)
+        self.lin2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin2(F.gelu(self.lin1(x)))
+
+
+class Block(nn.Module):
+    """Transformer block; attends within `window_size` windows, or over the whole grid where it is 0."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, window_size: int, grid_size: int):
+        super().__init__()
+        self.window_size = window_size
+        self.layer_norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, window_size or grid_size)
+        self.layer_norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, mlp_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, h, w, C = x.shape
+        normed = self.layer_norm1(x)
+        if self.window_size:
+            size = self.window_size
+            normed = F.pad(
+                normed, (0, 0, 0, -w % size, 0, -h % size)
+            )  # SAM attends to this padding too
+            rows, columns = normed.shape[1] // size, normed.shape[2] // size
+            windows = normed.view(B, rows, size, columns, size, C).transpose(2, 3)
+            windows = self.attn(windows.reshape(-1, size, size, C))
+            windows = windows.view(B, rows, columns, size, size, C).transpose(2, 3)
+            attended = windows.reshape(B, rows * size, columns * size, C)[:, :h, :w]
+        else:
+            attended = self.attn(normed)
+        x = x + attended
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Neck(nn.Module):
+    """SAM's reduction to the width of its own mask decoder. X-SAM's decoder does not read it."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, out_dim, 1, bias=False)
+        self.layer_norm1 = ChannelLayerNorm(out_dim, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_dim, out_dim, 3, padding=1, bias=False)
+        self.layer_norm2 = ChannelLayerNorm(out_dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer_norm1(self.conv1(x.permute(0, 3, 1, 2)))
+        return self.layer_norm2(self.conv2(x))  # [B, C, h, w]
+
+
+class SamEncoder(nn.Module):
+    """Image encoder of Segment Anything (Kirillov et al. 2023), parameter names as in transformers."""
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_dim: int,
+        window_size: int,
+        global_blocks: tuple[int, ...],
+        neck_dim: int,
+    ):
+        super().__init__()
+        grid = image_size // patch_size
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
+        self.layers = nn.ModuleList(
+            Block(dim, num_heads, mlp_dim, 0 if index in global_blocks else window_size, grid)
+            for index in range(depth)
+        )
+        self.neck = Neck(dim, neck_dim)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """[B, 3, S, S] normalised pixels to depth+1 hidden states [B, h, w, C]; the patch embedding is number 0."""
+        x = self.patch_embed(pixels)
+        position = self.pos_embed
+        if position.shape[1:3] != x.shape[1:3]:
+            position = F.interpolate(
+                position.permute(0, 3, 1, 2), x.shape[1:3], mode="bilinear"
+            ).permute(0, 2, 3, 1)
+        x = x + position
+        hidden_states = [x]
+        for layer in self.layers:
+            x = layer(x)
+            hidden_states.append(x)
+        return hidden_states
+
+
+# ---- image encoder ---------------------------------------------------------------------------------
+
+
+class ImageEncoder(nn.Module):
+    """A vision tower of transformers; its tokens are the hidden state before the last layer, without further norm."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        values = {key: value for key, value in config.items() if key != "model_type"}
+        self.model = AutoModel.from_config(AutoConfig.for_model(config["model_type"], **values))
+
+    @property
+    def dim(self) -> int:
+        return self.model.config.hidden_size
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, s, s] pixels in -1..1 to tokens [B, N, C]."""
+        return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+
+
+# ---- what the encoders are fed ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where an image lies on the square canvas of the segmentation encoder, in pixels.
+
+    The image of `original` (height, width) is resized to `resized`; the canvas shows it from (top, left) on, and what
+    it does not fill, at the right and the bottom, is padding.
+    """
+
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    size: int
+    top: int = 0
+    left: int = 0
+
+    @classmethod
+    def fit(cls, original: tuple[int, int], size: int, scale: float = 1.0) -> "Placement":
+        """The longest edge becomes size·scale."""
+        factor = size * scale / max(original)
+        return cls(original, tuple(max(1, round(side * factor)) for side in original), size)
+
+    def crop(self, rng: np.random.Generator) -> "Placement":
+        """A random window where the resized image is larger than the canvas."""
+        top, left = (int(rng.integers(max(0, side - self.size) + 1)) for side in self.resized)
+        return dataclasses.replace(self, top=top, left=left)
+
+    @property
+    def visible(self) -> tuple[int, int]:
+        """Height and width of the canvas that shows the image."""
+        corner = self.resized[0] - self.top, self.resized[1] - self.left
+        return min(self.size, corner[0]), min(self.size, corner[1])
+
+    def place_map(self, values: np.ndarray, fill: int = 0) -> np.ndarray:
+        """Maps [..., H, W] of the original image on the canvas [..., S, S], by nearest pixel."""
+        if values.shape[-2:] != self.original:
+            raise ValueError(
+                f"map of {values.shape} on an image of {self.original} (height, width)"
+            )
+        rows = (np.arange(self.visible[0]) + self.top + 0.5) * self.original[0] / self.resized[0]
+        columns = (
+            (np.arange(self.visible[1]) + self.left + 0.5) * self.original[1] / self.resized[1]
+        )
+        visible = values[..., rows.astype(int)[:, None], columns.astype(int)]
+        canvas = np.full((*values.shape[:-2], self.size, self.size), fill, values.dtype)
+        canvas[..., : self.visible[0], : self.visible[1]] = visible
+        return canvas
+
+
+def seg_pixels(image: Image.Image, placement: Placement) -> Tensor:
+    """RGB image to the segmentation encoder's input: float [3, S, S], normalised, padding zero."""
+    height, width = placement.resized
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    bottom, right = placement.top + placement.visible[0], placement.left + placement.visible[1]
+    pixels = np.asarray(resized, np.float32)[placement.top : bottom, placement.left : right]
+    pixels = (pixels - np.float32(SEG_MEAN)) / np.float32(SEG_STD)
+    canvas = torch.zeros(3, placement.size, placement.size)
+    canvas[:, : pixels.shape[0], : pixels.shape[1]] = torch.from_numpy(pixels).permute(2, 0, 1)
+    return canvas
+
+
+def image_pixels(image: Image.Image, size: int) -> Tensor:
+    """RGB image to the image encoder's input: squashed to float [3, size, size] in -1..1 (SigLIP)."""
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.float32)
+    return torch.from_numpy(pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()

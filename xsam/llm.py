@@ -1,0 +1,208 @@
+"""The language model: special tokens, chat rendering, splicing visual tokens in, gathering states out, generation.
+
+Middle box of the diagram (paper section 3). Any causal model of transformers; the chat template and
+the vocabulary come from its tokenizer.
+Legend: B samples, N positions, C width, V visual tokens of a sample, R regions, P phrases.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from xsam.config import SPECIAL_TOKENS
+
+IMAGE_TOKEN, REGION_TOKEN = (
+    -200,
+    -300,
+)  # stand where visual tokens and region vectors are spliced in
+IGNORE_LABEL = -100
+
+
+# ---- tokenizer side --------------------------------------------------------------------------------
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds <p>, </p> and <SEG>; does nothing to a tokenizer that has them."""
+    tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+
+
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str | None]]
+) -> list[tuple[str, bool]]:
+    """Turns of (question, answer) in the tokenizer's chat template: [(text, is_answer)].
+
+    An answer's text runs to its end-of-turn marker, which the model has to learn. A last answer of
+    None leaves the conversation open for generation.
+    """
+    messages = []
+    for question, answer in turns:
+        messages.append({"role": "user", "content": question})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+    is_open = turns[-1][1] is None
+
+    def apply(count: int, is_open: bool) -> str:
+        return tokenizer.apply_chat_template(
+            messages[:count], tokenize=False, add_generation_prompt=is_open
+        )
+
+    whole = apply(len(messages), is_open)
+    marker = end_of_turn(tokenizer)
+    pieces, position = [], 0
+    for index, (_, answer) in enumerate(turns):
+        if answer is None:
+            break
+        start = len(apply(2 * index + 1, True))
+        end = whole.index(answer, start) + len(answer)
+        if whole.startswith(marker, end):
+            end += len(marker)
+        pieces += [(whole[position:start], False), (whole[start:end], True)]
+        position = end
+    return pieces + ([(whole[position:], False)] if is_open else [])
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that closes an answer in the tokenizer's chat template."""
+    question = {"role": "user", "content": "question"}
+    answer = {"role": "assistant", "content": "answer"}
+    rendered = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    tail = rendered[rendered.rindex("answer") + len("answer") :]
+    ends = [
+        tail.find(token) + len(token) for token in tokenizer.all_special_tokens if token in tail
+    ]
+    return tail[: min(ends)] if ends else tokenizer.eos_token
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[str, bool]], num_visual_tokens: int
+) -> tuple[list[int], list[int]]:
+    """Rendered pieces to token ids and labels: <image> and <region> become placeholders, only
+    answers keep their label."""
+    ids, labels = [], []
+    for text, is_answer in pieces:
+        for part in re.split(r"(<image>|<region>)", text):
+            if part == "<image>":
+                new = [IMAGE_TOKEN] * num_visual_tokens
+            elif part == "<region>":
+                new = [REGION_TOKEN]
+            else:
+                new = tokenizer.encode(part, add_special_tokens=False) if part else []
+            ids += new
+            labels += new if is_answer else [IGNORE_LABEL] * len(new)
+    return ids, labels
+
+
+# ---- model side ------------------------------------------------------------------------------------
+
+
+class LanguageModel(nn.Module):
+    """A causal language model that reads embeddings and gives back its last hidden states."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        values = {key: value for key, value in config.items() if key != "model_type"}
+        self.model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **values)
+        )
+
+    @property
+    def dim(self) -> int:
+        return self.model.config.hidden_size
+
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Learns the ids of the special tokens and grows both tables where the vocabulary outgrew
+        them; a new row starts as the mean of the old ones."""
+        add_special_tokens(tokenizer)
+        self.phrase_id, self.phrase_end_id, self.seg_id = tokenizer.convert_tokens_to_ids(
+            list(SPECIAL_TOKENS)
+        )
+        old_size = self.model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > old_size:
+            self.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            with torch.no_grad():
+                for table in (
+                    self.model.get_input_embeddings(),
+                    self.model.get_output_embeddings(),
+                ):
+                    table.weight[old_size:] = table.weight[:old_size].mean(dim=0)
+        marker = end_of_turn(tokenizer)
+        self.stop_ids = {
+            tokenizer.eos_token_id,
+            tokenizer.encode(marker, add_special_tokens=False)[0],
+        }
+
+    def embed(
+        self, input_ids: Tensor, visual_tokens: Tensor | None, regions: Tensor | None = None
+    ) -> Tensor:
+        """Token embeddings [B, N, C] with visual tokens [B, V, C] and region vectors [R, C] in the
+        places that hold IMAGE_TOKEN and REGION_TOKEN, in reading order."""
+        x = self.model.get_input_embeddings()(input_ids.clamp(min=0))
+        for token, vectors in ((IMAGE_TOKEN, visual_tokens), (REGION_TOKEN, regions)):
+            if vectors is not None:
+                x = x.masked_scatter((input_ids == token)[..., None], vectors.to(x.dtype))
+        return x
+
+    def forward(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, N, C] embeddings and [B, N] mask to the hidden states after the final norm."""
+        decoder = self.model.get_decoder()
+        output = decoder(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False)
+        return output.last_hidden_state
+
+    def token_loss(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Summed cross-entropy of the labelled tokens; logits are made for those alone."""
+        is_labelled = labels[:, 1:] != IGNORE_LABEL
+        logits = self.model.get_output_embeddings()(states[:, :-1][is_labelled])
+        return F.cross_entropy(logits.float(), labels[:, 1:][is_labelled], reduction="sum")
+
+    def phrase_numbers(self, input_ids: Tensor) -> Tensor:
+        """For every position the number of the phrase it lies in, <p> and </p> included, counted
+        over the whole batch in reading order; -1 outside. [B, N]"""
+        opens, closes = input_ids == self.phrase_id, input_ids == self.phrase_end_id
+        depth = opens.cumsum(1) - closes.cumsum(1) + closes.long()
+        number = opens.flatten().cumsum(0).view_as(input_ids) - 1
+        return torch.where(depth == 1, number, -1)
+
+    @torch.no_grad()
+    def generate(
+        self, embeddings: Tensor, attention_mask: Tensor, max_new_tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Greedy answers to left-padded prompts [B, N, C].
+
+        Returns new ids [B, T] (IGNORE_LABEL after a row's end), and the hidden states of the
+        prompt [B, N, C] and of the new tokens [B, T, C].
+        """
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        stop_ids = torch.tensor(sorted(self.stop_ids), device=embeddings.device)
+        is_done = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
+        step, cache, all_ids, all_states = embeddings, None, [], []
+        while True:
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
+            output = decoder(
+                inputs_embeds=step,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            all_states.append(output.last_hidden_state)
+            if len(all_ids) == max_new_tokens:
+                break
+            ids = head(all_states[-1][:, -1]).argmax(-1)
+            is_done |= torch.isin(ids, stop_ids)
+            if is_done.all():
+                break
+            all_ids.append(ids.masked_fill(is_done, IGNORE_LABEL))
+            step = self.model.get_input_embeddings()(ids)[:, None]
+            attention_mask = torch.cat([attention_mask, (~is_done)[:, None].to(attention_mask)], 1)
+        prompt_states, *new_states = all_states
+        if not all_ids:
+            return (
+                embeddings.new_zeros(len(embeddings), 0).long(),
+                prompt_states,
+                prompt_states[:, :0],
+            )
+        return torch.stack(all_ids, 1), prompt_states, torch.cat(new_states, 1)

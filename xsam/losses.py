@@ -1,0 +1,204 @@
+"""Point sampling, Hungarian matching and the segmentation losses at every decoder output.
+
+The objective of Mask2Former (Cheng et al. 2022; paper equation 1). A mask is the product of a mask embedding and the
+mask features, and reading a mask at points commutes with that product, so full masks are made for matched queries only.
+Legend: L decoder outputs, R decoder runs, Q queries, T targets of a run, M = min(Q, T) matched pairs, P points.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from xsam.config import LossConfig
+from xsam.decoder import Predictions
+
+
+@dataclass
+class Targets:
+    """Ground truth of one decoder run on the square canvas."""
+
+    masks: Tensor  # bool [T, S, S]
+    labels: Tensor  # int64 [T], the index of each mask's class in the prompt
+    ignore: Tensor | None = None  # bool [S, S], pixels that carry no mask loss
+
+
+@dataclass
+class Normalisers:
+    """Divisors of a step, averaged over ranks, so that any split of a global batch gives the same gradient."""
+
+    masks: float
+    class_weight: float
+    tokens: float
+
+
+def sample_features(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear reading of maps [N, C, h, w] at points [N, P, 2], (x, y) in 0..1 corner to corner: [N, C, P]."""
+    grid = 2 * points[:, :, None] - 1
+    return F.grid_sample(maps, grid, align_corners=False)[..., 0]
+
+
+def sample_masks(masks: Tensor, index: Tensor, points: Tensor) -> Tensor:
+    """Bilinear reading of boolean masks [T, H, W] at points [N, P, 2] of mask index[n]: float [N, P], no gradient.
+
+    Gathers the four neighbours, so that no mask is copied for each point set; beyond the border is zero.
+    """
+    height, width = masks.shape[1:]
+    x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
+    left, top = x.floor(), y.floor()
+    total = torch.zeros_like(x)
+    for row, row_weight in ((top, 1 - (y - top)), (top + 1, y - top)):
+        for column, column_weight in ((left, 1 - (x - left)), (left + 1, x - left)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            flat = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+            values = masks.flatten()[index[:, None] * (height * width) + flat]
+            total += values * inside * row_weight * column_weight
+    return total
+
+
+def is_ignored(ignore: Tensor | None, points: Tensor) -> Tensor:
+    """Whether each of points [N, P, 2] lies on a pixel of `ignore` [H, W]: bool [N, P]."""
+    if ignore is None:
+        return torch.zeros(points.shape[:2], dtype=torch.bool, device=points.device)
+    height, width = ignore.shape
+    x = (points[..., 0] * width).long().clamp(max=width - 1)
+    y = (points[..., 1] * height).long().clamp(max=height - 1)
+    return ignore[y, x]
+
+
+def matching_cost(
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    target_values: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    config: LossConfig,
+) -> Tensor:
+    """[L, Q, K+1] class logits and [L, Q, P] mask logits against targets [T, P], labels [T]: cost [L, Q, T].
+
+    `valid` [P] is zero at points without a label.
+    """
+    num_valid = valid.sum().clamp(min=1)
+    target_values, missing = target_values * valid, (1 - target_values) * valid
+    class_cost = -class_logits.softmax(-1)[:, :, labels]
+    mask_cost = F.softplus(-mask_logits) @ target_values.T + F.softplus(mask_logits) @ missing.T
+    probabilities = mask_logits.sigmoid() * valid
+    overlap = probabilities @ target_values.T
+    size = probabilities.sum(-1)[..., None] + target_values.sum(-1)
+    dice_cost = 1 - (2 * overlap + 1) / (size + 1)
+    return (
+        config.class_weight * class_cost
+        + config.mask_weight * mask_cost / num_valid
+        + config.dice_weight * dice_cost
+    )
+
+
+@torch.no_grad()
+def match(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Cheapest one-to-one assignment of cost [L, Q, T]: matched queries and their targets, both [L, M]."""
+    # A diverged model must reach the loop's guard against non-finite losses, not fail in here.
+    cost = cost.nan_to_num(0.0, posinf=1e10, neginf=-1e10).cpu().numpy()
+    pairs = [linear_sum_assignment(layer) for layer in cost]
+    queries, targets = (
+        torch.stack([torch.from_numpy(pair[side]) for pair in pairs]) for side in (0, 1)
+    )
+    return queries, targets
+
+
+@torch.no_grad()
+def uncertain_points(
+    mask_logits: Tensor, ignore: Tensor | None, config: LossConfig, generator: torch.Generator
+) -> Tensor:
+    """Points for the loss of masks [N, h, w]: mostly where the logit is nearest zero, some at random: [N, P, 2]."""
+    N, device = len(mask_logits), mask_logits.device
+    num_candidates = int(config.num_points * config.oversample_ratio)
+    num_uncertain = int(config.num_points * config.importance_ratio)
+    candidates = torch.rand(N, num_candidates, 2, generator=generator, device=device)
+    certainty = sample_features(mask_logits[:, None], candidates)[:, 0].abs()
+    certainty = certainty.masked_fill(is_ignored(ignore, candidates), torch.inf)
+    chosen = certainty.topk(num_uncertain, dim=1, largest=False).indices
+    uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
+    num_random = config.num_points - num_uncertain
+    scattered = torch.rand(N, num_random, 2, generator=generator, device=device)
+    return torch.cat([uncertain, scattered], dim=1)
+
+
+def mask_losses(mask_logits: Tensor, target_values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy and dice of point values [N, P] where `valid`, each summed over the N pairs."""
+    bce = F.binary_cross_entropy_with_logits(mask_logits, target_values, reduction="none")
+    bce = (bce * valid).sum(-1) / valid.sum(-1).clamp(min=1)
+    probabilities, target_values = mask_logits.sigmoid() * valid, target_values * valid
+    size = probabilities.sum(-1) + target_values.sum(-1)
+    dice = 1 - (2 * (probabilities * target_values).sum(-1) + 1) / (size + 1)
+    return bce.sum(), dice.sum()
+
+
+def segmentation_losses(
+    predictions: Predictions,
+    targets: list[Targets],
+    generators: list[torch.Generator],
+    normalisers: Normalisers,
+    config: LossConfig,
+) -> dict[str, Tensor]:
+    """Unweighted "class", "mask" and "dice" losses, summed over the decoder outputs.
+
+    One entry of `targets` and `generators` a run; the points drawn depend on the run's generator alone. A run without
+    targets gives class loss only.
+    """
+    class_logits = predictions.class_logits.float()
+    mask_embeddings = predictions.mask_embeddings.float()
+    L, R, Q, num_classes = class_logits.shape
+    device = class_logits.device
+    classes = torch.full((L, R, Q), num_classes - 1, device=device)  # background
+    # Zero, but in the graph: every parameter gets a gradient on every rank, targets or not.
+    bce_sum = dice_sum = mask_embeddings.sum() * 0 + predictions.mask_features.sum() * 0
+
+    for run, target in enumerate(targets):
+        if len(target.labels) == 0:
+            continue
+        features = predictions.mask_features[predictions.image_index[run]].float()  # [C, h, w]
+        ignore = target.ignore if config.ignore_unlabelled else None
+        with torch.no_grad():
+            points = torch.rand(1, config.num_points, 2, generator=generators[run], device=device)
+            mask_logits = mask_embeddings[:, run] @ sample_features(features[None], points)[0]
+            every = torch.arange(len(target.labels), device=device)
+            target_values = sample_masks(target.masks, every, points.expand(len(every), -1, -1))
+            valid = (~is_ignored(ignore, points)[0]).float()
+            cost = matching_cost(
+                class_logits[:, run], mask_logits, target_values, target.labels, valid, config
+            )
+        queries, matched = (side.to(device) for side in match(cost))  # [L, M]
+        classes[:, run].scatter_(1, queries, target.labels[matched])
+
+        layer = torch.arange(L, device=device)[:, None]
+        pairs = mask_embeddings[layer, run, queries].flatten(0, 1)  # [L·M, C]
+        masks = torch.einsum("nc,chw->nhw", pairs, features)
+        points = uncertain_points(masks, ignore, config, generators[run])
+        mask_logits = sample_features(masks[:, None], points)[:, 0]
+        target_values = sample_masks(target.masks, matched.flatten(), points)
+        valid = (~is_ignored(ignore, points)).float()
+        bce, dice = mask_losses(mask_logits, target_values, valid)
+        bce_sum, dice_sum = bce_sum + bce, dice_sum + dice
+
+    weights = torch.ones(num_classes, device=device)
+    weights[-1] = config.background_weight
+    class_sum = F.cross_entropy(
+        class_logits.flatten(0, 2), classes.flatten(), weights, reduction="sum"
+    )
+    return {
+        "class": class_sum / normalisers.class_weight,
+        "mask": bce_sum / normalisers.masks,
+        "dice": dice_sum / normalisers.masks,
+    }
+
+
+def count_targets(num_targets: list[int], num_queries: int, config: LossConfig) -> dict[str, float]:
+    """What a batch adds to the step's normalisers: its masks, and the class weights its queries will carry."""
+    matched = sum(min(count, num_queries) for count in num_targets)
+    others = num_queries * len(num_targets) - matched
+    return {
+        "masks": float(sum(num_targets)),
+        "class_weight": matched + others * config.background_weight,
+    }

@@ -1,0 +1,729 @@
+"""The toy world: labelled drawings in the public datasets' formats, and small starting weights.
+
+Stands in for COCO, RefCOCO, LLaVA and the three pretrained models, so that readers, stages and
+metrics run on a laptop without a download: it writes what `data.py` reads (paths: `SOURCES` of
+config.py) and what the stages load from the weights root. A scene is things of six colours and two
+sizes on one or two textures, here and there with a void patch or a crowd, and comes from
+`default_rng([seed, split, index])`, so the same bytes each time. H W are pixels; the canvas is the
+image with MARGIN pixels on every side, where things that cross the image's edge go on.
+
+    python -m xsam.toy /tmp/toy --num_train 1600 --num_val 64
+"""
+
+import argparse
+import colorsys
+import contextlib
+import io
+import itertools
+import json
+import pickle
+import re
+import shutil
+import string
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import minimum_filter
+from tqdm import tqdm
+
+from xsam.config import SOURCES, ModelConfig, toy
+
+Generator = np.random.Generator
+
+# ---- what there is in the world ------------------------------------------------------------------
+
+# Names of two textures carry COCO's suffixes, which readers drop; ids have gaps, as COCO's have.
+THING_IDS = dict(circle=1, square=2, triangle=3, star=5, cross=8, ring=14, moon=21, diamond=34)
+STUFF_IDS = {"stripes-merged": 92, "checks": 100, "dots": 118, "bricks-stuff": 149}
+COLORS = {
+    "red": (222, 38, 38),
+    "green": (38, 176, 62),
+    "blue": (38, 84, 226),
+    "yellow": (247, 214, 36),
+    "purple": (152, 46, 186),
+    "white": (246, 246, 246),
+}
+RADII = {"small": (11.0, 14.0), "large": (20.0, 27.0)}  # pixels
+TINY_RADIUS = (4.0, 5.0)  # members of a crowd
+IMAGE_SIZES = ((128, 128), (128, 104), (104, 128), (128, 112), (112, 128))  # (H, W)
+MARGIN = 32
+MIN_VISIBLE = 0.55  # share of its own area that every thing keeps
+VOID_COLOR = (48, 48, 48)
+RIM_COLOR = (24, 24, 24)
+OVERSAMPLING = 2  # drawn points a pixel, each way
+
+
+def _star(x: np.ndarray, y: np.ndarray, points: int = 5, inner: float = 0.45) -> np.ndarray:
+    half = np.pi / points
+    angle = np.abs((np.arctan2(x, -y) + half) % (2 * half) - half)
+    along, across = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
+    return inner * np.sin(half) * (1 - along) > (1 - inner * np.cos(half)) * across
+
+
+# Name -> (is the point inside, x right and y down in radii; largest tilt in radians).
+SHAPES = {
+    "circle": (lambda x, y: np.hypot(x, y) < 0.95, 0.0),
+    "square": (lambda x, y: np.maximum(abs(x), abs(y)) < 0.82, 0.12),
+    "triangle": (lambda x, y: (y < 0.6) & (abs(x) < (y + 1.0) * 0.6), 0.3),
+    "star": (_star, 0.3),
+    "cross": (
+        lambda x, y: (np.minimum(abs(x), abs(y)) < 0.3) & (abs(x + y) + abs(x - y) < 1.9),
+        0.2,
+    ),
+    "ring": (lambda x, y: (np.hypot(x, y) < 1.0) & (np.hypot(x, y) > 0.5), 0.0),
+    "moon": (lambda x, y: (np.hypot(x, y) < 1.0) & (np.hypot(x - 0.5, y) > 0.8), np.pi),
+    "diamond": (lambda x, y: abs(x) / 0.68 + abs(y) / 1.1 < 1, 0.12),
+}
+
+# Name -> (is the point of the second tone, x and y in periods; largest tilt).
+TEXTURES = {
+    "stripes-merged": (lambda x, y: x % 1 < 0.5, np.pi),
+    "checks": (lambda x, y: (x % 1 < 0.5) ^ (y % 1 < 0.5), 0.15),
+    "dots": (lambda x, y: np.hypot(x % 1 - 0.5, y % 1 - 0.5) < 0.34, 0.15),
+    "bricks-stuff": (lambda x, y: (y % 1 < 0.25) | ((x / 2 + y // 1 / 2) % 1 < 0.12), 0.15),
+}
+
+
+@dataclass
+class Segment:
+    """One region. Stuff has neither colour nor size, a crowd is many tiny things of one look."""
+
+    category: str
+    color: str = ""
+    size: str = ""
+    is_crowd: bool = False
+
+    @property
+    def is_thing(self) -> bool:
+        return self.category in THING_IDS
+
+    @property
+    def category_id(self) -> int:
+        return (THING_IDS | STUFF_IDS)[self.category]
+
+
+@dataclass
+class Scene:
+    image: np.ndarray  # [H, W, 3] uint8
+    owner: np.ndarray  # [H, W] uint8: 1 + index of the visible segment, 0 where void
+    segments: list[Segment]
+
+    def mask(self, index: int) -> np.ndarray:
+        return self.owner == index + 1
+
+    def things(self) -> list[Segment]:
+        """Single things, from left to right: the order of captions."""
+        single = [i for i, each in enumerate(self.segments) if each.is_thing and not each.is_crowd]
+        single.sort(key=lambda index: np.nonzero(self.mask(index))[1].mean())
+        return [self.segments[index] for index in single]
+
+    def background(self) -> str:
+        return " and ".join(clean_name(s.category) for s in self.segments if not s.is_thing)
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+
+
+def draw_scene(rng: Generator, has_crowd: bool = False) -> Scene:
+    height, width = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
+    inside = np.s_[MARGIN : MARGIN + height, MARGIN : MARGIN + width]
+    canvas = np.zeros((height + 2 * MARGIN, width + 2 * MARGIN, 3))
+    owner = np.zeros(canvas.shape[:2], np.uint8)
+    canvas[inside], owner[inside], segments = _background(rng, height, width)
+    if rng.random() < 0.25:
+        corner = _corner(rng, height, width)
+        canvas[inside][corner], owner[inside][corner] = VOID_COLOR, 0
+
+    areas = {}  # drawn area of each thing, by its number in `owner`
+    for segment in _choose_things(rng, has_crowd):
+        number = len(segments) + 1
+        for _ in range(30):  # places to try
+            trial_canvas, trial_owner = canvas.copy(), owner.copy()
+            area = _paint(rng, trial_canvas, trial_owner, segment, number)
+            visible = np.bincount(trial_owner[inside].ravel(), minlength=number + 1)
+            trial_areas = areas | {number: area}
+            if all(visible[one] >= MIN_VISIBLE * whole for one, whole in trial_areas.items()):
+                canvas, owner, areas = trial_canvas, trial_owner, trial_areas
+                segments.append(segment)
+                break
+    return Scene(canvas[inside].round().astype(np.uint8), owner[inside].copy(), segments)
+
+
+def _choose_things(rng: Generator, has_crowd: bool) -> list[Segment]:
+    """Two to five things, after a crowd if there is one; some repeat an earlier shape or colour."""
+    chosen: list[Segment] = []
+    for index in range(rng.integers(2, 6) + has_crowd):
+        color = list(COLORS)[rng.integers(len(COLORS))]
+        category = list(THING_IDS)[rng.integers(len(THING_IDS))]
+        size = list(RADII)[rng.integers(len(RADII))]
+        if chosen and rng.random() < 0.35:
+            category = chosen[rng.integers(len(chosen))].category
+        if chosen and rng.random() < 0.25:
+            color = chosen[rng.integers(len(chosen))].color
+        is_crowd = has_crowd and index == 0
+        chosen.append(Segment(category, color, "" if is_crowd else size, is_crowd))
+    return chosen
+
+
+def _paint(
+    rng: Generator, canvas: np.ndarray, owner: np.ndarray, segment: Segment, number: int
+) -> int:
+    """Draws a thing, or the members of a crowd, at a random place; returns the area in pixels."""
+    low, high = TINY_RADIUS if segment.is_crowd else RADII[segment.size]
+    offsets = np.zeros((1, 2))  # of the members from the center, (y, x)
+    if segment.is_crowd:
+        grid = np.indices(rng.integers(3, 6, size=2)).reshape(2, -1).T
+        offsets = (grid - grid.mean(axis=0)) * 2 * high + rng.uniform(-1, 1, size=grid.shape)
+    border = np.abs(offsets).max(axis=0) + 0.8 * high
+    center = rng.uniform(border, np.array(owner.shape) - 2 * MARGIN - border)
+    color = np.array(COLORS[segment.color]) * rng.uniform(0.9, 1.0)
+    for place in center + offsets + MARGIN:
+        coverage, corner = _stamp(rng, segment.category, rng.uniform(low, high), place)
+        window = tuple(slice(c, c + n) for c, n in zip(corner, coverage.shape, strict=True))
+        core = coverage if segment.is_crowd else minimum_filter(coverage, size=3)
+        canvas[window] *= 1 - coverage[..., None]
+        canvas[window] += core[..., None] * color
+        canvas[window] += (coverage - core)[..., None] * RIM_COLOR  # parts things of one colour
+        owner[window][coverage >= 0.5] = number
+    return int((owner == number).sum())
+
+
+def _stamp(
+    rng: Generator, category: str, radius: float, place: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Share of each pixel that a shape covers, [N, N], and the window's first row and column."""
+    is_inside, max_tilt = SHAPES[category]
+    corner = np.floor(place - 1.2 * radius).astype(int)
+    side = int(np.ceil(2.4 * radius)) + 1
+    points = (np.arange(side * OVERSAMPLING) + 0.5) / OVERSAMPLING
+    y, x = np.meshgrid(points + corner[0] - place[0], points + corner[1] - place[1], indexing="ij")
+    x, y = _turn(x / radius, y / radius, rng.uniform(-max_tilt, max_tilt))
+    return _pool(is_inside(x, y).astype(float)), corner
+
+
+def _turn(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    return np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+
+
+def _pool(values: np.ndarray) -> np.ndarray:
+    """Means over the drawn points of each pixel."""
+    height, width = np.array(values.shape) // OVERSAMPLING
+    return values.reshape(height, OVERSAMPLING, width, OVERSAMPLING).mean(axis=(1, 3))
+
+
+def _background(
+    rng: Generator, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray, list[Segment]]:
+    """One or two textures, parted by a straight or wavy line: image, owner numbers, segments."""
+    names = rng.permutation(list(STUFF_IDS))[: rng.integers(1, 3)].tolist()
+    y, x = np.mgrid[:height, :width] / [[[height]], [[width]]] - 0.5
+    along, across = _turn(x, y, rng.uniform(0, 2 * np.pi))
+    wave = rng.choice([0.0, 0.06]) * np.sin(2 * np.pi * (2 * along + rng.random()))
+    owner = np.where(across + wave < rng.uniform(-0.2, 0.2), len(names), 1)
+    tones = [_texture(rng, name, height, width) for name in names]
+    image = np.where((owner == 1)[..., None], tones[0], tones[-1])
+    return image, owner, [Segment(name) for name in names]
+
+
+def _texture(rng: Generator, name: str, height: int, width: int) -> np.ndarray:
+    """Two tones of one muted colour, [H, W, 3]."""
+    is_second, max_tilt = TEXTURES[name]
+    points = [(np.arange(n * OVERSAMPLING) + 0.5) / OVERSAMPLING for n in (height, width)]
+    y, x = np.meshgrid(*points, indexing="ij")
+    x, y = _turn(x, y, rng.uniform(-max_tilt, max_tilt))
+    period, (x_phase, y_phase) = rng.uniform(7, 10), rng.random(2)
+    second = _pool(is_second(x / period + x_phase, y / period + y_phase).astype(float))[..., None]
+    hue, value = rng.random(), rng.uniform(130, 175)
+    light, dark = (
+        np.array(colorsys.hsv_to_rgb(hue, 0.25, each))
+        for each in (value, value - rng.uniform(45, 65))
+    )
+    return (1 - second) * light + second * dark
+
+
+def _corner(rng: Generator, height: int, width: int) -> np.ndarray:
+    """A quadrilateral of 3 to 8 percent of the image in one of its corners, [H, W] bool."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    y = y if rng.random() < 0.5 else height - y
+    x = x if rng.random() < 0.5 else width - x
+    aspect, slope = rng.uniform(0.7, 1.4), rng.uniform(-0.15, 0.15)
+    # Corner (0, 0), sides of length a on x and b on y, each opposite side tilted by `slope`.
+    a = np.sqrt(rng.uniform(0.04, 0.07) * height * width * aspect)
+    b = a / aspect
+    return (x + slope * y < a) & (y + slope * x < b)
+
+
+# ---- what is said of a scene ---------------------------------------------------------------------
+
+# A referring expression holds for the things that have every attribute in braces.
+EXPRESSIONS = (
+    "the {color} {category}",
+    "{color} {category}",
+    "the {size} {color} {category}",
+    "the {size} {category}",
+    "the only {category}",
+)
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+CAPTION_REQUESTS = (
+    "Describe the picture.",
+    "What is in the picture?",
+    "Describe the image briefly.",
+    "Give a short caption of this image.",
+)
+DIALOGUE = {
+    "color": ("What color is the {category}?", "The {category} is {color}."),
+    "count": ("How many shapes are there?", "There are {number} shapes."),
+    "yes": ("Is there a {category}?", "Yes, there is a {category}."),
+    "no": ("Is there a {category}?", "No, there is no {category}."),
+    "background": ("What is the background?", "The background is {stuff}."),
+}
+FACTS = (
+    ("What color comes of blue and yellow?", "Blue and yellow make green."),
+    ("What color comes of red and blue?", "Red and blue make purple."),
+    ("How many sides does a square have?", "A square has four sides."),
+    ("How many sides does a triangle have?", "A triangle has three sides."),
+    ("Is a ring a circle with a hole?", "Yes, a ring is a circle with a hole."),
+)
+
+
+def clean_name(name: str) -> str:
+    return name.replace("-merged", "").replace("-stuff", "")
+
+
+def plural(category: str) -> str:
+    return category + ("es" if category.endswith("s") else "s")
+
+
+def count_matches(scene: Scene, attributes: dict[str, str]) -> int:
+    """Things with all the attributes. Every crowd of that look counts as two, whatever the size."""
+    count = 0
+    for segment in scene.segments:
+        own = asdict(segment) | ({"size": attributes.get("size")} if segment.is_crowd else {})
+        count += (1 + segment.is_crowd) * all(own[key] == attributes[key] for key in attributes)
+    return count
+
+
+def expressions(scene: Scene, segment: Segment) -> list[str]:
+    """All that name this thing and no other of the scene; empty if there are none."""
+    found = []
+    for template in EXPRESSIONS if segment.is_thing else ():
+        keys = [key for _, key, _, _ in string.Formatter().parse(template) if key]
+        attributes = {key: getattr(segment, key) for key in keys}
+        if count_matches(scene, attributes) == 1:
+            found.append(template.format(**attributes))
+    return found
+
+
+def caption(scene: Scene) -> str:
+    """Things from left to right, then the crowd, then the background."""
+    sizes = {"small": "small ", "large": ""}
+    parts = [f"a {sizes[one.size]}{one.color} {one.category}" for one in scene.things()]
+    crowds = [each for each in scene.segments if each.is_crowd]
+    parts += [f"many {crowd.color} {plural(crowd.category)}" for crowd in crowds]
+    return f"{', '.join(parts[:-1])} and {parts[-1]} on {scene.background()}"
+
+
+def caption_turn(rng: Generator, scene: Scene) -> tuple[str, str]:
+    return CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))], caption(scene)
+
+
+def dialogue(rng: Generator, scene: Scene) -> list[tuple[str, str]]:
+    """One to three questions about a scene with their answers."""
+    things, background = scene.things(), scene.background()
+    possible = [caption_turn(rng, scene)]
+
+    def ask(kind: str, **values: str) -> None:
+        possible.append(tuple(text.format(**values) for text in DIALOGUE[kind]))
+
+    ask("background", stuff=background)
+    if not any(each.is_crowd for each in scene.segments):
+        ask("count", number=NUMBERS[len(things) - 1])
+    for each in things:
+        if count_matches(scene, {"category": each.category}) == 1:
+            ask("color", category=each.category, color=each.color)
+    ask("yes", category=things[rng.integers(len(things))].category)
+    absent = [name for name in THING_IDS if name not in {each.category for each in scene.segments}]
+    ask("no", category=absent[rng.integers(len(absent))])
+    return [possible[i] for i in rng.permutation(len(possible))[: rng.integers(1, 4)]]
+
+
+# ---- the public formats --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder that takes its name only once it is complete, so a killed writer leaves no half."""
+    target = Path(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists already: delete it or name another folder")
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(target)
+
+
+def _write(path: Path, content: bytes | list | dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+
+def _encode(image: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, **options)
+    return buffer.getvalue()
+
+
+def categories(only_things: bool = False) -> list[dict]:
+    """COCO's records, in order of id."""
+    return [
+        dict(
+            id=number,
+            name=name,
+            supercategory="shape" if name in THING_IDS else "texture",
+            isthing=int(name in THING_IDS),
+            color=[int(255 * c) for c in colorsys.hsv_to_rgb(number * 0.381 % 1, 0.8, 0.9)],
+        )
+        for name, number in (THING_IDS if only_things else THING_IDS | STUFF_IDS).items()
+    ]
+
+
+def _segment_record(segment: Segment, mask: np.ndarray) -> dict:
+    """What panoptic and instance files say alike of a segment; the box is [x, y, width, height]."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    x, y = int(columns[0]), int(rows[0])
+    return dict(
+        category_id=segment.category_id,
+        area=int(mask.sum()),
+        bbox=[x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+        iscrowd=int(segment.is_crowd),
+    )
+
+
+def polygons(mask: np.ndarray) -> list[list[int]]:
+    """Outlines [x0, y0, x1, y1, ...] along the pixel edges of [H, W] bool.
+
+    COCO joins the polygons of an object and knows no holes, so the mask is cut into bands of rows
+    with as many runs of pixels in each: a ring gives a cap, two sides and a bottom.
+    """
+    rows, edges = np.nonzero(np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1)))))
+    runs = zip(rows[::2].tolist(), edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+    bands: list[list[list[tuple[int, int, int]]]] = []  # bands of rows of (row, left, right)
+    for _, group in itertools.groupby(runs, key=lambda run: run[0]):
+        row, above = list(group), bands[-1][-1] if bands else []
+        if len(row) == len(above) and all(map(_is_below, row, above)):
+            bands[-1].append(row)
+        else:
+            bands.append([row])
+    return [_outline(piece) for band in bands for piece in zip(*band, strict=True)]
+
+
+def _is_below(run: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+    return run[0] == other[0] + 1 and run[1] < other[2] and other[1] < run[2]
+
+
+def _outline(runs: tuple[tuple[int, int, int], ...]) -> list[int]:
+    down = [(right, y) for row, _, right in runs for y in (row, row + 1)]
+    up = [(left, y) for row, left, _ in reversed(runs) for y in (row + 1, row)]
+    return [number for point in down + up for number in point]
+
+
+def run_lengths(mask: np.ndarray) -> dict:
+    """COCO's uncompressed RLE: columns one after the other, the first run counts zeros."""
+    changes = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False))
+    counts = np.diff(changes, prepend=0, append=mask.size).tolist()
+    return {"counts": counts, "size": list(mask.shape)}
+
+
+@dataclass
+class Drawing:
+    """A scene on its way to the files; `rng` goes on where the drawing stopped."""
+
+    image_id: int
+    split: str
+    scene: Scene
+    jpeg: bytes
+    rng: Generator
+
+    def image_record(self, prefix: str = "") -> dict:
+        height, width = self.scene.owner.shape
+        name = f"{prefix}{self.image_id:012d}.jpg"
+        return dict(id=self.image_id, file_name=name, height=height, width=width)
+
+    def instance_records(self) -> list[dict]:
+        """Things in COCO's instance format; their ids are 10 x image id + place in the scene."""
+        records = []
+        for index, segment in enumerate(self.scene.segments):
+            if segment.is_thing:
+                mask = self.scene.mask(index)
+                shape = run_lengths(mask) if segment.is_crowd else polygons(mask)
+                ids = dict(id=10 * self.image_id + index, image_id=self.image_id)
+                records.append(ids | _segment_record(segment, mask) | dict(segmentation=shape))
+        return records
+
+
+def write_world(data: Path, num_train: int = 1600, num_val: int = 64, seed: int = 0) -> None:
+    """Writes COCO panoptic and instances, RefCOCO and LLaVA under `data`, which must not exist.
+
+    RefCOCO holds both splits, with the drawings and image ids of COCO; LLaVA the training split.
+    The first scene of each split has a crowd. Raises FileExistsError.
+    """
+    with _new_folder(data) as root:
+        splits = {"train": num_train, "val": num_val}
+        drawings = {split: _draw(seed, split, count) for split, count in splits.items()}
+        for split in splits:
+            _write_coco(root, split, drawings[split])
+        _write_refcoco(root, [each for split in splits for each in drawings[split]])
+        _write_llava(root, drawings["train"])
+
+
+def _draw(seed: int, split: str, count: int) -> list[Drawing]:
+    drawings = []
+    number = ("train", "val", "text").index(split)
+    for index in tqdm(range(count), desc=f"draw {split}"):
+        rng = np.random.default_rng([seed, number, index])
+        scene = draw_scene(rng, has_crowd=index == 0 or rng.random() < 1 / 12)
+        jpeg = _encode(scene.image, format="JPEG", quality=95, subsampling=0)
+        drawings.append(Drawing(139 + 37 * index + 18 * number, split, scene, jpeg, rng))
+    return drawings
+
+
+def _write_coco(root: Path, split: str, drawings: list[Drawing]) -> None:
+    source = SOURCES["coco_panoptic" if split == "train" else "coco_panoptic_val"]
+    panoptic, instances = [], []
+    for drawing in tqdm(drawings, desc=f"COCO {split}"):
+        owner, segments = drawing.scene.owner, drawing.scene.segments
+        # Any 24 bits but 0, which is void: most are over 65535 and so use all three channels.
+        ids = 1 + drawing.rng.choice(2**24 - 1, size=len(segments), replace=False)
+        colors = (np.concatenate([[0], ids])[owner][..., None] >> [0, 8, 16]) & 255  # [H, W, 3]
+        info = [
+            dict(id=number) | _segment_record(segment, drawing.scene.mask(index))
+            for index, (number, segment) in enumerate(zip(ids.tolist(), segments, strict=True))
+        ]
+        image = drawing.image_record()
+        name = image["file_name"].replace(".jpg", ".png")
+        panoptic.append(dict(image_id=drawing.image_id, file_name=name, segments_info=info))
+        instances += drawing.instance_records()
+        _write(root / source.masks / name, _encode(colors.astype(np.uint8), format="PNG"))
+        _write(root / source.images / image["file_name"], drawing.jpeg)
+    # Not in the order of their ids, like COCO's.
+    images = [drawing.image_record() for drawing in drawings[1::2] + drawings[::2]]
+    both = dict(images=images, annotations=panoptic, categories=categories())
+    _write(root / source.annotations, both)
+    things = dict(images=images, annotations=instances, categories=categories(only_things=True))
+    _write(root / source.annotations.replace("panoptic_", "instances_"), things)
+
+
+def _write_refcoco(root: Path, drawings: list[Drawing]) -> None:
+    source = SOURCES["refcoco"]
+    refs, images, instances, num_sentences = [], [], [], 0
+    for drawing in tqdm(drawings, desc="RefCOCO"):
+        rng, stem = drawing.rng, f"COCO_train2014_{drawing.image_id:012d}"
+        images.append(drawing.image_record(prefix="COCO_train2014_"))
+        instances += drawing.instance_records()
+        _write(root / source.images / f"{stem}.jpg", drawing.jpeg)
+        for index, segment in enumerate(drawing.scene.segments):
+            found = rng.permutation(expressions(drawing.scene, segment))[: rng.integers(1, 4)]
+            if len(found):
+                sentences = [
+                    dict(sent_id=number, sent=text, raw=text.capitalize(), tokens=text.split())
+                    for number, text in enumerate(found.tolist(), num_sentences)
+                ]
+                num_sentences += len(sentences)
+                ref = dict(ref_id=len(refs), ann_id=10 * drawing.image_id + index)
+                ref |= dict(image_id=drawing.image_id, category_id=segment.category_id)
+                ref |= dict(split=drawing.split, file_name=f"{stem}_{index}.jpg")
+                ref |= dict(sent_ids=[each["sent_id"] for each in sentences], sentences=sentences)
+                refs.append(ref)
+    _write(root / source.annotations, pickle.dumps(refs, protocol=2))
+    things = dict(images=images, annotations=instances, categories=categories(only_things=True))
+    _write(root / source.instances, things)
+
+
+def _write_llava(root: Path, drawings: list[Drawing]) -> None:
+    pretrain, instruct = SOURCES["llava_pretrain"], SOURCES["llava_instruct"]
+    captions, dialogues = [], []
+    for drawing in tqdm(drawings, desc="LLaVA"):
+        rng, stem = drawing.rng, f"{drawing.image_id:09d}"
+        name = f"{stem[:5]}/{stem}.jpg"
+        turns = _conversation(rng, [caption_turn(rng, drawing.scene)])
+        captions.append(dict(id=stem, image=name, conversations=turns))
+        _write(root / pretrain.images / name, drawing.jpeg)
+
+        name = f"coco/train2017/{drawing.image_id:012d}.jpg"
+        turns = _conversation(rng, dialogue(rng, drawing.scene))
+        number = drawing.image_id if rng.random() < 0.5 else stem  # some datasets of it have ints
+        dialogues.append(dict(id=number, image=name, conversations=turns))
+        _write(root / instruct.images / name, drawing.jpeg)
+        if rng.random() < 0.05:
+            turns = _conversation(rng, [FACTS[rng.integers(len(FACTS))]], has_image=False)
+            dialogues.append(dict(id=f"text{stem}", model="", conversations=turns))
+    _write(root / pretrain.annotations, captions)
+    _write(root / instruct.annotations, dialogues)
+
+
+def _conversation(rng: Generator, turns: list[tuple[str, str]], has_image: bool = True) -> list:
+    """LLaVA's turns; the image stands before or after the first question."""
+    values = [text for turn in turns for text in turn]
+    if has_image:
+        values[0] = f"<image>\n{values[0]}" if rng.random() < 0.5 else f"{values[0]}\n<image>"
+    speakers = itertools.cycle(("human", "gpt"))
+    return [{"from": who, "value": value} for who, value in zip(speakers, values, strict=False)]
+
+
+# ---- weights -------------------------------------------------------------------------------------
+
+CHAT_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+SPARE_TOKENS = 8  # rows of the embedding left for the tokens that the model adds
+
+
+def vocabulary() -> list[str]:
+    """Every word that the world and the prompts of `data.py` can say, also lower-cased; sorted."""
+    from xsam.data import PHRASINGS
+
+    prompts = [text for task in PHRASINGS.values() for texts in task.values() for text in texts]
+    dialogues = [text for pair in (*DIALOGUE.values(), *FACTS) for text in pair]
+    names = [clean_name(name) for name in (*THING_IDS, *STUFF_IDS)] + [plural(n) for n in THING_IDS]
+    texts = [*prompts, *dialogues, *names, *COLORS, *RADII, *NUMBERS, *EXPRESSIONS]
+    texts += [*CAPTION_REQUESTS, "a an and in is it many no of on the this , . : ? !"]
+    plain = re.sub(r"\{\w+\}|<[^>]+>", " ", " ".join(texts))  # without fields and tokens
+    return sorted({"\n", *re.findall(r"\w+|[^\w\s]", plain + plain.lower())})
+
+
+def build_tokenizer(vocab_size: int):
+    """A word-level tokenizer in the layout of Phi-3. Raises ValueError if the words do not fit."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*CHAT_TOKENS, *vocabulary()]
+    if len(words) > vocab_size - SPARE_TOKENS:
+        raise ValueError(f"{len(words)} toy words, only {vocab_size} - {SPARE_TOKENS} fit")
+    ids = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    # Spaces vanish, so a word is one token wherever it stands; newlines and punctuation stay.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[^\S\n]+"), behavior="removed"),
+            pre_tokenizers.Split(Regex(r"\n|[^\w\s]"), behavior="isolated"),
+        ]
+    )
+    # Puts one space between words, none before punctuation or around a newline.
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="##", cleanup=True),
+            decoders.Fuse(),
+            decoders.Replace(Regex(" ?\n ?"), "\n"),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=list(CHAT_TOKENS[4:]),
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def write_weights(weights: Path, model: ModelConfig, seed: int = 0, steps: int = 150) -> None:
+    """Writes random SAM and SigLIP2 folders and a language model trained for `steps`.
+
+    The three lie under `weights`, which must not exist. Raises FileExistsError.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel, SamVisionConfig, SamVisionModel
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in one order, so that the bytes repeat
+    try:
+        with _new_folder(weights) as root, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            segmentation_config = SamVisionConfig(
+                hidden_size=model.seg_dim,
+                num_hidden_layers=model.seg_depth,
+                num_attention_heads=model.seg_heads,
+                mlp_dim=model.seg_mlp_dim,
+                image_size=model.seg_image_size,
+                patch_size=model.seg_patch_size,
+                window_size=model.seg_window_size,
+                global_attn_indexes=list(model.seg_global_blocks),
+                output_channels=model.seg_neck_dim,
+                initializer_range=0.02,  # the library's default is 1e-10
+            )
+            sam = SamVisionModel(segmentation_config)
+            for name, parameter in sam.named_parameters():
+                if "pos" in name:  # zero by default
+                    torch.nn.init.normal_(parameter, std=0.02)
+            sam.save_pretrained(root / model.seg_encoder)
+            siglip = AutoModel.from_config(AutoConfig.for_model(**model.image_encoder_config))
+            siglip.save_pretrained(root / model.image_encoder)
+            _write_language_model(root / model.llm, model.llm_config, seed, steps)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _language_model_texts(tokenizer, seed: int, num_scenes: int) -> list[str]:
+    """Captions and dialogues of scenes that are in no split, in the chat layout."""
+    conversations = [[fact] for fact in FACTS]
+    for drawing in _draw(seed, "text", num_scenes):
+        conversations.append([caption_turn(drawing.rng, drawing.scene)])
+        conversations.append(dialogue(drawing.rng, drawing.scene))
+    texts = []
+    for turns in conversations:
+        pairs = zip(itertools.cycle(("user", "assistant")), itertools.chain(*turns), strict=False)
+        messages = [{"role": role, "content": content} for role, content in pairs]
+        texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
+    return texts
+
+
+def _write_language_model(folder: Path, config: dict, seed: int, steps: int) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = build_tokenizer(config["vocab_size"])
+    language_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+    language_model.generation_config.eos_token_id = ends
+    texts = _language_model_texts(tokenizer, seed, num_scenes=min(400, 8 * steps))
+    optimizer = torch.optim.AdamW(language_model.parameters(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
+    rng = np.random.default_rng(seed)
+    for _ in (bar := tqdm(range(steps), desc="train the language model")):
+        chosen = [texts[i] for i in rng.integers(len(texts), size=16)]
+        batch = tokenizer(chosen, return_tensors="pt", padding=True)  # [B, N]
+        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        loss = language_model(**batch, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    language_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the toy world: FOLDER/data, FOLDER/weights")
+    parser.add_argument("folder", type=Path, help="where to write; made if need be")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--num_train", type=int, default=1600, help="default: %(default)s")
+    parser.add_argument("--num_val", type=int, default=64, help="default: %(default)s")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    write_world(folder / "data", arguments.num_train, arguments.num_val, arguments.seed)
+    write_weights(folder / "weights", toy().model, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,464 @@
+"""Trains stages 1, 2 and 3, one after another with `--stage all`.
+
+    torchrun --nproc_per_node 2 xsam/train.py --config toy --stage all --out runs/toy
+    torchrun --nproc_per_node 8 xsam/train.py --stage 3 --data datas --weights weights --out runs/xsam
+
+Works without torchrun as one process. Writes OUT/stageN/step_M checkpoints, OUT/metrics.jsonl with
+a line a step, OUT/curves.png, and for a configuration with validation data OUT/results.json,
+OUT/results.md and OUT/pictures. `--resume` goes on from the last checkpoint (paper section 4).
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's own folder must not shadow other packages' modules
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import json
+import os
+import time
+
+from xsam.config import CONFIGS, Config, add_config_flags, apply_flags, required_paths, stage_folder
+
+# ---- command line: before torch is imported, so that a mistake costs a second ----------------------
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
+    parser = argparse.ArgumentParser(
+        prog="xsam/train.py",
+        description="Trains X-SAM; runs under torchrun or alone.",
+        epilog="example: torchrun --nproc_per_node 2 xsam/train.py --config toy --stage all "
+        "--out runs/toy",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--stage", choices=("1", "2", "3", "all"), required=True)
+    parser.add_argument("--config", choices=tuple(CONFIGS), default="xsam", help="preset")
+    parser.add_argument("--data", type=Path, help="data root (default: datas; toy makes its own)")
+    parser.add_argument("--weights", type=Path, help="folder of Hugging Face folders (weights)")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    add_config_flags(parser)
+    flags = vars(parser.parse_args(arguments))
+    own = ("stage", "config", "data", "weights", "out", "resume")
+    options = argparse.Namespace(**{name: flags.pop(name) for name in own})
+    options.stages = [1, 2, 3] if options.stage == "all" else [int(options.stage)]
+    options.out = options.out or Path("runs") / options.config
+    # The toy preset draws its own world where the user points at none.
+    options.world = options.out / "world" if options.config == "toy" else None
+    options.makes_data = options.world is not None and options.data is None
+    options.makes_weights = options.world is not None and options.weights is None
+    options.data = options.data or (options.world / "data" if options.world else Path("datas"))
+    options.weights = options.weights or (
+        options.world / "weights" if options.world else Path("weights")
+    )
+    config = apply_flags(CONFIGS[options.config](), flags, options.stages)
+    for number in options.stages:
+        stage = config.stages[number]
+        chunk = stage.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
+        if stage.global_batch_size % chunk:
+            parser.error(
+                f"stage {number}: global_batch_size {stage.global_batch_size} is not a multiple of "
+                f"micro_batch_size {stage.micro_batch_size} x {chunk // stage.micro_batch_size} "
+                "processes"
+            )
+    return options, config
+
+
+def preflight(options: argparse.Namespace, config: Config) -> str:
+    """What stands in the way of the run, as one message; empty where nothing does."""
+    required = required_paths(config, options.stages, options.data, options.weights, options.out)
+    made = [options.data] * options.makes_data + [options.weights] * options.makes_weights
+    missing = [
+        (path, about)
+        for path, about in required
+        if not path.exists() and not any(root in path.parents for root in made)
+    ]
+    if missing:
+        lines = [f"xsam/train.py: {len(missing)} missing; put each where it belongs:"]
+        lines += [f"  {path}\n      {about}" for path, about in missing]
+        return "\n".join(lines)
+    started = [n for n in options.stages if (stage_folder(options.out, n) / "latest").exists()]
+    if started and not options.resume:
+        return (
+            f"xsam/train.py: {stage_folder(options.out, started[0])} holds checkpoints already; "
+            "go on with --resume or choose another --out"
+        )
+    return ""
+
+
+def leave(message: str) -> None:
+    """Exits with status 2; of several ranks the first prints, and dies first, so that torchrun
+    does not end it before it has spoken."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    OPTIONS, CONFIG = parse(sys.argv[1:])
+    if MESSAGE := preflight(OPTIONS, CONFIG):
+        leave(MESSAGE)
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from xsam import distributed, draw, toy
+from xsam.config import Stage
+from xsam.data import CocoPanoptic, Mixture, Processor, open_dataset
+from xsam.evaluate import evaluate, table
+from xsam.losses import Normalisers, count_targets, segmentation_losses
+from xsam.model import XSAM
+from xsam.weights import (
+    TRAINING_FILE,
+    build_model,
+    check_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    load_earlier_stage,
+    load_pretrained,
+    load_trained,
+    save_checkpoint,
+)
+
+# ---- the optimizer's side of a stage ---------------------------------------------------------------
+
+
+def learning_rate(name: str, stage: Stage) -> float:
+    """Peak learning rate of a parameter: that of the longest prefix of its name; 0 is frozen."""
+    return stage.learning_rates[
+        max((p for p in stage.learning_rates if name.startswith(p)), key=len)
+    ]
+
+
+def build_optimizer(model: nn.Module, stage: Stage, prefix: str) -> torch.optim.AdamW:
+    """Freezes what has rate 0; a group for each rate, with and without weight decay (vectors, such
+    as biases and norms, have none). `prefix` is put before names: stage 1 trains a bare segmentor."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        rate = learning_rate(prefix + name, stage)
+        parameter.requires_grad_(rate > 0)
+        if rate > 0:
+            decay = stage.weight_decay if parameter.dim() > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()
+        ],
+        betas=(0.9, 0.999),
+    )
+
+
+def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
+    """Share of the peak learning rate: a linear rise, then half a cosine down to zero."""
+    warmup = max(1, round(num_steps * warmup_ratio))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+
+
+# ---- a stage ---------------------------------------------------------------------------------------
+
+
+def train_stage(
+    number: int, config: Config, options: argparse.Namespace, device: torch.device
+) -> nn.Module:
+    """Trains one stage to its end and returns its model."""
+    stage, out = config.stages[number], stage_folder(options.out, number)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    is_main = rank == 0
+    say = print if is_main else lambda *_: None
+
+    # ---- model
+    torch.manual_seed(config.seed + number)
+    model = build_model(config, number)
+    load_pretrained(model, config, options.weights)
+    for earlier in stage.starts_from:
+        load_earlier_stage(model, config, earlier, options.out)
+    model.to(device)
+    optimizer = build_optimizer(model, stage, "segmentor." if number == 1 else "")
+
+    # ---- data
+    tokenizer = model.tokenizer if isinstance(model, XSAM) else None
+    processor = Processor(config, tokenizer)
+    datasets = [open_dataset(name, options.data, number == 1) for name in stage.datasets]
+    mixture = Mixture(datasets, processor, stage, config.seed)
+    panoptic = [dataset for dataset in datasets if isinstance(dataset, CocoPanoptic)]
+    if number == 1 and len(panoptic[0].names) != config.model.num_classes:
+        raise ValueError(
+            f"{options.data / panoptic[0].source.annotations} has {len(panoptic[0].names)} "
+            f"categories, --num_classes is {config.model.num_classes}"
+        )
+    num_steps = stage.max_steps or math.ceil(len(mixture) * stage.epochs)
+    accumulation = stage.global_batch_size // (stage.micro_batch_size * world_size)
+    say(f"\n---- stage {number}: {num_steps} steps of {stage.global_batch_size} samples")
+    say(f"{world_size} processes x {stage.micro_batch_size} samples x {accumulation} accumulated")
+    for name, dataset, factor in zip(stage.datasets, datasets, mixture.factors, strict=True):
+        say(f"  {name}: {len(dataset)} samples x {factor:.2f}, {dataset.num_dropped} left out")
+
+    # ---- resume
+    first_step = 0
+    checkpoint = latest_checkpoint(out) if options.resume else None
+    if checkpoint is not None:
+        first_step = check_checkpoint(checkpoint, config, number)["step"]
+        load_trained(model, checkpoint)
+        training = torch.load(checkpoint / TRAINING_FILE, map_location=device, weights_only=True)
+        optimizer.load_state_dict(training["optimizer"])
+        say(f"resumed from {checkpoint}")
+    if is_main:
+        drop_metrics(options.out / "metrics.jsonl", number, first_step)
+
+    # ---- loop
+    ddp = model
+    if world_size > 1:
+        ddp = DistributedDataParallel(model, find_unused_parameters=number == 3)
+    ddp.train()
+    loader = DataLoader(
+        mixture,
+        batch_sampler=mixture.micro_batches(first_step, rank, world_size),
+        collate_fn=processor.collate,
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(loader) if first_step < num_steps else iter(())
+    bar = tqdm(
+        range(first_step, num_steps), f"stage {number}", num_steps, initial=first_step,
+        disable=not is_main, unit="step", dynamic_ncols=True,
+    )  # fmt: skip
+    for step in bar:
+        started = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(accumulation)]
+        normalisers = step_normalisers(micro_batches, config, device)
+        waited = time.perf_counter() - started
+
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * schedule(step, num_steps, stage.warmup_ratio)
+        totals: dict[str, float] = {}
+        for index, batch in enumerate(micro_batches):
+            if world_size > 1:
+                ddp.require_backward_grad_sync = index == accumulation - 1
+            losses = micro_batch_losses(ddp, batch.to(device), normalisers, config)
+            sum(losses.values()).backward()
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0.0) + float(loss.detach())
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), stage.clip_norm)
+        totals = distributed.sum_over_ranks(totals, device)
+        totals = {name: total / world_size for name, total in totals.items()}
+        check_finite(step, sum(totals.values()), grad_norm, micro_batches)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - started
+        if is_main:
+            record = {"stage": number, "step": step, "task": micro_batches[0].task}
+            record |= {"loss": sum(totals.values())} | totals
+            record |= {"grad_norm": float(grad_norm), "lr": optimizer.param_groups[-1]["lr"]}
+            record |= {"images_per_second": stage.global_batch_size / seconds}
+            record |= {"data_seconds": waited, "memory_gb": peak_memory(device)}
+            with (options.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            bar.write(step_line(record))
+        is_last = step + 1 == num_steps
+        if is_main and ((step + 1) % config.save_every == 0 or is_last):
+            training = {"optimizer": optimizer.state_dict()}
+            save_checkpoint(out, model, config, number, step + 1, training)
+    distributed.barrier()  # no rank may look for a checkpoint that is still being written
+    return model
+
+
+def step_normalisers(batches: list, config: Config, device: torch.device) -> Normalisers:
+    """Targets, class weights and answer tokens of the whole step, as a mean over ranks."""
+    totals = {"masks": 0.0, "class_weight": 0.0, "tokens": 0.0}
+    for batch in batches:
+        counts = [len(target.labels) for target in batch.targets]
+        for name, value in count_targets(counts, config.model.num_queries, config.loss).items():
+            totals[name] += value
+        if batch.labels is not None:
+            totals["tokens"] += int((batch.labels[:, 1:] >= 0).sum())
+    totals = distributed.sum_over_ranks(totals, device)
+    share = distributed.world_size()
+    return Normalisers(**{name: max(value / share, 1e-6) for name, value in totals.items()})
+
+
+def micro_batch_losses(
+    model: nn.Module, batch, normalisers: Normalisers, config: Config
+) -> dict[str, torch.Tensor]:
+    """Weighted losses of one micro-batch; over a step's micro-batches and ranks they add up."""
+    device = batch.seg_pixels.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        outputs = model(batch)
+    losses = {}
+    if outputs.predictions is not None:
+        generators = [torch.Generator(device).manual_seed(seed) for seed in batch.run_seeds]
+        parts = segmentation_losses(
+            outputs.predictions, batch.targets, generators, normalisers, config.loss
+        )
+        weights = {
+            "class": config.loss.class_weight,
+            "mask": config.loss.mask_weight,
+            "dice": config.loss.dice_weight,
+        }
+        losses = {name: weights[name] * loss for name, loss in parts.items()}
+    if outputs.token_loss is not None:
+        losses["text"] = outputs.token_loss / normalisers.tokens
+    return losses
+
+
+def check_finite(step: int, loss: float, grad_norm: torch.Tensor, batches: list) -> None:
+    if not math.isfinite(loss) or not torch.isfinite(grad_norm):
+        names = [sample.sample_id for batch in batches for sample in batch.samples]
+        raise FloatingPointError(
+            f"step {step}: loss {loss}, gradient norm {float(grad_norm)}; samples {', '.join(names)}"
+        )
+
+
+# ---- what a person sees ----------------------------------------------------------------------------
+
+
+def step_line(record: dict) -> str:
+    names = [name for name in ("class", "mask", "dice", "text") if name in record]
+    losses = " ".join(f"{name} {record[name]:.3f}" for name in names)
+    return (
+        f"stage {record['stage']} step {record['step']} {record['task']}: loss {record['loss']:.3f} "
+        f"({losses}) norm {record['grad_norm']:.2f} lr {record['lr']:.1e} "
+        f"{record['images_per_second']:.1f} images/s data {record['data_seconds']:.2f} s "
+        f"memory {record['memory_gb']:.1f} GB"
+    )
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this process in GB: of the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak / 1e6
+
+
+def drop_metrics(path: Path, stage: int, step: int) -> None:
+    """Forgets the lines that a resumed run is going to write again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that a killed run was writing
+        if (record["stage"], record["step"]) < (stage, step):
+            kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def draw_metrics(out: Path) -> None:
+    """OUT/curves.png: the losses of each stage."""
+    charts = []
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    for number in sorted({record["stage"] for record in records}):
+        of_stage = [record for record in records if record["stage"] == number]
+        series = {}
+        for name in ("loss", "class", "mask", "dice", "text"):
+            points = [(record["step"], record[name]) for record in of_stage if name in record]
+            if points:
+                series[name] = tuple(map(list, zip(*points, strict=True)))
+        charts.append(draw.draw_curves(series, f"stage {number}", log_scale=True))
+    draw.stack(charts).save(out / "curves.png")
+
+
+def draw_prediction(kept: dict, path: Path) -> None:
+    """Ground truth beside prediction, for one kept prediction of `evaluate`."""
+    sample = kept["sample"]
+    truth = draw.draw_segments(
+        sample.image, sample.masks, [sample.names[label] for label in sample.labels]
+    )
+    guess = draw.draw_segments(sample.image, kept["masks"], kept["labels"], kept["scores"])
+    asked = sample.names[0] if sample.task == "refer" else "everything"
+    answer = f" - {kept['answer']}" if kept["answer"] else ""
+    titles = [f"ground truth: {asked}", f"prediction{answer}"]
+    draw.side_by_side([truth, guess], titles).save(path)
+
+
+def score(
+    column: str, model: nn.Module, config: Config, options: argparse.Namespace, device: torch.device
+) -> None:
+    """Evaluates `model`, adds the column to OUT/results.json and results.md, draws pictures."""
+    tasks = config.eval_tasks if isinstance(model, XSAM) else ("panoptic",)
+    results = read_results(options.out)
+    results[column] = {}
+    for task in tasks:
+        count = math.ceil(config.num_pictures / distributed.world_size())
+        metrics, kept = evaluate(model, config, task, options.data, device, num_kept=count)
+        results[column][task] = metrics
+        if column != "untrained":
+            (options.out / "pictures").mkdir(exist_ok=True)
+            for prediction in kept:
+                name = f"{column.replace(' ', '')}_{task}_{prediction['index']:05d}.png"
+                draw_prediction(prediction, options.out / "pictures" / name)
+    if distributed.rank() == 0:
+        # The last column's figures stand at the top level: {"panoptic": {"PQ": …}, …}.
+        document = results[column] | {"columns": results}
+        path = options.out / "results.json"
+        path.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        text = table(results)
+        (options.out / "results.md").write_text(text + "\n", encoding="utf-8")
+        print(f"\n{text}", flush=True)
+    distributed.barrier()
+
+
+def read_results(out: Path) -> dict:
+    path = out / "results.json"
+    return json.loads(path.read_text(encoding="utf-8"))["columns"] if path.is_file() else {}
+
+
+# ---- the run ---------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace, config: Config) -> None:
+    device = distributed.start()
+    if distributed.rank() == 0:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / "config.json"
+        path.write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+        if options.makes_data and not options.data.exists():
+            toy.write_world(options.data, seed=config.seed)
+        if options.makes_weights and not options.weights.exists():
+            toy.write_weights(options.weights, config.model, seed=config.seed)
+    distributed.barrier()
+
+    if config.eval_tasks and "untrained" not in read_results(options.out):
+        torch.manual_seed(config.seed)
+        model = build_model(config, options.stages[-1])
+        load_pretrained(model, config, options.weights)
+        score("untrained", model.to(device), config, options, device)
+    for number in options.stages:
+        model = train_stage(number, config, options, device)
+        if config.eval_tasks and number != 2 and f"stage {number}" not in read_results(options.out):
+            score(f"stage {number}", model, config, options, device)
+    if distributed.rank() == 0:
+        draw_metrics(options.out)
+        print(f"\nwrote {options.out}")
+
+
+def main(options: argparse.Namespace, config: Config) -> int:
+    try:
+        run(options, config)
+    except (ValueError, FloatingPointError) as error:
+        print(f"xsam/train.py: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        distributed.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(OPTIONS, CONFIG))
