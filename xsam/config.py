@@ -124,6 +124,9 @@ class Config:
     model: ModelConfig
     stages: dict[int, Stage]
     loss: LossConfig = field(default_factory=LossConfig)
+    categories: tuple[
+        dict, ...
+    ] = ()  # {"name", "is_thing"} of the generic data, filled in training
     seed: int = 0
     num_workers: int = 4
     save_every: int = 1000
@@ -182,12 +185,12 @@ def toy() -> Config:
         seg_encoder="sam-vit-toy",
         seg_image_size=128,
         seg_patch_size=8,
-        seg_dim=96,
-        seg_depth=6,
-        seg_heads=3,
-        seg_mlp_dim=288,
+        seg_dim=64,
+        seg_depth=4,
+        seg_heads=2,
+        seg_mlp_dim=192,
         seg_window_size=8,
-        seg_global_blocks=(1, 3, 5),
+        seg_global_blocks=(1, 3),
         seg_neck_dim=32,
         image_encoder="siglip2-toy",
         image_encoder_config=dict(
@@ -216,11 +219,11 @@ def toy() -> Config:
         ),
         max_text_length=320,
         connector_dim=64,
-        connector_layers=(2, 4, 6),
+        connector_layers=(2, 3, 4),
         num_region_points=32,
         decoder_dim=64,
         decoder_heads=4,
-        pixel_decoder_layers=2,
+        pixel_decoder_layers=1,
         pixel_decoder_points=2,
         pixel_decoder_mlp_dim=128,
         decoder_layers=3,
@@ -228,23 +231,23 @@ def toy() -> Config:
         num_queries=20,
         num_classes=12,
     )
-    config.loss.num_points = 1024
+    config.loss.num_points = 512
     config.num_workers = 0
     config.save_every = 200
     config.eval_batch_size = 16
     config.max_new_tokens = 48
     config.eval_tasks = ("panoptic", "refer")
     one, two, three = config.stages[1], config.stages[2], config.stages[3]
-    one.learning_rates = {"segmentor.encoder": 1e-3, "": 1e-3}
+    one.learning_rates = {"segmentor.encoder": 2e-3, "": 1e-3}
     one.scale_range = (0.8, 1.25)
     one.clip_norm = 1.0
-    one.max_steps = 700
+    one.max_steps = 1500
     three.learning_rates = {"segmentor.encoder": 2e-4, "image_encoder": 5e-4, "": 1e-3}
     three.datasets = ("llava_instruct", "coco_panoptic", "refcoco")
     three.max_steps = 600
     two.max_steps = 60
     for stage in config.stages.values():
-        stage.global_batch_size, stage.micro_batch_size = 16, 8
+        stage.global_batch_size, stage.micro_batch_size = 8, 4
     return config
 
 
@@ -263,6 +266,7 @@ class Source:
     images: str
     masks: str = ""
     instances: str = ""  # RefCOCO keeps its masks in a second file
+    split: str = ""  # where one file holds several
     about: str = ""
 
     def paths(self) -> list[str]:
@@ -286,9 +290,10 @@ def _panoptic(split: str) -> Source:
     )
 
 
-def _refer(folder: str, who: str) -> Source:
+def _refer(folder: str, who: str, split: str = "train") -> Source:
     return Source(
         task="refer",
+        split=split,
         annotations=f"{_REF}/{folder}/refs({who}).p",
         instances=f"{_REF}/{folder}/instances.json",
         images=f"{_REF}/images/train2014",
@@ -300,6 +305,7 @@ SOURCES = {
     "coco_panoptic": _panoptic("train"),
     "coco_panoptic_val": _panoptic("val"),
     "refcoco": _refer("refcoco", "unc"),
+    "refcoco_val": _refer("refcoco", "unc", "val"),
     "refcoco+": _refer("refcoco+", "unc"),
     "refcocog": _refer("refcocog", "umd"),
     "llava_pretrain": Source(
@@ -420,7 +426,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(f"{title} fields (default: the value of --config)")
         hints = typing.get_type_hints(kind)
         for entry in dataclasses.fields(kind):
-            if kind is Config and entry.name in ("name", "model", "stages", "loss"):
+            if kind is Config and entry.name in ("name", "model", "stages", "loss", "categories"):
                 continue
             convert = lambda text, hint=hints[entry.name]: _parse(hint, text)  # noqa: E731
             convert.__name__ = getattr(hints[entry.name], "__name__", str(hints[entry.name]))

@@ -149,17 +149,17 @@ class Sample:
     names: list[str] = field(default_factory=list)  # the classes or phrases, in prompt order
 
 
-def _phrase(task: str, names: list[str], rng: np.random.Generator) -> tuple[str, str]:
-    """A random phrasing of the task's question about `names` and of its answer."""
-    phrasings = PHRASINGS[task]
-    question = phrasings["questions"][rng.integers(len(phrasings["questions"]))]
-    answer = phrasings["answers"][rng.integers(len(phrasings["answers"]))]
-    return ask(question, names), answer
-
-
-def ask(question: str, names: list[str]) -> str:
-    """A phrasing of PHRASINGS with its phrases filled in."""
+def ask(task: str, names: list[str], rng: np.random.Generator | None = None) -> str:
+    """The task's question about `names`: a random phrasing, or the first one without `rng`."""
+    phrasings = PHRASINGS[task]["questions"]
+    question = phrasings[rng.integers(len(phrasings)) if rng else 0]
     return question.replace("{phrases}", ", ".join(f"<p>{name}</p>" for name in names))
+
+
+def draw_turn(task: str, names: list[str], rng: np.random.Generator) -> tuple[str, str]:
+    """A random question about `names` and a random answer."""
+    answers = PHRASINGS[task]["answers"]
+    return ask(task, names, rng), answers[rng.integers(len(answers))]
 
 
 def clean_name(name: str) -> str:
@@ -182,6 +182,10 @@ class CocoPanoptic:
         self.category_index = {category["id"]: i for i, category in enumerate(categories)}
         self.names = [clean_name(category["name"]) for category in categories]
         self.is_thing = [bool(category["isthing"]) for category in categories]
+        self.categories = tuple(
+            {"name": name, "is_thing": is_thing}
+            for name, is_thing in zip(self.names, self.is_thing, strict=True)
+        )
         by_image = {record["image_id"]: record for record in annotations["annotations"]}
         images = sorted(annotations["images"], key=lambda image: image["id"])
         self.records = [
@@ -230,7 +234,7 @@ class CocoPanoptic:
             sample_id=f"coco_panoptic/{self.records[index][0]['id']}",
             task="generic",
             image=picture,
-            turns=[_phrase("generic", names, rng)],
+            turns=[draw_turn("generic", names, rng)],
             masks=masks.reshape(-1, *ids.shape),
             labels=np.array([place[category] for category in classes], np.int64),
             ignore=~masks.any(axis=0) if len(masks) else np.ones(ids.shape, bool),
@@ -246,7 +250,7 @@ class RefCoco:
     samples as the image has sentences. Evaluation: one sample per object and sentence.
     """
 
-    def __init__(self, root: Path, source: Source, split: str = "train"):
+    def __init__(self, root: Path, source: Source):
         self.root, self.source = root, source
         self.name = Path(source.annotations).parent.name
         instances = read_json(root / source.instances)
@@ -267,10 +271,10 @@ class RefCoco:
         self.records = []  # (image id, [(annotation id, sentence)])
         for image_id in sorted(by_image):
             refs = by_image[image_id]
-            if refs[0]["split"] != split:
+            if refs[0]["split"] != source.split:
                 continue
             objects = [[(ref["ann_id"], sentence) for sentence in _sentences(ref)] for ref in refs]
-            if split == "train":
+            if source.split == "train":
                 combinations = itertools.islice(
                     itertools.product(*objects), sum(len(sentences) for sentences in objects)
                 )
@@ -298,7 +302,7 @@ class RefCoco:
             sample_id=f"{self.name}/{image_id}/{index}",
             task="refer",
             image=read_image(self.root / self.source.images / image["file_name"], size),
-            turns=[_phrase("refer", [sentence], rng) for sentence in sentences],
+            turns=[draw_turn("refer", [sentence], rng) for sentence in sentences],
             masks=np.stack(masks),
             labels=np.arange(len(pairs)),
             names=sentences,
@@ -351,15 +355,11 @@ class LlavaChat:
 
 
 def open_dataset(name: str, root: Path, all_classes: bool = False):
-    """The dataset that config.SOURCES calls `name`; a name ending in _val is an evaluation split."""
-    base, _, split = name.partition("_val")
-    split = "val" if name.endswith("_val") else "train"
-    source = SOURCES[name if name in SOURCES else base]
+    """The dataset that config.SOURCES calls `name`."""
+    source = SOURCES[name]
     if source.task == "generic":
         return CocoPanoptic(root, source, all_classes)
-    if source.task == "refer":
-        return RefCoco(root, source, split)
-    return LlavaChat(root, source)
+    return RefCoco(root, source) if source.task == "refer" else LlavaChat(root, source)
 
 
 # ---- from samples to batches -----------------------------------------------------------------------

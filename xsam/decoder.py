@@ -65,6 +65,7 @@ class DeformableAttention(nn.Module):
         queries = x + positions
         offsets = self.sampling_offsets(queries).view(B, N, heads, levels, points, 2)
         weights = self.attention_weights(queries).view(B, N, heads, levels * points).softmax(-1)
+        weights = weights.unflatten(-1, (levels, points))
         sizes = torch.tensor([(w, h) for h, w in shapes], device=x.device, dtype=offsets.dtype)
         locations = references[:, None, None, None].to(offsets) + offsets / sizes[:, None]
         grids = (
@@ -73,12 +74,12 @@ class DeformableAttention(nn.Module):
 
         values = self.value_proj(x).view(B, N, heads, C // heads).permute(0, 2, 3, 1)
         values = values.flatten(0, 1).split([h * w for h, w in shapes], dim=-1)
-        sampled = [
-            F.grid_sample(value.unflatten(-1, shape), grid.to(value.dtype), align_corners=False)
-            for value, grid, shape in zip(values, grids, shapes, strict=True)
-        ]  # levels × [B·heads, C/heads, N, points]
-        weights = weights.transpose(1, 2).reshape(B * heads, 1, N, levels * points)
-        x = (torch.cat(sampled, dim=-1) * weights).sum(-1)  # [B·heads, C/heads, N]
+        weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :, None]  # as grids, and channels
+        x = 0
+        for value, grid, weight, shape in zip(values, grids, weights, shapes, strict=True):
+            # One level at a time: the samples of all at once, weighted, are the largest tensors.
+            value, grid = value.unflatten(-1, shape), grid.to(value.dtype)
+            x = x + (F.grid_sample(value, grid, align_corners=False) * weight).sum(-1)
         return self.output_proj(x.view(B, C, N).transpose(1, 2))
 
 

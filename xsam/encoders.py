@@ -79,8 +79,9 @@ class Attention(nn.Module):
         columns = torch.eye(w, device=x.device, dtype=q.dtype).repeat(h, 1)  # [N, w]
         codes = torch.cat([rows, columns], dim=-1).expand(B, heads, -1, -1)
         k = torch.cat([k, codes], dim=-1)
+        v = F.pad(v, (0, h + w))  # fused kernels want keys and values equally wide
 
-        x = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        x = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :dim]
         return self.proj(x.transpose(1, 2).reshape(B, h, w, C))
 
 

@@ -19,14 +19,12 @@ import json
 from collections import defaultdict
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from xsam import distributed
-from xsam.config import SOURCES, Config
-from xsam.data import CocoPanoptic, Processor, RefCoco, Sample, open_dataset
-from xsam.model import XSAM, Segmentor, best_mask, panoptic_segments
-from xsam.weights import load_checkpoint
+from xsam.config import SOURCES
+from xsam.data import CocoPanoptic, RefCoco, Sample, open_dataset
+from xsam.model import XSAM, Prediction, Segmentor, answer, load_checkpoint
 
 TASKS = {"panoptic": "coco_panoptic_val", "refer": "refcoco_val"}
 PROTOCOLS = {
@@ -42,52 +40,68 @@ PROTOCOLS = {
 
 
 def panoptic_matches(
-    ids: np.ndarray,
-    segments: list[dict],
-    category_index: dict[int, int],
-    predicted_ids: np.ndarray,
-    predicted: list[dict],
+    dataset: CocoPanoptic, index: int, sample: Sample, prediction: Prediction
 ) -> list[tuple[str, int, float]]:
-    """One image's matches: ("tp", class, IoU), ("fn", class, 0.0) and ("fp", class, 0.0).
+    """One image's matches: ("tp", class, IoU), ("fn", class, 0.0) and ("fp", class, 0.0)."""
+    _, ids, segments = dataset.read(index)
+    truth = {
+        segment["id"]: (dataset.category_index[segment["category_id"]], bool(segment["iscrowd"]))
+        for segment in segments
+    }
+    numbers = np.arange(1, len(prediction.masks) + 1, dtype=np.int32)
+    guess = (prediction.masks * numbers[:, None, None]).sum(axis=0)
+    return match_segments(ids, truth, guess, dict(zip(numbers, prediction.categories, strict=True)))
 
-    `ids` [H, W] with COCO segments_info against `predicted_ids` [H, W] with {"id", "category"};
-    0 is void in both. A pair matches where the classes agree and IoU > 0.5, void not counted in the
-    union. A missed crowd region is no error, nor is a segment mostly on void or on such a region.
+
+def match_segments(
+    ids: np.ndarray,
+    truth: dict[int, tuple[int, bool]],
+    guessed_ids: np.ndarray,
+    guesses: dict[int, int],
+) -> list[tuple[str, int, float]]:
+    """True segment ids [H, W] with their (class, is crowd) against guessed ids with their class; 0
+    is void in both.
+
+    A pair matches where the classes agree and IoU > 0.5, void not counted in the union. A missed
+    crowd region is no error, nor is a guess that lies mostly on void or on a crowd of its class.
     """
-    pairs, areas = np.unique(
-        np.stack([ids.ravel(), predicted_ids.ravel()]), axis=1, return_counts=True
-    )
-    overlap = {(int(a), int(b)): int(n) for (a, b), n in zip(pairs.T, areas, strict=True)}
-    true_area, predicted_area = defaultdict(int), defaultdict(int)
+    stacked = np.stack([ids.ravel(), guessed_ids.ravel()])
+    pairs, counts = np.unique(stacked, axis=1, return_counts=True)
+    overlap = {(int(a), int(b)): int(n) for (a, b), n in zip(pairs.T, counts, strict=True)}
+    true_area, guessed_area = defaultdict(int), defaultdict(int)
     for (true, guess), area in overlap.items():
         true_area[true] += area
-        predicted_area[guess] += area
+        guessed_area[guess] += area
 
-    classes = {segment["id"]: category_index[segment["category_id"]] for segment in segments}
-    crowds = {segment["id"] for segment in segments if segment["iscrowd"]}
-    guesses = {segment["id"]: segment["category"] for segment in predicted}
-    records, matched_true, matched_guess = [], set(), set()
+    records, found, explained = [], set(), set()
     for (true, guess), area in overlap.items():
-        if true not in classes or true in crowds or guess not in guesses:
+        if true == 0 or guess == 0 or truth[true] != (guesses[guess], False):
             continue
-        if classes[true] != guesses[guess]:
-            continue
-        union = true_area[true] + predicted_area[guess] - area - overlap.get((0, guess), 0)
+        union = true_area[true] + guessed_area[guess] - area - overlap.get((0, guess), 0)
         if area / union > 0.5:
-            records.append(("tp", classes[true], area / union))
-            matched_true.add(true)
-            matched_guess.add(guess)
-    for true, category in classes.items():
-        if true not in matched_true and true not in crowds:
+            records.append(("tp", guesses[guess], area / union))
+            found.add(true)
+            explained.add(guess)
+    for true, (category, is_crowd) in truth.items():
+        if true not in found and not is_crowd:
             records.append(("fn", category, 0.0))
     for guess, category in guesses.items():
-        if guess in matched_guess or not predicted_area[guess]:
+        if guess in explained or not guessed_area[guess]:
             continue
-        unlabelled = overlap.get((0, guess), 0)
-        unlabelled += sum(overlap.get((c, guess), 0) for c in crowds if classes[c] == category)
-        if unlabelled / predicted_area[guess] <= 0.5:
+        excused = [true for true, kind in truth.items() if kind == (category, True)]
+        unlabelled = sum(overlap.get((true, guess), 0) for true in [0, *excused])
+        if unlabelled / guessed_area[guess] <= 0.5:
             records.append(("fp", category, 0.0))
     return records
+
+
+def referring_areas(
+    dataset: RefCoco, index: int, sample: Sample, prediction: Prediction
+) -> tuple[int, int]:
+    """Intersection and union of the only mask; without a prediction the union is the truth."""
+    truth = sample.masks[0]
+    guess = prediction.masks.any(axis=0)
+    return int((guess & truth).sum()), int((guess | truth).sum())
 
 
 def panoptic_quality(
@@ -126,98 +140,39 @@ def referring_quality(records: list[tuple[int, int]]) -> dict[str, float]:
 
 
 def evaluate(
-    model: Segmentor | XSAM,
-    config: Config,
-    task: str,
-    data: Path,
-    device: torch.device,
-    num_kept: int = 0,
-) -> tuple[dict[str, float], list[dict]]:
-    """Scores of one task over all ranks, and the first `num_kept` of this rank's predictions.
-
-    A kept prediction is {"sample", "answer", "masks", "labels", "scores", "index"}.
-    """
-    model.eval()
-    tokenizer = model.tokenizer if isinstance(model, XSAM) else None
-    processor = Processor(config, tokenizer)
+    model: Segmentor | XSAM, task: str, data: Path, num_kept: int = 0
+) -> tuple[dict[str, float], list[tuple[int, Sample, Prediction]]]:
+    """Scores of one task over all ranks, and of this rank's first `num_kept` samples their index,
+    ground truth and prediction."""
     dataset = open_dataset(TASKS[task], data, all_classes=True)
+    is_panoptic = isinstance(dataset, CocoPanoptic)
     rank, world_size = distributed.rank(), distributed.world_size()
     indices = list(range(rank, len(dataset), world_size))
+    size = model.settings.eval_batch_size
     records, kept = [], []
     bar = tqdm(total=len(indices), desc=f"evaluate {task}", unit="image", disable=rank != 0)
-    for start in range(0, len(indices), config.eval_batch_size):
-        chunk = indices[start : start + config.eval_batch_size]
-        samples = [_question(dataset, index) for index in chunk]
-        batch = processor.collate([processor.encode(sample) for sample in samples], pad_left=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            answers, predictions = model.infer(batch.to(device), config.max_new_tokens)
-        rows = (
-            {}
-            if predictions is None
-            else dict(zip(predictions.image_index.tolist(), range(len(samples))))
-        )
-        masks = None if predictions is None else predictions.mask_logits()
-        for position, (index, sample) in enumerate(zip(chunk, samples, strict=True)):
-            run = rows.get(position)
-            run_outputs = (
-                None
-                if run is None
-                else (predictions.class_logits[-1, run], masks[run], batch.placements[position])
-            )
-            record, prediction = _score(dataset, index, sample, run_outputs, config)
-            records.append((index, record))
+    for chunk in (indices[start : start + size] for start in range(0, len(indices), size)):
+        samples = [question(dataset, index) for index in chunk]
+        predictions = answer(model, samples, dataset.is_thing if is_panoptic else None)
+        for index, sample, prediction in zip(chunk, samples, predictions, strict=True):
+            score = panoptic_matches if is_panoptic else referring_areas
+            records.append((index, score(dataset, index, sample, prediction)))
             if len(kept) < num_kept:
-                kept.append(
-                    {"sample": sample, "answer": answers[position], "index": index, **prediction}
-                )
+                kept.append((index, sample, prediction))
         bar.update(len(chunk))
     bar.close()
-    records = [
-        record for _, record in sorted(distributed.gather(records), key=lambda item: item[0])
-    ]
-    if task == "panoptic":
-        flat = [match for matches in records for match in matches]
+    ordered = sorted(distributed.gather(records), key=lambda item: item[0])
+    if is_panoptic:
+        flat = [match for _, matches in ordered for match in matches]
         return panoptic_quality(flat, dataset.is_thing), kept
-    return referring_quality(records), kept
+    return referring_quality([areas for _, areas in ordered]), kept
 
 
-def _question(dataset: CocoPanoptic | RefCoco, index: int) -> Sample:
-    """The sample with its answer left to the model; phrasings are those of a fixed seed."""
+def question(dataset: CocoPanoptic | RefCoco, index: int) -> Sample:
+    """A sample with its answer left to the model; its phrasing is drawn from a fixed seed."""
     sample = dataset.sample(index, np.random.default_rng([0, index]))
-    sample.turns = [(question, None) for question, _ in sample.turns]
+    sample.turns = [(asked, None) for asked, _ in sample.turns]
     return sample
-
-
-def _score(dataset, index: int, sample: Sample, run_outputs: tuple | None, config: Config):
-    """One sample's record for the metric and its prediction as masks, labels and scores."""
-    height, width = sample.image.height, sample.image.width
-    if isinstance(dataset, CocoPanoptic):
-        segment_map, segments = np.zeros((height, width), np.int32), []
-        if run_outputs is not None:
-            segment_map, segments = panoptic_segments(
-                *run_outputs, dataset.is_thing, config.score_threshold, config.overlap_threshold
-            )
-        _, ids, truth = dataset.read(index)
-        record = panoptic_matches(ids, truth, dataset.category_index, segment_map, segments)
-        numbers = np.array([segment["id"] for segment in segments])
-        prediction = {
-            "masks": (segment_map == numbers[:, None, None]).reshape(-1, height, width),
-            "labels": [dataset.names[segment["category"]] for segment in segments],
-            "scores": [segment["score"] for segment in segments],
-        }
-        return record, prediction
-    mask, score = np.zeros((height, width), bool), 0.0
-    if run_outputs is not None:
-        mask, score = best_mask(*run_outputs)
-    truth = sample.masks[0]
-    record = int((mask & truth).sum()), int((mask | truth).sum())
-    found = run_outputs is not None
-    prediction = {
-        "masks": mask[None][:found],
-        "labels": sample.names[:found],
-        "scores": [score][:found],
-    }
-    return record, prediction
 
 
 # ---- command line ----------------------------------------------------------------------------------
@@ -256,24 +211,17 @@ def main(arguments: list[str] | None = None) -> int:
     tasks = list(TASKS) if options.tasks == "all" else options.tasks.split(",")
     if unknown := [task for task in tasks if task not in TASKS]:
         parser.error(f"unknown task {', '.join(unknown)}; known are {', '.join(TASKS)}")
-    missing = [
-        options.data / path
-        for task in tasks
-        for path in SOURCES[
-            TASKS[task].removesuffix("_val") if "refer" in task else TASKS[task]
-        ].paths()
-        if not (options.data / path).exists()
-    ]
-    if missing:
-        parser.error("missing: " + ", ".join(map(str, missing)))
+    paths = [options.data / path for task in tasks for path in SOURCES[TASKS[task]].paths()]
+    if missing := [str(path) for path in paths if not path.exists()]:
+        parser.error("missing: " + ", ".join(missing))
 
     device = distributed.start()
     try:
-        model, config, stage = load_checkpoint(options.checkpoint)
+        model, stage = load_checkpoint(options.checkpoint)
         model.to(device)
-        if stage == 1:
-            tasks = [task for task in tasks if task == "panoptic"]
-        results = {task: evaluate(model, config, task, options.data, device)[0] for task in tasks}
+        if stage == 1 and "refer" in tasks:
+            raise ValueError("stage 1 has no language model; it is scored with --tasks panoptic")
+        results = {task: evaluate(model, task, options.data)[0] for task in tasks}
         if distributed.rank() == 0:
             out = options.out or options.checkpoint
             out.mkdir(parents=True, exist_ok=True)

@@ -6,16 +6,19 @@ Legend: B images, R decoder runs, P phrases, Q queries, K classes, C channels, V
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from xsam.config import ModelConfig
+from xsam.config import Config
 from xsam.connector import Projector, SegmentationConnector, pixel_shuffle
-from xsam.data import Batch
+from xsam.data import Batch, Processor, Sample, ask
 from xsam.decoder import (
     CosineClassHead,
     LinearClassHead,
@@ -23,8 +26,10 @@ from xsam.decoder import (
     PixelDecoder,
     Predictions,
 )
+from xsam.draw import draw_segments
 from xsam.encoders import ImageEncoder, Placement, SamEncoder
 from xsam.llm import LanguageModel
+from xsam.weights import MODEL_FILE, load_state, read_header, read_safetensors, read_tokenizer
 
 
 @dataclass
@@ -38,9 +43,12 @@ class Outputs:
 class Segmentor(nn.Module):
     """Segmentation encoder, connector, pixel decoder, masked-attention decoder and class head."""
 
-    def __init__(self, config: ModelConfig, class_head: nn.Module | None = None):
+    tokenizer = None  # this model reads no text
+
+    def __init__(self, settings: Config, class_head: nn.Module | None = None):
         """`class_head` None: the linear head of stage 1."""
         super().__init__()
+        self.settings, config = settings, settings.model
         self.encoder = SamEncoder(
             image_size=config.seg_image_size,
             patch_size=config.seg_patch_size,
@@ -103,11 +111,12 @@ class Segmentor(nn.Module):
 class XSAM(nn.Module):
     """One multimodal model for every segmentation task and for chat."""
 
-    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None):
+    def __init__(self, settings: Config, tokenizer: PreTrainedTokenizerBase | None = None):
         """`tokenizer` gains the special tokens; without one the model can be built and loaded, but
         not run (`set_tokenizer`)."""
         super().__init__()
-        self.segmentor = Segmentor(config, CosineClassHead(config.logit_clamp))
+        self.settings, config = settings, settings.model
+        self.segmentor = Segmentor(settings, CosineClassHead(config.logit_clamp))
         self.image_encoder = ImageEncoder(config.image_encoder_config)
         self.llm = LanguageModel(config.llm_config)
         self.image_projector = Projector(self.image_encoder.dim, self.llm.dim)
@@ -201,18 +210,53 @@ class XSAM(nn.Module):
         new_ids, states, new_states = self.llm.generate(
             embeddings, batch.attention_mask, max_new_tokens
         )
-        answers = [
-            self.tokenizer.decode(row[row >= 0], skip_special_tokens=False).strip()
-            for row in new_ids
-        ]
+        answers = [self.tokenizer.decode(row[row >= 0]).strip() for row in new_ids]
         if batch.task == "chat":
             return answers, None
         input_ids = torch.cat([batch.input_ids, new_ids], dim=1)
         states = torch.cat([states, new_states], dim=1)
         return answers, self.segment(batch.task, hidden_states, states, input_ids)
 
+    def predict(
+        self, image: Image.Image | list[Image.Image], task: str, text: str | list[str] = "", **names
+    ) -> "Prediction | list[Prediction]":
+        """See `predict` below."""
+        return predict(self, image, task, text, **names)
+
 
 # ---- reading masks out -----------------------------------------------------------------------------
+
+
+@dataclass
+class Prediction:
+    """What a model says of one image, at the image's own size."""
+
+    image: Image.Image
+    masks: np.ndarray  # bool [N, H, W]
+    categories: list[int]  # index of each mask's class or phrase in the prompt
+    labels: list[str]
+    scores: list[float]
+    answer: str
+
+    def draw(self, title: str = "") -> Image.Image:
+        """The masks with outlines and labels over the image."""
+        return draw_segments(self.image, self.masks, self.labels, self.scores, title)
+
+    def to_dict(self) -> dict:
+        """JSON-ready: the answer, and each segment's label, score, box [x, y, w, h] and RLE."""
+        segments = []
+        for mask, label, score in zip(self.masks, self.labels, self.scores, strict=True):
+            rle = coco_mask.encode(np.asfortranarray(mask))
+            segments.append(
+                {
+                    "label": label,
+                    "score": round(score, 4),
+                    "area": int(mask.sum()),
+                    "bbox": coco_mask.toBbox(rle).tolist(),
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+                }
+            )
+        return {"answer": self.answer, "segments": segments}
 
 
 def original_logits(mask_logits: Tensor, placement: Placement) -> Tensor:
@@ -229,54 +273,157 @@ def original_logits(mask_logits: Tensor, placement: Placement) -> Tensor:
     return sampled[0]
 
 
-def panoptic_segments(
+def read_panoptic(
     class_logits: Tensor,
     mask_logits: Tensor,
     placement: Placement,
     is_thing: list[bool],
     score_threshold: float,
     overlap_threshold: float,
-) -> tuple[np.ndarray, list[dict]]:
+) -> tuple[np.ndarray, list[int], list[float]]:
     """Panoptic reading of one run: class_logits [Q, K+1], mask_logits [Q, h, w].
 
     Queries above the score threshold compete for each pixel with score times mask probability; a
     segment of which too little stays visible is dropped; stuff of one class is fused. Returns
-    segment numbers int32 [H, W], 0 where there is none, and their {"id", "category", "score"}.
+    disjoint masks bool [N, H, W], their classes and scores.
     """
     scores, categories = class_logits.float().softmax(-1).max(-1)
     keep = (categories < class_logits.shape[-1] - 1) & (scores > score_threshold)
-    height, width = placement.original
-    segment_map, segments = np.zeros((height, width), np.int32), []
     if not keep.any():
-        return segment_map, segments
+        return np.zeros((0, *placement.original), bool), [], []
     scores, categories = scores[keep], categories[keep].tolist()
     probabilities = original_logits(mask_logits[keep], placement).sigmoid()
     winner = (scores[:, None, None] * probabilities).argmax(0)
-    stuff = {}
+    masks, kept, stuff = [], [], {}
     for index, category in enumerate(categories):
         is_inside = probabilities[index] >= 0.5
         mask = (winner == index) & is_inside
         area, whole = int(mask.sum()), int(is_inside.sum())
         if area == 0 or area < overlap_threshold * whole:
             continue
-        if not is_thing[category] and category in stuff:
-            segment_map[mask.cpu().numpy()] = stuff[category]
+        mask = mask.cpu().numpy()
+        if category in stuff:
+            masks[stuff[category]] |= mask
             continue
-        segments.append(
-            {"id": len(segments) + 1, "category": category, "score": float(scores[index])}
-        )
-        segment_map[mask.cpu().numpy()] = len(segments)
         if not is_thing[category]:
-            stuff[category] = len(segments)
-    return segment_map, segments
+            stuff[category] = len(masks)
+        masks.append(mask)
+        kept.append(index)
+    stacked = np.stack(masks) if masks else np.zeros((0, *placement.original), bool)
+    return stacked, [categories[index] for index in kept], [float(scores[i]) for i in kept]
 
 
-def best_mask(
+def read_phrase(
     class_logits: Tensor, mask_logits: Tensor, placement: Placement
-) -> tuple[np.ndarray, float]:
+) -> tuple[np.ndarray, list[int], list[float]]:
     """Referring reading of one run, class_logits [Q, 2]: the mask of the query that fits the phrase
-    best, bool [H, W], and its score."""
+    best, bool [1, H, W], and its score."""
     scores = class_logits.float().softmax(-1)[:, 0]
     best = scores.argmax()
-    mask = original_logits(mask_logits[best][None], placement)[0] > 0
-    return mask.cpu().numpy(), float(scores[best])
+    mask = original_logits(mask_logits[best][None], placement) > 0
+    return mask.cpu().numpy(), [0], [float(scores[best])]
+
+
+@torch.no_grad()
+def answer(
+    model: Segmentor | XSAM, samples: list[Sample], is_thing: list[bool] | None = None
+) -> list[Prediction]:
+    """Asks a model the questions of `samples`, all of one task, whose answers are left open.
+
+    `is_thing` tells for each class of a generic prompt whether its instances are kept apart. A
+    sample that the model answers without a <SEG> has no masks.
+    """
+    model.eval()
+    settings = model.settings
+    processor = Processor(settings, model.tokenizer)
+    batch = processor.collate([processor.encode(sample) for sample in samples], pad_left=True)
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        answers, predictions = model.infer(batch.to(device), settings.max_new_tokens)
+    runs, mask_logits = {}, None
+    if predictions is not None:
+        runs = {row: run for run, row in enumerate(predictions.image_index.tolist())}
+        mask_logits = predictions.mask_logits()
+    results = []
+    for row, (sample, text) in enumerate(zip(samples, answers, strict=True)):
+        placement = batch.placements[row]
+        masks, categories, scores = np.zeros((0, *placement.original), bool), [], []
+        if row in runs:
+            outputs = predictions.class_logits[-1, runs[row]], mask_logits[runs[row]], placement
+            if sample.task == "generic":
+                thresholds = settings.score_threshold, settings.overlap_threshold
+                masks, categories, scores = read_panoptic(*outputs, is_thing, *thresholds)
+            else:
+                masks, categories, scores = read_phrase(*outputs)
+        labels = [sample.names[category] for category in categories]
+        results.append(Prediction(sample.image, masks, categories, labels, scores, text))
+    return results
+
+
+def predict(
+    model: Segmentor | XSAM,
+    image: Image.Image | list[Image.Image],
+    task: str,
+    text: str | list[str] = "",
+    things: list[str] | None = None,
+    stuff: list[str] | None = None,
+) -> Prediction | list[Prediction]:
+    """One request, or a list of images with the same one or a list of texts.
+
+    task "panoptic" segments the categories `things` and `stuff` (default: those the model was
+    trained on), "refer" what `text` refers to, "chat" answers `text`. Raises ValueError at another
+    task, a missing text, or a task that needs a language model where there is none.
+    """
+    if task not in ("panoptic", "refer", "chat"):
+        raise ValueError(f"unknown task {task!r}; known are panoptic, refer and chat")
+    is_segmentor = isinstance(model, Segmentor)
+    if is_segmentor and (task != "panoptic" or things or stuff):
+        raise ValueError("a stage-1 checkpoint segments its own categories only: use panoptic")
+    if task != "panoptic" and not text:
+        raise ValueError(f"task {task} needs a text")
+    images = image if isinstance(image, list) else [image]
+    texts = text if isinstance(text, list) else [text] * len(images)
+    names, is_thing = [], []
+    if task == "panoptic":
+        categories = [(name, True) for name in things or []] + [
+            (name, False) for name in stuff or []
+        ]
+        categories = categories or [(c["name"], c["is_thing"]) for c in model.settings.categories]
+        names, is_thing = map(list, zip(*categories, strict=True))
+    samples = []
+    for picture, words in zip(images, texts, strict=True):
+        picture = picture.convert("RGB")
+        question, classes = words, []
+        if task == "panoptic":
+            question, classes = ask("generic", names), names
+        elif task == "refer":
+            question, classes = ask("refer", [words]), [words]
+        samples.append(
+            Sample(
+                sample_id="request",
+                task="generic" if task == "panoptic" else task,
+                image=picture,
+                turns=[(question, None)],
+                masks=np.zeros((0, picture.height, picture.width), bool),
+                labels=np.zeros(0, np.int64),
+                names=classes,
+            )
+        )
+    predictions = answer(model, samples, is_thing)
+    return predictions if isinstance(image, list) else predictions[0]
+
+
+# ---- models from disk ------------------------------------------------------------------------------
+
+
+def load_checkpoint(folder: Path) -> tuple[Segmentor | XSAM, int]:
+    """The model of a checkpoint of stage 1 or 3 and its stage, ready to answer."""
+    header = read_header(folder)
+    if header["stage"] == 2:
+        raise ValueError(f"{folder}: stage 2 holds the projectors alone; give a stage 1 or 3")
+    if header["stage"] == 1:
+        model = Segmentor(header["config"])
+    else:
+        model = XSAM(header["config"], read_tokenizer(folder))
+    load_state(model, read_safetensors(folder / MODEL_FILE), folder)
+    return model.eval(), header["stage"]

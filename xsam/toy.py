@@ -46,10 +46,10 @@ COLORS = {
     "purple": (152, 46, 186),
     "white": (246, 246, 246),
 }
-RADII = {"small": (11.0, 14.0), "large": (20.0, 27.0)}  # pixels
+RADII = {"small": (14.0, 17.0), "large": (23.0, 30.0)}  # pixels
 TINY_RADIUS = (4.0, 5.0)  # members of a crowd
 IMAGE_SIZES = ((128, 128), (128, 104), (104, 128), (128, 112), (112, 128))  # (H, W)
-MARGIN = 32
+MARGIN = 40
 MIN_VISIBLE = 0.55  # share of its own area that every thing keeps
 VOID_COLOR = (48, 48, 48)
 RIM_COLOR = (24, 24, 24)
@@ -67,14 +67,14 @@ def _star(x: np.ndarray, y: np.ndarray, points: int = 5, inner: float = 0.45) ->
 SHAPES = {
     "circle": (lambda x, y: np.hypot(x, y) < 0.95, 0.0),
     "square": (lambda x, y: np.maximum(abs(x), abs(y)) < 0.82, 0.12),
-    "triangle": (lambda x, y: (y < 0.6) & (abs(x) < (y + 1.0) * 0.6), 0.3),
-    "star": (_star, 0.3),
+    "triangle": (lambda x, y: (y < 0.6) & (abs(x) < (y + 1.0) * 0.6), 0.12),
+    "star": (_star, 0.12),
     "cross": (
         lambda x, y: (np.minimum(abs(x), abs(y)) < 0.3) & (abs(x + y) + abs(x - y) < 1.9),
-        0.2,
+        0.12,
     ),
     "ring": (lambda x, y: (np.hypot(x, y) < 1.0) & (np.hypot(x, y) > 0.5), 0.0),
-    "moon": (lambda x, y: (np.hypot(x, y) < 1.0) & (np.hypot(x - 0.5, y) > 0.8), np.pi),
+    "moon": (lambda x, y: (np.hypot(x, y) < 1.0) & (np.hypot(x - 0.5, y) > 0.8), 0.25),
     "diamond": (lambda x, y: abs(x) / 0.68 + abs(y) / 1.1 < 1, 0.12),
 }
 
@@ -153,9 +153,9 @@ def draw_scene(rng: Generator, has_crowd: bool = False) -> Scene:
 
 
 def _choose_things(rng: Generator, has_crowd: bool) -> list[Segment]:
-    """Two to five things, after a crowd if there is one; some repeat an earlier shape or colour."""
+    """Two to four things, after a crowd if there is one; some repeat an earlier shape or colour."""
     chosen: list[Segment] = []
-    for index in range(rng.integers(2, 6) + has_crowd):
+    for index in range(rng.integers(2, 5) + has_crowd):
         color = list(COLORS)[rng.integers(len(COLORS))]
         category = list(THING_IDS)[rng.integers(len(THING_IDS))]
         size = list(RADII)[rng.integers(len(RADII))]
@@ -659,18 +659,33 @@ def write_weights(weights: Path, model: ModelConfig, seed: int = 0, steps: int =
                 window_size=model.seg_window_size,
                 global_attn_indexes=list(model.seg_global_blocks),
                 output_channels=model.seg_neck_dim,
-                initializer_range=0.02,  # the library's default is 1e-10
             )
             sam = SamVisionModel(segmentation_config)
-            for name, parameter in sam.named_parameters():
-                if "pos" in name:  # zero by default
-                    torch.nn.init.normal_(parameter, std=0.02)
+            _initialise_sam(sam, model)
             sam.save_pretrained(root / model.seg_encoder)
             siglip = AutoModel.from_config(AutoConfig.for_model(**model.image_encoder_config))
             siglip.save_pretrained(root / model.image_encoder)
             _write_language_model(root / model.llm, model.llm_config, seed, steps)
     finally:
         torch.set_num_threads(threads)
+
+
+def _initialise_sam(sam, model: ModelConfig) -> None:
+    """Weights from which a small ViT learns in minutes: every layer keeps the variance of its input,
+    and the position embedding is a sine code (Beyer et al. 2022, "Better plain ViT baselines")."""
+    import torch
+
+    from xsam.decoder import sine_positions
+
+    grid = model.seg_image_size // model.seg_patch_size
+    for name, parameter in sam.named_parameters():
+        if "rel_pos" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+        elif parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    positions = sine_positions(grid, grid, model.seg_dim, torch.device("cpu"))
+    with torch.no_grad():
+        sam.vision_encoder.pos_embed.copy_(positions.view(1, grid, grid, -1))
 
 
 def _language_model_texts(tokenizer, seed: int, num_scenes: int) -> list[str]:

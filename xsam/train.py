@@ -105,28 +105,63 @@ if __name__ == "__main__":
 import math
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from xsam import distributed, draw, toy
-from xsam.config import Stage
-from xsam.data import CocoPanoptic, Mixture, Processor, open_dataset
+from xsam.config import SOURCES, Stage
+from xsam.data import Batch, CocoPanoptic, Mixture, Processor, Sample, open_dataset
 from xsam.evaluate import evaluate, table
 from xsam.losses import Normalisers, count_targets, segmentation_losses
-from xsam.model import XSAM
+from xsam.model import XSAM, Prediction, Segmentor
 from xsam.weights import (
+    MODEL_FILE,
     TRAINING_FILE,
-    build_model,
     check_checkpoint,
     latest_checkpoint,
-    load_checkpoint,
-    load_earlier_stage,
-    load_pretrained,
+    load_sam_encoder,
+    load_state,
     load_trained,
+    load_transformers,
+    read_safetensors,
+    read_tokenizer,
     save_checkpoint,
 )
+
+# ---- where a stage begins --------------------------------------------------------------------------
+
+
+def pretrained_model(stage: int, config: Config, weights: Path) -> Segmentor | XSAM:
+    """A stage's model with the public weights: SAM in stage 1, then image encoder and language
+    model; all else is random."""
+    if stage == 1:
+        model = Segmentor(config)
+        load_sam_encoder(model.encoder, weights / config.model.seg_encoder)
+        return model
+    model = XSAM(config)
+    load_transformers(model.image_encoder, weights / config.model.image_encoder)
+    load_transformers(model.llm, weights / config.model.llm)
+    model.set_tokenizer(read_tokenizer(weights / config.model.llm))
+    return model
+
+
+def load_earlier_stage(model: XSAM, config: Config, stage: int, out: Path) -> None:
+    """What an earlier stage trained: the segmentor of stage 1 without its class head, the
+    projectors of stage 2."""
+    folder = latest_checkpoint(stage_folder(out, stage))
+    check_checkpoint(folder, config, stage)
+    state = read_safetensors(folder / MODEL_FILE)
+    if stage == 1:
+        state = {
+            f"segmentor.{name}": tensor
+            for name, tensor in state.items()
+            if not name.startswith("class_head.")
+        }
+    load_state(model, model.state_dict() | state, folder)
+
 
 # ---- the optimizer's side of a stage ---------------------------------------------------------------
 
@@ -179,23 +214,23 @@ def train_stage(
 
     # ---- model
     torch.manual_seed(config.seed + number)
-    model = build_model(config, number)
-    load_pretrained(model, config, options.weights)
+    model = pretrained_model(number, config, options.weights)
     for earlier in stage.starts_from:
         load_earlier_stage(model, config, earlier, options.out)
     model.to(device)
     optimizer = build_optimizer(model, stage, "segmentor." if number == 1 else "")
 
     # ---- data
-    tokenizer = model.tokenizer if isinstance(model, XSAM) else None
-    processor = Processor(config, tokenizer)
+    processor = Processor(config, model.tokenizer)
     datasets = [open_dataset(name, options.data, number == 1) for name in stage.datasets]
     mixture = Mixture(datasets, processor, stage, config.seed)
-    panoptic = [dataset for dataset in datasets if isinstance(dataset, CocoPanoptic)]
-    if number == 1 and len(panoptic[0].names) != config.model.num_classes:
+    for dataset in datasets:
+        if isinstance(dataset, CocoPanoptic):
+            config.categories = dataset.categories
+    if number == 1 and len(config.categories) != config.model.num_classes:
         raise ValueError(
-            f"{options.data / panoptic[0].source.annotations} has {len(panoptic[0].names)} "
-            f"categories, --num_classes is {config.model.num_classes}"
+            f"{options.data / SOURCES[stage.datasets[0]].annotations} has {len(config.categories)} "
+            f"categories, num_classes is {config.model.num_classes}"
         )
     num_steps = stage.max_steps or math.ceil(len(mixture) * stage.epochs)
     accumulation = stage.global_batch_size // (stage.micro_batch_size * world_size)
@@ -219,7 +254,8 @@ def train_stage(
     # ---- loop
     ddp = model
     if world_size > 1:
-        ddp = DistributedDataParallel(model, find_unused_parameters=number == 3)
+        # Chat uses no decoder, nothing uses SAM's neck or the image encoder's last layer.
+        ddp = DistributedDataParallel(model, find_unused_parameters=True)
     ddp.train()
     loader = DataLoader(
         mixture,
@@ -269,12 +305,12 @@ def train_stage(
         is_last = step + 1 == num_steps
         if is_main and ((step + 1) % config.save_every == 0 or is_last):
             training = {"optimizer": optimizer.state_dict()}
-            save_checkpoint(out, model, config, number, step + 1, training)
+            save_checkpoint(out, model, config, model.tokenizer, number, step + 1, training)
     distributed.barrier()  # no rank may look for a checkpoint that is still being written
     return model
 
 
-def step_normalisers(batches: list, config: Config, device: torch.device) -> Normalisers:
+def step_normalisers(batches: list[Batch], config: Config, device: torch.device) -> Normalisers:
     """Targets, class weights and answer tokens of the whole step, as a mean over ranks."""
     totals = {"masks": 0.0, "class_weight": 0.0, "tokens": 0.0}
     for batch in batches:
@@ -289,7 +325,7 @@ def step_normalisers(batches: list, config: Config, device: torch.device) -> Nor
 
 
 def micro_batch_losses(
-    model: nn.Module, batch, normalisers: Normalisers, config: Config
+    model: nn.Module, batch: Batch, normalisers: Normalisers, config: Config
 ) -> dict[str, torch.Tensor]:
     """Weighted losses of one micro-batch; over a step's micro-batches and ranks they add up."""
     device = batch.seg_pixels.device
@@ -312,7 +348,7 @@ def micro_batch_losses(
     return losses
 
 
-def check_finite(step: int, loss: float, grad_norm: torch.Tensor, batches: list) -> None:
+def check_finite(step: int, loss: float, grad_norm: torch.Tensor, batches: list[Batch]) -> None:
     if not math.isfinite(loss) or not torch.isfinite(grad_norm):
         names = [sample.sample_id for batch in batches for sample in batch.samples]
         raise FloatingPointError(
@@ -375,35 +411,28 @@ def draw_metrics(out: Path) -> None:
     draw.stack(charts).save(out / "curves.png")
 
 
-def draw_prediction(kept: dict, path: Path) -> None:
-    """Ground truth beside prediction, for one kept prediction of `evaluate`."""
-    sample = kept["sample"]
-    truth = draw.draw_segments(
-        sample.image, sample.masks, [sample.names[label] for label in sample.labels]
-    )
-    guess = draw.draw_segments(sample.image, kept["masks"], kept["labels"], kept["scores"])
+def draw_prediction(sample: Sample, prediction: Prediction) -> Image.Image:
+    """Ground truth beside prediction."""
+    labels = [sample.names[label] for label in sample.labels]
+    truth = draw.draw_segments(sample.image, sample.masks, labels)
     asked = sample.names[0] if sample.task == "refer" else "everything"
-    answer = f" - {kept['answer']}" if kept["answer"] else ""
-    titles = [f"ground truth: {asked}", f"prediction{answer}"]
-    draw.side_by_side([truth, guess], titles).save(path)
+    titles = [f"ground truth: {asked}", f"prediction {prediction.answer}".strip()]
+    return draw.side_by_side([truth, prediction.draw()], titles)
 
 
-def score(
-    column: str, model: nn.Module, config: Config, options: argparse.Namespace, device: torch.device
-) -> None:
+def score(column: str, model: Segmentor | XSAM, options: argparse.Namespace) -> None:
     """Evaluates `model`, adds the column to OUT/results.json and results.md, draws pictures."""
-    tasks = config.eval_tasks if isinstance(model, XSAM) else ("panoptic",)
+    tasks = model.settings.eval_tasks if isinstance(model, XSAM) else ("panoptic",)
     results = read_results(options.out)
     results[column] = {}
+    pictures = options.out / "pictures"
+    pictures.mkdir(exist_ok=True)
     for task in tasks:
-        count = math.ceil(config.num_pictures / distributed.world_size())
-        metrics, kept = evaluate(model, config, task, options.data, device, num_kept=count)
-        results[column][task] = metrics
-        if column != "untrained":
-            (options.out / "pictures").mkdir(exist_ok=True)
-            for prediction in kept:
-                name = f"{column.replace(' ', '')}_{task}_{prediction['index']:05d}.png"
-                draw_prediction(prediction, options.out / "pictures" / name)
+        count = math.ceil(model.settings.num_pictures / distributed.world_size())
+        results[column][task], kept = evaluate(model, task, options.data, num_kept=count)
+        for index, sample, prediction in kept:
+            name = f"{column.replace(' ', '')}_{task}_{index:05d}.png"
+            draw_prediction(sample, prediction).save(pictures / name)
     if distributed.rank() == 0:
         # The last column's figures stand at the top level: {"panoptic": {"PQ": …}, …}.
         document = results[column] | {"columns": results}
@@ -437,13 +466,12 @@ def run(options: argparse.Namespace, config: Config) -> None:
 
     if config.eval_tasks and "untrained" not in read_results(options.out):
         torch.manual_seed(config.seed)
-        model = build_model(config, options.stages[-1])
-        load_pretrained(model, config, options.weights)
-        score("untrained", model.to(device), config, options, device)
+        model = pretrained_model(options.stages[-1], config, options.weights)
+        score("untrained", model.to(device), options)
     for number in options.stages:
         model = train_stage(number, config, options, device)
         if config.eval_tasks and number != 2 and f"stage {number}" not in read_results(options.out):
-            score(f"stage {number}", model, config, options, device)
+            score(f"stage {number}", model, options)
     if distributed.rank() == 0:
         draw_metrics(options.out)
         print(f"\nwrote {options.out}")

@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from xsam.config import Config, stage_folder
+from xsam.config import Config
 from xsam.encoders import ImageEncoder, SamEncoder
 from xsam.llm import LanguageModel
-from xsam.model import XSAM, Segmentor
 
 MODEL_FILE, CONFIG_FILE, TRAINING_FILE, LATEST_FILE = (
     "model.safetensors",
@@ -103,48 +102,17 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder}: no tokenizer could be read ({error})") from error
 
 
-# ---- a stage's model -------------------------------------------------------------------------------
-
-
-def build_model(config: Config, stage: int) -> Segmentor | XSAM:
-    """The untrained model of a stage, all of its weights random."""
-    return Segmentor(config.model) if stage == 1 else XSAM(config.model)
-
-
-def load_pretrained(model: Segmentor | XSAM, config: Config, weights: Path) -> None:
-    """The public weights a stage begins with: SAM, the image encoder, the language model."""
-    if isinstance(model, Segmentor):
-        load_sam_encoder(model.encoder, weights / config.model.seg_encoder)
-        return
-    load_transformers(model.image_encoder, weights / config.model.image_encoder)
-    load_transformers(model.llm, weights / config.model.llm)
-    model.set_tokenizer(read_tokenizer(weights / config.model.llm))
-
-
-def load_earlier_stage(model: XSAM, config: Config, stage: int, out: Path) -> None:
-    """What an earlier stage trained: the segmentor of stage 1 without its class head, the
-    projectors of stage 2."""
-    folder = latest_checkpoint(stage_folder(out, stage))
-    if folder is None:
-        raise ValueError(f"{stage_folder(out, stage)}: no checkpoint; train --stage {stage} first")
-    check_checkpoint(folder, config, stage)
-    state = read_safetensors(folder / MODEL_FILE)
-    if stage == 1:
-        state = {name: value for name, value in state.items() if not name.startswith("class_head.")}
-        state |= {
-            f"class_head.{name}": value
-            for name, value in model.segmentor.class_head.state_dict().items()
-        }
-        load_state(model.segmentor, state, folder)
-    else:
-        load_state(model, model.state_dict() | state, folder)
-
-
 # ---- checkpoints -----------------------------------------------------------------------------------
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, config: Config, stage: int, step: int, training: dict
+    folder: Path,
+    model: nn.Module,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase | None,
+    stage: int,
+    step: int,
+    training: dict,
 ) -> Path:
     """Writes folder/step_N with what the stage trains and points `latest` at it.
 
@@ -163,8 +131,8 @@ def save_checkpoint(
     torch.save(training, temporary / TRAINING_FILE)
     header = {"stage": stage, "step": step, "config": config.to_dict()}
     (temporary / CONFIG_FILE).write_text(json.dumps(header, indent=1), encoding="utf-8")
-    if isinstance(model, XSAM):
-        model.tokenizer.save_pretrained(temporary)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 
@@ -225,16 +193,3 @@ def check_checkpoint(folder: Path, config: Config, stage: int) -> dict:
             + "; ".join(different[:5])
         )
     return header
-
-
-def load_checkpoint(folder: Path) -> tuple[Segmentor | XSAM, Config, int]:
-    """A stage's trained model, its configuration and its stage, from the checkpoint alone."""
-    header = read_header(folder)
-    config, stage = header["config"], header["stage"]
-    if stage == 2:
-        raise ValueError(f"{folder}: stage 2 holds the projectors alone; give a stage 1 or 3")
-    model = build_model(config, stage)
-    if stage != 1:
-        model.set_tokenizer(read_tokenizer(folder))
-    load_state(model, read_safetensors(folder / MODEL_FILE), folder)
-    return model.eval(), config, stage
