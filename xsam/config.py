@@ -1,7 +1,9 @@
-"""Every number of the model, of the three training stages and of the datasets, and the command line made from them.
+"""Every number of the model, of the three training stages and of the datasets, and the command line
+made from them.
 
-First link of the import chain: this file knows nothing of torch, so that a wrong flag or a missing file is reported
-before any heavy import. `xsam()` is the model of the paper, `toy()` the same code with smaller numbers.
+First link of the import chain: this file knows nothing of torch, so that a wrong flag or a missing
+file is reported before any heavy import. `xsam()` is the model of the paper, `toy()` the same code
+with smaller numbers.
 
     python xsam/train.py --config toy --stage 1 --num_queries 40 --global_batch_size 8
 """
@@ -19,7 +21,8 @@ SPECIAL_TOKENS = ("<p>", "</p>", "<SEG>")
 
 @dataclass
 class ModelConfig:
-    """Architecture (SPEC of the parts: paper section 3 and figure 2). Lengths are pixels of the padded input."""
+    """Architecture (SPEC of the parts: paper section 3 and figure 2). Lengths are pixels of the
+    padded input."""
 
     # Segmentation encoder: the ViT of SAM.
     seg_encoder: str = "sam-vit-large"  # folder under the weights root
@@ -33,7 +36,8 @@ class ModelConfig:
     seg_global_blocks: tuple[int, ...] = (5, 11, 17, 23)  # 0-based; the others attend in windows
     seg_neck_dim: int = 256
 
-    # Image encoder and language model: architectures of the transformers library, by folder and by config.json values.
+    # Image encoder and language model: architectures of the transformers library, by folder and by
+    # config.json values.
     image_encoder: str = "siglip2-so400m-patch14-384"
     image_encoder_config: dict = field(
         default_factory=lambda: dict(
@@ -85,7 +89,8 @@ class ModelConfig:
 
 @dataclass
 class Stage:
-    """One row of the recipe (paper tables 1 and 8). `learning_rates` goes by the longest matching prefix; 0 is frozen."""
+    """One row of the recipe (paper tables 1 and 8). `learning_rates` goes by the longest matching
+    prefix; 0 is frozen."""
 
     learning_rates: dict[str, float]
     datasets: tuple[str, ...]
@@ -143,7 +148,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
-        """Inverse of `to_dict`, also after a trip through JSON. Raises ValueError at an unknown or missing name."""
+        """Inverse of `to_dict`, also after a trip through JSON. Raises ValueError at an unknown or
+        missing name."""
         return _build(cls, values, "config")
 
 
@@ -178,7 +184,8 @@ def xsam() -> Config:
 
 
 def toy() -> Config:
-    """The same code for a laptop: 128-pixel drawings, about two million parameters, minutes on two CPU cores."""
+    """The same code for a laptop: 128-pixel drawings, about two million parameters, minutes on two
+    CPU cores."""
     config = xsam()
     config.name = "toy"
     config.model = ModelConfig(
@@ -232,19 +239,21 @@ def toy() -> Config:
         num_classes=12,
     )
     config.loss.num_points = 512
+    config.loss.class_weight = 4.0  # shapes are learned later than masks
+    config.score_threshold = 0.4
     config.num_workers = 0
     config.save_every = 200
     config.eval_batch_size = 16
     config.max_new_tokens = 48
     config.eval_tasks = ("panoptic", "refer")
     one, two, three = config.stages[1], config.stages[2], config.stages[3]
-    one.learning_rates = {"segmentor.encoder": 2e-3, "": 1e-3}
+    one.learning_rates = {"segmentor.encoder": 1e-3, "": 1e-3}
     one.scale_range = (0.8, 1.25)
     one.clip_norm = 1.0
-    one.max_steps = 1500
+    one.max_steps = 1000
     three.learning_rates = {"segmentor.encoder": 2e-4, "image_encoder": 5e-4, "": 1e-3}
     three.datasets = ("llava_instruct", "coco_panoptic", "refcoco")
-    three.max_steps = 600
+    three.max_steps = 800
     two.max_steps = 60
     for stage in config.stages.values():
         stage.global_batch_size, stage.micro_batch_size = 8, 4
@@ -254,7 +263,7 @@ def toy() -> Config:
 CONFIGS = {"xsam": xsam, "toy": toy}
 
 
-# ---- what lies where on disk -----------------------------------------------------------------------------------------
+# ---- what lies where on disk ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -330,7 +339,8 @@ def stage_folder(out: Path, stage: int) -> Path:
 def required_paths(
     config: Config, stages: list[int], data: Path, weights: Path, out: Path
 ) -> list[tuple[Path, str]]:
-    """(path, what belongs there) for all that the named stages read and no earlier one of them makes."""
+    """(path, what belongs there) for all that the named stages read and no earlier one of them
+    makes."""
     required: dict[Path, str] = {}
     for number in stages:
         stage = config.stages[number]
@@ -355,11 +365,12 @@ def required_paths(
     return list(required.items())
 
 
-# ---- dictionaries and flags ------------------------------------------------------------------------------------------
+# ---- dictionaries and flags ----------------------------------------------------------------------
 
 
 def _build(kind, values, where: str):
-    """`values` as `kind`, which is a dataclass, a tuple or dict type, an optional or a plain type."""
+    """`values` as `kind`, which is a dataclass, a tuple or dict type, an optional or a plain
+    type."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
@@ -416,7 +427,8 @@ def _parse(kind, text: str):
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """`--FIELD VALUE` for every field of the configuration; a stage's field goes to each stage of the run."""
+    """`--FIELD VALUE` for every field of the configuration; a stage's field goes to each stage of
+    the run."""
     for title, kind in (
         ("model", ModelConfig),
         ("stage", Stage),
@@ -448,7 +460,8 @@ def _metavar(hint) -> str:
 
 
 def apply_flags(config: Config, flags: dict, stages: list[int]) -> Config:
-    """Puts parsed flags into `config`: the model's, the loss's and the run's fields, and those of the `stages` run."""
+    """Puts parsed flags into `config`: the model's, the loss's and the run's fields, and those of
+    the `stages` run."""
     for name, value in flags.items():
         targets = (
             [config.stages[number] for number in stages],

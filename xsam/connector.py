@@ -1,4 +1,5 @@
-"""Between the encoders, the language model and the decoder: pixel shuffle, projectors, connector, region sampler.
+"""Between the encoders, the language model and the decoder: pixel shuffle, projectors, connector,
+region sampler.
 
 Paper section 3 ("Dual Projectors", "Segmentation Connector") and figure 4.
 Legend: B batch, H W grid, C channels, N tokens, R regions, P points, s scale.
@@ -11,9 +12,11 @@ from xsam.encoders import ChannelLayerNorm
 
 
 def pixel_shuffle(x: Tensor, scale: float) -> Tensor:
-    """[B, H, W, C] to [B, sH, sW, C/s²]: trades channels for resolution (s > 1) or resolution for channels (s < 1).
+    """[B, H, W, C] to [B, sH, sW, C/s²]: trades channels for resolution (s > 1) or resolution for
+    channels (s < 1).
 
-    Columns are folded before rows; published weights depend on the channel order that follows from it.
+    Columns are folded before rows; published weights depend on the channel order that follows from
+    it.
     """
     B, H, W, C = x.shape
     x = x.reshape(B, H, int(W * scale), int(C / scale)).transpose(1, 2)
@@ -22,7 +25,8 @@ def pixel_shuffle(x: Tensor, scale: float) -> Tensor:
 
 
 class Projector(nn.Module):
-    """Two linear layers with an exact GELU between: visual tokens to the language model, its states to the decoder."""
+    """Two linear layers with an exact GELU between: visual tokens to the language model, its states
+    to the decoder."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
@@ -35,7 +39,8 @@ class Projector(nn.Module):
 
 
 class ConnectorBranch(nn.Module):
-    """One scale: three convolutions, a LayerNorm after each and no activation, then pixel shuffle."""
+    """One scale: three convolutions, a LayerNorm after each and no activation, then pixel
+    shuffle."""
 
     def __init__(self, in_dim: int, hidden_dim: int, scale: float):
         super().__init__()
@@ -57,7 +62,8 @@ class ConnectorBranch(nn.Module):
 
 
 class SegmentationConnector(nn.Module):
-    """A pyramid from a plain ViT (figure 4): each branch reads one hidden state and makes one scale, finest first."""
+    """A pyramid from a plain ViT (figure 4): each branch reads one hidden state and makes one
+    scale, finest first."""
 
     def __init__(
         self, in_dim: int, hidden_dim: int, scales: tuple[float, ...], layers: tuple[int, ...]
@@ -83,10 +89,12 @@ class SegmentationConnector(nn.Module):
 
 
 def sample_regions(tokens: Tensor, points: Tensor, image_index: Tensor) -> Tensor:
-    """Region sampler: one vector for each visual prompt, the mean of the tokens read bilinearly at its points.
+    """Region sampler: one vector for each visual prompt, the mean of the tokens read bilinearly at
+    its points.
 
-    tokens [B, H, W, C] are projected segmentation tokens; points [R, P, 2] are (row, column) in 0..1 where 0 and 1
-    are the centres of the outermost tokens; image_index [R] names each prompt's image. Returns [R, C].
+    tokens [B, H, W, C] are projected segmentation tokens; points [R, P, 2] are (row, column) in
+    0..1 where 0 and 1 are the centres of the outermost tokens; image_index [R] names each prompt's
+    image. Returns [R, C].
     """
     grid = points.flip(-1)[:, :, None] * 2 - 1  # grid_sample wants (x, y) in -1..1
     maps = tokens.permute(0, 3, 1, 2)[image_index]

@@ -29,7 +29,8 @@ from xsam.encoders import Placement, image_pixels, seg_pixels
 from xsam.llm import IGNORE_LABEL, render_conversation, tokenize
 from xsam.losses import Targets
 
-# Question and answer phrasings of each task: {phrases} becomes "<p>name</p>, <p>name</p>" (or one phrase).
+# Question and answer phrasings of each task: {phrases} becomes "<p>name</p>, <p>name</p>" (or one
+# phrase).
 PHRASINGS = {
     "generic": {
         "questions": [
@@ -58,7 +59,7 @@ PHRASINGS = {
 MAX_TURNS = 8  # referred objects of one training conversation
 
 
-# ---- reading files ---------------------------------------------------------------------------------
+# ---- reading files -------------------------------------------------------------------------------
 
 
 def read_json(path: Path):
@@ -132,7 +133,7 @@ def decode_mask(segmentation: dict | list, size: tuple[int, int], record: str) -
     return coco_mask.decode(coco_mask.merge(rles)).astype(bool)
 
 
-# ---- datasets --------------------------------------------------------------------------------------
+# ---- datasets ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -362,7 +363,7 @@ def open_dataset(name: str, root: Path, all_classes: bool = False):
     return RefCoco(root, source) if source.task == "refer" else LlavaChat(root, source)
 
 
-# ---- from samples to batches -----------------------------------------------------------------------
+# ---- from samples to batches ---------------------------------------------------------------------
 
 
 @dataclass
@@ -522,7 +523,7 @@ def _pad(rows: list[list[int]], value: int, left: bool) -> Tensor:
     )
 
 
-# ---- sampling --------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """From multi-scale features to masks: pixel decoder, masked-attention decoder, class heads.
 
-Last box of the diagram (paper section 3, "Segmentation Decoder"): the decoder of Mask2Former (Cheng et al. 2022) with
-deformable attention (Zhu et al. 2021) in plain PyTorch, the <SEG> state added to its queries, and class scores that are
-cosines between queries and condition embeddings. Parameter names are those of transformers' Mask2Former.
-Legend: B images, R decoder runs (one per <SEG>), Q queries, N tokens, C channels, K classes, L decoder outputs.
+Last box of the diagram (paper section 3, "Segmentation Decoder"): the decoder of Mask2Former (Cheng
+et al. 2022) with deformable attention (Zhu et al. 2021) in plain PyTorch, the <SEG> state added to
+its queries, and class scores that are cosines between queries and condition embeddings. Parameter
+names are those of transformers' Mask2Former.
+Legend: B images, R decoder runs (one per <SEG>), Q queries, N tokens, C channels, K classes, L
+decoder outputs.
 """
 
 import math
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 
 def sine_positions(height: int, width: int, dim: int, device: torch.device) -> Tensor:
-    """Sine and cosine codes of row and column, coordinates running to 2π: [height·width, dim], rows first."""
+    """Sine and cosine codes of row and column, running to 2π: [height·width, dim], rows first."""
     frequencies = 10000 ** (2 * (torch.arange(dim // 2, device=device) // 2) / (dim // 2))
 
     def codes(size: int) -> Tensor:
@@ -28,7 +30,7 @@ def sine_positions(height: int, width: int, dim: int, device: torch.device) -> T
     return torch.cat(grid, dim=-1).flatten(0, 1)
 
 
-# ---- pixel decoder ---------------------------------------------------------------------------------
+# ---- pixel decoder -------------------------------------------------------------------------------
 
 
 class DeformableAttention(nn.Module):
@@ -112,7 +114,7 @@ class PixelDecoder(nn.Module):
         mlp_dim: int,
     ):
         super().__init__()
-        num_levels, num_groups = len(in_dims), min(32, dim // 2)
+        num_levels, num_groups = len(in_dims), dim // 8  # 32 groups at the full width
         self.dim = dim
         self.input_projections = nn.ModuleList(
             nn.Sequential(nn.Conv2d(in_dim, dim, 1), nn.GroupNorm(num_groups, dim))
@@ -147,7 +149,8 @@ class PixelDecoder(nn.Module):
             nn.init.zeros_(projection[0].bias)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Features [B, C_i, h_i, w_i], finest first, to mask features [B, C, h_0, w_0] and levels, coarsest first."""
+        """Features [B, C_i, h_i, w_i], finest first, to mask features [B, C, h_0, w_0] and levels,
+        coarsest first."""
         levels = [
             project(feature)
             for project, feature in zip(self.input_projections, reversed(features), strict=True)
@@ -168,7 +171,7 @@ class PixelDecoder(nn.Module):
         split = x.transpose(1, 2).split([h * w for h, w in shapes], dim=2)
         levels = [level.unflatten(2, shape) for level, shape in zip(split, shapes, strict=True)]
 
-        # One more FPN step reads the finest input again; its upsampling is the identity at three scales.
+        # One FPN step reads the finest input again; at three scales nothing is left to upsample.
         finest = self.layer_1(self.adapter_1(features[0]) + levels[-1])
         return self.mask_projection(finest), levels
 
@@ -180,7 +183,7 @@ def _centres(height: int, width: int, device: torch.device) -> Tensor:
     return torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).flatten(0, 1)
 
 
-# ---- masked-attention decoder ----------------------------------------------------------------------
+# ---- masked-attention decoder --------------------------------------------------------------------
 
 
 class SelfAttention(nn.Module):
@@ -208,7 +211,7 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """queries [R, Q, C], keys and values [R, N, C]; mask [R, Q, N] is True where a query may look."""
+        """queries [R, Q, C], keys and values [R, N, C]; mask [R, Q, N] is True where to look."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         inputs = zip((queries, keys, values), weights, biases, strict=True)
         q, k, v = (F.linear(x, weight, bias) for x, weight, bias in inputs)
@@ -221,7 +224,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None 
 
 
 class DecoderLayer(nn.Module):
-    """Cross-attention first, then self-attention and MLP, each with its LayerNorm after the residual."""
+    """Cross-attention, self-attention and MLP, each with its LayerNorm after the residual."""
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int):
         super().__init__()
@@ -243,7 +246,8 @@ class DecoderLayer(nn.Module):
 
 
 class MaskPredictor(nn.Module):
-    """Three linear layers from a query to its mask embedding: a mask is its product with the mask features."""
+    """Three linear layers from a query to its mask embedding: a mask is its product with the mask
+    features."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -285,8 +289,9 @@ class MaskedAttentionDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """mask features [R, C, h, w], levels [R, C, h_i, w_i], <SEG> embeddings [R, C] or None.
 
-        Returns normalised queries and mask embeddings, both [L, R, Q, C]: before the first layer and after each.
-        The mask logits of output l are einsum("rqc,rchw->rqhw", mask_embeddings[l], mask_features).
+        Returns normalised queries and mask embeddings, both [L, R, Q, C]: before the first layer
+        and after each. The mask logits of output l are the products of its mask embeddings with the
+        mask features.
         """
         R = mask_features.shape[0]
         device = mask_features.device
@@ -295,8 +300,8 @@ class MaskedAttentionDecoder(nn.Module):
         positions = [
             sine_positions(*level.shape[2:], level.shape[1], device).to(level) for level in levels
         ]
-        # Resizing is linear, so the masks that steer attention come from resized features: Q·N products a level
-        # instead of Q full masks a layer.
+        # Resizing is linear, so the masks that steer attention come from resized features: Q·N
+        # products a level instead of Q full masks a layer.
         steering = [
             F.interpolate(mask_features, level.shape[2:], mode="bilinear").flatten(2)
             for level in levels
@@ -322,7 +327,7 @@ class MaskedAttentionDecoder(nn.Module):
         return queries, self.decoder.mask_predictor(queries)
 
 
-# ---- class heads and outputs -----------------------------------------------------------------------
+# ---- class heads and outputs ---------------------------------------------------------------------
 
 
 class LinearClassHead(nn.Module):
@@ -338,7 +343,8 @@ class LinearClassHead(nn.Module):
 
 
 class CosineClassHead(nn.Module):
-    """Stages 2 and 3: exp(scale)·cos(query, condition), clamped; the classes are whatever the prompt names."""
+    """Stages 2 and 3: exp(scale)·cos(query, condition), clamped; the classes are whatever the
+    prompt names."""
 
     def __init__(self, clamp: float):
         super().__init__()
@@ -346,7 +352,7 @@ class CosineClassHead(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, queries: Tensor, conditions: Tensor, is_padding: Tensor) -> Tensor:
-        """queries [L, R, Q, C], conditions [R, K, C] with is_padding [R, K] to logits [L, R, Q, K]."""
+        """queries [L, R, Q, C], conditions [R, K, C], is_padding [R, K] to logits [L, R, Q, K]."""
         queries = F.normalize(queries.float(), dim=-1)
         conditions = F.normalize(conditions.float(), dim=-1)
         logits = self.logit_scale.float().exp() * (queries @ conditions.transpose(1, 2))

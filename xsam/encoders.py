@@ -1,7 +1,9 @@
-"""The dual encoders: SAM's ViT written out by hand, the image encoder through transformers, and what both are fed.
+"""The dual encoders: SAM's ViT written out by hand, the image encoder through transformers, and
+what both are fed.
 
-First boxes of the diagram (paper section 3, "Dual Encoders"). The segmentation encoder gives fine features to the
-connector and, pixel-shuffled, to the language model; the image encoder gives global ones to the language model.
+First boxes of the diagram (paper section 3, "Dual Encoders"). The segmentation encoder gives fine
+features to the connector and, pixel-shuffled, to the language model; the image encoder gives global
+ones to the language model.
 Legend: B batch, h w patch grid, C channels, N tokens, S side of the padded input in pixels.
 """
 
@@ -17,7 +19,7 @@ from transformers import AutoConfig, AutoModel
 SEG_MEAN, SEG_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0..255
 
 
-# ---- segmentation encoder --------------------------------------------------------------------------
+# ---- segmentation encoder ------------------------------------------------------------------------
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -51,9 +53,9 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
 class Attention(nn.Module):
     """Self-attention over a grid with decomposed relative positions (Li et al. 2022, MViTv2).
 
-    The bias of query (i, j) and key (k, l) is q·R_h[i, k] + q·R_w[j, l]. It is a longer dot product: append the two
-    rows of biases to the query and one-hot row and column codes to the key. So the fused kernel runs and the
-    [heads, N, N] bias never exists.
+    The bias of query (i, j) and key (k, l) is q·R_h[i, k] + q·R_w[j, l]. It is a longer dot
+    product: append the two rows of biases to the query and one-hot row and column codes to the key.
+    So the fused kernel runs and the [heads, N, N] bias never exists.
     """
 
     def __init__(self, dim: int, num_heads: int, size: int):
@@ -96,7 +98,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block; attends within `window_size` windows, or over the whole grid where it is 0."""
+    """Transformer block; attends within `window_size` windows, or over the whole grid where it is
+    0."""
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, window_size: int, grid_size: int):
         super().__init__()
@@ -141,7 +144,8 @@ class Neck(nn.Module):
 
 
 class SamEncoder(nn.Module):
-    """Image encoder of Segment Anything (Kirillov et al. 2023), parameter names as in transformers."""
+    """Image encoder of Segment Anything (Kirillov et al. 2023), parameter names as in
+    transformers."""
 
     def __init__(
         self,
@@ -166,7 +170,8 @@ class SamEncoder(nn.Module):
         self.neck = Neck(dim, neck_dim)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """[B, 3, S, S] normalised pixels to depth+1 hidden states [B, h, w, C]; the patch embedding is number 0."""
+        """[B, 3, S, S] normalised pixels to depth+1 hidden states [B, h, w, C]; the patch embedding
+        is number 0."""
         x = self.patch_embed(pixels)
         position = self.pos_embed
         if position.shape[1:3] != x.shape[1:3]:
@@ -181,11 +186,12 @@ class SamEncoder(nn.Module):
         return hidden_states
 
 
-# ---- image encoder ---------------------------------------------------------------------------------
+# ---- image encoder -------------------------------------------------------------------------------
 
 
 class ImageEncoder(nn.Module):
-    """A vision tower of transformers; its tokens are the hidden state before the last layer, without further norm."""
+    """A vision tower of transformers; its tokens are the hidden state before the last layer,
+    without further norm."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -201,15 +207,15 @@ class ImageEncoder(nn.Module):
         return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
 
 
-# ---- what the encoders are fed ---------------------------------------------------------------------
+# ---- what the encoders are fed -------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """Where an image lies on the square canvas of the segmentation encoder, in pixels.
 
-    The image of `original` (height, width) is resized to `resized`; the canvas shows it from (top, left) on, and what
-    it does not fill, at the right and the bottom, is padding.
+    The image of `original` (height, width) is resized to `resized`; the canvas shows it from (top,
+    left) on, and what it does not fill, at the right and the bottom, is padding.
     """
 
     original: tuple[int, int]
@@ -264,6 +270,7 @@ def seg_pixels(image: Image.Image, placement: Placement) -> Tensor:
 
 
 def image_pixels(image: Image.Image, size: int) -> Tensor:
-    """RGB image to the image encoder's input: squashed to float [3, size, size] in -1..1 (SigLIP)."""
+    """RGB image to the image encoder's input: squashed to float [3, size, size] in -1..1
+    (SigLIP)."""
     pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.float32)
     return torch.from_numpy(pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()

@@ -36,7 +36,7 @@ PROTOCOLS = {
 }
 
 
-# ---- metrics ---------------------------------------------------------------------------------------
+# ---- metrics -------------------------------------------------------------------------------------
 
 
 def panoptic_matches(
@@ -136,7 +136,7 @@ def referring_quality(records: list[tuple[int, int]]) -> dict[str, float]:
     }
 
 
-# ---- a dataset through a model ---------------------------------------------------------------------
+# ---- a dataset through a model -------------------------------------------------------------------
 
 
 def evaluate(
@@ -175,7 +175,7 @@ def question(dataset: CocoPanoptic | RefCoco, index: int) -> Sample:
     return sample
 
 
-# ---- command line ----------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:

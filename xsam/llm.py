@@ -1,4 +1,5 @@
-"""The language model: special tokens, chat rendering, splicing visual tokens in, gathering states out, generation.
+"""The language model: special tokens, chat rendering, splicing visual tokens in, gathering states
+out, generation.
 
 Middle box of the diagram (paper section 3). Any causal model of transformers; the chat template and
 the vocabulary come from its tokenizer.
@@ -21,7 +22,7 @@ IMAGE_TOKEN, REGION_TOKEN = (
 IGNORE_LABEL = -100
 
 
-# ---- tokenizer side --------------------------------------------------------------------------------
+# ---- tokenizer side ------------------------------------------------------------------------------
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -95,7 +96,7 @@ def tokenize(
     return ids, labels
 
 
-# ---- model side ------------------------------------------------------------------------------------
+# ---- model side ----------------------------------------------------------------------------------
 
 
 class LanguageModel(nn.Module):

@@ -1,8 +1,10 @@
 """Point sampling, Hungarian matching and the segmentation losses at every decoder output.
 
-The objective of Mask2Former (Cheng et al. 2022; paper equation 1). A mask is the product of a mask embedding and the
-mask features, and reading a mask at points commutes with that product, so full masks are made for matched queries only.
-Legend: L decoder outputs, R decoder runs, Q queries, T targets of a run, M = min(Q, T) matched pairs, P points.
+The objective of Mask2Former (Cheng et al. 2022; paper equation 1). A mask is the product of a mask
+embedding and the mask features, and reading a mask at points commutes with that product, so full
+masks are made for matched queries only.
+Legend: L decoder outputs, R decoder runs, Q queries, T targets of a run, M = min(Q, T) matched
+pairs, P points.
 """
 
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ class Targets:
 
 @dataclass
 class Normalisers:
-    """Divisors of a step, averaged over ranks, so that any split of a global batch gives the same gradient."""
+    """Divisors of a step, averaged over ranks: any split of a batch gives the same gradient."""
 
     masks: float
     class_weight: float
@@ -35,15 +37,17 @@ class Normalisers:
 
 
 def sample_features(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear reading of maps [N, C, h, w] at points [N, P, 2], (x, y) in 0..1 corner to corner: [N, C, P]."""
+    """Bilinear reading of maps [N, C, h, w] at points [N, P, 2], (x, y) in 0..1 corner to corner:
+    [N, C, P]."""
     grid = 2 * points[:, :, None] - 1
     return F.grid_sample(maps, grid, align_corners=False)[..., 0]
 
 
 def sample_masks(masks: Tensor, index: Tensor, points: Tensor) -> Tensor:
-    """Bilinear reading of boolean masks [T, H, W] at points [N, P, 2] of mask index[n]: float [N, P], no gradient.
+    """Bilinear reading of boolean masks [T, H, W]: float [N, P], mask index[n] at points [N, P, 2].
 
-    Gathers the four neighbours, so that no mask is copied for each point set; beyond the border is zero.
+    Gathers the four neighbours, so that no mask is copied for each point set; beyond the border is
+    zero. No gradient.
     """
     height, width = masks.shape[1:]
     x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
@@ -76,7 +80,8 @@ def matching_cost(
     valid: Tensor,
     config: LossConfig,
 ) -> Tensor:
-    """[L, Q, K+1] class logits and [L, Q, P] mask logits against targets [T, P], labels [T]: cost [L, Q, T].
+    """Cost [L, Q, T] of class logits [L, Q, K+1] and mask logits [L, Q, P] against T targets, which
+    are values [T, P] and labels [T].
 
     `valid` [P] is zero at points without a label.
     """
@@ -97,7 +102,7 @@ def matching_cost(
 
 @torch.no_grad()
 def match(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """Cheapest one-to-one assignment of cost [L, Q, T]: matched queries and their targets, both [L, M]."""
+    """Cheapest assignment of cost [L, Q, T]: matched queries and their targets, both [L, M]."""
     # A diverged model must reach the loop's guard against non-finite losses, not fail in here.
     cost = cost.nan_to_num(0.0, posinf=1e10, neginf=-1e10).cpu().numpy()
     pairs = [linear_sum_assignment(layer) for layer in cost]
@@ -111,7 +116,7 @@ def match(cost: Tensor) -> tuple[Tensor, Tensor]:
 def uncertain_points(
     mask_logits: Tensor, ignore: Tensor | None, config: LossConfig, generator: torch.Generator
 ) -> Tensor:
-    """Points for the loss of masks [N, h, w]: mostly where the logit is nearest zero, some at random: [N, P, 2]."""
+    """Points [N, P, 2] for the loss of masks [N, h, w]: mostly where the logit is nearest zero."""
     N, device = len(mask_logits), mask_logits.device
     num_candidates = int(config.num_points * config.oversample_ratio)
     num_uncertain = int(config.num_points * config.importance_ratio)
@@ -126,7 +131,7 @@ def uncertain_points(
 
 
 def mask_losses(mask_logits: Tensor, target_values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy and dice of point values [N, P] where `valid`, each summed over the N pairs."""
+    """Cross-entropy and dice of point values [N, P] where `valid`, each summed over the pairs."""
     bce = F.binary_cross_entropy_with_logits(mask_logits, target_values, reduction="none")
     bce = (bce * valid).sum(-1) / valid.sum(-1).clamp(min=1)
     probabilities, target_values = mask_logits.sigmoid() * valid, target_values * valid
@@ -144,8 +149,8 @@ def segmentation_losses(
 ) -> dict[str, Tensor]:
     """Unweighted "class", "mask" and "dice" losses, summed over the decoder outputs.
 
-    One entry of `targets` and `generators` a run; the points drawn depend on the run's generator alone. A run without
-    targets gives class loss only.
+    One entry of `targets` and `generators` a run; the points drawn depend on the run's generator
+    alone. A run without targets gives class loss only.
     """
     class_logits = predictions.class_logits.float()
     mask_embeddings = predictions.mask_embeddings.float()
@@ -195,7 +200,7 @@ def segmentation_losses(
 
 
 def count_targets(num_targets: list[int], num_queries: int, config: LossConfig) -> dict[str, float]:
-    """What a batch adds to the step's normalisers: its masks, and the class weights its queries will carry."""
+    """What a batch adds to the normalisers: its masks, and the class weights of its queries."""
     matched = sum(min(count, num_queries) for count in num_targets)
     others = num_queries * len(num_targets) - matched
     return {

@@ -1,7 +1,7 @@
 """X-SAM: the parts joined, trained by `forward`, asked by `infer`, and read out as masks.
 
-The whole diagram (paper section 3, figure 2). `Segmentor` alone is the model of stage 1; `XSAM` adds
-the image encoder and the language model, whose condition and <SEG> states steer the segmentor.
+The whole diagram (paper section 3, figure 2). `Segmentor` alone is the model of stage 1; `XSAM`
+adds the image encoder and the language model, whose condition and <SEG> states steer the segmentor.
 Legend: B images, R decoder runs, P phrases, Q queries, K classes, C channels, V visual tokens.
 """
 
@@ -224,7 +224,7 @@ class XSAM(nn.Module):
         return predict(self, image, task, text, **names)
 
 
-# ---- reading masks out -----------------------------------------------------------------------------
+# ---- reading masks out ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -413,7 +413,7 @@ def predict(
     return predictions if isinstance(image, list) else predictions[0]
 
 
-# ---- models from disk ------------------------------------------------------------------------------
+# ---- models from disk ----------------------------------------------------------------------------
 
 
 def load_checkpoint(folder: Path) -> tuple[Segmentor | XSAM, int]:

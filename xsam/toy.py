@@ -38,6 +38,8 @@ Generator = np.random.Generator
 # Names of two textures carry COCO's suffixes, which readers drop; ids have gaps, as COCO's have.
 THING_IDS = dict(circle=1, square=2, triangle=3, star=5, cross=8, ring=14, moon=21, diamond=34)
 STUFF_IDS = {"stripes-merged": 92, "checks": 100, "dots": 118, "bricks-stuff": 149}
+SPLITS = ("train", "val", "text", "sam")  # each draws from numbers of its own
+CLASSES = (*THING_IDS, *STUFF_IDS)
 COLORS = {
     "red": (222, 38, 38),
     "green": (38, 176, 62),
@@ -127,7 +129,7 @@ class Scene:
 # ---- drawing -------------------------------------------------------------------------------------
 
 
-def draw_scene(rng: Generator, has_crowd: bool = False) -> Scene:
+def draw_scene(rng: Generator, has_crowd: bool = False, most_things: int = 4) -> Scene:
     height, width = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
     inside = np.s_[MARGIN : MARGIN + height, MARGIN : MARGIN + width]
     canvas = np.zeros((height + 2 * MARGIN, width + 2 * MARGIN, 3))
@@ -138,7 +140,7 @@ def draw_scene(rng: Generator, has_crowd: bool = False) -> Scene:
         canvas[inside][corner], owner[inside][corner] = VOID_COLOR, 0
 
     areas = {}  # drawn area of each thing, by its number in `owner`
-    for segment in _choose_things(rng, has_crowd):
+    for segment in _choose_things(rng, has_crowd, most_things):
         number = len(segments) + 1
         for _ in range(30):  # places to try
             trial_canvas, trial_owner = canvas.copy(), owner.copy()
@@ -152,10 +154,10 @@ def draw_scene(rng: Generator, has_crowd: bool = False) -> Scene:
     return Scene(canvas[inside].round().astype(np.uint8), owner[inside].copy(), segments)
 
 
-def _choose_things(rng: Generator, has_crowd: bool) -> list[Segment]:
-    """Two to four things, after a crowd if there is one; some repeat an earlier shape or colour."""
+def _choose_things(rng: Generator, has_crowd: bool, most: int) -> list[Segment]:
+    """Two things or more, after a crowd if there is one; some repeat an earlier shape or colour."""
     chosen: list[Segment] = []
-    for index in range(rng.integers(2, 5) + has_crowd):
+    for index in range(rng.integers(2, most + 1) + has_crowd):
         color = list(COLORS)[rng.integers(len(COLORS))]
         category = list(THING_IDS)[rng.integers(len(THING_IDS))]
         size = list(RADII)[rng.integers(len(RADII))]
@@ -482,7 +484,7 @@ def write_world(data: Path, num_train: int = 1600, num_val: int = 64, seed: int 
 
 def _draw(seed: int, split: str, count: int) -> list[Drawing]:
     drawings = []
-    number = ("train", "val", "text").index(split)
+    number = SPLITS.index(split)
     for index in tqdm(range(count), desc=f"draw {split}"):
         rng = np.random.default_rng([seed, number, index])
         scene = draw_scene(rng, has_crowd=index == 0 or rng.random() < 1 / 12)
@@ -636,33 +638,22 @@ def build_tokenizer(vocab_size: int):
     )
 
 
-def write_weights(weights: Path, model: ModelConfig, seed: int = 0, steps: int = 150) -> None:
-    """Writes random SAM and SigLIP2 folders and a language model trained for `steps`.
+def write_weights(
+    weights: Path, model: ModelConfig, seed: int = 0, steps: int = 150, sam_steps: int = 900
+) -> None:
+    """Writes a SAM encoder and a language model trained for a moment, and a random SigLIP2.
 
     The three lie under `weights`, which must not exist. Raises FileExistsError.
     """
     import torch
-    from transformers import AutoConfig, AutoModel, SamVisionConfig, SamVisionModel
+    from transformers import AutoConfig, AutoModel
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order, so that the bytes repeat
     try:
         with _new_folder(weights) as root, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            segmentation_config = SamVisionConfig(
-                hidden_size=model.seg_dim,
-                num_hidden_layers=model.seg_depth,
-                num_attention_heads=model.seg_heads,
-                mlp_dim=model.seg_mlp_dim,
-                image_size=model.seg_image_size,
-                patch_size=model.seg_patch_size,
-                window_size=model.seg_window_size,
-                global_attn_indexes=list(model.seg_global_blocks),
-                output_channels=model.seg_neck_dim,
-            )
-            sam = SamVisionModel(segmentation_config)
-            _initialise_sam(sam, model)
-            sam.save_pretrained(root / model.seg_encoder)
+            _write_sam(root / model.seg_encoder, model, seed, sam_steps)
             siglip = AutoModel.from_config(AutoConfig.for_model(**model.image_encoder_config))
             siglip.save_pretrained(root / model.image_encoder)
             _write_language_model(root / model.llm, model.llm_config, seed, steps)
@@ -670,22 +661,102 @@ def write_weights(weights: Path, model: ModelConfig, seed: int = 0, steps: int =
         torch.set_num_threads(threads)
 
 
-def _initialise_sam(sam, model: ModelConfig) -> None:
-    """Weights from which a small ViT learns in minutes: every layer keeps the variance of its input,
-    and the position embedding is a sine code (Beyer et al. 2022, "Better plain ViT baselines")."""
+def _write_sam(folder: Path, model: ModelConfig, seed: int, steps: int) -> None:
+    """SAM has seen a billion masks before stage 1 begins; this one practises for a minute, telling
+    for each patch what lies there. A ViT learns textures at once and shapes late."""
+    import torch
+    from torch import nn
+    from transformers import SamVisionConfig, SamVisionModel
+
+    config = SamVisionConfig(
+        hidden_size=model.seg_dim,
+        num_hidden_layers=model.seg_depth,
+        num_attention_heads=model.seg_heads,
+        mlp_dim=model.seg_mlp_dim,
+        image_size=model.seg_image_size,
+        patch_size=model.seg_patch_size,
+        window_size=model.seg_window_size,
+        global_attn_indexes=list(model.seg_global_blocks),
+        output_channels=model.seg_neck_dim,
+    )
+    sam, encoder = SamVisionModel(config), _random_encoder(model)
+    head = nn.Sequential(nn.LayerNorm(model.seg_dim), nn.Linear(model.seg_dim, len(CLASSES) + 1))
+    parameters = [*encoder.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.05)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, max(steps, 2), pct_start=0.05)
+    number, count = SPLITS.index("sam"), min(700, 8 * steps)
+    rngs = (np.random.default_rng([seed, number, index]) for index in range(count))
+    scenes = [draw_scene(rng, most_things=8) for rng in tqdm(rngs, "draw sam", count)]
+    pixels, labels = zip(*(_patches(scene, model) for scene in scenes), strict=True)
+    weights = torch.ones(len(CLASSES) + 1)
+    weights[: len(THING_IDS)] = 3.0  # things cover little
+    rng = np.random.default_rng(seed)
+    for _ in (bar := tqdm(range(steps), desc="train the segmentation encoder")):
+        chosen = rng.integers(len(scenes), size=8)
+        target = torch.stack([labels[index] for index in chosen])  # [B, h, w]
+        logits = head(encoder(torch.stack([pixels[index] for index in chosen]))[-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 2), target.flatten(), weights)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    sam.vision_encoder.load_state_dict(encoder.state_dict())
+    sam.save_pretrained(folder)
+
+
+def _random_encoder(model: ModelConfig):
+    """Each layer keeps the variance of its input, and the position embedding is a sine code (Beyer
+    et al. 2022, "Better plain ViT baselines")."""
     import torch
 
     from xsam.decoder import sine_positions
+    from xsam.encoders import SamEncoder
 
-    grid = model.seg_image_size // model.seg_patch_size
-    for name, parameter in sam.named_parameters():
+    encoder = SamEncoder(
+        image_size=model.seg_image_size,
+        patch_size=model.seg_patch_size,
+        dim=model.seg_dim,
+        depth=model.seg_depth,
+        num_heads=model.seg_heads,
+        mlp_dim=model.seg_mlp_dim,
+        window_size=model.seg_window_size,
+        global_blocks=model.seg_global_blocks,
+        neck_dim=model.seg_neck_dim,
+    )
+    for name, parameter in encoder.named_parameters():
         if "rel_pos" in name:
             torch.nn.init.normal_(parameter, std=0.02)
         elif parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    grid = model.seg_image_size // model.seg_patch_size
     positions = sine_positions(grid, grid, model.seg_dim, torch.device("cpu"))
     with torch.no_grad():
-        sam.vision_encoder.pos_embed.copy_(positions.view(1, grid, grid, -1))
+        encoder.pos_embed.copy_(positions.view(1, grid, grid, -1))
+    return encoder
+
+
+def _patches(scene: Scene, model: ModelConfig):
+    """A scene as the encoder's pixels and the commonest class of each patch [h, w], void last."""
+    import torch
+
+    from xsam.encoders import Placement, seg_pixels
+
+    placement = Placement.fit(scene.owner.shape, model.seg_image_size)
+    names = [*CLASSES, ""]
+    table = [len(CLASSES)] + [
+        len(CLASSES) if segment.is_crowd else names.index(segment.category)
+        for segment in scene.segments
+    ]
+    classes = torch.from_numpy(placement.place_map(np.array(table)[scene.owner], len(CLASSES)))
+    size = model.seg_patch_size
+    votes = (
+        torch.nn.functional.one_hot(classes, len(CLASSES) + 1)
+        .unflatten(0, (-1, size))
+        .unflatten(2, (-1, size))
+    )
+    return seg_pixels(Image.fromarray(scene.image), placement), votes.sum((1, 3)).argmax(-1)
 
 
 def _language_model_texts(tokenizer, seed: int, num_scenes: int) -> list[str]:

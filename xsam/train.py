@@ -1,7 +1,7 @@
 """Trains stages 1, 2 and 3, one after another with `--stage all`.
 
     torchrun --nproc_per_node 2 xsam/train.py --config toy --stage all --out runs/toy
-    torchrun --nproc_per_node 8 xsam/train.py --stage 3 --data datas --weights weights --out runs/xsam
+    torchrun --nproc_per_node 8 xsam/train.py --stage 3 --data datas --weights weights
 
 Works without torchrun as one process. Writes OUT/stageN/step_M checkpoints, OUT/metrics.jsonl with
 a line a step, OUT/curves.png, and for a configuration with validation data OUT/results.json,
@@ -21,7 +21,7 @@ import time
 
 from xsam.config import CONFIGS, Config, add_config_flags, apply_flags, required_paths, stage_folder
 
-# ---- command line: before torch is imported, so that a mistake costs a second ----------------------
+# ---- command line: before torch is imported, so that a mistake costs a second --------------------
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
@@ -131,7 +131,9 @@ from xsam.weights import (
     save_checkpoint,
 )
 
-# ---- where a stage begins --------------------------------------------------------------------------
+UNTRAINED = "untrained"  # the column of results before the first step
+
+# ---- where a stage begins ------------------------------------------------------------------------
 
 
 def pretrained_model(stage: int, config: Config, weights: Path) -> Segmentor | XSAM:
@@ -163,7 +165,7 @@ def load_earlier_stage(model: XSAM, config: Config, stage: int, out: Path) -> No
     load_state(model, model.state_dict() | state, folder)
 
 
-# ---- the optimizer's side of a stage ---------------------------------------------------------------
+# ---- the optimizer's side of a stage -------------------------------------------------------------
 
 
 def learning_rate(name: str, stage: Stage) -> float:
@@ -175,7 +177,10 @@ def learning_rate(name: str, stage: Stage) -> float:
 
 def build_optimizer(model: nn.Module, stage: Stage, prefix: str) -> torch.optim.AdamW:
     """Freezes what has rate 0; a group for each rate, with and without weight decay (vectors, such
-    as biases and norms, have none). `prefix` is put before names: stage 1 trains a bare segmentor."""
+    as biases and norms, have none).
+
+    `prefix` is put before each name: stage 1 trains a bare segmentor.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         rate = learning_rate(prefix + name, stage)
@@ -200,7 +205,7 @@ def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
-# ---- a stage ---------------------------------------------------------------------------------------
+# ---- a stage -------------------------------------------------------------------------------------
 
 
 def train_stage(
@@ -352,21 +357,22 @@ def check_finite(step: int, loss: float, grad_norm: torch.Tensor, batches: list[
     if not math.isfinite(loss) or not torch.isfinite(grad_norm):
         names = [sample.sample_id for batch in batches for sample in batch.samples]
         raise FloatingPointError(
-            f"step {step}: loss {loss}, gradient norm {float(grad_norm)}; samples {', '.join(names)}"
+            f"step {step}: loss {loss}, gradient norm {float(grad_norm)}; its samples are "
+            + ", ".join(names)
         )
 
 
-# ---- what a person sees ----------------------------------------------------------------------------
+# ---- what a person sees --------------------------------------------------------------------------
 
 
 def step_line(record: dict) -> str:
     names = [name for name in ("class", "mask", "dice", "text") if name in record]
     losses = " ".join(f"{name} {record[name]:.3f}" for name in names)
     return (
-        f"stage {record['stage']} step {record['step']} {record['task']}: loss {record['loss']:.3f} "
-        f"({losses}) norm {record['grad_norm']:.2f} lr {record['lr']:.1e} "
-        f"{record['images_per_second']:.1f} images/s data {record['data_seconds']:.2f} s "
-        f"memory {record['memory_gb']:.1f} GB"
+        f"stage {record['stage']} step {record['step']} {record['task']}: "
+        f"loss {record['loss']:.3f} ({losses}) norm {record['grad_norm']:.2f} "
+        f"lr {record['lr']:.1e} {record['images_per_second']:.1f} images/s "
+        f"data {record['data_seconds']:.2f} s memory {record['memory_gb']:.1f} GB"
     )
 
 
@@ -429,6 +435,7 @@ def score(column: str, model: Segmentor | XSAM, options: argparse.Namespace) -> 
     pictures.mkdir(exist_ok=True)
     for task in tasks:
         count = math.ceil(model.settings.num_pictures / distributed.world_size())
+        count = 0 if column == UNTRAINED else count
         results[column][task], kept = evaluate(model, task, options.data, num_kept=count)
         for index, sample, prediction in kept:
             name = f"{column.replace(' ', '')}_{task}_{index:05d}.png"
@@ -449,7 +456,7 @@ def read_results(out: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))["columns"] if path.is_file() else {}
 
 
-# ---- the run ---------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 
 def run(options: argparse.Namespace, config: Config) -> None:
@@ -458,16 +465,18 @@ def run(options: argparse.Namespace, config: Config) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / "config.json"
         path.write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
-        if options.makes_data and not options.data.exists():
-            toy.write_world(options.data, seed=config.seed)
-        if options.makes_weights and not options.weights.exists():
-            toy.write_weights(options.weights, config.model, seed=config.seed)
+    # Two ranks make the toy world and its weights side by side.
+    if options.makes_data and not options.data.exists() and distributed.rank() == 0:
+        toy.write_world(options.data, seed=config.seed)
+    maker = min(1, distributed.world_size() - 1)
+    if options.makes_weights and not options.weights.exists() and distributed.rank() == maker:
+        toy.write_weights(options.weights, config.model, seed=config.seed)
     distributed.barrier()
 
-    if config.eval_tasks and "untrained" not in read_results(options.out):
+    if config.eval_tasks and UNTRAINED not in read_results(options.out):
         torch.manual_seed(config.seed)
         model = pretrained_model(options.stages[-1], config, options.weights)
-        score("untrained", model.to(device), options)
+        score(UNTRAINED, model.to(device), options)
     for number in options.stages:
         model = train_stage(number, config, options, device)
         if config.eval_tasks and number != 2 and f"stage {number}" not in read_results(options.out):

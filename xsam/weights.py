@@ -29,7 +29,7 @@ MODEL_FILE, CONFIG_FILE, TRAINING_FILE, LATEST_FILE = (
 )
 
 
-# ---- state dicts -----------------------------------------------------------------------------------
+# ---- state dicts ---------------------------------------------------------------------------------
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: Path | str) 
     module.load_state_dict(state)
 
 
-# ---- Hugging Face folders --------------------------------------------------------------------------
+# ---- Hugging Face folders ------------------------------------------------------------------------
 
 
 def load_sam_encoder(encoder: SamEncoder, folder: Path) -> None:
@@ -102,7 +102,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder}: no tokenizer could be read ({error})") from error
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 def save_checkpoint(

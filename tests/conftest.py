@@ -1,0 +1,99 @@
+"""What the tests share: one small toy world, its weights, and a model of each kind.
+
+The models are made once for the whole run: a test that changes one works on a copy.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from xsam import toy
+from xsam.config import Config
+from xsam.config import toy as toy_config
+from xsam.data import Processor, open_dataset
+from xsam.evaluate import TASKS, question
+from xsam.model import XSAM, Segmentor
+from xsam.train import pretrained_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A folder with `data` and `weights`."""
+    path = tmp_path_factory.mktemp("world")
+    toy.write_world(path / "data", num_train=24, num_val=6)
+    toy.write_weights(path / "weights", toy_config().model, steps=3, sam_steps=3)
+    return path
+
+
+@pytest.fixture
+def config() -> Config:
+    return toy_config()
+
+
+def _settings(world: Path) -> Config:
+    """The toy preset as training leaves it, with short answers."""
+    settings = toy_config()
+    settings.categories = open_dataset("coco_panoptic", world / "data").categories
+    settings.max_new_tokens = 4
+    return settings
+
+
+@pytest.fixture(scope="session")
+def model(world) -> XSAM:
+    torch.manual_seed(0)
+    return pretrained_model(3, _settings(world), world / "weights").eval()
+
+
+@pytest.fixture(scope="session")
+def segmentor(world) -> Segmentor:
+    torch.manual_seed(0)
+    return pretrained_model(1, _settings(world), world / "weights").eval()
+
+
+@pytest.fixture
+def tokenizer(model) -> PreTrainedTokenizerBase:
+    return copy.deepcopy(model.tokenizer)
+
+
+@pytest.fixture
+def processor(config, model) -> Processor:
+    return Processor(config, model.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def speaking_model(model, world) -> XSAM:
+    """A copy of `model` whose answer to every panoptic and referring question is "<SEG>", and whose
+    panoptic masks are not all background or below a threshold.
+
+    Two rows of its output head tell the states that end a prompt from those that follow a <SEG>.
+    """
+    speaking = copy.deepcopy(model)
+    speaking.settings.score_threshold = speaking.settings.overlap_threshold = 0.0
+    reader = Processor(toy_config(), model.tokenizer)
+    seg_id, end_id = model.llm.seg_id, model.tokenizer.convert_tokens_to_ids("<|end|>")
+    before, after = [], []
+    for name in TASKS.values():
+        dataset = open_dataset(name, world / "data", all_classes=True)
+        samples = [question(dataset, index) for index in range(6)]
+        batch = reader.collate([reader.encode(sample) for sample in samples], pad_left=True)
+        ids = torch.cat([batch.input_ids, torch.full((6, 1), seg_id)], dim=1)
+        mask = torch.cat([batch.attention_mask, torch.ones(6, 1, dtype=torch.long)], dim=1)
+        with torch.no_grad():
+            tokens, _ = speaking.visual_tokens(batch)
+            states = speaking.llm(speaking.llm.embed(ids, tokens), mask)
+        before.append(states[:, -2])
+        after.append(states[:, -1])
+    states = torch.cat(before + after)
+    signs = torch.ones(len(states), 1)
+    signs[len(states) // 2 :] = -1
+    direction = torch.linalg.lstsq(states, signs).solution[:, 0]
+    with torch.no_grad():
+        speaking.background_embedding.weight.neg_()
+        head = speaking.llm.model.get_output_embeddings().weight
+        head[seg_id], head[end_id] = 1e3 * direction, -1e3 * direction
+    return speaking

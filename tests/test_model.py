@@ -1,0 +1,538 @@
+"""The joined model: sizes, gradients, a batch against its samples alone, and masks read out.
+
+pytest tests/test_model.py
+"""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import nn
+
+from xsam.config import Config, xsam
+from xsam.data import Batch, Processor, Sample, open_dataset
+from xsam.encoders import Placement
+from xsam.evaluate import TASKS, question
+from xsam.losses import Normalisers
+from xsam.model import (
+    XSAM,
+    Prediction,
+    Segmentor,
+    answer,
+    original_logits,
+    predict,
+    read_panoptic,
+    read_phrase,
+)
+from xsam.train import micro_batch_losses
+
+DATASETS = {"generic": "coco_panoptic", "refer": "refcoco", "chat": "llava_instruct"}
+
+
+def training_samples(world, task: str, count: int = 3) -> list[Sample]:
+    dataset = open_dataset(DATASETS[task], world / "data")
+    return [dataset.sample(index, np.random.default_rng(index)) for index in range(count)]
+
+
+def training_batch(processor: Processor, samples: list[Sample]) -> Batch:
+    return processor.collate([processor.encode(sample, run_seed=7) for sample in samples])
+
+
+def questions(world, task: str, count: int = 6) -> list[Sample]:
+    dataset = open_dataset(TASKS[task], world / "data", all_classes=True)
+    return [question(dataset, index) for index in range(count)]
+
+
+def is_thing(model: XSAM | Segmentor) -> list[bool]:
+    return [category["is_thing"] for category in model.settings.categories]
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+def num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_the_full_preset_has_the_papers_sizes():
+    expected = {
+        "segmentor.encoder": 308_278_272,
+        "segmentor.connector": 10_499_072,
+        "segmentor.pixel_decoder": 6_101_440,
+        "segmentor.decoder": 14_509_824,
+        "segmentor.class_head": 1,  # the logit scale
+        "image_encoder": 428_225_600,
+        "llm": 3_821_079_552,
+        "image_projector": 12_982_272,
+        "seg_projector": 22_026_240,
+        "llm_projector": 852_480,
+        "background_embedding": 256,
+    }
+    with torch.device("meta"):
+        model = XSAM(xsam())
+    assert {name: num_parameters(model.get_submodule(name)) for name in expected} == expected
+    assert num_parameters(model) == sum(expected.values())
+
+
+def test_the_full_segmentor_has_a_head_for_coco():
+    with torch.device("meta"):
+        segmentor = Segmentor(xsam())
+    assert segmentor.class_head.predictor.weight.shape == (133 + 1, 256)
+    parts = num_parameters(segmentor) - num_parameters(segmentor.class_head)
+    assert parts == 308_278_272 + 10_499_072 + 6_101_440 + 14_509_824
+
+
+@torch.no_grad()
+def test_visual_tokens_are_the_image_encoders_then_the_segmentation_encoders(
+    model, processor, world
+):
+    batch = training_batch(processor, training_samples(world, "chat", 1))
+    tokens, hidden_states = model.visual_tokens(batch)
+    assert tokens.shape[1] == processor.num_visual_tokens == (batch.input_ids < 0).sum()
+    own = model.image_projector(model.image_encoder(batch.image_pixels))
+    count = own.shape[1]
+    assert torch.allclose(tokens[:, :count], own)
+    assert len(hidden_states) == 1 + model.settings.model.seg_depth
+    assert processor.num_visual_tokens == count + hidden_states[-1][0, ..., 0].numel() // 4
+    assert Processor(xsam(), None).num_visual_tokens == 27 * 27 + 32 * 32
+
+
+@torch.no_grad()
+def test_conditions_and_seg_state_are_read_from_the_language_models_states(
+    model, processor, world, monkeypatch
+):
+    """SPEC 3: the mean from <p> to </p>, both included, background last; <SEG> goes to queries."""
+    batch = training_batch(processor, training_samples(world, "generic", 1))
+    seen = {}
+    spoken, decode = model.segmentor.class_head.forward, model.segmentor.decode
+    monkeypatch.setattr(
+        model.segmentor.class_head,
+        "forward",
+        lambda queries, *rest: seen.update(conditions=rest[0]) or spoken(queries, *rest),
+    )
+    monkeypatch.setattr(
+        model.segmentor,
+        "decode",
+        lambda *inputs: seen.update(image_index=inputs[1], seg=inputs[2]) or decode(*inputs),
+    )
+    model(batch)
+
+    tokens, _ = model.visual_tokens(batch)
+    states = model.llm(model.llm.embed(batch.input_ids, tokens), batch.attention_mask)[0]
+    projected, ids = model.llm_projector(states), batch.input_ids[0].tolist()
+    opens = [place for place, token in enumerate(ids) if token == model.llm.phrase_id]
+    closes = [place for place, token in enumerate(ids) if token == model.llm.phrase_end_id]
+    expected = [projected[a : b + 1].mean(0) for a, b in zip(opens, closes, strict=True)]
+    expected.append(model.background_embedding.weight[0])
+    assert torch.allclose(seen["conditions"][0], torch.stack(expected), atol=1e-4)
+    assert torch.allclose(seen["seg"][0], projected[ids.index(model.llm.seg_id)], atol=1e-4)
+    assert seen["image_index"].tolist() == [0]
+
+
+# ---- a batch and its samples ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_batch_is_its_samples_alone_in_the_generic_task(model, processor, world):
+    samples = training_samples(world, "generic")
+    assert len({len(sample.names) for sample in samples}) > 1  # so that classes are padded
+    together = model(training_batch(processor, samples))
+    masks, token_losses = together.predictions.mask_logits(), 0.0
+    for row, sample in enumerate(samples):
+        alone = model(training_batch(processor, [sample]))
+        count = len(sample.names)
+        logits = together.predictions.class_logits[:, row]
+        padding = logits[..., count:-1]
+        assert (padding == -1e4).all()
+        kept = torch.cat([logits[..., :count], logits[..., -1:]], dim=-1)
+        assert torch.allclose(kept, alone.predictions.class_logits[:, 0], atol=1e-3)
+        assert torch.allclose(masks[row], alone.predictions.mask_logits()[0], atol=1e-3)
+        token_losses += alone.token_loss
+    assert torch.allclose(together.token_loss, token_losses, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_batch_is_its_images_alone_in_the_segmentor(segmentor, config, world):
+    processor = Processor(config, None)
+    samples = training_samples(world, "generic")
+    together = segmentor(training_batch(processor, samples)).predictions
+    for row, sample in enumerate(samples):
+        alone = segmentor(training_batch(processor, [sample])).predictions
+        assert torch.allclose(together.class_logits[:, row], alone.class_logits[:, 0], atol=1e-3)
+        assert torch.allclose(together.mask_logits()[row], alone.mask_logits()[0], atol=1e-3)
+
+
+@torch.no_grad()
+def test_training_on_phrases_takes_those_of_the_whole_batch_as_classes(model, processor, world):
+    samples = training_samples(world, "refer")
+    batch = training_batch(processor, samples)
+    model.train()
+    together = model(batch).predictions
+    model.eval()
+    counts = [len(sample.names) for sample in samples]
+    assert together.class_logits.shape[1:] == (sum(counts), 20, sum(counts) + 1)
+    start = 0
+    for sample, count in zip(samples, counts, strict=True):
+        alone = model(training_batch(processor, [sample])).predictions
+        own = torch.arange(start, start + count)
+        logits = together.class_logits[:, own]
+        # Each phrase alone against the background: its own column and the last.
+        kept = torch.stack([logits[:, range(count), :, own], logits[..., -1].transpose(0, 1)])
+        expected = alone.class_logits.permute(3, 1, 0, 2)
+        assert torch.allclose(kept, expected, atol=1e-3)
+        masks = together.mask_logits()[own]
+        assert torch.allclose(masks, alone.mask_logits(), atol=1e-3)
+        start += count
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_inference_on_a_batch_is_inference_one_by_one(speaking_model, world, task):
+    samples, things = questions(world, task), is_thing(speaking_model)
+    together = answer(speaking_model, samples, things)
+    assert any(len(prediction.masks) for prediction in together)
+    for sample, prediction in zip(samples, together, strict=True):
+        (alone,) = answer(speaking_model, [sample], things)
+        assert prediction.answer == alone.answer == "<SEG>"
+        assert prediction.labels == alone.labels
+        assert prediction.scores == pytest.approx(alone.scores, abs=1e-3)
+        assert prediction.masks.shape == alone.masks.shape
+        assert (prediction.masks != alone.masks).mean() < 1e-3
+
+
+@torch.no_grad()
+def test_what_is_inferred_is_what_training_would_see_of_the_same_answer(
+    speaking_model, processor, world
+):
+    """The states that come out of the cache are those of one pass over question and answer."""
+    samples = questions(world, "refer", 3)
+    encoded = [processor.encode(sample) for sample in samples]
+    _, inferred = speaking_model.infer(processor.collate(encoded, pad_left=True), 4)
+    for sample in samples:
+        sample.turns = [(asked, "<SEG>") for asked, _ in sample.turns]
+    seen = speaking_model(training_batch(processor, samples)).predictions
+    assert torch.allclose(inferred.class_logits, seen.class_logits, atol=1e-3)
+    assert torch.allclose(inferred.mask_logits(), seen.mask_logits(), atol=1e-3)
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+def without_gradient(model: nn.Module, batch: Batch, settings: Config) -> set[str]:
+    """Names of the parameters that a training step leaves without any gradient."""
+    model = copy.deepcopy(model).train()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Some start at zero and so hold back the gradient of others.
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+    losses = micro_batch_losses(model, batch, Normalisers(1.0, 1.0, 1.0), settings)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    }
+
+
+def names_under(model: nn.Module, *prefixes: str) -> set[str]:
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+
+
+# Nothing reads SAM's neck, nor what comes after the image encoder's last hidden state but one.
+UNREAD = (
+    "segmentor.encoder.neck.",
+    "image_encoder.model.encoder.layers.2.",
+    "image_encoder.model.post_layernorm.",
+    "image_encoder.model.head.",
+)
+# Chat reads the segmentation encoder up to its last hidden state but one, and nothing after it.
+UNREAD_IN_CHAT = (
+    "segmentor.encoder.layers.3.",
+    "segmentor.connector.",
+    "segmentor.pixel_decoder.",
+    "segmentor.decoder.",
+    "segmentor.class_head.",
+    "llm_projector.",
+    "background_embedding.",
+)
+
+
+@pytest.mark.parametrize(
+    ("task", "unread"),
+    [("generic", UNREAD), ("refer", UNREAD), ("chat", UNREAD + UNREAD_IN_CHAT)],
+)
+def test_every_parameter_that_is_read_gets_a_gradient(
+    model, processor, config, world, task, unread
+):
+    batch = training_batch(processor, training_samples(world, task, 2))
+    assert without_gradient(model, batch, config) == names_under(model, *unread)
+
+
+def test_every_parameter_of_the_segmentor_gets_a_gradient(segmentor, config, world):
+    batch = training_batch(Processor(config, None), training_samples(world, "generic", 2))
+    assert without_gradient(segmentor, batch, config) == names_under(segmentor, "encoder.neck.")
+
+
+@pytest.mark.parametrize("names", [[], ["red circle"]])
+def test_a_batch_without_targets_trains(model, processor, config, world, names):
+    """Even one whose prompt names no class at all."""
+    samples = training_samples(world, "generic", 2)
+    for sample in samples:
+        sample.names = names
+        phrases = ", ".join(f"<p>{name}</p>" for name in names)
+        sample.turns = [(f"Segment {phrases}.", "Sure, <SEG>.")]
+        sample.masks, sample.labels = sample.masks[:0], sample.labels[:0]
+        sample.ignore = None
+    unread = without_gradient(model, training_batch(processor, samples), config)
+    assert not any(name.startswith("llm.") for name in unread)
+    # Background alone leaves nothing to tell apart.
+    assert ("segmentor.decoder.queries_features.weight" in unread) == (not names)
+
+
+# ---- the original image --------------------------------------------------------------------------
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return (a & b).sum() / (a | b).sum()
+
+
+@pytest.mark.parametrize("size", [(96, 160), (160, 90), (333, 500), (50, 37)])
+def test_a_mask_comes_back_from_the_canvas(size):
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    masks = np.stack(
+        [
+            np.hypot(rows / size[0] - 0.5, columns / size[1] - 0.5) < 0.3,
+            (rows < 0.4 * size[0]) & (columns > 0.5 * size[1]),  # touches two edges
+            rows > 0.8 * size[0],
+        ]
+    )
+    placement = Placement.fit(size, 128)
+    on_canvas = torch.from_numpy(placement.place_map(masks)).float()
+    at_mask_size = F.interpolate(on_canvas[None], size=(32, 32), mode="area")[0]
+    back = (original_logits(at_mask_size * 2 - 1, placement) > 0).numpy()
+    assert back.shape == masks.shape
+    for mask, returned in zip(masks, back, strict=True):
+        assert iou(mask, returned) > 0.93
+
+
+def test_original_logits_are_the_resized_cropped_and_resized_ones():
+    """The published way by three steps, for a placement where each of them is exact."""
+    placement = Placement.fit((64, 96), 96)
+    logits = torch.randn(5, 24, 24, generator=torch.Generator().manual_seed(0))
+    whole = F.interpolate(logits[None], (96, 96), mode="bilinear", align_corners=False)[0]
+    assert torch.allclose(original_logits(logits, placement), whole[:, :64], atol=1e-5)
+
+
+# ---- panoptic reading ----------------------------------------------------------------------------
+
+PLACEMENT = Placement.fit((16, 32), 32)
+CANVAS = np.zeros((32, 32), bool)
+HIGH = 8.0  # of a logit
+
+
+def queries(*rows: tuple[int, float, slice, slice]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of (class of 0..2 or 3 for background, logit, rows, columns) on a canvas of 32."""
+    class_logits = torch.full((len(rows), 4), -HIGH)
+    mask_logits = torch.full((len(rows), 32, 32), -HIGH)
+    for index, (category, logit, vertical, horizontal) in enumerate(rows):
+        class_logits[index, category] = logit
+        mask_logits[index, vertical, horizontal] = HIGH
+    return class_logits, mask_logits
+
+
+THINGS = [True, True, False]  # the third class is stuff
+LEFT, RIGHT, ALL = slice(0, 16), slice(16, 32), slice(0, 32)
+
+
+def read(*rows, score_threshold: float = 0.8, overlap_threshold: float = 0.8):
+    thresholds = score_threshold, overlap_threshold
+    return read_panoptic(*queries(*rows), PLACEMENT, THINGS, *thresholds)
+
+
+def test_stuff_is_fused_and_things_are_kept_apart():
+    masks, categories, scores = read(
+        (2, HIGH, ALL, slice(0, 8)),
+        (0, HIGH, ALL, slice(8, 16)),
+        (2, HIGH, ALL, slice(24, 32)),
+        (0, HIGH, ALL, slice(16, 24)),
+    )
+    assert categories == [2, 0, 0] and len(scores) == 3
+    assert masks.shape == (3, 16, 32) and masks.dtype == bool
+    assert masks[0, :, :8].all() and masks[0, :, 24:].all() and not masks[0, :, 8:24].any()
+    assert masks[1, :, 8:16].all() and masks[2, :, 16:24].all()
+    assert (masks.sum(axis=0) == 1).all()
+
+
+def test_a_segment_mostly_hidden_is_dropped():
+    shown = (0, HIGH, ALL, slice(0, 20))
+    hidden = (1, 6.0, ALL, slice(5, 25))  # 5 of its 20 columns remain
+    assert read(shown, hidden)[1] == [0]
+    assert read(shown, hidden, overlap_threshold=0.2)[1] == [0, 1]
+
+
+def test_queries_below_the_threshold_and_background_say_nothing():
+    masks, categories, scores = read((0, -7.0, ALL, LEFT), (3, HIGH, ALL, RIGHT))
+    assert masks.shape == (0, 16, 32) and masks.dtype == bool and categories == scores == []
+    assert read((0, HIGH, ALL, slice(0, 0)))[1] == []  # an empty mask
+    assert read((0, HIGH, ALL, LEFT), (3, HIGH, ALL, RIGHT))[1] == [0]
+
+
+def test_a_segment_in_the_padding_alone_is_dropped():
+    """Of the canvas only the upper half shows the image."""
+    assert read((0, HIGH, slice(20, 32), ALL))[1] == []
+
+
+def test_panoptic_masks_never_overlap():
+    generator = torch.Generator().manual_seed(0)
+    class_logits = 4 * torch.randn(30, 4, generator=generator)
+    mask_logits = 4 * torch.randn(30, 8, 8, generator=generator)
+    mask_logits = F.interpolate(mask_logits[None], (32, 32), mode="bilinear")[0]
+    masks, categories, scores = read_panoptic(
+        class_logits, mask_logits, PLACEMENT, THINGS, 0.3, 0.0
+    )
+    assert len(masks) == len(categories) == len(scores) > 3
+    assert masks.sum(axis=0).max() == 1 and masks.any(axis=(1, 2)).all()
+    assert categories.count(2) <= 1 and min(scores) > 0.3
+
+
+def test_a_phrase_takes_the_query_that_fits_it_best():
+    class_logits = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 0.0]])
+    _, mask_logits = queries((0, 0, ALL, LEFT), (0, 0, ALL, RIGHT), (0, 0, ALL, ALL))
+    masks, categories, scores = read_phrase(class_logits, mask_logits, PLACEMENT)
+    assert categories == [0] and scores == pytest.approx([0.8808], abs=1e-4)
+    assert masks.shape == (1, 16, 32) and masks[0, :, 16:].all() and not masks[0, :, :16].any()
+
+
+# ---- what is asked -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def say(model, monkeypatch):
+    """Makes `model` answer with the given tokens, whatever it is asked, and keep all queries."""
+
+    def apply(*words: str) -> XSAM:
+        ids = model.tokenizer.convert_tokens_to_ids(list(words))
+
+        def generate(embeddings, mask, max_new_tokens):
+            new = torch.tensor([ids] * len(embeddings))
+            whole = torch.cat([embeddings, model.llm.embed(new, None)], dim=1)
+            states = model.llm(whole, torch.cat([mask, torch.ones_like(new)], dim=1))
+            return new, states[:, : -len(ids)], states[:, -len(ids) :]
+
+        monkeypatch.setattr(model.llm, "generate", generate)
+        settings = dataclasses.replace(model.settings, score_threshold=0.0)
+        monkeypatch.setattr(model, "settings", settings)
+        return model
+
+    return apply
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_answer_without_seg_has_no_masks(say, world, task):
+    model = say("red", "ring")
+    for prediction in answer(model, questions(world, task), is_thing(model)):
+        assert prediction.masks.shape == (0, *prediction.image.size[::-1])
+        assert prediction.labels == prediction.scores == prediction.categories == []
+        assert prediction.answer == "red ring"
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "words",
+    [("<SEG>", "<SEG>"), ("<p>", "ring", "</p>", "<SEG>", "<SEG>"), ("</p>", "<p>", "<SEG>")],
+    ids=" ".join,
+)
+def test_an_answers_own_spans_change_nothing(say, processor, world, task, words):
+    """Only the phrases that were asked for are classes, and only the first <SEG> is read."""
+    samples, model = questions(world, task, 2), say(*words)
+    encoded = [processor.encode(sample) for sample in samples]
+    _, outputs = model.infer(processor.collate(encoded, pad_left=True), 4)
+    assert outputs.image_index.tolist() == [0, 1]
+    assert outputs.class_logits.shape[-1] == len(samples[0].names) + 1
+    assert torch.isfinite(outputs.class_logits).all()
+    for sample, prediction in zip(samples, answer(model, samples, is_thing(model)), strict=True):
+        assert set(prediction.labels) <= set(sample.names)
+
+
+def picture(height: int = 60, width: int = 100) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "draw"}, "unknown task 'draw'"),
+        ({"task": "refer"}, "refer needs a text"),
+        ({"task": "chat"}, "chat needs a text"),
+        ({"task": "refer", "text": ["a", "b"]}, ""),
+    ],
+)
+def test_wrong_requests_are_refused(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.predict(picture(), **arguments)
+
+
+def test_the_segmentor_segments_its_own_categories_only(segmentor):
+    for arguments in (
+        {"task": "chat", "text": "Hello"},
+        {"task": "refer", "text": "ring"},
+        {"task": "panoptic", "things": ["ring"]},
+    ):
+        with pytest.raises(ValueError, match="stage-1 checkpoint"):
+            predict(segmentor, picture(), **arguments)
+
+
+def test_a_model_without_categories_says_so(model, monkeypatch):
+    monkeypatch.setattr(model.settings, "categories", ())
+    with pytest.raises(ValueError, match=r"things|stuff|categor"):
+        model.predict(picture(), "panoptic")
+
+
+def test_a_placeholder_in_a_users_text_does_not_break_the_model(model):
+    """It is refused, or read as words."""
+    try:
+        prediction = model.predict(picture(), "chat", "What is <image> of?")
+    except ValueError:
+        return
+    assert len(prediction.masks) == 0
+
+
+def test_a_request_at_any_size_and_of_many_images(speaking_model):
+    model = speaking_model
+    images = [picture(60, 100), picture(37, 20).convert("L"), picture(200, 90).convert("RGBA")]
+    found = model.predict(images, "refer", ["the ring", "the red star", "the star"])
+    assert [prediction.labels for prediction in found] == [
+        ["the ring"],
+        ["the red star"],
+        ["the star"],
+    ]
+    for image, prediction in zip(images, found, strict=True):
+        assert prediction.masks.shape == (1, image.height, image.width)
+    alone = model.predict(images[0], "refer", "the ring")
+    assert (alone.masks == found[0].masks).mean() > 0.999
+
+    prediction = model.predict(images[0], "panoptic", things=["ring", "star"], stuff=["dots"])
+    assert prediction.labels and set(prediction.labels) <= {"ring", "star", "dots"}
+    assert prediction.labels == [["ring", "star", "dots"][i] for i in prediction.categories]
+    assert model.predict(images[0], "chat", "Hello").masks.shape == (0, 60, 100)
+
+
+def test_a_prediction_as_json_is_the_prediction():
+    masks = np.zeros((2, 30, 50), bool)
+    masks[0, 4:9, 10:30] = masks[1, 20:, :7] = True
+    prediction = Prediction(picture(30, 50), masks, [0, 1], ["ring", "star"], [0.91, 0.5], "<SEG>")
+    document = prediction.to_dict()
+    assert document["answer"] == "<SEG>"
+    for mask, segment, label in zip(masks, document["segments"], ["ring", "star"], strict=True):
+        rle = segment["segmentation"]
+        assert (coco_mask.decode(rle).astype(bool) == mask).all()
+        assert segment["label"] == label and segment["area"] == mask.sum()
+    assert document["segments"][0]["bbox"] == [10, 4, 20, 5]
+    assert prediction.draw("rings").width >= 50

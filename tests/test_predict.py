@@ -1,0 +1,95 @@
+"""The command that draws one prediction, from a checkpoint on disk.
+
+pytest tests/test_predict.py
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from xsam.predict import main
+from xsam.weights import MODEL_FILE, save_checkpoint
+
+SIZE = 90, 60  # width and height of the picture
+
+
+@pytest.fixture
+def checkpoint(speaking_model, tmp_path) -> Path:
+    model = speaking_model
+    return save_checkpoint(tmp_path, model, model.settings, model.tokenizer, 3, 5, {})
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    path = tmp_path / "drawing.jpg"
+    noise = np.random.default_rng(0).integers(0, 255, (*SIZE[::-1], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("request_", "labels"),
+    [
+        (["refer", "the red circle"], {"the red circle"}),
+        (["panoptic", "--things", "ring, star", "--stuff", "dots"], {"ring", "star", "dots"}),
+        (["panoptic"], None),
+    ],
+    ids=["refer", "panoptic of names", "panoptic"],
+)
+def test_a_picture_and_its_masks_are_written(checkpoint, image, capsys, request_, labels):
+    assert run(*request_, "--checkpoint", checkpoint, "--image", image) == 0
+    stem = f"drawing_{request_[0]}"
+    drawn = Image.open(image.with_name(f"{stem}.png"))
+    assert drawn.width >= SIZE[0] and drawn.height >= SIZE[1]
+    document = json.loads(image.with_name(f"{stem}.json").read_text())
+    assert document["answer"] == "<SEG>" and document["segments"]
+    for segment in document["segments"]:
+        mask = coco_mask.decode(segment["segmentation"])
+        assert mask.shape == SIZE[::-1] and mask.sum() == segment["area"]
+        assert labels is None or segment["label"] in labels
+    printed = capsys.readouterr().out
+    assert printed.startswith("<SEG>\n") and f"{stem}.json" in printed
+
+
+def test_the_segmentor_predicts_too(segmentor, image, tmp_path, capsys):
+    folder = save_checkpoint(tmp_path, segmentor, segmentor.settings, None, 1, 5, {})
+    out = tmp_path / "named.by.hand"
+    arguments = ["--checkpoint", folder, "--image", image, "--out", out]
+    assert run("panoptic", *arguments) == 0
+    assert Image.open(f"{out}.png").width and json.loads(Path(f"{out}.json").read_text())
+    assert run("refer", "the ring", *arguments) == 2
+    assert "stage-1 checkpoint" in capsys.readouterr().err
+
+
+def test_chat_writes_nothing(checkpoint, image):
+    assert run("chat", "What is it?", "--checkpoint", checkpoint, "--image", image) == 0
+    assert list(image.parent.glob("drawing_*")) == []
+
+
+@pytest.mark.parametrize("missing", ["image", "checkpoint", "text", "weights"])
+def test_errors_leave_with_2_and_name_the_path(checkpoint, image, tmp_path, capsys, missing):
+    text, expected = "the ring", "text"
+    if missing == "image":
+        image = tmp_path / "absent.jpg"
+        expected = str(image)
+    elif missing == "checkpoint":
+        checkpoint = tmp_path
+        expected = f"{checkpoint}: not a checkpoint"
+    elif missing == "text":
+        text = ""
+    else:
+        path = checkpoint / MODEL_FILE
+        path.write_bytes(path.read_bytes()[:-5])
+        expected = str(path)
+    assert run("refer", text, "--checkpoint", checkpoint, "--image", image) == 2
+    written = capsys.readouterr()
+    assert expected in written.err and not written.out
+    assert list(tmp_path.glob("*.json")) == []
