@@ -26,7 +26,7 @@ def world(tmp_path_factory) -> Path:
     """A folder with `data` and `weights`."""
     path = tmp_path_factory.mktemp("world")
     toy.write_world(path / "data", num_train=24, num_val=6)
-    toy.write_weights(path / "weights", toy_config().model, steps=3, sam_steps=3)
+    toy.write_weights(path / "weights", toy_config().model, steps=3)
     return path
 
 
@@ -81,11 +81,11 @@ def speaking_model(model, world) -> XSAM:
         dataset = open_dataset(name, world / "data", all_classes=True)
         samples = [question(dataset, index) for index in range(6)]
         batch = reader.collate([reader.encode(sample) for sample in samples], pad_left=True)
-        ids = torch.cat([batch.input_ids, torch.full((6, 1), seg_id)], dim=1)
-        mask = torch.cat([batch.attention_mask, torch.ones(6, 1, dtype=torch.long)], dim=1)
         with torch.no_grad():
-            tokens, _ = speaking.visual_tokens(batch)
-            states = speaking.llm(speaking.llm.embed(ids, tokens), mask)
+            embeddings, _ = speaking.encode(batch)
+            spoken = speaking.llm.model.get_input_embeddings()(torch.full((6, 1), seg_id))
+            mask = torch.cat([batch.attention_mask, torch.ones(6, 1, dtype=torch.long)], dim=1)
+            states = speaking.llm(torch.cat([embeddings, spoken], dim=1), mask)
         before.append(states[:, -2])
         after.append(states[:, -1])
     states = torch.cat(before + after)

@@ -690,11 +690,11 @@ def test_a_resumed_sampler_goes_on_where_it_stopped(first):
 def test_epochs_and_seeds_differ():
     mix = mixture([40, 16])
     assert mix.epoch(0) == mix.epoch(0)
-    picks = [
-        [(draw.dataset, draw.index) for batch in each for draw in batch]
-        for each in (mix.epoch(0), mix.epoch(1), mixture([40, 16], seed=1).epoch(0))
-    ]
-    assert picks[0] != picks[1] and picks[0] != picks[2]
+    first, second, other_seed = (
+        {frozenset((draw.dataset, draw.index) for draw in batch) for batch in batches}
+        for batches in (mix.epoch(0), mix.epoch(1), mixture([40, 16], seed=1).epoch(0))
+    )
+    assert first != second and first != other_seed
 
 
 def test_a_draw_gives_the_same_sample_each_time(world, config, processor):

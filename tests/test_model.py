@@ -15,9 +15,11 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from xsam.config import Config, xsam
+from xsam.connector import pixel_shuffle
 from xsam.data import Batch, Processor, Sample, open_dataset
 from xsam.encoders import Placement
 from xsam.evaluate import TASKS, question
+from xsam.llm import IMAGE_TOKEN
 from xsam.losses import Normalisers
 from xsam.model import (
     XSAM,
@@ -92,13 +94,15 @@ def test_visual_tokens_are_the_image_encoders_then_the_segmentation_encoders(
     model, processor, world
 ):
     batch = training_batch(processor, training_samples(world, "chat", 1))
-    tokens, hidden_states = model.visual_tokens(batch)
-    assert tokens.shape[1] == processor.num_visual_tokens == (batch.input_ids < 0).sum()
-    own = model.image_projector(model.image_encoder(batch.image_pixels))
-    count = own.shape[1]
-    assert torch.allclose(tokens[:, :count], own)
+    embeddings, hidden_states = model.encode(batch)
+    tokens = embeddings[batch.input_ids == IMAGE_TOKEN]
+    own = model.image_projector(model.image_encoder(batch.image_pixels))[0]
+    count = len(own)
+    assert torch.allclose(tokens[:count], own, atol=1e-5)
+    seg_tokens = model.seg_projector(pixel_shuffle(hidden_states[-2], 0.5)).flatten(0, 2)
+    assert torch.allclose(tokens[count:], seg_tokens, atol=1e-5)
+    assert len(tokens) == processor.num_visual_tokens
     assert len(hidden_states) == 1 + model.settings.model.seg_depth
-    assert processor.num_visual_tokens == count + hidden_states[-1][0, ..., 0].numel() // 4
     assert Processor(xsam(), None).num_visual_tokens == 27 * 27 + 32 * 32
 
 
@@ -122,8 +126,8 @@ def test_conditions_and_seg_state_are_read_from_the_language_models_states(
     )
     model(batch)
 
-    tokens, _ = model.visual_tokens(batch)
-    states = model.llm(model.llm.embed(batch.input_ids, tokens), batch.attention_mask)[0]
+    embeddings, _ = model.encode(batch)
+    states = model.llm(embeddings, batch.attention_mask)[0]
     projected, ids = model.llm_projector(states), batch.input_ids[0].tolist()
     opens = [place for place, token in enumerate(ids) if token == model.llm.phrase_id]
     closes = [place for place, token in enumerate(ids) if token == model.llm.phrase_end_id]
@@ -421,7 +425,8 @@ def say(model, monkeypatch):
 
         def generate(embeddings, mask, max_new_tokens):
             new = torch.tensor([ids] * len(embeddings))
-            whole = torch.cat([embeddings, model.llm.embed(new, None)], dim=1)
+            spoken = model.llm.model.get_input_embeddings()(new)
+            whole = torch.cat([embeddings, spoken], dim=1)
             states = model.llm(whole, torch.cat([mask, torch.ones_like(new)], dim=1))
             return new, states[:, : -len(ids)], states[:, -len(ids) :]
 

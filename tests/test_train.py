@@ -43,7 +43,7 @@ def metrics(out: Path, stage: int) -> list[dict]:
     return [record for record in map(json.loads, lines) if record["stage"] == stage]
 
 
-# ---- errors ----------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -113,7 +113,7 @@ def test_a_corrupt_image_is_named(world, tmp_path):
     assert str(folder / "train2017") in result.stderr and "cannot be read" in result.stderr
 
 
-# ---- the same run ----------------------------------------------------------------------------------
+# ---- the same run --------------------------------------------------------------------------------
 
 
 def test_two_processes_train_as_one(world, tmp_path):
@@ -155,7 +155,7 @@ def test_killed_and_resumed_equals_uninterrupted(world, tmp_path):
     assert losses[0] == losses[1]
 
 
-# ---- parts -----------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------
 
 
 def test_learning_rate_goes_by_the_longest_prefix_and_zero_freezes(world):

@@ -369,40 +369,36 @@ def required_paths(
 
 
 def _build(kind, values, where: str):
-    """`values` as `kind`, which is a dataclass, a tuple or dict type, an optional or a plain
-    type."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    """`values` as `kind`: a dataclass, a tuple or dict type, or a plain type. Raises ValueError."""
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    accepted = {float: (float, int), tuple: (tuple, list)}.get(origin, origin)
+    if dataclasses.is_dataclass(kind):
+        accepted = dict
+    if not isinstance(values, accepted) or (isinstance(values, bool) and kind is not bool):
+        raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {values!r}")
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(values) - set(hints))
         if unknown:
-            raise ValueError(
-                f"{where}: unknown name {', '.join(unknown)}; known are {', '.join(hints)}"
-            )
+            known = ", ".join(hints)
+            raise ValueError(f"{where}: unknown name {', '.join(unknown)}; known are {known}")
+        built = {
+            name: _build(hints[name], value, f"{where}.{name}") for name, value in values.items()
+        }
         try:
-            return kind(
-                **{
-                    name: _build(hints[name], value, f"{where}.{name}")
-                    for name, value in values.items()
-                }
-            )
-        except TypeError as error:
+            return kind(**built)
+        except TypeError as error:  # a name without a default is missing
             raise ValueError(f"{where}: {error}") from error
     if origin is tuple:
         return tuple(_build(arguments[0], value, where) for value in values)
-    if origin is dict:
-        return {
-            arguments[0](key): _build(arguments[1], value, f"{where}.{key}")
-            for key, value in values.items()
-        }
-    if kind is float and isinstance(values, int) and not isinstance(values, bool):
-        return float(values)
-    expected = origin or kind
-    if not isinstance(values, expected):
-        raise ValueError(
-            f"{where}: expected {getattr(expected, '__name__', expected)}, got {values!r}"
-        )
-    return values
+    if origin is dict and arguments:
+        try:
+            keys = [arguments[0](key) for key in values]  # JSON makes numbers strings
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        items = zip(keys, values.values(), strict=True)
+        return {key: _build(arguments[1], value, f"{where}.{key}") for key, value in items}
+    return float(values) if kind is float else values
 
 
 def _parse(kind, text: str):
@@ -416,13 +412,9 @@ def _parse(kind, text: str):
         return tuple(typing.get_args(kind)[0](part) for part in text.split(",") if part)
     if origin is dict:
         try:
-            return (
-                _build(kind, json.loads(text), "value")
-                if typing.get_args(kind)
-                else json.loads(text)
-            )
-        except json.JSONDecodeError as error:
-            raise argparse.ArgumentTypeError(f"expected JSON, got {text!r}: {error}") from error
+            return _build(kind, json.loads(text), "value")
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"expected a JSON object, not {text!r}") from error
     return kind(text)
 
 

@@ -5,7 +5,8 @@ dataset gives a `Sample` (image, turns, masks at the image's own size); the `Pro
 the canvas, tokenizes it and collates a `Batch`; the `Mixture` says which samples make which global
 batch. Everything random is drawn from (seed, epoch, dataset, place in the epoch), so any number of
 ranks and workers, and a resumed run, see the same.
-Legend: B images of a batch, R decoder runs, T targets, H W image size, S canvas side, N tokens.
+Legend: B images of a batch, R decoder runs, T targets, G visual prompts, H W image size, S canvas
+side, N tokens, P points.
 """
 
 import itertools
@@ -81,7 +82,7 @@ def read_refs(path: Path) -> list[dict]:
     with path.open("rb") as file:
         try:
             return _PlainUnpickler(file, encoding="utf-8").load()
-        except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError) as error:
+        except Exception as error:  # damaged bytes make the unpickler fail in any way
             raise ValueError(f"{path}: not a plain pickle of refs: {error}") from error
 
 
@@ -148,6 +149,7 @@ class Sample:
     labels: np.ndarray  # int64 [T], index into names
     ignore: np.ndarray | None = None  # bool [H, W], pixels without a label
     names: list[str] = field(default_factory=list)  # the classes or phrases, in prompt order
+    regions: np.ndarray | None = None  # bool [G, H, W], a visual prompt for each <region>
 
 
 def ask(task: str, names: list[str], rng: np.random.Generator | None = None) -> str:
@@ -376,6 +378,8 @@ class Batch:
     input_ids: Tensor | None  # [B, N] with placeholders
     attention_mask: Tensor | None  # [B, N]
     labels: Tensor | None  # [B, N]
+    region_points: Tensor | None  # [G, P, 2] (row, column) in 0..1, of each <region>
+    region_index: Tensor | None  # [G] image of each <region>
     image_index: Tensor  # [R] image of each decoder run
 
     targets: list[Targets]  # one per decoder run
@@ -418,7 +422,9 @@ class Processor:
         if rng.random() < stage.flip_probability:
             sample.image = sample.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             sample.masks = sample.masks[:, :, ::-1]
-            sample.ignore = None if sample.ignore is None else sample.ignore[:, ::-1]
+            for name in ("ignore", "regions"):
+                if getattr(sample, name) is not None:
+                    setattr(sample, name, getattr(sample, name)[..., ::-1])
         scale = rng.uniform(*stage.scale_range) if stage.scale_range else 1.0
         return Placement.fit(shape, size, scale).crop(rng)
 
@@ -470,18 +476,39 @@ class Processor:
         if self.tokenizer is not None:
             encoded["image_pixels"] = image_pixels(sample.image, self.image_size)
             encoded["ids"], encoded["labels"] = self.tokenize(sample)
+            encoded["region_points"] = self.region_points(sample, placement, rng)
         return encoded
+
+    def region_points(
+        self, sample: Sample, placement: Placement, rng: np.random.Generator | None
+    ) -> Tensor:
+        """Where the region sampler reads each visual prompt: (row, column) in 0..1 of the canvas,
+        [G, P, 2], with repetition where a prompt has fewer pixels. An empty prompt is an error."""
+        rng = rng or np.random.default_rng(0)
+        count = self.config.model.num_region_points
+        points = torch.zeros(0 if sample.regions is None else len(sample.regions), count, 2)
+        for number in range(len(points)):
+            mask = placement.place_map(sample.regions[number])
+            pixels = np.argwhere(mask)
+            if not len(pixels):
+                raise ValueError(f"{sample.sample_id}: visual prompt {number} has no pixel")
+            chosen = rng.choice(len(pixels), count, replace=len(pixels) < count)
+            points[number] = torch.from_numpy(pixels[chosen] / mask.shape)
+        return points
 
     def collate(self, encoded: list[dict], pad_left: bool = False) -> Batch:
         """Encoded samples of one task to a batch. Generation wants its padding at the left."""
         task = encoded[0]["sample"].task
-        ids = mask = labels = images = None
+        ids = mask = labels = images = points = region_index = None
         if self.tokenizer is not None:
             images = torch.stack([item["image_pixels"] for item in encoded])
             pad_id = self.tokenizer.pad_token_id
             ids = _pad([item["ids"] for item in encoded], pad_id, pad_left)
             labels = _pad([item["labels"] for item in encoded], IGNORE_LABEL, pad_left)
             mask = _pad([[1] * len(item["ids"]) for item in encoded], 0, pad_left)
+            points = torch.cat([item["region_points"] for item in encoded])
+            counts = torch.tensor([len(item["region_points"]) for item in encoded])
+            region_index = torch.arange(len(encoded)).repeat_interleave(counts)
         targets, run_seeds, image_index = [], [], []
         num_phrases = 0
         for row, item in enumerate(encoded):
@@ -507,6 +534,8 @@ class Processor:
             input_ids=ids,
             attention_mask=mask,
             labels=labels,
+            region_points=points,
+            region_index=region_index,
             image_index=torch.tensor(image_index, dtype=torch.long),
             targets=targets,
             run_seeds=run_seeds,

@@ -135,15 +135,12 @@ class LanguageModel(nn.Module):
             tokenizer.encode(marker, add_special_tokens=False)[0],
         }
 
-    def embed(
-        self, input_ids: Tensor, visual_tokens: Tensor | None, regions: Tensor | None = None
-    ) -> Tensor:
+    def embed(self, input_ids: Tensor, visual_tokens: Tensor, regions: Tensor) -> Tensor:
         """Token embeddings [B, N, C] with visual tokens [B, V, C] and region vectors [R, C] in the
         places that hold IMAGE_TOKEN and REGION_TOKEN, in reading order."""
         x = self.model.get_input_embeddings()(input_ids.clamp(min=0))
         for token, vectors in ((IMAGE_TOKEN, visual_tokens), (REGION_TOKEN, regions)):
-            if vectors is not None:
-                x = x.masked_scatter((input_ids == token)[..., None], vectors.to(x.dtype))
+            x = x.masked_scatter((input_ids == token)[..., None], vectors.to(x.dtype))
         return x
 
     def forward(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:

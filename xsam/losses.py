@@ -63,13 +63,11 @@ def sample_masks(masks: Tensor, index: Tensor, points: Tensor) -> Tensor:
 
 
 def is_ignored(ignore: Tensor | None, points: Tensor) -> Tensor:
-    """Whether each of points [N, P, 2] lies on a pixel of `ignore` [H, W]: bool [N, P]."""
+    """Whether a reading at points [N, P, 2] would touch a pixel of `ignore` [H, W]: bool [N, P]."""
     if ignore is None:
         return torch.zeros(points.shape[:2], dtype=torch.bool, device=points.device)
-    height, width = ignore.shape
-    x = (points[..., 0] * width).long().clamp(max=width - 1)
-    y = (points[..., 1] * height).long().clamp(max=height - 1)
-    return ignore[y, x]
+    only = torch.zeros(len(points), dtype=torch.long, device=points.device)
+    return sample_masks(ignore[None], only, points) > 0
 
 
 def matching_cost(

@@ -16,8 +16,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from xsam.config import Config
-from xsam.connector import Projector, SegmentationConnector, pixel_shuffle
+from xsam.config import SPECIAL_TOKENS, Config
+from xsam.connector import Projector, SegmentationConnector, pixel_shuffle, sample_regions
 from xsam.data import Batch, Processor, Sample, ask
 from xsam.decoder import (
     CosineClassHead,
@@ -28,7 +28,7 @@ from xsam.decoder import (
 )
 from xsam.draw import draw_segments
 from xsam.encoders import ImageEncoder, Placement, SamEncoder
-from xsam.llm import LanguageModel
+from xsam.llm import IGNORE_LABEL, LanguageModel
 from xsam.weights import MODEL_FILE, load_state, read_header, read_safetensors, read_tokenizer
 
 
@@ -130,17 +130,18 @@ class XSAM(nn.Module):
         self.tokenizer = tokenizer
         self.llm.set_tokenizer(tokenizer)
 
-    def visual_tokens(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """Tokens [B, V, C] for the language model, those of the image encoder first, and the
-        segmentation encoder's hidden states."""
+    def encode(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Embeddings [B, N, C] of the batch's words, visual tokens and regions, and the hidden
+        states of the segmentation encoder. Image tokens come before segmentation tokens."""
         hidden_states = self.segmentor.encoder(batch.seg_pixels)
-        seg_tokens = self.seg_projector(pixel_shuffle(hidden_states[-2], 0.5)).flatten(1, 2)
+        grid = self.seg_projector(pixel_shuffle(hidden_states[-2], 0.5))  # [B, H, W, C]
         image_tokens = self.image_projector(self.image_encoder(batch.image_pixels))
-        return torch.cat([image_tokens, seg_tokens], dim=1), hidden_states
+        visual_tokens = torch.cat([image_tokens, grid.flatten(1, 2)], dim=1)
+        regions = sample_regions(grid, batch.region_points, batch.region_index)
+        return self.llm.embed(batch.input_ids, visual_tokens, regions), hidden_states
 
     def forward(self, batch: Batch) -> Outputs:
-        visual_tokens, hidden_states = self.visual_tokens(batch)
-        embeddings = self.llm.embed(batch.input_ids, visual_tokens)
+        embeddings, hidden_states = self.encode(batch)
         states = self.llm(embeddings, batch.attention_mask)
         token_loss = self.llm.token_loss(states, batch.labels)
         if batch.task == "chat":
@@ -205,14 +206,16 @@ class XSAM(nn.Module):
     @torch.no_grad()
     def infer(self, batch: Batch, max_new_tokens: int) -> tuple[list[str], Predictions | None]:
         """Greedy answers to a left-padded batch, and what their <SEG> tokens segment."""
-        visual_tokens, hidden_states = self.visual_tokens(batch)
-        embeddings = self.llm.embed(batch.input_ids, visual_tokens)
+        embeddings, hidden_states = self.encode(batch)
         new_ids, states, new_states = self.llm.generate(
             embeddings, batch.attention_mask, max_new_tokens
         )
         answers = [self.tokenizer.decode(row[row >= 0]).strip() for row in new_ids]
         if batch.task == "chat":
             return answers, None
+        # The classes are the question's phrases, whatever spans the answer has.
+        spans = torch.tensor([self.llm.phrase_id, self.llm.phrase_end_id], device=new_ids.device)
+        new_ids = new_ids.masked_fill(torch.isin(new_ids, spans), IGNORE_LABEL)
         input_ids = torch.cat([batch.input_ids, new_ids], dim=1)
         states = torch.cat([states, new_states], dim=1)
         return answers, self.segment(batch.task, hidden_states, states, input_ids)
@@ -372,7 +375,8 @@ def predict(
 
     task "panoptic" segments the categories `things` and `stuff` (default: those the model was
     trained on), "refer" what `text` refers to, "chat" answers `text`. Raises ValueError at another
-    task, a missing text, or a task that needs a language model where there is none.
+    task, a missing text, a text with tokens of the prompt format, or a task that needs a language
+    model where there is none.
     """
     if task not in ("panoptic", "refer", "chat"):
         raise ValueError(f"unknown task {task!r}; known are panoptic, refer and chat")
@@ -389,7 +393,14 @@ def predict(
             (name, False) for name in stuff or []
         ]
         categories = categories or [(c["name"], c["is_thing"]) for c in model.settings.categories]
+        if not categories:
+            raise ValueError("this model knows no categories of its own: name things or stuff")
         names, is_thing = map(list, zip(*categories, strict=True))
+    for token in (*SPECIAL_TOKENS, "<image>", "<region>"):
+        if any(token in words for words in [*texts, *names]):
+            raise ValueError(
+                f"a text or a name contains {token}, which belongs to the prompt format"
+            )
     samples = []
     for picture, words in zip(images, texts, strict=True):
         picture = picture.convert("RGB")

@@ -1,11 +1,9 @@
-"""The toy world: labelled drawings in the public datasets' formats, and small starting weights.
+"""The toy world on disk: drawings in the public datasets' formats, and small starting weights.
 
 Stands in for COCO, RefCOCO, LLaVA and the three pretrained models, so that readers, stages and
 metrics run on a laptop without a download: it writes what `data.py` reads (paths: `SOURCES` of
-config.py) and what the stages load from the weights root. A scene is things of six colours and two
-sizes on one or two textures, here and there with a void patch or a crowd, and comes from
-`default_rng([seed, split, index])`, so the same bytes each time. H W are pixels; the canvas is the
-image with MARGIN pixels on every side, where things that cross the image's edge go on.
+config.py) and what the stages load from the weights root. Every scene comes from
+`default_rng([seed, split, index])`, so the bytes are the same each time.
 
     python -m xsam.toy /tmp/toy --num_train 1600 --num_val 64
 """
@@ -19,338 +17,38 @@ import json
 import pickle
 import re
 import shutil
-import string
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import minimum_filter
 from tqdm import tqdm
 
 from xsam.config import SOURCES, ModelConfig, toy
+from xsam.scenes import (
+    CAPTION_REQUESTS,
+    CLASSES,
+    COLORS,
+    DIALOGUE,
+    EXPRESSIONS,
+    FACTS,
+    NUMBERS,
+    RADII,
+    STUFF_IDS,
+    THING_IDS,
+    Generator,
+    Scene,
+    Segment,
+    caption_turn,
+    clean_name,
+    dialogue,
+    draw_scene,
+    expressions,
+    plural,
+)
 
-Generator = np.random.Generator
-
-# ---- what there is in the world ------------------------------------------------------------------
-
-# Names of two textures carry COCO's suffixes, which readers drop; ids have gaps, as COCO's have.
-THING_IDS = dict(circle=1, square=2, triangle=3, star=5, cross=8, ring=14, moon=21, diamond=34)
-STUFF_IDS = {"stripes-merged": 92, "checks": 100, "dots": 118, "bricks-stuff": 149}
 SPLITS = ("train", "val", "text", "sam")  # each draws from numbers of its own
-CLASSES = (*THING_IDS, *STUFF_IDS)
-COLORS = {
-    "red": (222, 38, 38),
-    "green": (38, 176, 62),
-    "blue": (38, 84, 226),
-    "yellow": (247, 214, 36),
-    "purple": (152, 46, 186),
-    "white": (246, 246, 246),
-}
-RADII = {"small": (14.0, 17.0), "large": (23.0, 30.0)}  # pixels
-TINY_RADIUS = (4.0, 5.0)  # members of a crowd
-IMAGE_SIZES = ((128, 128), (128, 104), (104, 128), (128, 112), (112, 128))  # (H, W)
-MARGIN = 40
-MIN_VISIBLE = 0.55  # share of its own area that every thing keeps
-VOID_COLOR = (48, 48, 48)
-RIM_COLOR = (24, 24, 24)
-OVERSAMPLING = 2  # drawn points a pixel, each way
-
-
-def _star(x: np.ndarray, y: np.ndarray, points: int = 5, inner: float = 0.45) -> np.ndarray:
-    half = np.pi / points
-    angle = np.abs((np.arctan2(x, -y) + half) % (2 * half) - half)
-    along, across = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
-    return inner * np.sin(half) * (1 - along) > (1 - inner * np.cos(half)) * across
-
-
-# Name -> (is the point inside, x right and y down in radii; largest tilt in radians).
-SHAPES = {
-    "circle": (lambda x, y: np.hypot(x, y) < 0.95, 0.0),
-    "square": (lambda x, y: np.maximum(abs(x), abs(y)) < 0.82, 0.12),
-    "triangle": (lambda x, y: (y < 0.6) & (abs(x) < (y + 1.0) * 0.6), 0.12),
-    "star": (_star, 0.12),
-    "cross": (
-        lambda x, y: (np.minimum(abs(x), abs(y)) < 0.3) & (abs(x + y) + abs(x - y) < 1.9),
-        0.12,
-    ),
-    "ring": (lambda x, y: (np.hypot(x, y) < 1.0) & (np.hypot(x, y) > 0.5), 0.0),
-    "moon": (lambda x, y: (np.hypot(x, y) < 1.0) & (np.hypot(x - 0.5, y) > 0.8), 0.25),
-    "diamond": (lambda x, y: abs(x) / 0.68 + abs(y) / 1.1 < 1, 0.12),
-}
-
-# Name -> (is the point of the second tone, x and y in periods; largest tilt).
-TEXTURES = {
-    "stripes-merged": (lambda x, y: x % 1 < 0.5, np.pi),
-    "checks": (lambda x, y: (x % 1 < 0.5) ^ (y % 1 < 0.5), 0.15),
-    "dots": (lambda x, y: np.hypot(x % 1 - 0.5, y % 1 - 0.5) < 0.34, 0.15),
-    "bricks-stuff": (lambda x, y: (y % 1 < 0.25) | ((x / 2 + y // 1 / 2) % 1 < 0.12), 0.15),
-}
-
-
-@dataclass
-class Segment:
-    """One region. Stuff has neither colour nor size, a crowd is many tiny things of one look."""
-
-    category: str
-    color: str = ""
-    size: str = ""
-    is_crowd: bool = False
-
-    @property
-    def is_thing(self) -> bool:
-        return self.category in THING_IDS
-
-    @property
-    def category_id(self) -> int:
-        return (THING_IDS | STUFF_IDS)[self.category]
-
-
-@dataclass
-class Scene:
-    image: np.ndarray  # [H, W, 3] uint8
-    owner: np.ndarray  # [H, W] uint8: 1 + index of the visible segment, 0 where void
-    segments: list[Segment]
-
-    def mask(self, index: int) -> np.ndarray:
-        return self.owner == index + 1
-
-    def things(self) -> list[Segment]:
-        """Single things, from left to right: the order of captions."""
-        single = [i for i, each in enumerate(self.segments) if each.is_thing and not each.is_crowd]
-        single.sort(key=lambda index: np.nonzero(self.mask(index))[1].mean())
-        return [self.segments[index] for index in single]
-
-    def background(self) -> str:
-        return " and ".join(clean_name(s.category) for s in self.segments if not s.is_thing)
-
-
-# ---- drawing -------------------------------------------------------------------------------------
-
-
-def draw_scene(rng: Generator, has_crowd: bool = False, most_things: int = 4) -> Scene:
-    height, width = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
-    inside = np.s_[MARGIN : MARGIN + height, MARGIN : MARGIN + width]
-    canvas = np.zeros((height + 2 * MARGIN, width + 2 * MARGIN, 3))
-    owner = np.zeros(canvas.shape[:2], np.uint8)
-    canvas[inside], owner[inside], segments = _background(rng, height, width)
-    if rng.random() < 0.25:
-        corner = _corner(rng, height, width)
-        canvas[inside][corner], owner[inside][corner] = VOID_COLOR, 0
-
-    areas = {}  # drawn area of each thing, by its number in `owner`
-    for segment in _choose_things(rng, has_crowd, most_things):
-        number = len(segments) + 1
-        for _ in range(30):  # places to try
-            trial_canvas, trial_owner = canvas.copy(), owner.copy()
-            area = _paint(rng, trial_canvas, trial_owner, segment, number)
-            visible = np.bincount(trial_owner[inside].ravel(), minlength=number + 1)
-            trial_areas = areas | {number: area}
-            if all(visible[one] >= MIN_VISIBLE * whole for one, whole in trial_areas.items()):
-                canvas, owner, areas = trial_canvas, trial_owner, trial_areas
-                segments.append(segment)
-                break
-    return Scene(canvas[inside].round().astype(np.uint8), owner[inside].copy(), segments)
-
-
-def _choose_things(rng: Generator, has_crowd: bool, most: int) -> list[Segment]:
-    """Two things or more, after a crowd if there is one; some repeat an earlier shape or colour."""
-    chosen: list[Segment] = []
-    for index in range(rng.integers(2, most + 1) + has_crowd):
-        color = list(COLORS)[rng.integers(len(COLORS))]
-        category = list(THING_IDS)[rng.integers(len(THING_IDS))]
-        size = list(RADII)[rng.integers(len(RADII))]
-        if chosen and rng.random() < 0.35:
-            category = chosen[rng.integers(len(chosen))].category
-        if chosen and rng.random() < 0.25:
-            color = chosen[rng.integers(len(chosen))].color
-        is_crowd = has_crowd and index == 0
-        chosen.append(Segment(category, color, "" if is_crowd else size, is_crowd))
-    return chosen
-
-
-def _paint(
-    rng: Generator, canvas: np.ndarray, owner: np.ndarray, segment: Segment, number: int
-) -> int:
-    """Draws a thing, or the members of a crowd, at a random place; returns the area in pixels."""
-    low, high = TINY_RADIUS if segment.is_crowd else RADII[segment.size]
-    offsets = np.zeros((1, 2))  # of the members from the center, (y, x)
-    if segment.is_crowd:
-        grid = np.indices(rng.integers(3, 6, size=2)).reshape(2, -1).T
-        offsets = (grid - grid.mean(axis=0)) * 2 * high + rng.uniform(-1, 1, size=grid.shape)
-    border = np.abs(offsets).max(axis=0) + 0.8 * high
-    center = rng.uniform(border, np.array(owner.shape) - 2 * MARGIN - border)
-    color = np.array(COLORS[segment.color]) * rng.uniform(0.9, 1.0)
-    for place in center + offsets + MARGIN:
-        coverage, corner = _stamp(rng, segment.category, rng.uniform(low, high), place)
-        window = tuple(slice(c, c + n) for c, n in zip(corner, coverage.shape, strict=True))
-        core = coverage if segment.is_crowd else minimum_filter(coverage, size=3)
-        canvas[window] *= 1 - coverage[..., None]
-        canvas[window] += core[..., None] * color
-        canvas[window] += (coverage - core)[..., None] * RIM_COLOR  # parts things of one colour
-        owner[window][coverage >= 0.5] = number
-    return int((owner == number).sum())
-
-
-def _stamp(
-    rng: Generator, category: str, radius: float, place: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Share of each pixel that a shape covers, [N, N], and the window's first row and column."""
-    is_inside, max_tilt = SHAPES[category]
-    corner = np.floor(place - 1.2 * radius).astype(int)
-    side = int(np.ceil(2.4 * radius)) + 1
-    points = (np.arange(side * OVERSAMPLING) + 0.5) / OVERSAMPLING
-    y, x = np.meshgrid(points + corner[0] - place[0], points + corner[1] - place[1], indexing="ij")
-    x, y = _turn(x / radius, y / radius, rng.uniform(-max_tilt, max_tilt))
-    return _pool(is_inside(x, y).astype(float)), corner
-
-
-def _turn(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
-    return np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
-
-
-def _pool(values: np.ndarray) -> np.ndarray:
-    """Means over the drawn points of each pixel."""
-    height, width = np.array(values.shape) // OVERSAMPLING
-    return values.reshape(height, OVERSAMPLING, width, OVERSAMPLING).mean(axis=(1, 3))
-
-
-def _background(
-    rng: Generator, height: int, width: int
-) -> tuple[np.ndarray, np.ndarray, list[Segment]]:
-    """One or two textures, parted by a straight or wavy line: image, owner numbers, segments."""
-    names = rng.permutation(list(STUFF_IDS))[: rng.integers(1, 3)].tolist()
-    y, x = np.mgrid[:height, :width] / [[[height]], [[width]]] - 0.5
-    along, across = _turn(x, y, rng.uniform(0, 2 * np.pi))
-    wave = rng.choice([0.0, 0.06]) * np.sin(2 * np.pi * (2 * along + rng.random()))
-    owner = np.where(across + wave < rng.uniform(-0.2, 0.2), len(names), 1)
-    tones = [_texture(rng, name, height, width) for name in names]
-    image = np.where((owner == 1)[..., None], tones[0], tones[-1])
-    return image, owner, [Segment(name) for name in names]
-
-
-def _texture(rng: Generator, name: str, height: int, width: int) -> np.ndarray:
-    """Two tones of one muted colour, [H, W, 3]."""
-    is_second, max_tilt = TEXTURES[name]
-    points = [(np.arange(n * OVERSAMPLING) + 0.5) / OVERSAMPLING for n in (height, width)]
-    y, x = np.meshgrid(*points, indexing="ij")
-    x, y = _turn(x, y, rng.uniform(-max_tilt, max_tilt))
-    period, (x_phase, y_phase) = rng.uniform(7, 10), rng.random(2)
-    second = _pool(is_second(x / period + x_phase, y / period + y_phase).astype(float))[..., None]
-    hue, value = rng.random(), rng.uniform(130, 175)
-    light, dark = (
-        np.array(colorsys.hsv_to_rgb(hue, 0.25, each))
-        for each in (value, value - rng.uniform(45, 65))
-    )
-    return (1 - second) * light + second * dark
-
-
-def _corner(rng: Generator, height: int, width: int) -> np.ndarray:
-    """A quadrilateral of 3 to 8 percent of the image in one of its corners, [H, W] bool."""
-    y, x = np.mgrid[:height, :width] + 0.5
-    y = y if rng.random() < 0.5 else height - y
-    x = x if rng.random() < 0.5 else width - x
-    aspect, slope = rng.uniform(0.7, 1.4), rng.uniform(-0.15, 0.15)
-    # Corner (0, 0), sides of length a on x and b on y, each opposite side tilted by `slope`.
-    a = np.sqrt(rng.uniform(0.04, 0.07) * height * width * aspect)
-    b = a / aspect
-    return (x + slope * y < a) & (y + slope * x < b)
-
-
-# ---- what is said of a scene ---------------------------------------------------------------------
-
-# A referring expression holds for the things that have every attribute in braces.
-EXPRESSIONS = (
-    "the {color} {category}",
-    "{color} {category}",
-    "the {size} {color} {category}",
-    "the {size} {category}",
-    "the only {category}",
-)
-NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-CAPTION_REQUESTS = (
-    "Describe the picture.",
-    "What is in the picture?",
-    "Describe the image briefly.",
-    "Give a short caption of this image.",
-)
-DIALOGUE = {
-    "color": ("What color is the {category}?", "The {category} is {color}."),
-    "count": ("How many shapes are there?", "There are {number} shapes."),
-    "yes": ("Is there a {category}?", "Yes, there is a {category}."),
-    "no": ("Is there a {category}?", "No, there is no {category}."),
-    "background": ("What is the background?", "The background is {stuff}."),
-}
-FACTS = (
-    ("What color comes of blue and yellow?", "Blue and yellow make green."),
-    ("What color comes of red and blue?", "Red and blue make purple."),
-    ("How many sides does a square have?", "A square has four sides."),
-    ("How many sides does a triangle have?", "A triangle has three sides."),
-    ("Is a ring a circle with a hole?", "Yes, a ring is a circle with a hole."),
-)
-
-
-def clean_name(name: str) -> str:
-    return name.replace("-merged", "").replace("-stuff", "")
-
-
-def plural(category: str) -> str:
-    return category + ("es" if category.endswith("s") else "s")
-
-
-def count_matches(scene: Scene, attributes: dict[str, str]) -> int:
-    """Things with all the attributes. Every crowd of that look counts as two, whatever the size."""
-    count = 0
-    for segment in scene.segments:
-        own = asdict(segment) | ({"size": attributes.get("size")} if segment.is_crowd else {})
-        count += (1 + segment.is_crowd) * all(own[key] == attributes[key] for key in attributes)
-    return count
-
-
-def expressions(scene: Scene, segment: Segment) -> list[str]:
-    """All that name this thing and no other of the scene; empty if there are none."""
-    found = []
-    for template in EXPRESSIONS if segment.is_thing else ():
-        keys = [key for _, key, _, _ in string.Formatter().parse(template) if key]
-        attributes = {key: getattr(segment, key) for key in keys}
-        if count_matches(scene, attributes) == 1:
-            found.append(template.format(**attributes))
-    return found
-
-
-def caption(scene: Scene) -> str:
-    """Things from left to right, then the crowd, then the background."""
-    sizes = {"small": "small ", "large": ""}
-    parts = [f"a {sizes[one.size]}{one.color} {one.category}" for one in scene.things()]
-    crowds = [each for each in scene.segments if each.is_crowd]
-    parts += [f"many {crowd.color} {plural(crowd.category)}" for crowd in crowds]
-    return f"{', '.join(parts[:-1])} and {parts[-1]} on {scene.background()}"
-
-
-def caption_turn(rng: Generator, scene: Scene) -> tuple[str, str]:
-    return CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))], caption(scene)
-
-
-def dialogue(rng: Generator, scene: Scene) -> list[tuple[str, str]]:
-    """One to three questions about a scene with their answers."""
-    things, background = scene.things(), scene.background()
-    possible = [caption_turn(rng, scene)]
-
-    def ask(kind: str, **values: str) -> None:
-        possible.append(tuple(text.format(**values) for text in DIALOGUE[kind]))
-
-    ask("background", stuff=background)
-    if not any(each.is_crowd for each in scene.segments):
-        ask("count", number=NUMBERS[len(things) - 1])
-    for each in things:
-        if count_matches(scene, {"category": each.category}) == 1:
-            ask("color", category=each.category, color=each.color)
-    ask("yes", category=things[rng.integers(len(things))].category)
-    absent = [name for name in THING_IDS if name not in {each.category for each in scene.segments}]
-    ask("no", category=absent[rng.integers(len(absent))])
-    return [possible[i] for i in rng.permutation(len(possible))[: rng.integers(1, 4)]]
-
 
 # ---- the public formats --------------------------------------------------------------------------
 
@@ -638,10 +336,9 @@ def build_tokenizer(vocab_size: int):
     )
 
 
-def write_weights(
-    weights: Path, model: ModelConfig, seed: int = 0, steps: int = 150, sam_steps: int = 900
-) -> None:
-    """Writes a SAM encoder and a language model trained for a moment, and a random SigLIP2.
+def write_weights(weights: Path, model: ModelConfig, seed: int = 0, steps: int = 150) -> None:
+    """Writes a language model trained for `steps`, a SAM encoder for six times as many, and a
+    random SigLIP2.
 
     The three lie under `weights`, which must not exist. Raises FileExistsError.
     """
@@ -653,7 +350,7 @@ def write_weights(
     try:
         with _new_folder(weights) as root, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            _write_sam(root / model.seg_encoder, model, seed, sam_steps)
+            _write_sam(root / model.seg_encoder, model, seed, 6 * steps)
             siglip = AutoModel.from_config(AutoConfig.for_model(**model.image_encoder_config))
             siglip.save_pretrained(root / model.image_encoder)
             _write_language_model(root / model.llm, model.llm_config, seed, steps)

@@ -465,11 +465,11 @@ def run(options: argparse.Namespace, config: Config) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / "config.json"
         path.write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
-    # Two ranks make the toy world and its weights side by side.
-    if options.makes_data and not options.data.exists() and distributed.rank() == 0:
+    # Two ranks make the toy world and its weights side by side; transformers writes on the first.
+    last_rank = distributed.world_size() - 1
+    if options.makes_data and not options.data.exists() and distributed.rank() == min(1, last_rank):
         toy.write_world(options.data, seed=config.seed)
-    maker = min(1, distributed.world_size() - 1)
-    if options.makes_weights and not options.weights.exists() and distributed.rank() == maker:
+    if options.makes_weights and not options.weights.exists() and distributed.rank() == 0:
         toy.write_weights(options.weights, config.model, seed=config.seed)
     distributed.barrier()
 

@@ -88,7 +88,12 @@ def load_sam_encoder(encoder: SamEncoder, folder: Path) -> None:
 def load_transformers(part: ImageEncoder | LanguageModel, folder: Path) -> None:
     """Weights of a transformers folder into a part that wraps that model."""
     kind = type(part.model)
-    model, report = kind.from_pretrained(folder, output_loading_info=True)
+    try:
+        model, report = kind.from_pretrained(folder, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder}: no weights of {kind.__name__} could be read ({error})"
+        ) from error
     if report["missing_keys"] or report["mismatched_keys"]:
         names = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
         raise ValueError(f"{folder} does not fit {kind.__name__}; missing: {', '.join(names[:20])}")
