@@ -214,7 +214,7 @@ def toy() -> Config:
             model_type="phi3",
             vocab_size=256,
             hidden_size=128,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=4,
             intermediate_size=256,
@@ -240,21 +240,27 @@ def toy() -> Config:
     )
     config.loss.num_points = 512
     config.loss.class_weight = 4.0  # shapes are learned later than masks
-    config.score_threshold = 0.4
+    config.score_threshold, config.overlap_threshold = 0.25, 0.6
     config.num_workers = 0
     config.save_every = 200
     config.eval_batch_size = 16
-    config.max_new_tokens = 48
+    config.max_new_tokens = 24
     config.eval_tasks = ("panoptic", "refer")
     one, two, three = config.stages[1], config.stages[2], config.stages[3]
     one.learning_rates = {"segmentor.encoder": 1e-3, "": 1e-3}
     one.scale_range = (0.8, 1.25)
     one.clip_norm = 1.0
     one.max_steps = 1000
-    three.learning_rates = {"segmentor.encoder": 2e-4, "image_encoder": 5e-4, "": 1e-3}
+    two.learning_rates = {"": 0.0, "image_projector": 5e-3, "seg_projector": 5e-3}
+    two.max_steps = 80
+    three.learning_rates = {
+        "segmentor.encoder": 2e-4,
+        "segmentor": 5e-4,
+        "image_encoder": 5e-4,
+        "": 2e-3,
+    }
     three.datasets = ("llava_instruct", "coco_panoptic", "refcoco")
-    three.max_steps = 800
-    two.max_steps = 60
+    three.max_steps = 900
     for stage in config.stages.values():
         stage.global_batch_size, stage.micro_batch_size = 8, 4
     return config
