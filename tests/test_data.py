@@ -708,3 +708,27 @@ def test_a_draw_gives_the_same_sample_each_time(world, config, processor):
         assert torch.equal(first["targets"].masks, again["targets"].masks)
         assert torch.equal(first["targets"].labels, again["targets"].labels)
         assert first["ids"] == again["ids"] and first["run_seed"] == again["run_seed"]
+
+
+# ---- visual prompts ------------------------------------------------------------------------------
+
+
+def test_region_points_lie_in_the_prompt_on_the_canvas(processor):
+    """Also where the prompt has fewer pixels than points; an empty prompt is an error."""
+    regions = np.zeros((2, 60, 120), bool)
+    regions[0, 10:30, 50:90] = True
+    regions[1, 59, 119] = True
+    picture = Image.new("RGB", (120, 60))
+    sample = Sample(
+        "x", "generic", picture, [("q", "a")], regions[:0], np.zeros(0), regions=regions
+    )
+    placement = processor.place(sample, None, None)
+    points = processor.region_points(sample, placement, rng(0))
+    size = processor.config.model.seg_image_size
+    assert points.shape == (2, processor.config.model.num_region_points, 2)
+    for region, of_region in zip(regions, points, strict=True):
+        rows, columns = (of_region * size).round().long().T
+        assert placement.place_map(region)[rows, columns].all()
+    regions[1] = False
+    with pytest.raises(ValueError, match="x: visual prompt 1"):
+        processor.region_points(sample, placement, rng(0))

@@ -19,7 +19,7 @@ from xsam.connector import pixel_shuffle
 from xsam.data import Batch, Processor, Sample, open_dataset
 from xsam.encoders import Placement
 from xsam.evaluate import TASKS, question
-from xsam.llm import IMAGE_TOKEN
+from xsam.llm import IMAGE_TOKEN, REGION_TOKEN
 from xsam.losses import Normalisers
 from xsam.model import (
     XSAM,
@@ -541,3 +541,42 @@ def test_a_prediction_as_json_is_the_prediction():
         assert segment["label"] == label and segment["area"] == mask.sum()
     assert document["segments"][0]["bbox"] == [10, 4, 20, 5]
     assert prediction.draw("rings").width >= 50
+
+
+# ---- visual prompts ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_region_token_is_the_mean_of_the_tokens_under_its_prompt(model, processor):
+    """Two prompts of one image, in reading order, and a second image's own."""
+    samples = []
+    for boxes in (((0, 0, 40, 40), (60, 64, 128, 128)), ((30, 100, 90, 120),)):
+        regions = np.zeros((len(boxes), 128, 128), bool)
+        for region, (top, left, bottom, right) in zip(regions, boxes, strict=True):
+            region[top:bottom, left:right] = True
+        question = "Segment " + ", ".join(["<p><region></p>"] * len(boxes))
+        picture = Image.fromarray(
+            np.random.default_rng(len(boxes)).integers(0, 255, (128, 128, 3), dtype=np.uint8)
+        )
+        masks, labels = np.zeros((0, 128, 128), bool), np.zeros(0, np.int64)
+        turns = [(question, "Sure, <SEG>.")]
+        samples.append(Sample("x", "generic", picture, turns, masks, labels, regions=regions))
+    batch = training_batch(processor, samples)
+    assert batch.region_index.tolist() == [0, 0, 1]
+
+    embeddings, hidden_states = model.encode(batch)
+    vectors = embeddings[batch.input_ids == REGION_TOKEN]
+    grid = model.seg_projector(pixel_shuffle(hidden_states[-2], 0.5))
+    side = grid.shape[1] - 1
+    for vector, points, image in zip(vectors, batch.region_points, batch.region_index, strict=True):
+        y, x = (points * side).T
+        expected = torch.zeros_like(vector)
+        for a, b in zip(y, x, strict=True):  # bilinear, corner tokens at 0 and 1
+            i, j = min(int(a), side - 1), min(int(b), side - 1)
+            cell = grid[image, i : i + 2, j : j + 2]
+            rows = torch.tensor([1 - (a - i), a - i])
+            columns = torch.tensor([1 - (b - j), b - j])
+            expected += torch.einsum("y,x,yxc->c", rows, columns, cell) / len(points)
+        assert torch.allclose(vector, expected, atol=1e-5)
+    # The conditions exist as for names: one class a region, and the background.
+    assert model(batch).predictions.class_logits.shape[-1] == 3

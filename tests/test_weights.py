@@ -4,6 +4,7 @@ pytest tests/test_weights.py
 """
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from xsam.config import xsam
-from xsam.encoders import ImageEncoder, SamEncoder
+from xsam.encoders import ImageEncoder, SamEncoder, resize_positions
 from xsam.llm import LanguageModel
 from xsam.model import XSAM, Segmentor, load_checkpoint
 from xsam.train import build_optimizer
@@ -300,3 +301,22 @@ def test_a_resumed_stage_2_lacking_a_projector_is_refused(model, tmp_path):
     save_file(saved, folder / MODEL_FILE)
     with pytest.raises(ValueError, match=r"missing: image_projector\.model\.0\.weight"):
         load_trained(model, folder)
+
+
+def test_sam_at_another_input_size_has_its_positions_interpolated(world, config):
+    """The tables of a linear ramp are the same ramp, finer; all else is as it lies on disk."""
+    folder = world / "weights" / config.model.seg_encoder
+    larger = dataclasses.replace(config.model, seg_image_size=256, seg_window_size=16)
+    encoder = Segmentor(dataclasses.replace(config, model=larger)).encoder
+    load_sam_encoder(encoder, folder)
+    assert encoder.pos_embed.shape == (1, 32, 32, larger.seg_dim)
+    state, own = read_folder(folder), encoder.state_dict()
+    for name, tensor in own.items():
+        if "pos" not in name:
+            assert torch.equal(tensor, state[f"vision_encoder.{name}"])
+    ramp = torch.linspace(0, 1, 7)[:, None].expand(-1, 4)
+    finer = resize_positions(ramp, torch.Size((13, 4)))[:, 0]
+    assert torch.all(finer.diff() >= 0) and abs(finer[6] - 0.5) < 1e-6
+    narrower = dataclasses.replace(config.model, seg_dim=32, seg_image_size=256)
+    with pytest.raises(ValueError, match="sam-vit-toy does not fit"):
+        load_sam_encoder(Segmentor(dataclasses.replace(config, model=narrower)).encoder, folder)

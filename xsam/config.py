@@ -184,8 +184,8 @@ def xsam() -> Config:
 
 
 def toy() -> Config:
-    """The same code for a laptop: 128-pixel drawings, about two million parameters, minutes on two
-    CPU cores."""
+    """The same code for a laptop: 128-pixel drawings, 1.3 million parameters, minutes on two CPU
+    cores."""
     config = xsam()
     config.name = "toy"
     config.model = ModelConfig(

@@ -249,8 +249,9 @@ class RefCoco:
     """RefCOCO, RefCOCO+ and RefCOCOg.
 
     Training: a conversation with one turn for each of up to MAX_TURNS referred objects of an image;
-    the k-th sample of an image takes the k-th combination of its objects' sentences, as many
-    samples as the image has sentences. Evaluation: one sample per object and sentence.
+    the k-th sample of an image takes the k-th combination of its objects' sentences, for as many
+    samples as the image has sentences, or combinations where those are fewer. Evaluation: one
+    sample per object and sentence.
     """
 
     def __init__(self, root: Path, source: Source):

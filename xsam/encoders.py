@@ -38,14 +38,22 @@ class PatchEmbed(nn.Module):
         return self.projection(x).permute(0, 2, 3, 1)  # [B, h, w, C]
 
 
-def relative_positions(table: Tensor, size: int) -> Tensor:
-    """Rows of `table` [2L-1, c] for every (query, key) pair along one axis: [size, size, c].
+def resize_positions(table: Tensor, shape: torch.Size) -> Tensor:
+    """A position embedding [1, h, w, C] or relative positions [2L-1, c] at another size, as SAM
+    resizes them; a table of another width is given back as it is."""
+    if table.shape == shape or table.shape[-1] != shape[-1]:
+        return table
+    if table.dim() == 4:
+        channels_first = table.permute(0, 3, 1, 2).float()
+        resized = F.interpolate(channels_first, shape[1:3], mode="bilinear").permute(0, 2, 3, 1)
+    else:
+        resized = F.interpolate(table.T[None].float(), shape[0], mode="linear")[0].T
+    return resized.to(table.dtype)
 
-    A table of another length is interpolated linearly to 2·size-1 rows, as SAM does.
-    """
-    if table.shape[0] != 2 * size - 1:
-        resized = F.interpolate(table.T[None].float(), size=2 * size - 1, mode="linear")
-        table = resized[0].T.to(table.dtype)
+
+def relative_positions(table: Tensor, size: int) -> Tensor:
+    """Rows of `table` [2L-1, c] for every (query, key) pair along one axis: [size, size, c]."""
+    table = resize_positions(table, torch.Size((2 * size - 1, table.shape[1])))
     index = torch.arange(size, device=table.device)
     return table[index[:, None] - index[None, :] + size - 1]
 
@@ -173,12 +181,7 @@ class SamEncoder(nn.Module):
         """[B, 3, S, S] normalised pixels to depth+1 hidden states [B, h, w, C]; the patch embedding
         is number 0."""
         x = self.patch_embed(pixels)
-        position = self.pos_embed
-        if position.shape[1:3] != x.shape[1:3]:
-            position = F.interpolate(
-                position.permute(0, 3, 1, 2), x.shape[1:3], mode="bilinear"
-            ).permute(0, 2, 3, 1)
-        x = x + position
+        x = x + resize_positions(self.pos_embed, torch.Size((1, *x.shape[1:])))
         hidden_states = [x]
         for layer in self.layers:
             x = layer(x)

@@ -129,11 +129,9 @@ class LanguageModel(nn.Module):
                     self.model.get_output_embeddings(),
                 ):
                     table.weight[old_size:] = table.weight[:old_size].mean(dim=0)
-        marker = end_of_turn(tokenizer)
-        self.stop_ids = {
-            tokenizer.eos_token_id,
-            tokenizer.encode(marker, add_special_tokens=False)[0],
-        }
+        marker = tokenizer.encode(end_of_turn(tokenizer), add_special_tokens=False)
+        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        self.stop_ids = {tokenizer.eos_token_id} | (special & set(marker))
 
     def embed(self, input_ids: Tensor, visual_tokens: Tensor, regions: Tensor) -> Tensor:
         """Token embeddings [B, N, C] with visual tokens [B, V, C] and region vectors [R, C] in the

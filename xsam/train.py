@@ -24,8 +24,13 @@ from xsam.config import CONFIGS, Config, add_config_flags, apply_flags, required
 # ---- command line: before torch is imported, so that a mistake costs a second --------------------
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        leave(f"{self.format_usage()}{self.prog}: error: {message}")
+
+
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="xsam/train.py",
         description="Trains X-SAM; runs under torchrun or alone.",
         epilog="example: torchrun --nproc_per_node 2 xsam/train.py --config toy --stage all "

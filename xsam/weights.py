@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from xsam.config import Config
-from xsam.encoders import ImageEncoder, SamEncoder
+from xsam.encoders import ImageEncoder, SamEncoder, resize_positions
 from xsam.llm import LanguageModel
 
 MODEL_FILE, CONFIG_FILE, TRAINING_FILE, LATEST_FILE = (
@@ -55,9 +55,14 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
-    """Strict load. Raises ValueError that lists what does not fit, before anything is changed."""
+    """Strict load. Raises ValueError that lists what does not fit, before anything is changed.
+
+    A tensor that the module knows by two names (tied embeddings) is expected under the first.
+    """
     own = module.state_dict()
-    problems = [f"missing: {name}" for name in own if name not in state]
+    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    tied = names - {name for name, _ in module.named_parameters()}
+    problems = [f"missing: {name}" for name in own if name not in state and name not in tied]
     problems += [f"unexpected: {name}" for name in state if name not in own]
     problems += [
         f"shape: {name} is {list(tensor.shape)}, the model has {list(own[name].shape)}"
@@ -68,20 +73,26 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: Path | str) 
         listed = "\n  ".join(problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{source} does not fit the model:\n  {listed}{more}")
-    module.load_state_dict(state)
+    module.load_state_dict(state, strict=False)
 
 
 # ---- Hugging Face folders ------------------------------------------------------------------------
 
 
 def load_sam_encoder(encoder: SamEncoder, folder: Path) -> None:
-    """The vision encoder of a SAM folder; what belongs to SAM's own prompts and masks is left."""
+    """The vision encoder of a SAM folder; what belongs to SAM's own prompts and masks is left.
+
+    For another input size the position embedding and the relative positions are interpolated.
+    """
     prefix = "vision_encoder."
     state = {
         name.removeprefix(prefix): tensor
         for name, tensor in read_folder(folder).items()
         if name.startswith(prefix)
     }
+    for name, own in encoder.state_dict().items():
+        if name in state and state[name].shape != own.shape and "pos" in name:
+            state[name] = resize_positions(state[name], own.shape)
     load_state(encoder, state, folder)
 
 
@@ -171,11 +182,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 def read_header(folder: Path) -> dict:
     """{"stage", "step", "config"} of a checkpoint. Raises ValueError where it is none."""
-    path = folder / CONFIG_FILE
     try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-        return {**header, "config": Config.from_dict(header["config"])}
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        header = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return {
+            "stage": int(header["stage"]),
+            "step": int(header["step"]),
+            "config": Config.from_dict(header["config"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: not a checkpoint of this library ({error!r})") from error
 
 
