@@ -254,10 +254,10 @@ def toy() -> Config:
     two.learning_rates = {"": 0.0, "image_projector": 5e-3, "seg_projector": 5e-3}
     two.max_steps = 80
     three.learning_rates = {
-        "segmentor.encoder": 2e-4,
-        "segmentor": 5e-4,
+        "segmentor.encoder": 3e-4,
+        "segmentor": 1e-3,
         "image_encoder": 5e-4,
-        "": 2e-3,
+        "": 1.5e-3,
     }
     three.datasets = ("llava_instruct", "coco_panoptic", "refcoco")
     three.max_steps = 900

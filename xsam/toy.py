@@ -246,19 +246,21 @@ def _write_refcoco(root: Path, drawings: list[Drawing]) -> None:
 def _write_llava(root: Path, drawings: list[Drawing]) -> None:
     pretrain, instruct = SOURCES["llava_pretrain"], SOURCES["llava_instruct"]
     captions, dialogues = [], []
-    for drawing in tqdm(drawings, desc="LLaVA"):
+    for index, drawing in enumerate(tqdm(drawings, desc="LLaVA")):
         rng, stem = drawing.rng, f"{drawing.image_id:09d}"
         name = f"{stem[:5]}/{stem}.jpg"
         turns = _conversation(rng, [caption_turn(rng, drawing.scene)])
         captions.append(dict(id=stem, image=name, conversations=turns))
         _write(root / pretrain.images / name, drawing.jpeg)
 
+        if index % 3:  # fewer dialogues than pictures: most steps of stage 3 are for masks
+            continue
         name = f"coco/train2017/{drawing.image_id:012d}.jpg"
         turns = _conversation(rng, dialogue(rng, drawing.scene))
         number = drawing.image_id if rng.random() < 0.5 else stem  # some datasets of it have ints
         dialogues.append(dict(id=number, image=name, conversations=turns))
         _write(root / instruct.images / name, drawing.jpeg)
-        if rng.random() < 0.05:
+        if rng.random() < 0.1:
             turns = _conversation(rng, [FACTS[rng.integers(len(FACTS))]], has_image=False)
             dialogues.append(dict(id=f"text{stem}", model="", conversations=turns))
     _write(root / pretrain.annotations, captions)

@@ -174,10 +174,12 @@ def load_earlier_stage(model: XSAM, config: Config, stage: int, out: Path) -> No
 
 
 def learning_rate(name: str, stage: Stage) -> float:
-    """Peak learning rate of a parameter: that of the longest prefix of its name; 0 is frozen."""
-    return stage.learning_rates[
-        max((p for p in stage.learning_rates if name.startswith(p)), key=len)
+    """Peak learning rate of a parameter: that of the longest module path it lies under; 0 is
+    frozen."""
+    paths = [
+        path for path in stage.learning_rates if f"{name}.".startswith(f"{path}." * bool(path))
     ]
+    return stage.learning_rates[max(paths, key=len)]
 
 
 def build_optimizer(model: nn.Module, stage: Stage, prefix: str) -> torch.optim.AdamW:
