@@ -476,7 +476,7 @@ def picture(height: int = 60, width: int = 100) -> Image.Image:
         ({"task": "draw"}, "unknown task 'draw'"),
         ({"task": "refer"}, "refer needs a text"),
         ({"task": "chat"}, "chat needs a text"),
-        ({"task": "refer", "text": ["a", "b"]}, ""),
+        ({"task": "refer", "text": ["a", "b"]}, "1 images but 2 texts"),
     ],
 )
 def test_wrong_requests_are_refused(model, arguments, message):

@@ -387,6 +387,8 @@ def predict(
         raise ValueError(f"task {task} needs a text")
     images = image if isinstance(image, list) else [image]
     texts = text if isinstance(text, list) else [text] * len(images)
+    if len(texts) != len(images):
+        raise ValueError(f"{len(images)} images but {len(texts)} texts")
     names, is_thing = [], []
     if task == "panoptic":
         categories = [(name, True) for name in things or []] + [
