@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy.ndimage import minimum_filter
 
+from xsam.data import clean_name
+
 Generator = np.random.Generator
 
 # ---- what there is in the world ------------------------------------------------------------------
@@ -269,10 +271,6 @@ FACTS = (
     ("How many sides does a triangle have?", "A triangle has three sides."),
     ("Is a ring a circle with a hole?", "Yes, a ring is a circle with a hole."),
 )
-
-
-def clean_name(name: str) -> str:
-    return name.replace("-merged", "").replace("-stuff", "")
 
 
 def plural(category: str) -> str:

@@ -26,6 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from xsam.config import SOURCES, ModelConfig, toy
+from xsam.data import PHRASINGS, clean_name
 from xsam.scenes import (
     CAPTION_REQUESTS,
     CLASSES,
@@ -41,7 +42,6 @@ from xsam.scenes import (
     Scene,
     Segment,
     caption_turn,
-    clean_name,
     dialogue,
     draw_scene,
     expressions,
@@ -290,8 +290,6 @@ SPARE_TOKENS = 8  # rows of the embedding left for the tokens that the model add
 
 def vocabulary() -> list[str]:
     """Every word that the world and the prompts of `data.py` can say, also lower-cased; sorted."""
-    from xsam.data import PHRASINGS
-
     prompts = [text for task in PHRASINGS.values() for texts in task.values() for text in texts]
     dialogues = [text for pair in (*DIALOGUE.values(), *FACTS) for text in pair]
     names = [clean_name(name) for name in (*THING_IDS, *STUFF_IDS)] + [plural(n) for n in THING_IDS]
