@@ -76,13 +76,18 @@ def speaking_model(model, world) -> XSAM:
     speaking.settings.score_threshold = speaking.settings.overlap_threshold = 0.0
     reader = Processor(toy_config(), model.tokenizer)
     seg_id, end_id = model.llm.seg_id, model.tokenizer.convert_tokens_to_ids("<|end|>")
-    before, after = [], []
+    queries, before, after = [], [], []
+    head = speaking.segmentor.class_head
+    hook = head.register_forward_hook(lambda _, inputs, __: queries.append(inputs[0][-1]))
     for name in TASKS.values():
         dataset = open_dataset(name, world / "data", all_classes=True)
         samples = [question(dataset, index) for index in range(6)]
         batch = reader.collate([reader.encode(sample) for sample in samples], pad_left=True)
         with torch.no_grad():
-            embeddings, _ = speaking.encode(batch)
+            embeddings, hidden_states = speaking.encode(batch)
+            nothing = torch.zeros(6, 1, speaking.settings.model.decoder_dim)
+            index = torch.arange(6)
+            speaking.segmentor.decode(hidden_states, index, None, nothing, nothing[..., 0] > 0)
             spoken = speaking.llm.model.get_input_embeddings()(torch.full((6, 1), seg_id))
             mask = torch.cat([batch.attention_mask, torch.ones(6, 1, dtype=torch.long)], dim=1)
             states = speaking.llm(torch.cat([embeddings, spoken], dim=1), mask)
@@ -93,7 +98,8 @@ def speaking_model(model, world) -> XSAM:
     signs[len(states) // 2 :] = -1
     direction = torch.linalg.lstsq(states, signs).solution[:, 0]
     with torch.no_grad():
-        speaking.background_embedding.weight.neg_()
+        hook.remove()
+        speaking.background_embedding.weight[0] = -torch.cat(queries).mean(dim=(0, 1))
         head = speaking.llm.model.get_output_embeddings().weight
         head[seg_id], head[end_id] = 1e3 * direction, -1e3 * direction
     return speaking

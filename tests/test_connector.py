@@ -74,13 +74,17 @@ def test_full_size_parameter_counts():
     config = xsam().model
     with torch.device("meta"):
         connector = SegmentationConnector(
-            config.seg_dim, config.connector_dim, config.connector_scales, config.connector_layers
+            "conv",
+            config.seg_dim,
+            config.connector_dim,
+            config.connector_scales,
+            config.connector_layers,
         )
         image_projector = Projector(1152, 3072)
         seg_projector = Projector(4 * config.seg_dim, 3072)
         llm_projector = Projector(3072, config.decoder_dim)
     assert count(connector) == 10_499_072
-    assert connector.out_dims == [512, 1024, 2048]
+    assert connector.dims == [512, 1024, 2048]
     assert count(image_projector) == 12_982_272
     assert count(seg_projector) == 22_026_240
     assert count(llm_projector) == 852_480
@@ -89,12 +93,14 @@ def test_full_size_parameter_counts():
 def test_connector_makes_a_pyramid_from_its_layers():
     """Each branch reads its own hidden state, and the promised widths are the true ones."""
     torch.manual_seed(0)
-    connector = SegmentationConnector(32, 16, scales=(4.0, 2.0, 1.0, 0.5), layers=(1, 1, 2, 4))
+    connector = SegmentationConnector(
+        "conv", 32, 16, scales=(4.0, 2.0, 1.0, 0.5), layers=(1, 1, 2, 4)
+    )
     hidden_states = [torch.randn(2, 6, 4, 32) for _ in range(5)]
     features = connector(hidden_states)
     shapes = [(2, 8, 24, 16), (2, 16, 12, 8), (2, 32, 6, 4), (2, 64, 3, 2)]
     assert [x.shape for x in features] == shapes
-    assert connector.out_dims == [shape[1] for shape in shapes]
+    assert connector.dims == [shape[1] for shape in shapes]
 
     hidden_states[2] = torch.randn(2, 6, 4, 32)
     same = [torch.equal(*pair) for pair in zip(features, connector(hidden_states), strict=True)]
@@ -103,7 +109,7 @@ def test_connector_makes_a_pyramid_from_its_layers():
 
 def test_connector_refuses_scales_without_layers():
     with pytest.raises(ValueError, match="connector_scales"):
-        SegmentationConnector(8, 8, scales=(2.0, 1.0), layers=(1,))
+        SegmentationConnector("conv", 8, 8, scales=(2.0, 1.0), layers=(1,))
 
 
 # ---- region sampler ------------------------------------------------------------------------------

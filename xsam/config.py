@@ -9,26 +9,122 @@ with smaller numbers.
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-SPECIAL_TOKENS = ("<p>", "</p>", "<SEG>")
+SPECIAL_TOKENS = ("<SEG>", "<p>", "</p>")  # in the order in which the published weights number them
+
+
+# ---- architectures by name -----------------------------------------------------------------------
+
+
+def _sam(dim: int, depth: int, heads: int, global_blocks: tuple[int, ...]) -> dict:
+    return dict(
+        seg_dim=dim,
+        seg_depth=depth,
+        seg_heads=heads,
+        seg_mlp_dim=4 * dim,
+        seg_global_blocks=global_blocks,
+        connector_layers=(depth // 2, 3 * depth // 4, depth),
+    )
+
+
+def _swin(embed_dim: int, depths: list[int], num_heads: list[int], window_size: int) -> dict:
+    config = dict(model_type="swin", embed_dim=embed_dim, depths=depths, num_heads=num_heads)
+    config |= dict(window_size=window_size, image_size=384 if window_size == 12 else 224)
+    return dict(seg_backbone_config=config, seg_dim=4 * embed_dim)
+
+
+def _siglip_so400m() -> dict:
+    config = dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304)
+    config |= dict(num_hidden_layers=27, num_attention_heads=16, patch_size=14, image_size=384)
+    return dict(image_encoder_config=config, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+
+
+def _llm(model_type: str, dim: int, depth: int, heads: int, mlp_dim: int, **others) -> dict:
+    config = dict(model_type=model_type, hidden_size=dim, num_hidden_layers=depth)
+    config |= dict(num_attention_heads=heads, intermediate_size=mlp_dim)
+    return dict(llm_config=config | others)
+
+
+def _phi3_mini() -> dict:
+    others = dict(vocab_size=32064, num_key_value_heads=32, sliding_window=2047)
+    others |= dict(max_position_embeddings=4096, original_max_position_embeddings=4096)
+    return _llm("phi3", 3072, 32, 32, 8192, **others)
+
+
+_QWEN3 = dict(num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)
+
+# What the name of a part (a Hugging Face folder) brings: fields of ModelConfig. Of a folder that is
+# not named here the image encoder and the language model are read from its config.json.
+ARCHITECTURES: dict[str, dict[str, dict]] = {
+    "seg_encoder": {
+        "sam-vit-base": _sam(768, 12, 12, (2, 5, 8, 11)),
+        "sam-vit-large": _sam(1024, 24, 16, (5, 11, 17, 23)),
+        "sam-vit-huge": _sam(1280, 32, 16, (7, 15, 23, 31)),
+        "mask2former-swin-tiny-coco-panoptic": _swin(96, [2, 2, 6, 2], [3, 6, 12, 24], 7),
+        "mask2former-swin-base-coco-panoptic": _swin(128, [2, 2, 18, 2], [4, 8, 16, 32], 12),
+        "mask2former-swin-large-coco-panoptic": _swin(192, [2, 2, 18, 2], [6, 12, 24, 48], 12),
+    },
+    "image_encoder": {
+        "siglip2-so400m-patch14-384": _siglip_so400m(),
+        "siglip-so400m-patch14-384": _siglip_so400m(),
+        "clip-vit-large-patch14-336": dict(
+            image_encoder_config=dict(
+                model_type="clip_vision_model",
+                hidden_size=1024,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                intermediate_size=4096,
+                patch_size=14,
+                image_size=336,
+            ),
+            image_mean=(0.48145466, 0.4578275, 0.40821073),
+            image_std=(0.26862954, 0.26130258, 0.27577711),
+        ),
+        "none": dict(image_encoder_config={}),
+    },
+    "llm": {
+        "Phi-3-mini-4k-instruct": _phi3_mini(),
+        "Qwen3-1.7B": _llm(
+            "qwen3", 2048, 28, 16, 6144, max_position_embeddings=40960, rope_theta=1e6, **_QWEN3
+        ),
+        "Qwen3-4B-Instruct-2507": _llm(
+            "qwen3", 2560, 36, 32, 9728, max_position_embeddings=262144, rope_theta=5e6, **_QWEN3
+        ),
+        "vicuna-7b-v1.5": _llm(
+            "llama", 4096, 32, 32, 11008,
+            vocab_size=32000, max_position_embeddings=4096, rms_norm_eps=1e-5,
+        ),
+    },
+    "decoder": {"mask2former": dict(decoder_layers=9), "sam": dict(decoder_layers=2)},
+}  # fmt: skip
+
+
+# ---- the model, the stages, the losses -----------------------------------------------------------
 
 
 @dataclass
 class ModelConfig:
-    """Architecture (SPEC of the parts: paper section 3 and figure 2). Lengths are pixels of the
-    padded input."""
+    """Architecture (paper section 3 and figure 2). Lengths are pixels of the padded input.
 
-    # Segmentation encoder: the ViT of SAM.
+    Every alternative of the paper's ablations is a value here; `ARCHITECTURES` says what a name
+    brings with it.
+    """
+
+    # Segmentation encoder: the ViT of SAM, or with `seg_backbone_config` a Swin of transformers,
+    # whose four scales go to the pixel decoder without a connector.
     seg_encoder: str = "sam-vit-large"  # folder under the weights root
+    seg_backbone_config: dict = field(default_factory=dict)
     seg_image_size: int = 1024
-    seg_patch_size: int = 16
-    seg_dim: int = 1024
+    seg_patch_size: int = 16  # also the stride of what the language model is shown
+    seg_dim: int = 1024  # width of what the language model is shown
     seg_depth: int = 24
     seg_heads: int = 16
     seg_mlp_dim: int = 4096
@@ -36,45 +132,33 @@ class ModelConfig:
     seg_global_blocks: tuple[int, ...] = (5, 11, 17, 23)  # 0-based; the others attend in windows
     seg_neck_dim: int = 256
 
-    # Image encoder and language model: architectures of the transformers library, by folder and by
-    # config.json values.
+    # Image encoder ("none": the language model sees the segmentation encoder alone) and language
+    # model: architectures of the transformers library, by folder and by config.json values.
     image_encoder: str = "siglip2-so400m-patch14-384"
     image_encoder_config: dict = field(
-        default_factory=lambda: dict(
-            model_type="siglip_vision_model",
-            hidden_size=1152,
-            num_hidden_layers=27,
-            num_attention_heads=16,
-            intermediate_size=4304,
-            patch_size=14,
-            image_size=384,
-        )
+        default_factory=lambda: _siglip_so400m()["image_encoder_config"]
     )
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of pixels in 0..1
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_resample: Literal["bicubic", "bilinear"] = "bicubic"
     llm: str = "Phi-3-mini-4k-instruct"
-    llm_config: dict = field(
-        default_factory=lambda: dict(
-            model_type="phi3",
-            vocab_size=32064,
-            hidden_size=3072,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=32,
-            intermediate_size=8192,
-            max_position_embeddings=4096,
-            original_max_position_embeddings=4096,
-        )
-    )
+    llm_config: dict = field(default_factory=lambda: _phi3_mini()["llm_config"])
     max_text_length: int = 2319  # text tokens of one sample, visual tokens not counted
 
     # Segmentation connector: one scale, and one encoder layer, for each branch; the finest first.
-    connector_dim: int = 512
+    # The pixel decoder attends over the three coarsest scales and paints at the finest.
+    connector: Literal["conv", "linear"] = "conv"
+    connector_dim: int = 512  # bottleneck of "conv"
     connector_scales: tuple[float, ...] = (2.0, 1.0, 0.5)
     connector_layers: tuple[int, ...] = (12, 18, 24)  # hidden-state index; 0 is the patch embedding
 
-    # Region sampler: points read inside a visual prompt.
+    # Region sampler: points read inside a visual prompt, and how they become one vector.
     num_region_points: int = 256
+    region_pooling: Literal["mean", "max"] = "mean"
 
-    # Pixel decoder and masked-attention decoder.
+    # Segmentation decoder: Mask2Former's (pixel decoder and masked-attention decoder) or SAM's mask
+    # decoder, which reads the neck of SAM's encoder.
+    decoder: Literal["mask2former", "sam"] = "mask2former"
     decoder_dim: int = 256
     decoder_heads: int = 8
     pixel_decoder_layers: int = 6
@@ -354,12 +438,10 @@ def required_paths(
             for path in SOURCES[name].paths():
                 required[data / path] = SOURCES[name].about
         model = config.model
-        folders = {
-            1: [model.seg_encoder],
-            2: [model.image_encoder, model.llm],
-            3: [model.image_encoder, model.llm],
-        }
-        for folder in folders[number]:
+        folders = [model.seg_encoder] if number == 1 else [model.image_encoder, model.llm]
+        for folder in folders:
+            if folder == "none":
+                continue
             required[weights / folder] = (
                 f"Hugging Face folder {folder} (config.json and safetensors)"
             )
@@ -377,6 +459,10 @@ def required_paths(
 def _build(kind, values, where: str):
     """`values` as `kind`: a dataclass, a tuple or dict type, or a plain type. Raises ValueError."""
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is Literal:
+        if values not in arguments:
+            raise ValueError(f"{where}: {values!r} is none of {', '.join(arguments)}")
+        return values
     accepted = {float: (float, int), tuple: (tuple, list)}.get(origin, origin)
     if dataclasses.is_dataclass(kind):
         accepted = dict
@@ -410,6 +496,11 @@ def _build(kind, values, where: str):
 def _parse(kind, text: str):
     """One flag's text as the type of its field: JSON for dicts, commas for tuples."""
     origin = typing.get_origin(kind) or kind
+    if origin is Literal:
+        if text not in typing.get_args(kind):
+            choices = ", ".join(typing.get_args(kind))
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {choices}")
+        return text
     if origin is bool:
         if text.lower() not in ("true", "false"):
             raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
@@ -448,8 +539,34 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             )
 
 
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint a command reads: the arguments of `xsam.model.load_checkpoint`."""
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a step_N folder, one of save_pretrained, or a published X-SAM checkpoint",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="the language model's Hugging Face folder, for a published checkpoint without one",
+    )
+    parser.add_argument(
+        "--allow-missing",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="names of tensors, as on disk, that the checkpoint may lack; may be repeated",
+    )
+
+
 def _metavar(hint) -> str:
     origin = typing.get_origin(hint) or hint
+    if origin is Literal:
+        return "|".join(typing.get_args(hint))
     if isinstance(hint, types.GenericAlias) and origin is tuple:
         return f"{typing.get_args(hint)[0].__name__.upper()},..."
     return {dict: "JSON", bool: "true|false"}.get(
@@ -459,8 +576,15 @@ def _metavar(hint) -> str:
 
 def apply_flags(config: Config, flags: dict, stages: list[int]) -> Config:
     """Puts parsed flags into `config`: the model's, the loss's and the run's fields, and those of
-    the `stages` run."""
-    for name, value in flags.items():
+    the `stages` run. The name of a part brings its architecture (`ARCHITECTURES`)."""
+    brought: dict[str, Any] = {}
+    for part, known in ARCHITECTURES.items():
+        if part in flags:
+            unknown = {f"{part}_config": {}} if f"{part}_config" in vars(config.model) else {}
+            brought |= copy.deepcopy(known.get(flags[part], unknown))
+            if part == "seg_encoder" and "seg_backbone_config" not in brought:
+                brought["seg_backbone_config"] = {}
+    for name, value in (brought | flags).items():
         targets = (
             [config.stages[number] for number in stages],
             [config.model],

@@ -16,8 +16,11 @@ def pixel_shuffle(x: Tensor, scale: float) -> Tensor:
     channels (s < 1).
 
     Columns are folded before rows; published weights depend on the channel order that follows from
-    it.
+    it. A grid that s < 1 does not divide is padded with zeros at the bottom and the right.
     """
+    if scale < 1:
+        block = round(1 / scale)
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % block, 0, -x.shape[1] % block))
     B, H, W, C = x.shape
     x = x.reshape(B, H, int(W * scale), int(C / scale)).transpose(1, 2)
     x = x.reshape(B, int(W * scale), int(H * scale), int(C / scale**2))
@@ -38,7 +41,7 @@ class Projector(nn.Module):
         return self.model(x)
 
 
-class ConnectorBranch(nn.Module):
+class ConvBranch(nn.Module):
     """One scale: three convolutions, a LayerNorm after each and no activation, then pixel
     shuffle."""
 
@@ -54,11 +57,30 @@ class ConnectorBranch(nn.Module):
             nn.Conv2d(hidden_dim, shuffled_dim, 1, bias=False),
             ChannelLayerNorm(shuffled_dim, eps=1e-6),
         )
-        self.out_dim = int(shuffled_dim / scale**2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] to [B, C/s, sH, sW]."""
         x = self.model(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return pixel_shuffle(x, self.scale).permute(0, 3, 1, 2)  # [B, out_dim, sH, sW]
+        return pixel_shuffle(x, self.scale).permute(0, 3, 1, 2)
+
+
+class LinearBranch(nn.Module):
+    """One scale without a look at the neighbours: two linear layers, then pixel shuffle (paper
+    table 9, "MLP")."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        shuffled_dim = int(in_dim * scale)
+        self.model = nn.Sequential(
+            nn.Linear(in_dim, shuffled_dim, bias=False),
+            nn.GELU(),
+            nn.Linear(shuffled_dim, shuffled_dim, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] to [B, C/s, sH, sW]."""
+        return pixel_shuffle(self.model(x), self.scale).permute(0, 3, 1, 2)
 
 
 class SegmentationConnector(nn.Module):
@@ -66,31 +88,36 @@ class SegmentationConnector(nn.Module):
     scale, finest first."""
 
     def __init__(
-        self, in_dim: int, hidden_dim: int, scales: tuple[float, ...], layers: tuple[int, ...]
+        self,
+        kind: str,
+        in_dim: int,
+        hidden_dim: int,
+        scales: tuple[float, ...],
+        layers: tuple[int, ...],
     ):
         super().__init__()
         if len(scales) != len(layers):
             raise ValueError(
                 f"connector_scales {scales} and connector_layers {layers} differ in length"
             )
+        branch = {"conv": ConvBranch, "linear": LinearBranch}[kind]
         self.layers = layers
-        self.model = nn.ModuleList(ConnectorBranch(in_dim, hidden_dim, scale) for scale in scales)
-
-    @property
-    def out_dims(self) -> list[int]:
-        return [branch.out_dim for branch in self.model]
+        self.model = nn.ModuleList(branch(in_dim, hidden_dim, scale) for scale in scales)
+        self.dims = [int(int(in_dim * scale) / scale**2) for scale in scales]
 
     def forward(self, hidden_states: list[Tensor]) -> list[Tensor]:
-        """Hidden states [B, H, W, C] to features [B, out_dim, sH, sW], the finest first."""
+        """Hidden states [B, H, W, C] to features [B, dims[i], sH, sW], the finest first."""
         return [
             branch(hidden_states[layer])
             for branch, layer in zip(self.model, self.layers, strict=True)
         ]
 
 
-def sample_regions(tokens: Tensor, points: Tensor, image_index: Tensor) -> Tensor:
-    """Region sampler: one vector for each visual prompt, the mean of the tokens read bilinearly at
-    its points.
+def sample_regions(
+    tokens: Tensor, points: Tensor, image_index: Tensor, pooling: str = "mean"
+) -> Tensor:
+    """Region sampler: one vector for each visual prompt, the mean (or, channel by channel, the
+    maximum) of the tokens read bilinearly at its points.
 
     tokens [B, H, W, C] are projected segmentation tokens; points [R, P, 2] are (row, column) in
     0..1 where 0 and 1 are the centres of the outermost tokens; image_index [R] names each prompt's
@@ -99,4 +126,4 @@ def sample_regions(tokens: Tensor, points: Tensor, image_index: Tensor) -> Tenso
     grid = points.flip(-1)[:, :, None] * 2 - 1  # grid_sample wants (x, y) in -1..1
     maps = tokens.permute(0, 3, 1, 2)[image_index]
     sampled = F.grid_sample(maps, grid.to(maps.dtype), align_corners=True)  # [R, C, P, 1]
-    return sampled.mean(dim=(2, 3))
+    return sampled.mean(dim=(2, 3)) if pooling == "mean" else sampled.amax(dim=(2, 3))

@@ -375,7 +375,7 @@ class Batch:
 
     task: str
     seg_pixels: Tensor  # [B, 3, S, S]
-    image_pixels: Tensor | None  # [B, 3, s, s]; None where there is no language model
+    image_pixels: Tensor | None  # [B, 3, s, s]; None without image encoder
     input_ids: Tensor | None  # [B, N] with placeholders
     attention_mask: Tensor | None  # [B, N]
     labels: Tensor | None  # [B, N]
@@ -408,10 +408,12 @@ class Processor:
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase | None):
         self.config, self.tokenizer = config, tokenizer
         model = config.model
-        self.image_size = model.image_encoder_config["image_size"]
-        grid = self.image_size // model.image_encoder_config["patch_size"]
-        seg_grid = model.seg_image_size // model.seg_patch_size // 2
-        self.num_visual_tokens = grid**2 + seg_grid**2
+        self.num_visual_tokens = math.ceil(model.seg_image_size / model.seg_patch_size / 2) ** 2
+        self.image_size = 0
+        if model.image_encoder != "none":
+            self.image_size = model.image_encoder_config["image_size"]
+            grid = self.image_size // model.image_encoder_config["patch_size"]
+            self.num_visual_tokens += grid**2
 
     def place(self, sample: Sample, stage: Stage | None, rng: np.random.Generator | None):
         """Where the sample's image goes; augmented (scale, crop, flip) as the stage says. The flip
@@ -475,7 +477,15 @@ class Processor:
             "run_seed": run_seed,
         }
         if self.tokenizer is not None:
-            encoded["image_pixels"] = image_pixels(sample.image, self.image_size)
+            if self.image_size:
+                model = self.config.model
+                encoded["image_pixels"] = image_pixels(
+                    sample.image,
+                    self.image_size,
+                    model.image_mean,
+                    model.image_std,
+                    model.image_resample,
+                )
             encoded["ids"], encoded["labels"] = self.tokenize(sample)
             encoded["region_points"] = self.region_points(sample, placement, rng)
         return encoded
@@ -502,7 +512,8 @@ class Processor:
         task = encoded[0]["sample"].task
         ids = mask = labels = images = points = region_index = None
         if self.tokenizer is not None:
-            images = torch.stack([item["image_pixels"] for item in encoded])
+            if self.image_size:
+                images = torch.stack([item["image_pixels"] for item in encoded])
             pad_id = self.tokenizer.pad_token_id
             ids = _pad([item["ids"] for item in encoded], pad_id, pad_left)
             labels = _pad([item["labels"] for item in encoded], IGNORE_LABEL, pad_left)

@@ -1,5 +1,5 @@
-"""The dual encoders: SAM's ViT written out by hand, the image encoder through transformers, and
-what both are fed.
+"""The dual encoders: SAM's ViT written out by hand, Swin and the image encoders through
+transformers, and what both are fed.
 
 First boxes of the diagram (paper section 3, "Dual Encoders"). The segmentation encoder gives fine
 features to the connector and, pixel-shuffled, to the language model; the image encoder gives global
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig
 
 SEG_MEAN, SEG_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0..255
 
@@ -189,25 +189,57 @@ class SamEncoder(nn.Module):
         return hidden_states
 
 
+def transformers_config(values: dict) -> PreTrainedConfig:
+    """A configuration of the transformers library from config.json values."""
+    others = {name: value for name, value in values.items() if name != "model_type"}
+    return AutoConfig.for_model(values["model_type"], **others)
+
+
+class SwinEncoder(nn.Module):
+    """Swin Transformer (Liu et al. 2021) as the backbone of Mask2Former, through transformers."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        stages = [f"stage{number + 1}" for number in range(len(config["depths"]))]
+        # Dropped paths would be drawn from the process's generator: another number of processes,
+        # another result.
+        config = transformers_config(config | {"out_features": stages, "drop_path_rate": 0.0})
+        self.model = AutoBackbone.from_config(config)
+        self.model.swin.layernorm = nn.Identity()  # nothing reads what it would normalise
+
+    @property
+    def dims(self) -> list[int]:
+        return list(self.model.channels)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """[B, 3, S, S] normalised pixels to maps [B, h, w, C]: the normalised ones of every scale,
+        finest first, then the last two without norm. So number -2 is what the language model is
+        shown, as it is SAM's."""
+        output = self.model(pixels)
+        maps = [*output.feature_maps, *output.hidden_states[-2:]]
+        return [x.permute(0, 2, 3, 1) for x in maps]
+
+
 # ---- image encoder -------------------------------------------------------------------------------
 
 
 class ImageEncoder(nn.Module):
-    """A vision tower of transformers; its tokens are the hidden state before the last layer,
-    without further norm."""
+    """A vision tower of transformers (SigLIP, SigLIP2, CLIP); its tokens are the hidden state
+    before the last layer, without further norm and without a class token."""
 
     def __init__(self, config: dict):
         super().__init__()
-        values = {key: value for key, value in config.items() if key != "model_type"}
-        self.model = AutoModel.from_config(AutoConfig.for_model(config["model_type"], **values))
+        self.num_patches = (config["image_size"] // config["patch_size"]) ** 2
+        self.model = AutoModel.from_config(transformers_config(config))
 
     @property
     def dim(self) -> int:
         return self.model.config.hidden_size
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[B, 3, s, s] pixels in -1..1 to tokens [B, N, C]."""
-        return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+        """[B, 3, s, s] normalised pixels to tokens [B, N, C], one for each patch."""
+        output = self.model(pixel_values=pixels, output_hidden_states=True)
+        return output.hidden_states[-2][:, -self.num_patches :]
 
 
 # ---- what the encoders are fed -------------------------------------------------------------------
@@ -272,8 +304,16 @@ def seg_pixels(image: Image.Image, placement: Placement) -> Tensor:
     return canvas
 
 
-def image_pixels(image: Image.Image, size: int) -> Tensor:
-    """RGB image to the image encoder's input: squashed to float [3, size, size] in -1..1
-    (SigLIP)."""
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.float32)
-    return torch.from_numpy(pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+def image_pixels(
+    image: Image.Image,
+    size: int,
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+    std: tuple[float, ...] = (0.5, 0.5, 0.5),
+    resample: str = "bicubic",
+) -> Tensor:
+    """RGB image to the image encoder's input: squashed to float [3, size, size], normalised with
+    mean and deviation of pixels in 0..1 (default: SigLIP's)."""
+    resized = image.resize((size, size), Image.Resampling[resample.upper()])
+    pixels = np.asarray(resized, np.float32) / np.float32(255)
+    pixels = (pixels - np.float32(mean)) / np.float32(std)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from xsam import distributed
-from xsam.config import SOURCES
+from xsam.config import SOURCES, add_checkpoint_flags
 from xsam.data import CocoPanoptic, RefCoco, Sample, open_dataset
 from xsam.model import XSAM, Prediction, Segmentor, answer, load_checkpoint
 
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="example: python xsam/evaluate.py --checkpoint runs/toy/stage3/step_600 "
         "--data runs/toy/world/data --tasks panoptic",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a step_N folder")
+    add_checkpoint_flags(parser)
     parser.add_argument("--data", type=Path, default=Path("datas"), help="data root")
     parser.add_argument("--out", type=Path, help="where results go (default: the checkpoint)")
     parser.add_argument("--tasks", default="all", help="panoptic, refer, or all")
@@ -217,13 +217,19 @@ def main(arguments: list[str] | None = None) -> int:
 
     device = distributed.start()
     try:
-        model, stage = load_checkpoint(options.checkpoint)
-        model.to(device)
+        model, stage = load_checkpoint(
+            options.checkpoint,
+            tokenizer=options.tokenizer,
+            allow_missing=tuple(options.allow_missing),
+            device=device,
+            report=print if distributed.rank() == 0 else lambda _: None,
+        )
         if stage == 1 and "refer" in tasks:
             raise ValueError("stage 1 has no language model; it is scored with --tasks panoptic")
         results = {task: evaluate(model, task, options.data)[0] for task in tasks}
         if distributed.rank() == 0:
-            out = options.out or options.checkpoint
+            checkpoint = options.checkpoint
+            out = options.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
             out.mkdir(parents=True, exist_ok=True)
             (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
             text = table({f"stage {stage}": results})

@@ -11,9 +11,10 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from xsam.config import SPECIAL_TOKENS
+from xsam.encoders import transformers_config
 
 IMAGE_TOKEN, REGION_TOKEN = (
     -200,
@@ -26,7 +27,7 @@ IGNORE_LABEL = -100
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds <p>, </p> and <SEG>; does nothing to a tokenizer that has them."""
+    """Adds <SEG>, <p> and </p>; does nothing to a tokenizer that has them."""
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
 
 
@@ -45,12 +46,14 @@ def render_conversation(
             messages.append({"role": "assistant", "content": answer})
     is_open = turns[-1][1] is None
 
-    def apply(count: int, is_open: bool) -> str:
+    def apply(count: int, is_open: bool, **options) -> str:
         return tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=is_open
+            messages[:count], tokenize=False, add_generation_prompt=is_open, **options
         )
 
-    whole = apply(len(messages), is_open)
+    # Qwen3 opens its answer with an empty thought, as it closes the last one of a conversation;
+    # other templates do not know the word.
+    whole = apply(len(messages), is_open, enable_thinking=False)
     marker = end_of_turn(tokenizer)
     pieces, position = [], 0
     for index, (_, answer) in enumerate(turns):
@@ -104,20 +107,17 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        values = {key: value for key, value in config.items() if key != "model_type"}
-        self.model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(config["model_type"], **values)
-        )
+        self.model = AutoModelForCausalLM.from_config(transformers_config(config))
 
     @property
     def dim(self) -> int:
         return self.model.config.hidden_size
 
-    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Learns the ids of the special tokens and grows both tables where the vocabulary outgrew
-        them; a new row starts as the mean of the old ones."""
+        them; a new row starts as the mean of the old ones. Returns the number of rows."""
         add_special_tokens(tokenizer)
-        self.phrase_id, self.phrase_end_id, self.seg_id = tokenizer.convert_tokens_to_ids(
+        self.seg_id, self.phrase_id, self.phrase_end_id = tokenizer.convert_tokens_to_ids(
             list(SPECIAL_TOKENS)
         )
         old_size = self.model.get_input_embeddings().num_embeddings
@@ -132,6 +132,7 @@ class LanguageModel(nn.Module):
         marker = tokenizer.encode(end_of_turn(tokenizer), add_special_tokens=False)
         special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         self.stop_ids = {tokenizer.eos_token_id} | (special & set(marker))
+        return self.model.get_input_embeddings().num_embeddings
 
     def embed(self, input_ids: Tensor, visual_tokens: Tensor, regions: Tensor) -> Tensor:
         """Token embeddings [B, N, C] with visual tokens [B, V, C] and region vectors [R, C] in the

@@ -161,7 +161,7 @@ def segmentation_losses(
     for run, target in enumerate(targets):
         if len(target.labels) == 0:
             continue
-        features = predictions.mask_features[predictions.image_index[run]].float()  # [C, h, w]
+        features = predictions.features_of(run).float()  # [C, h, w]
         ignore = target.ignore if config.ignore_unlabelled else None
         with torch.no_grad():
             points = torch.rand(1, config.num_points, 2, generator=generators[run], device=device)

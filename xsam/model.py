@@ -5,6 +5,9 @@ adds the image encoder and the language model, whose condition and <SEG> states 
 Legend: B images, R decoder runs, P phrases, Q queries, K classes, C channels, V visual tokens.
 """
 
+import contextlib
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from xsam.config import SPECIAL_TOKENS, Config
+from xsam.config import SPECIAL_TOKENS, Config, xsam
 from xsam.connector import Projector, SegmentationConnector, pixel_shuffle, sample_regions
 from xsam.data import Batch, Processor, Sample, ask
 from xsam.decoder import (
@@ -25,11 +28,28 @@ from xsam.decoder import (
     MaskedAttentionDecoder,
     PixelDecoder,
     Predictions,
+    SamMaskDecoder,
 )
 from xsam.draw import draw_segments
-from xsam.encoders import ImageEncoder, Placement, SamEncoder
-from xsam.llm import IGNORE_LABEL, LanguageModel
-from xsam.weights import MODEL_FILE, load_state, read_header, read_safetensors, read_tokenizer
+from xsam.encoders import ImageEncoder, Placement, SamEncoder, SwinEncoder
+from xsam.llm import IGNORE_LABEL, LanguageModel, add_special_tokens
+from xsam.weights import (
+    CONFIG_FILE,
+    EMBEDDING,
+    SHARD_BYTES,
+    complete_architecture,
+    disk_name,
+    latest_checkpoint,
+    list_tensors,
+    load_tensors,
+    own_tensors,
+    parameters_on_meta,
+    read_header,
+    read_published,
+    read_tokenizer,
+    save_model,
+    write_header,
+)
 
 
 @dataclass
@@ -41,66 +61,104 @@ class Outputs:
 
 
 class Segmentor(nn.Module):
-    """Segmentation encoder, connector, pixel decoder, masked-attention decoder and class head."""
+    """Segmentation encoder, connector, segmentation decoder and class head."""
 
+    stage, prefix = 1, "segmentor."  # of its checkpoints; what its names begin with on disk
     tokenizer = None  # this model reads no text
 
     def __init__(self, settings: Config, class_head: nn.Module | None = None):
         """`class_head` None: the linear head of stage 1."""
         super().__init__()
         self.settings, config = settings, settings.model
-        self.encoder = SamEncoder(
-            image_size=config.seg_image_size,
-            patch_size=config.seg_patch_size,
-            dim=config.seg_dim,
-            depth=config.seg_depth,
-            num_heads=config.seg_heads,
-            mlp_dim=config.seg_mlp_dim,
-            window_size=config.seg_window_size,
-            global_blocks=config.seg_global_blocks,
-            neck_dim=config.seg_neck_dim,
-        )
-        self.connector = SegmentationConnector(
-            config.seg_dim, config.connector_dim, config.connector_scales, config.connector_layers
-        )
-        self.pixel_decoder = PixelDecoder(
-            in_dims=self.connector.out_dims,
-            dim=config.decoder_dim,
-            num_layers=config.pixel_decoder_layers,
-            num_heads=config.decoder_heads,
-            num_points=config.pixel_decoder_points,
-            mlp_dim=config.pixel_decoder_mlp_dim,
-        )
-        self.decoder = MaskedAttentionDecoder(
-            dim=config.decoder_dim,
-            num_layers=config.decoder_layers,
-            num_heads=config.decoder_heads,
-            mlp_dim=config.decoder_mlp_dim,
-            num_queries=config.num_queries,
-            num_levels=len(config.connector_scales),
-        )
+        self.connector = self.pixel_decoder = None
+        if config.seg_backbone_config:
+            self.encoder = SwinEncoder(config.seg_backbone_config)
+            scales = self.encoder.dims
+        else:
+            self.encoder = SamEncoder(
+                image_size=config.seg_image_size,
+                patch_size=config.seg_patch_size,
+                dim=config.seg_dim,
+                depth=config.seg_depth,
+                num_heads=config.seg_heads,
+                mlp_dim=config.seg_mlp_dim,
+                window_size=config.seg_window_size,
+                global_blocks=config.seg_global_blocks,
+                neck_dim=config.seg_neck_dim,
+            )
+        if config.decoder == "sam":
+            if config.seg_backbone_config or config.seg_neck_dim != config.decoder_dim:
+                raise ValueError(
+                    "decoder sam reads the neck of SAM's encoder: it wants a SAM seg_encoder and "
+                    "decoder_dim equal to seg_neck_dim"
+                )
+            self.decoder = SamMaskDecoder(
+                dim=config.decoder_dim,
+                num_layers=config.decoder_layers,
+                num_heads=config.decoder_heads,
+                mlp_dim=config.decoder_mlp_dim,
+                num_queries=config.num_queries,
+            )
+        else:
+            if not config.seg_backbone_config:
+                self.connector = SegmentationConnector(
+                    config.connector,
+                    config.seg_dim,
+                    config.connector_dim,
+                    config.connector_scales,
+                    config.connector_layers,
+                )
+                scales = self.connector.dims
+            self.pixel_decoder = PixelDecoder(
+                in_dims=scales,
+                dim=config.decoder_dim,
+                num_layers=config.pixel_decoder_layers,
+                num_heads=config.decoder_heads,
+                num_points=config.pixel_decoder_points,
+                mlp_dim=config.pixel_decoder_mlp_dim,
+            )
+            self.decoder = MaskedAttentionDecoder(
+                dim=config.decoder_dim,
+                num_layers=config.decoder_layers,
+                num_heads=config.decoder_heads,
+                mlp_dim=config.decoder_mlp_dim,
+                num_queries=config.num_queries,
+                num_levels=self.pixel_decoder.num_levels,
+            )
         self.class_head = class_head or LinearClassHead(config.decoder_dim, config.num_classes)
 
     def decode(
-        self, hidden_states: list[Tensor], image_index: Tensor, seg_embeddings: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and mask embeddings [L, R, Q, C] of each run, and mask features [B, C, h, w].
-
-        An image is decoded to features once, however many runs (image_index [R]) read them.
-        """
-        mask_features, levels = self.pixel_decoder(self.connector(hidden_states))
-        queries, mask_embeddings = self.decoder(
-            mask_features[image_index], [level[image_index] for level in levels], seg_embeddings
-        )
-        return queries, mask_embeddings, mask_features
+        self,
+        hidden_states: list[Tensor],
+        image_index: Tensor,
+        seg_embeddings: Tensor | None,
+        *conditions: Tensor,
+    ) -> Predictions:
+        """Masks and class logits of each run. An image is decoded to features once, however many
+        runs (image_index [R]) read them; `conditions` are the class head's."""
+        feature_index = None
+        if self.pixel_decoder is None:
+            neck = self.encoder.neck(hidden_states[-1])[image_index]
+            queries, mask_embeddings, mask_features = self.decoder(neck, seg_embeddings)
+            feature_index = torch.arange(len(image_index), device=image_index.device)
+        else:
+            if self.connector is not None:
+                scales = self.connector(hidden_states)
+            else:
+                scales = [x.permute(0, 3, 1, 2) for x in hidden_states[: len(self.encoder.dims)]]
+            mask_features, levels = self.pixel_decoder(scales)
+            levels = [level[image_index] for level in levels]
+            queries, mask_embeddings = self.decoder(
+                mask_features[image_index], levels, seg_embeddings
+            )
+        class_logits = self.class_head(queries, *conditions)
+        return Predictions(class_logits, mask_embeddings, mask_features, image_index, feature_index)
 
     def forward(self, batch: Batch) -> Outputs:
         """Stage 1: one run for each image, classes of the linear head."""
         hidden_states = self.encoder(batch.seg_pixels)
         image_index = torch.arange(len(batch.seg_pixels), device=batch.seg_pixels.device)
-        queries, mask_embeddings, features = self.decode(hidden_states, image_index, None)
-        class_logits = self.class_head(queries)
-        return Outputs(Predictions(class_logits, mask_embeddings, features, image_index), None)
+        return Outputs(self.decode(hidden_states, image_index, None), None)
 
     @torch.no_grad()
     def infer(self, batch: Batch, max_new_tokens: int = 0) -> tuple[list[str], Predictions]:
@@ -111,15 +169,26 @@ class Segmentor(nn.Module):
 class XSAM(nn.Module):
     """One multimodal model for every segmentation task and for chat."""
 
-    def __init__(self, settings: Config, tokenizer: PreTrainedTokenizerBase | None = None):
+    stage, prefix = 3, ""
+
+    def __init__(
+        self,
+        settings: Config,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        image_encoder: ImageEncoder | None = None,
+        llm: LanguageModel | None = None,
+    ):
         """`tokenizer` gains the special tokens; without one the model can be built and loaded, but
-        not run (`set_tokenizer`)."""
+        not run (`set_tokenizer`). An image encoder or language model that is given is used, and not
+        made anew."""
         super().__init__()
         self.settings, config = settings, settings.model
         self.segmentor = Segmentor(settings, CosineClassHead(config.logit_clamp))
-        self.image_encoder = ImageEncoder(config.image_encoder_config)
-        self.llm = LanguageModel(config.llm_config)
-        self.image_projector = Projector(self.image_encoder.dim, self.llm.dim)
+        self.image_encoder = self.image_projector = None
+        self.llm = llm or LanguageModel(config.llm_config)
+        if config.image_encoder != "none":
+            self.image_encoder = image_encoder or ImageEncoder(config.image_encoder_config)
+            self.image_projector = Projector(self.image_encoder.dim, self.llm.dim)
         self.seg_projector = Projector(4 * config.seg_dim, self.llm.dim)
         self.llm_projector = Projector(self.llm.dim, config.decoder_dim)
         self.background_embedding = nn.Embedding(1, config.decoder_dim)
@@ -127,17 +196,22 @@ class XSAM(nn.Module):
             self.set_tokenizer(tokenizer)
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Takes over the tokenizer; the configuration keeps the vocabulary's size."""
         self.tokenizer = tokenizer
-        self.llm.set_tokenizer(tokenizer)
+        rows = self.llm.set_tokenizer(tokenizer)
+        self.settings.model.llm_config = self.settings.model.llm_config | {"vocab_size": rows}
 
     def encode(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Embeddings [B, N, C] of the batch's words, visual tokens and regions, and the hidden
         states of the segmentation encoder. Image tokens come before segmentation tokens."""
         hidden_states = self.segmentor.encoder(batch.seg_pixels)
         grid = self.seg_projector(pixel_shuffle(hidden_states[-2], 0.5))  # [B, H, W, C]
-        image_tokens = self.image_projector(self.image_encoder(batch.image_pixels))
-        visual_tokens = torch.cat([image_tokens, grid.flatten(1, 2)], dim=1)
-        regions = sample_regions(grid, batch.region_points, batch.region_index)
+        visual_tokens = grid.flatten(1, 2)
+        if self.image_encoder is not None:
+            image_tokens = self.image_projector(self.image_encoder(batch.image_pixels))
+            visual_tokens = torch.cat([image_tokens, visual_tokens], dim=1)
+        pooling = self.settings.model.region_pooling
+        regions = sample_regions(grid, batch.region_points, batch.region_index, pooling)
         return self.llm.embed(batch.input_ids, visual_tokens, regions), hidden_states
 
     def forward(self, batch: Batch) -> Outputs:
@@ -188,11 +262,10 @@ class XSAM(nn.Module):
         conditions = torch.cat([conditions, background], dim=1)
         is_padding = F.pad(is_padding, (0, 1))
 
-        queries, mask_embeddings, mask_features = self.segmentor.decode(
-            hidden_states, image_index, self.llm_projector(states[is_seg])
+        seg_embeddings = self.llm_projector(states[is_seg])
+        return self.segmentor.decode(
+            hidden_states, image_index, seg_embeddings, conditions, is_padding
         )
-        class_logits = self.segmentor.class_head(queries, conditions, is_padding)
-        return Predictions(class_logits, mask_embeddings, mask_features, image_index)
 
     def _phrase_means(self, states: Tensor, number: Tensor) -> Tensor:
         """Means of the projected states of each phrase: [P, C]."""
@@ -225,6 +298,22 @@ class XSAM(nn.Module):
     ) -> "Prediction | list[Prediction]":
         """See `predict` below."""
         return predict(self, image, task, text, **names)
+
+    @classmethod
+    def from_pretrained(cls, path: Path | str, **options) -> "XSAM":
+        """The whole model of a checkpoint, ours or a published one: see `load_checkpoint`."""
+        model, _ = load_checkpoint(path, **options)
+        if not isinstance(model, cls):
+            raise ValueError(
+                f"{path}: the segmentor of stage 1 alone; see xsam.model.load_checkpoint"
+            )
+        return model
+
+    def save_pretrained(self, folder: Path | str, max_shard_bytes: int = SHARD_BYTES) -> None:
+        """Writes a folder that `from_pretrained` reads: weights in safetensors, in several files
+        above `max_shard_bytes`, config.json and the tokenizer. Raises ValueError where the folder
+        holds something already."""
+        save_pretrained(self, Path(folder), max_shard_bytes)
 
 
 # ---- reading masks out ---------------------------------------------------------------------------
@@ -429,14 +518,71 @@ def predict(
 # ---- models from disk ----------------------------------------------------------------------------
 
 
-def load_checkpoint(folder: Path) -> tuple[Segmentor | XSAM, int]:
-    """The model of a checkpoint of stage 1 or 3 and its stage, ready to answer."""
-    header = read_header(folder)
-    if header["stage"] == 2:
-        raise ValueError(f"{folder}: stage 2 holds the projectors alone; give a stage 1 or 3")
-    if header["stage"] == 1:
-        model = Segmentor(header["config"])
+def save_pretrained(model: Segmentor | XSAM, folder: Path, max_shard_bytes: int) -> None:
+    """See `XSAM.save_pretrained`."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: not empty; choose a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(folder, own_tensors(model), model.prefix, max_shard_bytes)
+    write_header(folder, model.settings, model.stage, step=0)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+
+
+def load_checkpoint(
+    path: Path | str,
+    *,
+    config: Config | None = None,
+    tokenizer: Path | str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    allow_missing: tuple[str, ...] = (),
+    report: Callable[[str], None] = print,
+) -> tuple[Segmentor | XSAM, int]:
+    """The model of a checkpoint and its stage (1: a `Segmentor`, 3: an `XSAM`), ready to answer.
+
+    `path` is a folder that we wrote (a step_N, its stage's folder, or one of `save_pretrained`), or
+    a published X-SAM checkpoint of either generation, a folder or a file. A published one says
+    nothing of its architecture: `config` does (default: the full preset with the language model of
+    the folder `tokenizer`), and `tokenizer` has the words where `path` has none. `dtype` None keeps
+    what is stored. Names that begin with one of `allow_missing` (as on disk, such as "llm.") may be
+    absent and start as a new model's. `report` is told what was loaded. Raises ValueError that
+    names file and tensor where anything does not fit.
+    """
+    path = Path(path)
+    path = latest_checkpoint(path) or path
+    if path.is_dir() and (path / CONFIG_FILE).is_file():
+        header = read_header(path)
+        stage, config = header["stage"], header["config"]
+        stored = list_tensors(path)
     else:
-        model = XSAM(header["config"], read_tokenizer(folder))
-    load_state(model, read_safetensors(folder / MODEL_FILE), folder)
-    return model.eval(), header["stage"]
+        stored = list_tensors(path)
+        stage, generation, changes = read_published(stored, path)
+        if config is None:
+            config = xsam()
+            for name, value in changes.items():
+                setattr(config.model, name, value)
+            if tokenizer and (Path(tokenizer) / CONFIG_FILE).is_file():
+                config.model.llm_config = {}
+                complete_architecture(config.model, "llm", Path(tokenizer))
+        config = copy.deepcopy(config)
+        report(f"{path}: a published checkpoint of stage {stage}, {generation} generation")
+    if stage == 2:
+        raise ValueError(f"{path}: stage 2 holds the projectors alone; give a stage 1 or 3")
+    table = next((entry for name, entry in stored.items() if disk_name(name) == EMBEDDING), None)
+    if stage == 3 and table is not None:
+        config.model.llm_config = config.model.llm_config | {"vocab_size": table.shape[0]}
+    with contextlib.nullcontext() if allow_missing else parameters_on_meta():
+        model = Segmentor(config) if stage == 1 else XSAM(config)
+    options = {"allow_missing": allow_missing, "dtype": dtype, "device": device}
+    report(load_tensors(model, stored, path, model.prefix, **options))
+    if stage == 3:
+        words = read_tokenizer(Path(tokenizer) if tokenizer else path)
+        add_special_tokens(words)
+        if table is not None and len(words) > table.shape[0]:
+            raise ValueError(
+                f"{tokenizer or path}: {len(words)} tokens with {', '.join(SPECIAL_TOKENS)}, but "
+                f"{path} has {table.shape[0]} rows of embeddings: the tokenizer of another model"
+            )
+        model.set_tokenizer(words)
+    return model.to(device).eval(), stage

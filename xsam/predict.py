@@ -12,6 +12,9 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
+from xsam.config import add_checkpoint_flags
 from xsam.data import read_image
 from xsam.model import load_checkpoint, predict
 
@@ -25,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("task", choices=("panoptic", "refer", "chat"))
     parser.add_argument("text", nargs="?", default="", help="the phrase or the question")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a step_N folder")
+    add_checkpoint_flags(parser)
     parser.add_argument("--image", type=Path, required=True)
     parser.add_argument("--things", help="panoptic: names, comma-separated, instances kept apart")
     parser.add_argument("--stuff", help="panoptic: names, comma-separated, one region each")
@@ -33,7 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         image = read_image(options.image)
-        model, _ = load_checkpoint(options.checkpoint)
+        model, _ = load_checkpoint(
+            options.checkpoint,
+            tokenizer=options.tokenizer,
+            allow_missing=tuple(options.allow_missing),
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            report=lambda line: print(line, file=sys.stderr),
+        )
         names = {
             kind: [name.strip() for name in text.split(",")]
             for kind, text in (("things", options.things), ("stuff", options.stuff))

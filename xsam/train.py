@@ -42,10 +42,26 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--data", type=Path, help="data root (default: datas; toy makes its own)")
     parser.add_argument("--weights", type=Path, help="folder of Hugging Face folders (weights)")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG)")
+    parser.add_argument(
+        "--init",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="checkpoint to start from in place of the earlier stages' in --out, ours or a "
+        "published X-SAM one, whole or a stage's part; may be repeated",
+    )
+    parser.add_argument(
+        "--allow-missing",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="names of tensors, as on disk, that an earlier stage's checkpoint may lack",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     add_config_flags(parser)
     flags = vars(parser.parse_args(arguments))
-    own = ("stage", "config", "data", "weights", "out", "resume")
+    own = ("stage", "config", "data", "weights", "out", "init", "allow_missing", "resume")
     options = argparse.Namespace(**{name: flags.pop(name) for name in own})
     options.stages = [1, 2, 3] if options.stage == "all" else [int(options.stage)]
     options.out = options.out or Path("runs") / options.config
@@ -58,6 +74,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
         options.world / "weights" if options.world else Path("weights")
     )
     config = apply_flags(CONFIGS[options.config](), flags, options.stages)
+    if options.init:  # in place of what the first stage would start from
+        config.stages[options.stages[0]].starts_from = ()
     for number in options.stages:
         stage = config.stages[number]
         chunk = stage.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
@@ -74,6 +92,7 @@ def preflight(options: argparse.Namespace, config: Config) -> str:
     """What stands in the way of the run, as one message; empty where nothing does."""
     required = required_paths(config, options.stages, options.data, options.weights, options.out)
     made = [options.data] * options.makes_data + [options.weights] * options.makes_weights
+    required += [(path, "the checkpoint of --init") for path in options.init]
     missing = [
         (path, about)
         for path, about in required
@@ -108,6 +127,7 @@ if __name__ == "__main__":
         leave(MESSAGE)
 
 import math
+from collections.abc import Callable
 
 import torch
 from PIL import Image
@@ -119,19 +139,24 @@ from tqdm import tqdm
 from xsam import distributed, draw, toy
 from xsam.config import SOURCES, Stage
 from xsam.data import Batch, CocoPanoptic, Mixture, Processor, Sample, open_dataset
+from xsam.encoders import ImageEncoder
 from xsam.evaluate import evaluate, table
+from xsam.llm import LanguageModel
 from xsam.losses import Normalisers, count_targets, segmentation_losses
 from xsam.model import XSAM, Prediction, Segmentor
 from xsam.weights import (
-    MODEL_FILE,
     TRAINING_FILE,
+    Stored,
     check_checkpoint,
+    complete_architecture,
+    disk_name,
     latest_checkpoint,
-    load_sam_encoder,
-    load_state,
+    list_tensors,
+    load_folder,
+    load_tensors,
     load_trained,
-    load_transformers,
-    read_safetensors,
+    parameters_on_meta,
+    part_name,
     read_tokenizer,
     save_checkpoint,
 )
@@ -141,33 +166,64 @@ UNTRAINED = "untrained"  # the column of results before the first step
 # ---- where a stage begins ------------------------------------------------------------------------
 
 
-def pretrained_model(stage: int, config: Config, weights: Path) -> Segmentor | XSAM:
-    """A stage's model with the public weights: SAM in stage 1, then image encoder and language
-    model; all else is random."""
+def pretrained_model(
+    stage: int, config: Config, weights: Path, report: Callable[[str], None] = print
+) -> Segmentor | XSAM:
+    """A stage's model with the public weights: the segmentation encoder in stage 1, then image
+    encoder and language model; all else is random. `report` is told what was loaded."""
+    names = config.model
     if stage == 1:
         model = Segmentor(config)
-        load_sam_encoder(model.encoder, weights / config.model.seg_encoder)
+        report(load_folder(model.encoder, "seg_encoder", weights / names.seg_encoder))
         return model
-    model = XSAM(config)
-    load_transformers(model.image_encoder, weights / config.model.image_encoder)
-    load_transformers(model.llm, weights / config.model.llm)
-    model.set_tokenizer(read_tokenizer(weights / config.model.llm))
+    parts = {}
+    for part, kind in (("image_encoder", ImageEncoder), ("llm", LanguageModel)):
+        folder = weights / getattr(names, part)
+        if folder.name == "none":
+            continue
+        complete_architecture(names, part, folder)
+        with parameters_on_meta():
+            parts[part] = kind(getattr(names, f"{part}_config"))
+        report(load_folder(parts[part], part, folder, dtype=torch.float32))
+    model = XSAM(config, **parts)
+    rows = names.llm_config["vocab_size"]
+    model.set_tokenizer(read_tokenizer(weights / names.llm))
+    if names.llm_config["vocab_size"] != rows:
+        report(f"vocabulary: {rows} rows grown to {names.llm_config['vocab_size']}")
     return model
 
 
-def load_earlier_stage(model: XSAM, config: Config, stage: int, out: Path) -> None:
+def load_earlier_stage(model: XSAM, stage: int, out: Path) -> str:
     """What an earlier stage trained: the segmentor of stage 1 without its class head, the
     projectors of stage 2."""
     folder = latest_checkpoint(stage_folder(out, stage))
-    check_checkpoint(folder, config, stage)
-    state = read_safetensors(folder / MODEL_FILE)
-    if stage == 1:
-        state = {
-            f"segmentor.{name}": tensor
-            for name, tensor in state.items()
-            if not name.startswith("class_head.")
-        }
-    load_state(model, model.state_dict() | state, folder)
+    check_checkpoint(folder, model.settings, stage)
+    stored = list_tensors(folder)
+    if stage == 2:
+        return load_tensors(model, stored, folder, only=("visual_projector.", "seg_projector."))
+    parts = ("encoder.", "pixel_decoder.", "decoder.")
+    only = ("seg_connector.", *(f"segmentor.{part}" for part in parts))
+    return load_tensors(model, without_class_head(stored), folder, only=only)
+
+
+def load_init(model: Segmentor | XSAM, path: Path, allow_missing: tuple[str, ...]) -> str:
+    """A checkpoint named by --init, whole or a stage's part, over what the model holds: every part
+    that it has must be there from its first tensor to its last."""
+    path = latest_checkpoint(path) or path
+    stored = list_tensors(path)
+    if model.stage != 1:
+        stored = without_class_head(stored)
+    own = {disk_name(model.prefix + name) for name in model.state_dict()}
+    parts = {part_name(disk_name(name)) for name in stored}
+    only = tuple(name for name in own if part_name(name) in parts)
+    options = {"only": only, "allow_missing": allow_missing, "short_vocabulary": True}
+    return load_tensors(model, stored, path, model.prefix, **options)
+
+
+def without_class_head(stored: dict[str, Stored]) -> dict[str, Stored]:
+    """The linear head of stage 1 has no place in stages 2 and 3."""
+    linear = "segmentor.class_predictor.predictor."
+    return {name: at for name, at in stored.items() if not disk_name(name).startswith(linear)}
 
 
 # ---- the optimizer's side of a stage -------------------------------------------------------------
@@ -226,9 +282,11 @@ def train_stage(
 
     # ---- model
     torch.manual_seed(config.seed + number)
-    model = pretrained_model(number, config, options.weights)
+    model = pretrained_model(number, config, options.weights, say)
     for earlier in stage.starts_from:
-        load_earlier_stage(model, config, earlier, options.out)
+        say(load_earlier_stage(model, earlier, options.out))
+    for path in options.init if number == options.stages[0] else []:
+        say(load_init(model, path, tuple(options.allow_missing)))
     model.to(device)
     optimizer = build_optimizer(model, stage, "segmentor." if number == 1 else "")
 
@@ -256,7 +314,7 @@ def train_stage(
     checkpoint = latest_checkpoint(out) if options.resume else None
     if checkpoint is not None:
         first_step = check_checkpoint(checkpoint, config, number)["step"]
-        load_trained(model, checkpoint)
+        say(load_trained(model, checkpoint))
         training = torch.load(checkpoint / TRAINING_FILE, map_location=device, weights_only=True)
         optimizer.load_state_dict(training["optimizer"])
         say(f"resumed from {checkpoint}")
@@ -482,7 +540,7 @@ def run(options: argparse.Namespace, config: Config) -> None:
 
     if config.eval_tasks and UNTRAINED not in read_results(options.out):
         torch.manual_seed(config.seed)
-        model = pretrained_model(options.stages[-1], config, options.weights)
+        model = pretrained_model(options.stages[-1], config, options.weights, lambda _: None)
         score(UNTRAINED, model.to(device), options)
     for number in options.stages:
         model = train_stage(number, config, options, device)

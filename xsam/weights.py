@@ -1,25 +1,35 @@
-"""Reading and writing weights: Hugging Face folders and our own checkpoints.
+"""Reading and writing weights: Hugging Face folders, the published X-SAM checkpoints, our own.
 
-A checkpoint is a folder `step_N` with `model.safetensors`, `config.json` (stage, step and the whole
+On disk every tensor has one name, that of the published checkpoints; `NAMES` is the table. Loading
+is strict: whatever is missing, unexpected or of another shape is listed, and nothing is loaded.
+Files are looked through first and then read memory-mapped, a few tensors at a time, straight into
+parameters that may still be on the meta device: the host never holds the weights twice.
+
+A training checkpoint is a folder `step_N` with the model, `config.json` (stage, step and the whole
 configuration), the tokenizer and `training.pt` (optimizer). It is written under another name and
-renamed, so a folder that can be seen is whole. Loading is strict: every name that is missing,
-unexpected or of another shape is listed, and nothing is loaded.
+renamed, so a folder that can be seen is whole.
 """
 
+import contextlib
 import json
 import os
+import pickle
+import re
 import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from xsam.config import Config
-from xsam.encoders import ImageEncoder, SamEncoder, resize_positions
-from xsam.llm import LanguageModel
+from xsam.config import Config, ModelConfig
+from xsam.encoders import resize_positions, transformers_config
 
 MODEL_FILE, CONFIG_FILE, TRAINING_FILE, LATEST_FILE = (
     "model.safetensors",
@@ -27,88 +37,377 @@ MODEL_FILE, CONFIG_FILE, TRAINING_FILE, LATEST_FILE = (
     "training.pt",
     "latest",
 )
+SHARD_BYTES = 5 * 10**9  # largest file written
+LANGUAGE_FIELDS = ("image_", "llm", "max_text", "num_region", "region_", "logit_")  # not in stage 1
+MAPPED_BYTES = 256 * 2**20  # most of a file that is mapped at a time while reading
+
+# ---- names ---------------------------------------------------------------------------------------
+
+# (pattern, replacement), applied in this order to a name of ours, or of any public file whose
+# part's prefix has been put before it. The outcome is the name on disk.
+NAMES = (
+    # the archived release
+    (r"^visual_encoder\.", "vision_encoder."),
+    (r"^segmentor\.logit_scale$", "segmentor.class_predictor.logit_scale"),
+    (r"^segmentor\.class_predictor\.(weight|bias)$", r"segmentor.class_predictor.predictor.\1"),
+    # our modules
+    (r"^image_encoder\.model\.", "vision_encoder."),
+    (r"^image_projector\.", "visual_projector."),
+    (r"^segmentor\.connector\.", "seg_connector."),
+    (r"^segmentor\.class_head\.", "segmentor.class_predictor."),
+    (r"^background_embedding\.", "bg_embeds."),
+    (r"^llm\.model\.(model|lm_head)\.", r"llm.\1."),
+    (r"^segmentor\.encoder\.model\.", "segmentor.encoder."),
+    # transformers, which has changed names inside its modules but not those of the public files
+    (r"^vision_encoder\.(?!vision_model\.)", "vision_encoder.vision_model."),
+    (r"^segmentor\.encoder\.swin\.", "segmentor.encoder."),
+    (r"(\.blocks\.\d+\.attention)\.q_proj\.", r"\1.self.query."),
+    (r"(\.blocks\.\d+\.attention)\.k_proj\.", r"\1.self.key."),
+    (r"(\.blocks\.\d+\.attention)\.v_proj\.", r"\1.self.value."),
+    (r"(\.blocks\.\d+\.attention)\.o_proj\.", r"\1.output.dense."),
+    (r"(\.blocks\.\d+\.attention)\.relative_position_bias\.", r"\1.self."),
+    (r"(\.blocks\.\d+)\.mlp\.fc1\.", r"\1.intermediate.dense."),
+    (r"(\.blocks\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
+)
+
+EMBEDDING, OUTPUT = "llm.model.embed_tokens.weight", "llm.lm_head.weight"  # the vocabulary's tables
+
+# Names on disk of what no model of ours has: buffers that are computed, the norm behind Swin's last
+# scale, the position code of SAM's prompts and the class weights of the published criterion.
+UNUSED = re.compile(
+    r"\.(rotary_emb\.inv_freq|position_ids|relative_position_index)$"
+    r"|^segmentor\.encoder\.layernorm\."
+    r"|^segmentor\.(criterion|prompt_encoder|shared_image_embedding)\."
+)
+
+# Where a Hugging Face folder's part lies, by the model_type of its config.json: the prefix in the
+# folder, and the prefix that the part has in `NAMES`.
+FOLDERS = {
+    "seg_encoder": {
+        "sam": ("vision_encoder.", "segmentor.encoder."),
+        "sam_vision_model": ("vision_encoder.", "segmentor.encoder."),
+        "mask2former": ("model.pixel_level_module.encoder.", "segmentor.encoder."),
+        "swin": ("", "segmentor.encoder."),
+    },
+    "image_encoder": {
+        "siglip": ("vision_model.", "vision_encoder."),
+        "siglip_vision_model": ("", "vision_encoder."),
+        "clip": ("vision_model.", "vision_encoder."),
+        "clip_vision_model": ("", "vision_encoder."),
+    },
+    "llm": {"phi3": ("", "llm."), "qwen3": ("", "llm."), "llama": ("", "llm.")},
+}
 
 
-# ---- state dicts ---------------------------------------------------------------------------------
+def disk_name(name: str) -> str:
+    """The name of a tensor on disk, from ours (whole model) or any public one."""
+    for pattern, replacement in NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of one file. Raises ValueError where the file is missing or damaged."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+def part_name(on_disk: str) -> str:
+    """The part that a tensor belongs to: "llm", "segmentor.encoder", …"""
+    return ".".join(on_disk.split(".")[: 2 if on_disk.startswith("segmentor.") else 1])
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+class Stored(NamedTuple):
+    """A tensor that lies in a file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+@contextlib.contextmanager
+def open_tensors(file: Path) -> Iterator[dict[str, Callable[[], Tensor]]]:
+    """Names and memory-mapped tensors of a safetensors file or a pickled state dict, of which
+    nothing but tensors is accepted. Raises ValueError that names the file."""
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
+    if file.suffix == ".safetensors":
+        try:
+            opened = safe_open(file, "pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: damaged safetensors file ({error})") from error
+        with opened:
+            yield {name: lambda n=name: opened.get_tensor(n) for name in opened.keys()}  # noqa: SIM118
+        return
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged safetensors file ({error})") from error
+        is_zip = zipfile.is_zipfile(file)  # only torch's zip format can be mapped
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{file}: holds more than tensors, or is damaged; nothing of it was run ({reason})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"{file}: damaged file of tensors ({error})") from error
+    for wrapper in ("state_dict", "module"):  # as trainers save it
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    others = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if others or not isinstance(state, dict):
+        raise ValueError(f"{file}: not a state dict; {others[:3]} are no tensors")
+    yield {name: lambda n=name: state[n] for name in state}
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """Tensors of a Hugging Face folder, in one file or several behind an index."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return read_safetensors(folder / MODEL_FILE)
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    state = {}
-    for file in sorted(set(names.values())):
-        state |= read_safetensors(folder / file)
-    return state
+def list_tensors(path: Path) -> dict[str, Stored]:
+    """What lies in a file, or in a folder's model.safetensors or pytorch_model.bin, in one piece or
+    behind an index. Reads no tensor."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    files, placed = [path], {}
+    if path.is_dir():
+        candidates = [path / MODEL_FILE, path / "pytorch_model.bin"]
+        indices = [file.with_name(f"{file.name}.index.json") for file in candidates]
+        files = [file for file in candidates if file.is_file()][:1]
+        index = next((index for index in indices if index.is_file()), None)
+        if not files and index is not None:
+            try:
+                placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{index}: not an index of weights ({error!r})") from error
+            files = [path / file for file in sorted(set(placed.values()))]
+        if not files:
+            names = ", ".join(file.name for file in candidates)
+            raise ValueError(f"{path}: no weights; looked for {names} and their .index.json")
+    found = {}
+    for file in files:
+        with open_tensors(file) as tensors:
+            for name, read in tensors.items():
+                found[name] = Stored(file, name, tuple(read().shape))
+    absent = [f"{name} in {file}" for name, file in placed.items() if name not in found]
+    if absent:
+        raise ValueError(f"{path}: its index names what is not there: {', '.join(absent[:5])}")
+    return found
 
 
-def load_state(module: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
-    """Strict load. Raises ValueError that lists what does not fit, before anything is changed.
+def read_tensors(wanted: list[Stored]) -> Iterator[tuple[Stored, Tensor]]:
+    """Tensors one by one. A file is opened anew every so often, which gives its pages back."""
+    wanted = sorted(wanted, key=lambda stored: (stored.file, stored.name))
+    while wanted:
+        size = 0
+        with open_tensors(wanted[0].file) as tensors:
+            file = wanted[0].file
+            while wanted and wanted[0].file == file and size < MAPPED_BYTES:
+                tensor = tensors[wanted[0].name]()
+                size += tensor.nbytes
+                yield wanted.pop(0), tensor
+                del tensor
 
-    A tensor that the module knows by two names (tied embeddings) is expected under the first.
+
+# ---- loading -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have shapes instead of parameters, to be filled by `load_tensors`.
+    Buffers are real: the computed ones are in no file."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def load_tensors(
+    module: nn.Module,
+    stored: dict[str, Stored],
+    source: Path | str,
+    prefix: str = "",
+    *,
+    only: tuple[str, ...] = (),
+    allow_missing: tuple[str, ...] = (),
+    short_vocabulary: bool = False,
+    resize: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> str:
+    """Fills `module`, whose names begin with `prefix` in the whole model, strictly from `stored`.
+
+    What has no values yet is made on `device` in `dtype` (None: as stored); what has them keeps its
+    own. `only` narrows what is filled to names on disk that begin so; names that begin with one of
+    `allow_missing` may be absent and stay as they are. With `resize` position tables are
+    interpolated, with `short_vocabulary` the tables of words may lack their last rows. Returns a
+    line that says what went where. Raises ValueError that lists what does not fit, before anything
+    is changed.
     """
-    own = module.state_dict()
-    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    tied = names - {name for name, _ in module.named_parameters()}
-    problems = [f"missing: {name}" for name in own if name not in state and name not in tied]
-    problems += [f"unexpected: {name}" for name in state if name not in own]
-    problems += [
-        f"shape: {name} is {list(tensor.shape)}, the model has {list(own[name].shape)}"
-        for name, tensor in state.items()
-        if name in own and own[name].shape != tensor.shape
-    ]
+    own: dict[str, list[str]] = {}  # name on disk: ours, several where weights are tied
+    targets = module.state_dict(keep_vars=True)
+    by_identity: dict[int, str] = {}
+    tied = {}
+    for name, target in targets.items():
+        on_disk = disk_name(prefix + name)
+        first = by_identity.setdefault(id(target), on_disk)
+        own.setdefault(first, []).append(name)
+        if first != on_disk:
+            tied[on_disk] = first
+    if only:
+        own = {on_disk: names for on_disk, names in own.items() if on_disk.startswith(only)}
+    theirs: dict[str, Stored] = {}
+    left, problems, resized = Counter(), [], []
+    for name, entry in stored.items():
+        on_disk = disk_name(name)
+        if UNUSED.search(on_disk):
+            left[on_disk.rpartition(".")[0]] += 1
+        elif on_disk in theirs:
+            problems.append(f"twice: {on_disk}, as {theirs[on_disk].name} and {name}")
+        else:
+            theirs[on_disk] = entry
+
+    for on_disk, entry in theirs.items():
+        if tied.get(on_disk, on_disk) not in own:
+            problems.append(f"unexpected: {on_disk} in {entry.file}")
+            continue
+        target = targets[own[tied.get(on_disk, on_disk)][0]]
+        shape = tuple(target.shape)
+        if entry.shape == shape or (entry.shape == () and target.numel() == 1):
+            continue
+        is_table = short_vocabulary and on_disk in (EMBEDDING, OUTPUT) and entry.shape < shape
+        if entry.shape[-1:] == shape[-1:] and (is_table or (resize and "pos" in on_disk)):
+            resized.append(on_disk)
+        else:
+            problems.append(
+                f"shape: {on_disk} is {list(entry.shape)} in {entry.file}, "
+                f"the model has {list(shape)}"
+            )
+    absent = [name for name in own if name not in theirs]
+    allowed = [name for name in absent if name.startswith(allow_missing)] if allow_missing else []
+    problems += [f"missing: {name} in {source}" for name in absent if name not in allowed]
     if problems:
         listed = "\n  ".join(problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{source} does not fit the model:\n  {listed}{more}")
-    module.load_state_dict(state, strict=False)
+
+    names = {entry: own[on_disk] for on_disk, entry in theirs.items() if on_disk in own}
+    for entry, tensor in read_tensors(list(names)):
+        _fill(module, names[entry], tensor, dtype, device)
+    line = _report(source, {name: theirs[name].shape for name in own if name in theirs}, left)
+    for what, those in (("resized", resized), ("missing, as allowed", allowed)):
+        if those:
+            more = ", …" if len(those) > 5 else ""
+            line += f"\n  {len(those):>5} {what}: {', '.join(those[:5])}{more}"
+    return line
+
+
+@torch.no_grad()
+def _fill(
+    module: nn.Module,
+    names: list[str],
+    tensor: Tensor,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    owner, _, attribute = names[0].rpartition(".")
+    target = getattr(module.get_submodule(owner), attribute)
+    if target.is_meta:
+        values = torch.empty(target.shape, dtype=dtype or tensor.dtype, device=device)
+        target = nn.Parameter(values, target.requires_grad)
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            module.get_submodule(owner).register_parameter(attribute, target)
+    if tensor.numel() == target.numel():
+        target.copy_(tensor.view(target.shape))
+    elif tensor.dim() == 2 and tensor.shape[1] == target.shape[1] and "rel_pos" not in names[0]:
+        target[: len(tensor)] = tensor.to(target)
+    else:
+        target.copy_(resize_positions(tensor, target.shape))
+
+
+def _report(source: Path | str, shapes: dict[str, tuple[int, ...]], left: Counter) -> str:
+    """The source, then a line for each part: its tensors and parameters."""
+    counts, sizes = Counter(), Counter()
+    for name, shape in shapes.items():
+        counts[part_name(name)] += 1
+        sizes[part_name(name)] += torch.Size(shape).numel()
+    lines = [f"loaded {source}"]
+    lines += [f"  {counts[part]:>5} tensors {sizes[part]:>13,} -> {part}" for part in counts]
+    if left:
+        lines.append(f"  {sum(left.values()):>5} not used: {', '.join(list(left)[:5])}")
+    return "\n".join(lines)
 
 
 # ---- Hugging Face folders ------------------------------------------------------------------------
 
 
-def load_sam_encoder(encoder: SamEncoder, folder: Path) -> None:
-    """The vision encoder of a SAM folder; what belongs to SAM's own prompts and masks is left.
-
-    For another input size the position embedding and the relative positions are interpolated.
-    """
-    prefix = "vision_encoder."
-    state = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in read_folder(folder).items()
-        if name.startswith(prefix)
-    }
-    for name, own in encoder.state_dict().items():
-        if name in state and state[name].shape != own.shape and "pos" in name:
-            state[name] = resize_positions(state[name], own.shape)
-    load_state(encoder, state, folder)
-
-
-def load_transformers(part: ImageEncoder | LanguageModel, folder: Path) -> None:
-    """Weights of a transformers folder into a part that wraps that model."""
-    kind = type(part.model)
+def read_model_type(folder: Path, part: str) -> str:
+    """model_type of a folder's config.json, if it is one of a `part` ("seg_encoder", …)."""
+    path = folder / CONFIG_FILE
     try:
-        model, report = kind.from_pretrained(folder, output_loading_info=True)
-    except (OSError, SafetensorError) as error:
+        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder}: no weights of {kind.__name__} could be read ({error})"
+            f"{path}: not a config.json of a Hugging Face model ({error!r})"
         ) from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        names = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
-        raise ValueError(f"{folder} does not fit {kind.__name__}; missing: {', '.join(names[:20])}")
-    load_state(part.model, model.state_dict(), folder)
+    if model_type not in FOLDERS[part]:
+        known = ", ".join(FOLDERS[part])
+        raise ValueError(f"{folder}: a {model_type} model; as {part} known are {known}")
+    return model_type
+
+
+def complete_architecture(config: ModelConfig, part: str, folder: Path) -> None:
+    """Puts what the folder of the image encoder or the language model says of itself into
+    `config`: its config.json, and of its preprocessor_config.json mean, deviation and resampling.
+    Raises ValueError where `config` says otherwise."""
+    read_model_type(folder, part)
+    theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    values = getattr(theirs, "vision_config", theirs).to_diff_dict()
+    configured = getattr(config, f"{part}_config")
+    ours = transformers_config(configured).to_diff_dict() if configured else {}
+    named = {"rope_parameters" if name == "rope_theta" else name for name in configured}
+    different = [
+        f"{name} is {values.get(name)!r}, the configuration has {ours[name]!r}"
+        for name in sorted(named)
+        if values.get(name) != ours[name]
+    ]
+    if different:
+        raise ValueError(f"{folder}: another {part} than configured: {'; '.join(different[:5])}")
+    for name in ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"):
+        values.pop(name, None)
+    setattr(config, f"{part}_config", values)
+
+    path = folder / "preprocessor_config.json"
+    if part == "image_encoder" and path.is_file():
+        said = json.loads(path.read_text(encoding="utf-8"))
+        config.image_mean = tuple(said.get("image_mean", config.image_mean))
+        config.image_std = tuple(said.get("image_std", config.image_std))
+        resample = {2: "bilinear", 3: "bicubic"}.get(said.get("resample"))
+        config.image_resample = resample or config.image_resample
+
+
+def load_folder(
+    module: nn.Module, part: str, folder: Path, dtype: torch.dtype | None = None
+) -> str:
+    """Fills a part from its Hugging Face folder; what else the folder holds is counted. Returns the
+    line that says so."""
+    inside, prefix = FOLDERS[part][read_model_type(folder, part)]
+    found = list_tensors(folder)
+    stored = {
+        prefix + name.removeprefix(inside): entry
+        for name, entry in found.items()
+        if name.startswith(inside)
+    }
+    others = Counter(name.split(".")[0] for name in found if not name.startswith(inside))
+    if not stored:
+        raise ValueError(f"{folder}: no tensor's name begins with {inside}")
+    own_prefix = {"seg_encoder": "segmentor.encoder.", "image_encoder": "image_encoder."}
+    own_prefix = own_prefix.get(part, "llm.")
+    line = load_tensors(
+        module, stored, folder, own_prefix, resize=part == "seg_encoder", dtype=dtype
+    )
+    rest = ", ".join(f"{name} ({count})" for name, count in others.items())
+    return line + (f"\n  {others.total():>5} left in the folder: {rest}" if rest else "")
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -118,7 +417,74 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder}: no tokenizer could be read ({error})") from error
 
 
+# ---- published checkpoints -----------------------------------------------------------------------
+
+
+def read_published(stored: dict[str, Stored], path: Path) -> tuple[int, str, dict]:
+    """Which published checkpoint lies in `path`: its stage (2: the projectors alone), its
+    generation ("archived" or "current"), and the model fields in which its generation differs from
+    the preset. Raises ValueError where it is none."""
+    parts = {disk_name(name).split(".")[0] for name in stored}
+    if "llm" in parts and "seg_connector" in parts:
+        stage = 3
+    elif "seg_connector" in parts:
+        stage = 1
+    elif parts <= {"visual_projector", "seg_projector", "segmentor"} and "seg_projector" in parts:
+        stage = 2
+    else:
+        names = ", ".join(sorted(stored)[:3])
+        raise ValueError(
+            f"{path}: neither a checkpoint of ours (no {CONFIG_FILE}) nor a published X-SAM one; "
+            f"its tensors have names such as {names}"
+        )
+    old = re.compile(r"visual_encoder\.|segmentor\.(logit_scale|class_predictor\.(weight|bias))$")
+    if any(old.match(name) for name in stored):
+        return stage, "archived", {"logit_clamp": 500.0, "region_pooling": "max"}
+    return stage, "current", {}
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def save_model(
+    folder: Path, state: dict[str, Tensor], prefix: str = "", max_shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Tensors, under their names on disk, as model.safetensors or, above the limit, as several
+    files and an index. Only one file's worth is copied to the host at a time."""
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    placed = {}
+    for number, names in enumerate(shards):
+        stem, suffix = MODEL_FILE.split(".")
+        file = f"{stem}-{number + 1:05d}-of-{len(shards):05d}.{suffix}"
+        file = MODEL_FILE if len(shards) == 1 else file
+        tensors = {disk_name(prefix + name): state[name].detach().cpu() for name in names}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        placed |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        text = json.dumps(index, indent=1)
+        (folder / f"{MODEL_FILE}.index.json").write_text(text, encoding="utf-8")
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds: parameters, those with two names once, and lasting buffers."""
+    state = model.state_dict()
+    twice = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    twice -= {name for name, _ in model.named_parameters()}
+    return {name: tensor for name, tensor in state.items() if name not in twice}
+
+
+def write_header(folder: Path, config: Config, stage: int, step: int) -> None:
+    header = {"stage": stage, "step": step, "config": config.to_dict()}
+    (folder / CONFIG_FILE).write_text(json.dumps(header, indent=1), encoding="utf-8")
 
 
 def save_checkpoint(
@@ -138,15 +504,13 @@ def save_checkpoint(
     temporary = folder / f".step_{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    state = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if stage != 2 or parameter.requires_grad
-    }
-    save_file(state, temporary / MODEL_FILE, metadata={"format": "pt"})
+    state = own_tensors(model)
+    if stage == 2:
+        trained = {name for name, value in model.named_parameters() if value.requires_grad}
+        state = {name: tensor for name, tensor in state.items() if name in trained}
+    save_model(temporary, state, model.prefix)
     torch.save(training, temporary / TRAINING_FILE)
-    header = {"stage": stage, "step": step, "config": config.to_dict()}
-    (temporary / CONFIG_FILE).write_text(json.dumps(header, indent=1), encoding="utf-8")
+    write_header(temporary, config, stage, step)
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
     shutil.rmtree(target, ignore_errors=True)
@@ -161,15 +525,15 @@ def save_checkpoint(
     return target
 
 
-def load_trained(model: nn.Module, folder: Path) -> None:
-    """What `save_checkpoint` wrote, over what the model holds."""
-    state = read_safetensors(folder / MODEL_FILE)
-    frozen = {
-        name: parameter
+def load_trained(model: nn.Module, folder: Path) -> str:
+    """What `save_checkpoint` wrote, over what the model holds: all that a stage trains."""
+    trained = tuple(
+        disk_name(model.prefix + name)
         for name, parameter in model.named_parameters()
-        if not parameter.requires_grad and name not in state
-    }
-    load_state(model, frozen | state, folder)
+        if parameter.requires_grad
+    )
+    only = () if len(trained) == len(list(model.parameters())) else trained
+    return load_tensors(model, list_tensors(folder), folder, model.prefix, only=only)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -204,7 +568,7 @@ def check_checkpoint(folder: Path, config: Config, stage: int) -> dict:
     different = [
         f"{name} is {value!r}, here {getattr(ours, name)!r}"
         for name, value in vars(theirs).items()
-        if value != getattr(ours, name)
+        if value != getattr(ours, name) and not (stage == 1 and name.startswith(LANGUAGE_FIELDS))
     ]
     if different:
         raise ValueError(
