@@ -3,8 +3,11 @@
 pytest tests/test_connector.py
 """
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xsam.config import xsam
@@ -67,6 +70,24 @@ def test_shuffle_and_unshuffle():
     assert torch.equal(pixel_shuffle(pixel_shuffle(back, 2.0), 0.5), x)
 
 
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize(("height", "width"), [(7, 5), (6, 9), (9, 4)])
+def test_a_grid_that_does_not_divide_is_padded(factor, height, width):
+    """Zeros below and to the right, so the result is as large as the grid rounded up.
+
+    Down and up again leaves every block of the grid transposed; twice is the way back, and what it
+    adds to the grid is the padding.
+    """
+    x = 1 + numbered(2, height, width, 3)
+    padded = F.pad(x, (0, 0, 0, -width % factor, 0, -height % factor))
+    shuffled = pixel_shuffle(x, 1 / factor)
+    assert torch.equal(shuffled, gather(padded, factor))
+    assert shuffled.shape == (2, -(-height // factor), -(-width // factor), 3 * factor**2)
+    once = pixel_shuffle(shuffled, float(factor))
+    assert not torch.equal(once, padded)
+    assert torch.equal(pixel_shuffle(pixel_shuffle(once, 1 / factor), float(factor)), padded)
+
+
 # ---- connector and projectors --------------------------------------------------------------------
 
 
@@ -107,6 +128,31 @@ def test_connector_makes_a_pyramid_from_its_layers():
     assert same == [True, True, False, True]
 
 
+def test_linear_branches_do_not_look_at_neighbours():
+    """A cell of the grid moves the cells it is shuffled into, all their channels and no others."""
+    torch.manual_seed(0)
+    scales = (4.0, 2.0, 1.0, 0.5)
+    connector = SegmentationConnector("linear", 32, 16, scales, layers=(1, 1, 1, 1))
+    x = torch.randn(2, 5, 4, 32)
+    features = connector([None, x])
+    shapes = [(2, 8, 20, 16), (2, 16, 10, 8), (2, 32, 5, 4), (2, 64, 3, 2)]
+    assert [tuple(feature.shape) for feature in features] == shapes
+    assert connector.dims == [shape[1] for shape in shapes]
+
+    moved = x.clone()
+    moved[1, 3, 2] += torch.randn(32)
+    for scale, before, after in zip(scales, features, connector([None, moved]), strict=True):
+        reached = torch.zeros(2, *before.shape[2:], dtype=torch.bool)
+        rows, columns = (
+            slice(int(index * scale), math.ceil((index + 1) * scale)) for index in (3, 2)
+        )
+        reached[1, rows, columns] = True
+        change = (after - before).abs()
+        assert torch.equal(change.amax(dim=1) > 1e-6, reached)
+        if scale >= 1:  # else only its own share of the channels
+            assert (change.permute(0, 2, 3, 1)[reached] > 0).all()
+
+
 def test_connector_refuses_scales_without_layers():
     with pytest.raises(ValueError, match="connector_scales"):
         SegmentationConnector("conv", 8, 8, scales=(2.0, 1.0), layers=(1,))
@@ -143,3 +189,24 @@ def test_regions_are_means_over_points_of_their_own_image():
     points = torch.rand(4, 10, 2)
     expected = torch.cat([points.mean(dim=1), image_index[:, None].float()], dim=1)
     torch.testing.assert_close(sample_regions(tokens, points, image_index), expected)
+
+
+def test_regions_may_be_maxima():
+    """Channel by channel, of the readings at the single points; all negative, so that a reading
+    mixed with zeros would win."""
+    torch.manual_seed(0)
+    tokens, points = torch.randn(2, 6, 5, 7) - 5, torch.rand(3, 8, 2)
+    points[:, 0] = torch.tensor([1.0, 0.0])  # a corner, where padding is near
+    image_index = torch.tensor([1, 0, 1])
+    expected = torch.full((3, 7), -torch.inf)
+    for region, image in enumerate(image_index.tolist()):
+        for row, column in points[region] * torch.tensor([5, 4]):  # in steps of the grid
+            top, left = min(int(row), 4), min(int(column), 3)
+            down, right = row - top, column - left
+            upper, lower = tokens[image, top : top + 2, left : left + 2]
+            reading = torch.stack([1 - down, down]) @ torch.stack(
+                [torch.stack([1 - right, right]) @ pair for pair in (upper, lower)]
+            )
+            expected[region] = expected[region].maximum(reading)
+    maxima = sample_regions(tokens, points, image_index, "max")
+    torch.testing.assert_close(maxima, expected, atol=1e-4, rtol=0)

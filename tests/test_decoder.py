@@ -1,8 +1,10 @@
-"""The segmentation decoder against transformers' Mask2Former, <SEG> steering, and the class heads.
+"""The segmentation decoders against transformers' Mask2Former and SAM, <SEG> steering, and class
+heads.
 
 pytest tests/test_decoder.py
 """
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Mask2FormerConfig
+from transformers import Mask2FormerConfig, SamConfig, SamModel
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
     Mask2FormerPreTrainedModel,
@@ -23,38 +25,45 @@ from xsam.decoder import (
     MaskedAttentionDecoder,
     PixelDecoder,
     Predictions,
+    SamMaskDecoder,
 )
 
 IN_DIMS, HEADS, QUERIES, OUTPUTS = [8, 16, 32], 8, 10, 6
+SWIN_DIMS = [4, *IN_DIMS]  # strides 4, 8, 16, 32: one finer than the levels of attention
 DIM = 256  # the full width: only there do ours and theirs group channels alike
 
 
 @torch.no_grad()
-def randomise(module: nn.Module) -> None:
+def randomise(module: nn.Module, scale: float = 0.05) -> None:
     """Moves every weight, so that no initial zero hides a mistake in what it multiplies.
 
     The norms stay near one: with small ones all masks come out empty, and masking goes untested.
     """
     for parameter in module.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
+        parameter.add_(scale * torch.randn_like(parameter))
 
 
-def pyramid(height: int, width: int, batch: int = 2) -> list[Tensor]:
-    """Inputs of three scales, the finest, [height, width], first."""
+def pyramid(height: int, width: int, batch: int = 2, in_dims: list[int] = IN_DIMS) -> list[Tensor]:
+    """Inputs of three scales, or of others, the finest, [height, width], first; odd sides are
+    halved as Swin halves them."""
     return [
-        torch.randn(batch, dim, height >> level, width >> level)
-        for level, dim in enumerate(IN_DIMS)
+        torch.randn(batch, dim, -(-height // 2**level), -(-width // 2**level))
+        for level, dim in enumerate(in_dims)
     ]
+
+
+def make_pixel_decoder(in_dims: list[int]) -> PixelDecoder:
+    torch.manual_seed(0)
+    module = PixelDecoder(
+        in_dims, DIM, num_layers=2, num_heads=HEADS, num_points=4, mlp_dim=48
+    ).eval()
+    randomise(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def pixel_decoder() -> PixelDecoder:
-    torch.manual_seed(0)
-    module = PixelDecoder(
-        IN_DIMS, DIM, num_layers=2, num_heads=HEADS, num_points=4, mlp_dim=48
-    ).eval()
-    randomise(module)
-    return module
+    return make_pixel_decoder(IN_DIMS)
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +92,10 @@ def features() -> tuple[Tensor, list[Tensor]]:
 # ---- the reference -------------------------------------------------------------------------------
 
 
-def reference_config() -> Mask2FormerConfig:
+def reference_config(num_inputs: int = 3) -> Mask2FormerConfig:
     return Mask2FormerConfig(
-        feature_strides=[8, 16, 32],  # one FPN level, as X-SAM's three connector scales give
+        # One FPN level either way: X-SAM's three connector scales, or Swin's four.
+        feature_strides=[4, 8, 16, 32][-num_inputs:],
         feature_size=DIM,
         mask_feature_size=DIM,
         hidden_dim=DIM,
@@ -98,20 +108,25 @@ def reference_config() -> Mask2FormerConfig:
     )
 
 
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (32, 24)])
+@pytest.mark.parametrize(
+    ("in_dims", "height", "width"),
+    [(IN_DIMS, 16, 16), (IN_DIMS, 32, 24), (SWIN_DIMS, 32, 32), (SWIN_DIMS, 54, 38)],
+)
 @torch.no_grad()
-def test_decoders_equal_transformers(pixel_decoder, decoder, height, width):
+def test_decoders_equal_transformers(decoder, in_dims, height, width):
     """Every level, the mask features, and all outputs' queries and masks, from one state dict."""
-    config = reference_config()
-    their_pixel_decoder = Mask2FormerPixelDecoder(config, feature_channels=IN_DIMS).eval()
+    config, pixel_decoder = reference_config(len(in_dims)), make_pixel_decoder(in_dims)
+    their_pixel_decoder = Mask2FormerPixelDecoder(config, feature_channels=in_dims).eval()
     their_pixel_decoder.load_state_dict(pixel_decoder.state_dict())
     their_decoder = Mask2FormerTransformerModule(in_features=DIM, config=config).eval()
     their_decoder.load_state_dict(decoder.state_dict())
 
     torch.manual_seed(height)
-    inputs = pyramid(height, width)
+    inputs = pyramid(height, width, in_dims=in_dims)
     expected = their_pixel_decoder(inputs, output_hidden_states=False, output_attentions=False)
     mask_features, levels = pixel_decoder(inputs)
+    assert mask_features.shape == (2, DIM, height, width)
+    assert [x.shape[2:] for x in levels] == [x.shape[2:] for x in inputs[:-4:-1]]
     torch.testing.assert_close(mask_features, expected.mask_features, atol=1e-4, rtol=0)
     for mine, theirs in zip(levels, expected.multi_scale_features, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
@@ -203,14 +218,21 @@ def test_an_empty_mask_looks_everywhere(features):
     torch.testing.assert_close(*queries)
 
 
-def test_gradients_reach_every_parameter():
-    """Masks steer without gradient; only a loss on masks trains the features they are made of."""
+@pytest.mark.parametrize("in_dims", [[16], IN_DIMS, SWIN_DIMS])
+def test_gradients_reach_every_parameter(in_dims):
+    """Masks steer without gradient; only a loss on masks trains the features they are made of. A
+    single scale is attended to and painted at."""
     torch.manual_seed(5)
-    pixel_decoder = PixelDecoder(IN_DIMS, DIM, 1, HEADS, 2, 48)
-    decoder = MaskedAttentionDecoder(DIM, 3, HEADS, 96, QUERIES, 3)
+    num_levels = min(3, len(in_dims))
+    pixel_decoder = PixelDecoder(in_dims, DIM, 1, HEADS, 2, 48)
+    decoder = MaskedAttentionDecoder(DIM, 3, HEADS, 96, QUERIES, num_levels)
     randomise(pixel_decoder)
-    mask_features, levels = pixel_decoder(pyramid(16, 16))
+    inputs = pyramid(16, 12, in_dims=in_dims)
+    mask_features, levels = pixel_decoder(inputs)
+    assert mask_features.shape == (2, DIM, 16, 12)
+    assert [x.shape[2:] for x in levels] == [x.shape[2:] for x in inputs[::-1][:num_levels]]
     queries, mask_embeddings = decoder(mask_features, levels)
+    assert queries.shape == mask_embeddings.shape == (4, 2, QUERIES, DIM)
     (steered,) = torch.autograd.grad(
         queries.square().sum(), mask_features, retain_graph=True, allow_unused=True
     )
@@ -220,6 +242,106 @@ def test_gradients_reach_every_parameter():
         for name, parameter in module.named_parameters():
             assert torch.isfinite(parameter.grad).all(), name
             assert parameter.grad.abs().sum() > 0, name
+
+
+# ---- SAM's mask decoder --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sam() -> tuple[SamMaskDecoder, SamModel]:
+    """Ours with SAM's four mask tokens as queries, and transformers' of the same weights."""
+    torch.manual_seed(7)
+    dim, side = 32, 5
+    vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_dim=16)
+    vision |= dict(image_size=16 * side, output_channels=dim, num_pos_feats=dim // 2, scale=0.5)
+    prompt = dict(hidden_size=dim, image_embedding_size=side, image_size=16 * side)
+    masks = dict(hidden_size=dim, num_hidden_layers=2, num_attention_heads=4, mlp_dim=48)
+    masks |= dict(num_multimask_outputs=3, iou_head_hidden_dim=16)
+    theirs = SamModel(
+        SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=masks)
+    ).eval()
+    randomise(theirs, scale=0.2)
+
+    weights = {
+        name: value
+        for name, value in theirs.mask_decoder.state_dict().items()
+        if not name.startswith("iou_prediction_head.")
+    }
+    weights["no_mask_embed.weight"] = theirs.prompt_encoder.no_mask_embed.weight
+    weights["positional_embedding"] = theirs.shared_image_embedding.positional_embedding
+    ours = SamMaskDecoder(dim, num_layers=2, num_heads=4, mlp_dim=48, num_queries=4).eval()
+    ours.load_state_dict(weights)
+    return ours, theirs
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 5), (4, 7)])
+@torch.no_grad()
+def test_sam_mask_decoder_equals_transformers(sam, height, width):
+    """Without a prompt, all four masks, and the tokens that the class head reads. Theirs codes the
+    positions of squares only; those of a rectangle are made here, from the centres of its cells."""
+    ours, theirs = sam
+    y, x = (torch.arange(size).add(0.5) / size for size in (height, width))
+    centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+    positions = theirs.shared_image_embedding(centres).permute(2, 0, 1)[None]
+    if height == width:
+        torch.testing.assert_close(positions, theirs.get_image_wide_positional_embeddings())
+
+    torch.manual_seed(height)
+    image = torch.randn(3, 32, height, width)
+    tokens, their_masks = [], []
+    hook = theirs.mask_decoder.transformer.register_forward_hook(
+        lambda _, __, output: tokens.append(output[0][:, 0, 1:5])
+    )
+    for multimask_output in (False, True):
+        masks, _ = theirs.mask_decoder(
+            image_embeddings=image,
+            image_positional_embeddings=positions.expand(3, -1, -1, -1),
+            sparse_prompt_embeddings=None,
+            dense_prompt_embeddings=theirs.prompt_encoder.no_mask_embed.weight[..., None, None],
+            multimask_output=multimask_output,
+        )
+        their_masks.append(masks[:, 0])
+    hook.remove()
+    queries, mask_embeddings, mask_features = ours(image)
+    assert mask_features.shape == (3, 4, 4 * height, 4 * width)
+    masks = torch.einsum("lrqc,rchw->lrqhw", mask_embeddings, mask_features)
+    torch.testing.assert_close(masks, torch.cat(their_masks, dim=1)[None], atol=1e-4, rtol=0)
+    torch.testing.assert_close(queries, tokens[0][None], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_seg_embedding_steers_its_own_run_of_sam(sam):
+    """It is added to every mask token, and not to the token of the IoU."""
+    ours, _ = sam
+    torch.manual_seed(8)
+    image, seg_embeddings = torch.randn(3, 32, 5, 4), torch.zeros(3, 32)
+    without = ours(image)
+    assert all(
+        torch.equal(*pair) for pair in zip(ours(image, seg_embeddings), without, strict=True)
+    )
+
+    seg_embeddings[1] = torch.randn(32)
+    shifted = copy.deepcopy(ours)
+    shifted.mask_tokens.weight += seg_embeddings[1]
+    steered = ours(image, seg_embeddings)
+    for x, before, expected in zip(steered, without, shifted(image), strict=True):
+        x, before, expected = (y.reshape(3, -1) for y in (x, before, expected))
+        torch.testing.assert_close(x[[0, 2]], before[[0, 2]], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(x[1], expected[1], atol=1e-5, rtol=1e-5)
+        assert (x[1] - before[1]).abs().max() > 1e-2
+
+
+def test_gradients_reach_every_parameter_of_sam():
+    torch.manual_seed(9)
+    decoder = SamMaskDecoder(32, num_layers=2, num_heads=4, mlp_dim=48, num_queries=5)
+    seg_embeddings = torch.randn(2, 32, requires_grad=True)
+    _, mask_embeddings, mask_features = decoder(torch.randn(2, 32, 5, 4), seg_embeddings)
+    torch.einsum("lrqc,rchw->lrqhw", mask_embeddings, mask_features).square().sum().backward()
+    assert (seg_embeddings.grad != 0).any(dim=1).all()
+    for name, parameter in decoder.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+        # Softmax does not see what all keys have in common.
+        assert name.endswith("k_proj.bias") or parameter.grad.abs().sum() > 0, name
 
 
 # ---- class heads and outputs ---------------------------------------------------------------------
@@ -274,3 +396,18 @@ def test_runs_read_the_masks_of_their_own_image():
     for run, image in enumerate(image_index):
         pixels = mask_embeddings[-1, run] @ mask_features[image].flatten(1)
         torch.testing.assert_close(masks[run].flatten(1), pixels)
+
+
+def test_runs_may_have_mask_features_of_their_own():
+    """As SAM's decoder makes them: a run's features, whatever image it is of and in any order."""
+    mask_embeddings, mask_features = torch.randn(2, 3, 4, 5), torch.randn(3, 5, 6, 7)
+    image_index, feature_index = torch.tensor([1, 0, 1]), torch.tensor([2, 0, 1])
+    predictions = Predictions(None, mask_embeddings, mask_features, image_index, feature_index)
+    masks = predictions.mask_logits()
+    assert masks.shape == (3, 4, 6, 7)
+    for run, number in enumerate(feature_index):
+        assert torch.equal(predictions.features_of(run), mask_features[number])
+        pixels = mask_embeddings[-1, run] @ mask_features[number].flatten(1)
+        torch.testing.assert_close(masks[run].flatten(1), pixels)
+    several = predictions.features_of(slice(1, 3))
+    assert torch.equal(several, mask_features[feature_index[1:]])

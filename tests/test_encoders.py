@@ -6,10 +6,26 @@ pytest tests/test_encoders.py
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from transformers import SamVisionConfig
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+from transformers import (
+    CLIPVisionModel,
+    Mask2FormerConfig,
+    SamVisionConfig,
+    SiglipVisionModel,
+    SwinConfig,
+)
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelLevelModule
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionEncoder
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from xsam.config import toy, xsam
 from xsam.encoders import (
@@ -18,6 +34,7 @@ from xsam.encoders import (
     ImageEncoder,
     Placement,
     SamEncoder,
+    SwinEncoder,
     image_pixels,
     relative_positions,
     seg_pixels,
@@ -27,10 +44,15 @@ from xsam.model import Segmentor
 # ---- segmentation encoder ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("image_size", [112, 160])
 @torch.no_grad()
-def test_sam_encoder_equals_transformers(image_size):
-    """A grid of 7 is one window; a grid of 10 is padded to two, and SAM attends to the padding."""
+def randomise(module: nn.Module) -> None:
+    """Zero biases and position tables and norms of one would hide mistakes."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+
+
+def sam_and_reference(image_size: int) -> tuple[SamEncoder, SamVisionEncoder]:
+    """Ours and transformers' of the same weights, patches of 16 pixels and windows of 7 patches."""
     torch.manual_seed(0)
     window_size, global_blocks = 7, (1, 3)
     config = SamVisionConfig(
@@ -45,12 +67,17 @@ def test_sam_encoder_equals_transformers(image_size):
         output_channels=16,
     )
     reference = SamVisionEncoder(config).eval()
-    for parameter in reference.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)  # zero position tables would hide mistakes
+    randomise(reference)
     ours = SamEncoder(image_size, 16, 32, 4, 2, 64, window_size, global_blocks, 16)
     ours.load_state_dict(reference.state_dict())
+    return ours, reference
 
-    pixels = torch.randn(2, 3, image_size, image_size)
+
+@torch.no_grad()
+def assert_all_states_agree(
+    ours: SamEncoder, reference: SamVisionEncoder, height: int, width: int
+) -> None:
+    pixels = torch.randn(2, 3, height, width)
     expected = reference(pixels, output_hidden_states=True)
     hidden_states = ours(pixels)
     assert len(hidden_states) == len(expected.hidden_states) == 5
@@ -58,6 +85,24 @@ def test_sam_encoder_equals_transformers(image_size):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
     neck = ours.neck(hidden_states[-1])
     torch.testing.assert_close(neck, expected.last_hidden_state, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("image_size", [112, 160])
+def test_sam_encoder_equals_transformers(image_size):
+    """A grid of 7 is one window; a grid of 10 is padded to two, and SAM attends to the padding."""
+    assert_all_states_agree(*sam_and_reference(image_size), image_size, image_size)
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 160), (160, 64), (80, 80)])
+def test_sam_encoder_of_another_size_equals_transformers(height, width):
+    """Built for a square of 112, run on rectangles longer and shorter than it, and on a smaller
+    square: theirs is handed the position embedding of that size, and the size."""
+    ours, reference = sam_and_reference(112)
+    reference.patch_embed.image_size = (height, width)
+    table = reference.pos_embed.data.permute(0, 3, 1, 2)
+    table = F.interpolate(table, (height // 16, width // 16), mode="bilinear", align_corners=False)
+    reference.pos_embed.data = table.permute(0, 2, 3, 1)
+    assert_all_states_agree(ours, reference, height, width)
 
 
 @pytest.mark.parametrize("size", [5, 7, 9])
@@ -81,7 +126,78 @@ def test_full_size_parameter_counts():
     assert sum(x.numel() for x in image_encoder.parameters()) == 428_225_600
 
 
+SWIN = dict(embed_dim=16, depths=[2, 2, 2, 1], num_heads=[1, 2, 2, 4], window_size=4, image_size=64)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (72, 104)])
+@torch.no_grad()
+def test_swin_encoder_equals_transformers(height, width):
+    """The backbone of their Mask2Former; the second size divides by no window and no stride."""
+    torch.manual_seed(0)
+    stages = [f"stage{number}" for number in (1, 2, 3, 4)]
+    config = Mask2FormerConfig(backbone_config=SwinConfig(**SWIN, out_features=stages))
+    reference = Mask2FormerPixelLevelModule(config).encoder.eval()
+    ours = SwinEncoder({"model_type": "swin", **SWIN}).eval()
+    randomise(reference)
+    missing, unexpected = ours.model.load_state_dict(reference.state_dict(), strict=False)
+    assert not missing and set(unexpected) == {"swin.layernorm.weight", "swin.layernorm.bias"}
+
+    pixels = torch.randn(2, 3, height, width)
+    expected = reference(pixels, output_hidden_states=True)
+    maps = ours(pixels)
+    dims = [16, 32, 64, 128]
+    assert ours.dims == dims and [x.shape[-1] for x in maps] == [*dims, 64, 128]
+    sizes = [(-(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32, 16, 32)]
+    assert [tuple(x.shape[1:3]) for x in maps] == sizes
+    theirs = [*expected.feature_maps, *expected.hidden_states[-2:]]
+    for mine, other in zip(maps, theirs, strict=True):
+        torch.testing.assert_close(mine.permute(0, 3, 1, 2), other, atol=1e-4, rtol=0)
+    # The last two are raw: their norms make the maps before them.
+    norms = reference.hidden_states_norms
+    torch.testing.assert_close(norms["stage3"](maps[-2]), maps[2], atol=1e-4, rtol=0)
+    torch.testing.assert_close(norms["stage4"](maps[-1]), maps[3], atol=1e-4, rtol=0)
+
+
+def test_swin_encoder_trains_without_chance():
+    """No path is dropped, whatever config.json says; every weight of the kept ones is trained."""
+    torch.manual_seed(0)
+    encoder = SwinEncoder({"model_type": "swin", "drop_path_rate": 0.5, **SWIN}).train()
+    pixels = torch.randn(2, 3, 64, 64)
+    maps = encoder(pixels)
+    assert all(torch.equal(*pair) for pair in zip(maps, encoder(pixels), strict=True))
+    sum(x.pow(3).sum() for x in maps[:4]).backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
 # ---- image encoder -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_size", [42, 64])
+@pytest.mark.parametrize("model_class", [SiglipVisionModel, CLIPVisionModel])
+@torch.no_grad()
+def test_image_encoder_equals_transformers(model_class, image_size):
+    """What enters the last layer, without CLIP's class token. A patch that the border cuts is not
+    read (of a side of 64, as of SigLIP's 384, 14 leaves a rest)."""
+    torch.manual_seed(0)
+    config = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    config |= dict(patch_size=14, image_size=image_size)
+    config_class = model_class.config_class
+    reference = model_class(config_class(**config)).eval()
+    randomise(reference)
+    ours = ImageEncoder({"model_type": config_class.model_type, **config}).eval()
+    ours.model.load_state_dict(reference.state_dict())
+    inputs = []
+    reference.encoder.layers[-1].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+
+    pixels = torch.randn(2, 3, image_size, image_size)
+    expected = reference(pixels, output_hidden_states=True).hidden_states[-2]
+    assert torch.equal(expected, inputs[0])
+    if model_class is CLIPVisionModel:
+        expected = expected[:, 1:]
+    tokens = ours(pixels)
+    assert tokens.shape == (2, (image_size // 14) ** 2, ours.dim)
+    torch.testing.assert_close(tokens, expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -199,3 +315,16 @@ def test_image_pixels_size_and_range():
     assert pixels.shape == (3, 48, 48) and pixels.dtype == torch.float32
     assert pixels.min() == -1 and pixels.max() == 1
     assert (pixels[:, :, :20] == -1).all() and (pixels[:, :, -20:] == 1).all()
+
+
+@pytest.mark.parametrize("size", [24, 96])
+def test_image_pixels_equal_transformers(size):
+    """Their processors with the whole image squashed: SigLIP's as it comes, CLIP's without crop."""
+    array = np.random.default_rng(0).integers(0, 256, (37, 61, 3)).astype(np.uint8)
+    image, shape = Image.fromarray(array), {"height": size, "width": size}
+    siglip = SiglipImageProcessorPil(size=shape)
+    clip = CLIPImageProcessorPil(size=shape, do_center_crop=False, resample=Image.BILINEAR)
+    of_clip = image_pixels(image, size, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, "bilinear")
+    for mine, processor in ((image_pixels(image, size), siglip), (of_clip, clip)):
+        expected = processor(image, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(mine, expected, atol=1e-4, rtol=0)

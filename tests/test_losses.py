@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Mask2FormerConfig
-from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerHungarianMatcher,
+    Mask2FormerLoss,
+)
 
 from xsam.config import LossConfig
 from xsam.decoder import Predictions
@@ -161,6 +164,33 @@ def test_match_equals_brute_force(num_queries, num_targets):
         torch.testing.assert_close(layer[rows, columns].sum(), best)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("num_targets", [1, 4, Q, Q + 3])
+@pytest.mark.parametrize("shape", [(14, 10), (48, 48)])
+def test_matching_equals_transformers(seed, num_targets, shape, monkeypatch):
+    """The same points, the same pairs: every output's, which are theirs of a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    class_logits = 2 * torch.randn(L, Q, K + 1, generator=generator)
+    masks = 3 * torch.randn(L, Q, *shape, generator=generator)
+    target = make_targets(num_targets, generator)
+    points = torch.rand(1, CONFIG.num_points, 2, generator=generator)
+
+    logits = sample_features(masks, points.expand(L, -1, -1))
+    every = torch.arange(num_targets)
+    values = sample_masks(target.masks, every, points.expand(num_targets, -1, -1))
+    valid = torch.ones(CONFIG.num_points)
+    cost = matching_cost(class_logits, logits, values, target.labels, valid, CONFIG)
+    pairs = match(cost)
+
+    weights = CONFIG.class_weight, CONFIG.mask_weight, CONFIG.dice_weight
+    matcher = Mask2FormerHungarianMatcher(*weights, num_points=CONFIG.num_points)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: points.view(shape))
+    theirs = matcher(masks, class_logits, L * [target.masks.float()], L * [target.labels])
+    for layer, expected in enumerate(theirs):
+        for mine, reference in zip(pairs, expected, strict=True):
+            assert mine[layer].tolist() == reference.tolist()
+
+
 def test_match_survives_a_diverged_model():
     """The loop reports a loss that is not finite; the matcher must not fail before."""
     cost = torch.randn(3, 4, 2)
@@ -250,6 +280,27 @@ def test_runs_of_one_image_share_its_features():
     losses = losses_of(shared, targets)
     assert losses == losses_of(copied, targets)
     assert losses["mask"] != losses_of(predictions, targets)["mask"]
+
+
+def test_runs_may_have_mask_features_of_their_own():
+    """Of one image, each with its own and in another order: the same losses and gradients as of an
+    image for each."""
+    predictions, targets = scene(2, 3, 0)
+    order = torch.tensor([2, 0, 1])
+    own = dataclasses.replace(
+        predictions,
+        mask_features=predictions.mask_features[order],
+        image_index=torch.zeros(3, dtype=torch.long),
+        feature_index=order.argsort(),
+    )
+    losses, expected = losses_of(own, targets), losses_of(predictions, targets)
+    assert losses == expected
+    leaves = (predictions.mask_embeddings, predictions.mask_features)
+    gradients, references = (
+        torch.autograd.grad(sum(x.values()), leaves) for x in (losses, expected)
+    )
+    for gradient, reference in zip(gradients, references, strict=True):
+        torch.testing.assert_close(gradient, reference)
 
 
 @pytest.mark.parametrize("counts", [(0,), (2, 0), (2, 5, 0, Q), (Q + 3, 1)])

@@ -215,7 +215,7 @@ class SwinEncoder(nn.Module):
         """[B, 3, S, S] normalised pixels to maps [B, h, w, C]: the normalised ones of every scale,
         finest first, then the last two without norm. So number -2 is what the language model is
         shown, as it is SAM's."""
-        output = self.model(pixels)
+        output = self.model(pixels, output_hidden_states=True)
         maps = [*output.feature_maps, *output.hidden_states[-2:]]
         return [x.permute(0, 2, 3, 1) for x in maps]
 

@@ -337,22 +337,29 @@ def build_tokenizer(vocab_size: int):
 
 
 def write_weights(weights: Path, model: ModelConfig, seed: int = 0, steps: int = 150) -> None:
-    """Writes a language model trained for `steps`, a SAM encoder for six times as many, and a
-    random SigLIP2.
+    """Writes a language model trained for `steps`, a SAM encoder for six times as many (or a random
+    Swin), and a random image encoder.
 
-    The three lie under `weights`, which must not exist. Raises FileExistsError.
+    They lie under `weights`, which must not exist. Raises FileExistsError.
     """
     import torch
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
+
+    from xsam.encoders import SwinEncoder, transformers_config
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order, so that the bytes repeat
     try:
         with _new_folder(weights) as root, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            _write_sam(root / model.seg_encoder, model, seed, 6 * steps)
-            siglip = AutoModel.from_config(AutoConfig.for_model(**model.image_encoder_config))
-            siglip.save_pretrained(root / model.image_encoder)
+            if model.seg_backbone_config:
+                swin = SwinEncoder(model.seg_backbone_config).model
+                swin.save_pretrained(root / model.seg_encoder)
+            else:
+                _write_sam(root / model.seg_encoder, model, seed, 6 * steps)
+            if model.image_encoder != "none":
+                siglip = AutoModel.from_config(transformers_config(model.image_encoder_config))
+                siglip.save_pretrained(root / model.image_encoder)
             _write_language_model(root / model.llm, model.llm_config, seed, steps)
     finally:
         torch.set_num_threads(threads)

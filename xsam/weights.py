@@ -39,7 +39,7 @@ MODEL_FILE, CONFIG_FILE, TRAINING_FILE, LATEST_FILE = (
 )
 SHARD_BYTES = 5 * 10**9  # largest file written
 LANGUAGE_FIELDS = ("image_", "llm", "max_text", "num_region", "region_", "logit_")  # not in stage 1
-MAPPED_BYTES = 256 * 2**20  # most of a file that is mapped at a time while reading
+MAPPED_BYTES = 16 * 2**20  # most of a file that is mapped at a time while reading, tensors aside
 
 # ---- names ---------------------------------------------------------------------------------------
 
@@ -149,9 +149,8 @@ def open_tensors(file: Path) -> Iterator[dict[str, Callable[[], Tensor]]]:
     for wrapper in ("state_dict", "module"):  # as trainers save it
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    others = [key for key, value in state.items() if not isinstance(value, Tensor)]
-    if others or not isinstance(state, dict):
-        raise ValueError(f"{file}: not a state dict; {others[:3]} are no tensors")
+    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise ValueError(f"{file}: not a state dict: it holds more than named tensors")
     yield {name: lambda n=name: state[n] for name in state}
 
 
@@ -297,7 +296,7 @@ def load_tensors(
     for what, those in (("resized", resized), ("missing, as allowed", allowed)):
         if those:
             more = ", …" if len(those) > 5 else ""
-            line += f"\n  {len(those):>5} {what}: {', '.join(those[:5])}{more}"
+            line += f"\n  {len(those):>5} {what}: {', '.join(sorted(those)[:5])}{more}"
     return line
 
 
@@ -334,7 +333,7 @@ def _report(source: Path | str, shapes: dict[str, tuple[int, ...]], left: Counte
     lines = [f"loaded {source}"]
     lines += [f"  {counts[part]:>5} tensors {sizes[part]:>13,} -> {part}" for part in counts]
     if left:
-        lines.append(f"  {sum(left.values()):>5} not used: {', '.join(list(left)[:5])}")
+        lines.append(f"  {sum(left.values()):>5} not used: {', '.join(sorted(left)[:5])}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,706 @@
+"""Every alternative that the configuration offers, trained a step in each stage, from tiny folders
+that transformers' own classes have written to a saved model that answers as before.
+
+pytest tests/test_variants.py
+"""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    SamConfig,
+    SamModel,
+    SamVisionConfig,
+    SamVisionModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    SwinConfig,
+)
+
+from xsam.config import ARCHITECTURES, Config, ModelConfig, toy, xsam
+from xsam.data import Batch, Mixture, Processor, Sample, open_dataset
+from xsam.encoders import ImageEncoder
+from xsam.llm import REGION_TOKEN, LanguageModel
+from xsam.model import XSAM, Prediction, Segmentor
+from xsam.train import (
+    build_optimizer,
+    load_earlier_stage,
+    micro_batch_losses,
+    parse,
+    pretrained_model,
+    step_normalisers,
+)
+from xsam.weights import complete_architecture, save_checkpoint
+
+# ---- folders as the hub has them -----------------------------------------------------------------
+
+VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2)
+VISION |= dict(image_size=32, patch_size=8)
+TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+TEXT |= dict(vocab_size=40, bos_token_id=1, eos_token_id=2)
+LLM = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+LLM |= dict(vocab_size=256, max_position_embeddings=512, pad_token_id=0)
+LLM |= dict(bos_token_id=1, eos_token_id=2)
+SWIN = dict(embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=4, image_size=64)
+SMALL_VOCABULARY = 100  # fewer rows than the toy tokenizer has tokens
+
+
+def sam_model() -> SamModel:
+    vision = SamVisionConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        mlp_dim=48,
+        image_size=64,
+        patch_size=8,
+        window_size=3,
+        global_attn_indexes=[1],
+        output_channels=32,
+    )
+    prompts = dict(hidden_size=32, image_size=64, patch_size=8, mask_input_channels=4)
+    masks = dict(hidden_size=32, mlp_dim=32, num_hidden_layers=1, num_attention_heads=2)
+    masks |= dict(iou_head_hidden_dim=32)
+    configs = dict(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=masks)
+    return SamModel(SamConfig(**configs))
+
+
+def mask2former_model() -> Mask2FormerForUniversalSegmentation:
+    backbone = SwinConfig(**SWIN, out_features=["stage1", "stage2", "stage3", "stage4"])
+    sizes = dict(hidden_dim=32, feature_size=32, mask_feature_size=32, num_queries=3)
+    sizes |= dict(encoder_layers=1, decoder_layers=2, num_attention_heads=2)
+    sizes |= dict(encoder_feedforward_dim=32, dim_feedforward=32)
+    return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone, **sizes))
+
+
+def language_model(model_type: str, **others) -> nn.Module:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **LLM | others))
+
+
+MAKE: dict[str, Callable[[], nn.Module]] = {
+    "sam": sam_model,
+    "swin": mask2former_model,
+    "clip": lambda: CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**VISION)),  # the tower alone
+    "siglip2": lambda: SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION)),
+    "phi3": lambda: language_model("phi3", original_max_position_embeddings=512),
+    "qwen3": lambda: language_model(
+        "qwen3", num_key_value_heads=2, head_dim=16, tie_word_embeddings=True
+    ).bfloat16(),  # as the hub's is
+    "llama": lambda: language_model("llama", vocab_size=SMALL_VOCABULARY),
+}
+LLMS = ("phi3", "qwen3", "llama")
+
+
+@pytest.fixture(scope="module")
+def weights(world, tmp_path_factory) -> Path:
+    """The weights root."""
+    root = tmp_path_factory.mktemp("weights")
+    tokenizer = AutoTokenizer.from_pretrained(world / "weights/phi3-toy")
+    for name, make in MAKE.items():
+        torch.manual_seed(0)
+        model = make()
+        with torch.no_grad():
+            for parameter in model.parameters():  # some start at zero
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        model.save_pretrained(root / name)
+        if name in LLMS:
+            tokenizer.save_pretrained(root / name)
+    return root
+
+
+def tiny(**changes) -> Config:
+    """The toy preset, smaller still. `changes` are fields of the model; the sizes of the language
+    model come from its folder."""
+    config = toy()
+    sizes = dict(
+        seg_encoder="sam",
+        seg_image_size=64,
+        seg_patch_size=8,
+        seg_dim=32,
+        seg_depth=3,
+        seg_mlp_dim=48,
+        seg_window_size=3,
+        seg_global_blocks=(1,),
+        seg_neck_dim=32,
+        image_encoder="siglip2",
+        image_encoder_config=dict(model_type="siglip_vision_model") | VISION,
+        llm="phi3",
+        llm_config={},
+        connector_dim=16,
+        connector_layers=(1, 2, 3),
+        num_region_points=8,
+        decoder_dim=32,
+        pixel_decoder_mlp_dim=32,
+        decoder_layers=2,
+        decoder_mlp_dim=32,
+        num_queries=12,
+    )
+    config.model = dataclasses.replace(config.model, **sizes | changes)
+    config.loss.num_points = 64
+    config.max_new_tokens = 2
+    config.score_threshold = config.overlap_threshold = 0.0
+    for stage in config.stages.values():
+        stage.global_batch_size, stage.micro_batch_size = 4, 2
+        stage.weight_decay = 0.0  # so that nothing moves without a gradient
+    return config
+
+
+# What changes in `tiny`.
+VARIANTS = {
+    "SAM, SigLIP2, Phi-3, conv, three scales, Mask2Former": {},
+    "image encoder CLIP": dict(
+        image_encoder="clip", image_encoder_config=dict(model_type="clip_vision_model") | VISION
+    ),
+    "image encoder SigLIP": dict(image_encoder="siglip"),
+    "image encoder none": dict(image_encoder="none", image_encoder_config={}),
+    "Qwen3": dict(llm="qwen3"),
+    "Llama": dict(llm="llama"),
+    "Swin": dict(
+        seg_encoder="swin",
+        seg_backbone_config=dict(model_type="swin") | SWIN,
+        seg_dim=4 * SWIN["embed_dim"],
+        seg_patch_size=16,
+    ),
+    "connector linear": dict(connector="linear"),
+    "one scale": dict(connector_scales=(1.0,), connector_layers=(3,)),
+    "four scales": dict(connector_scales=(4.0, 2.0, 1.0, 0.5), connector_layers=(1, 2, 2, 3)),
+    "decoder SAM": dict(decoder="sam", num_queries=2),  # fewer than an image has masks
+    "region pooling max": dict(region_pooling="max"),
+}
+VARIANTS["Swin, image encoder none, Qwen3"] = (
+    VARIANTS["Swin"] | VARIANTS["image encoder none"] | VARIANTS["Qwen3"]
+)
+
+
+def silent(_: str) -> None:
+    pass
+
+
+# ---- what is read from a folder ------------------------------------------------------------------
+
+
+def reference_outputs(name: str, folder: Path, inputs: Tensor) -> list[Tensor]:
+    """What transformers computes with the folder."""
+    model = type(MAKE[name]()).from_pretrained(folder, dtype=torch.float32).eval()
+    if name == "sam":
+        return [model.vision_encoder(inputs).last_hidden_state]
+    if name == "swin":
+        return list(model.model.pixel_level_module.encoder(inputs).feature_maps)
+    if name in LLMS:
+        return [model(input_ids=inputs).logits]
+    tower = model.vision_model if name != "siglip" else model
+    layers = tower.encoder.layers
+    seen = []
+    layers[-1].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    tower(pixel_values=inputs)
+    return [seen[0][:, -16:]]  # CLIP's class token is the first
+
+
+def own_outputs(name: str, model: Segmentor | XSAM, inputs: Tensor) -> list[Tensor]:
+    if name == "sam":
+        return [model.encoder.neck(model.encoder(inputs)[-1])]
+    if name == "swin":
+        return [x.permute(0, 3, 1, 2) for x in model.encoder(inputs)[:4]]
+    if name in LLMS:
+        return [model.llm.model(input_ids=inputs).logits[..., :SMALL_VOCABULARY]]
+    return [model.image_encoder(inputs)]
+
+
+@pytest.mark.parametrize("name", MAKE)
+@torch.no_grad()
+def test_a_folder_means_what_transformers_means_by_it(weights, name):
+    part = {"sam": "seg_encoder", "swin": "seg_encoder"}.get(name, "image_encoder")
+    part = "llm" if name in LLMS else part
+    changes = VARIANTS["Swin"] if name == "swin" else {part: name, "image_encoder_config": {}}
+    stage = 1 if part == "seg_encoder" else 3
+    model = pretrained_model(stage, tiny(**changes), weights, silent).eval()
+    generator = torch.Generator().manual_seed(0)
+    side = 64 if stage == 1 else 32
+    inputs = torch.randn(2, 3, side, side, generator=generator)
+    if part == "llm":
+        inputs = torch.randint(0, SMALL_VOCABULARY, (2, 9), generator=generator)
+    expected = reference_outputs(name, weights / name, inputs)
+    for ours, theirs in zip(own_outputs(name, model, inputs), expected, strict=True):
+        theirs = theirs[..., :SMALL_VOCABULARY] if part == "llm" else theirs
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_a_vocabulary_that_outgrows_its_table_grows_it(weights):
+    """As that of Vicuna does; what the folder holds stays as it is."""
+    config = tiny(llm="llama")
+    model = pretrained_model(3, config, weights, silent)
+    count = len(model.tokenizer)
+    assert count > SMALL_VOCABULARY and config.model.llm_config["vocab_size"] == count
+    folder = AutoModelForCausalLM.from_pretrained(weights / "llama")
+    for table in ("get_input_embeddings", "get_output_embeddings"):
+        theirs = getattr(folder, table)().weight
+        ours = getattr(model.llm.model, table)().weight
+        assert ours.shape == (count, 32) and len(theirs) == SMALL_VOCABULARY
+        assert torch.equal(ours[:SMALL_VOCABULARY], theirs)
+        mean = theirs.mean(0).expand(count - SMALL_VOCABULARY, -1)
+        torch.testing.assert_close(ours[SMALL_VOCABULARY:], mean)
+
+
+def test_a_run_of_all_stages_meets_the_vocabulary_it_grew(weights):
+    """The stages of one command share a configuration."""
+    config = tiny(llm="llama")
+    sizes = [
+        pretrained_model(stage, config, weights, silent).llm.model.get_input_embeddings().weight
+        for stage in (2, 3)
+    ]
+    assert sizes[0].shape == sizes[1].shape
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+DATASETS = {"generic": "coco_panoptic", "refer": "refcoco", "chat": "llava_instruct"}
+
+# A key's bias adds the same to all scores of a query, and softmax takes no notice: its gradient is
+# rounding.
+KEY_BIAS = re.compile(r"\.(k_proj|self\.key|key)\.bias$")
+
+
+def under(model: nn.Module, *prefixes: str) -> set[str]:
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+
+
+def unread_parameters(config: ModelConfig, stage: int, task: str) -> tuple[str, ...]:
+    """Beginnings of the names, in the whole model, that no loss of `task` reads."""
+    # The image tokens are the hidden state before the last layer.
+    tower = "image_encoder.model."
+    names = [tower + part for part in ("encoder.layers.2.", "post_layernorm.", "head.")]
+    is_swin = bool(config.seg_backbone_config)
+    if config.decoder == "mask2former":
+        names.append("segmentor.encoder.neck.")  # only SAM's decoder reads it
+    if stage == 1:
+        # Its first step: the codes of the levels steer where deformable attention looks, by weights
+        # that start at zero.
+        names.append("segmentor.pixel_decoder.level_embed")
+    if task == "chat":
+        # Read is the hidden state that the language model is shown, the last but one.
+        swin = "segmentor.encoder.model."
+        names += [f"{swin}hidden_states_norms.", f"{swin}swin.encoder.layers.2.downsample."]
+        names += [f"{swin}swin.encoder.layers.3."] if is_swin else ["segmentor.encoder.layers.2."]
+        names += [f"segmentor.{part}." for part in ("connector", "pixel_decoder", "decoder")]
+        names += ["segmentor.encoder.neck.", "segmentor.class_head."]
+        names += ["llm_projector.", "background_embedding."]
+    return tuple(names)
+
+
+def train_step(model: Segmentor | XSAM, number: int, dataset: str, data: Path) -> None:
+    """One step as `train_stage` makes it. What has a gradient has moved, and nothing else; what is
+    not in `unread_parameters` and is not frozen has one."""
+    config, stage = model.settings, model.settings.stages[number]
+    prefix = model.prefix if number == 1 else ""
+    optimizer = build_optimizer(model, stage, prefix)
+    opened = open_dataset(dataset, data, number == 1)
+    mixture = Mixture([opened], Processor(config, model.tokenizer), stage, config.seed)
+    if number == 1:
+        config.categories = opened.categories
+    draws = mixture.micro_batches(0, 0, 1)
+    batches = [mixture.processor.collate([mixture[draw] for draw in next(draws)]) for _ in range(2)]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.train()
+    normalisers = step_normalisers(batches, config, torch.device("cpu"))
+    for batch in batches:
+        losses = micro_batch_losses(model, batch, normalisers, config)
+        expected = set() if batch.task == "chat" else {"class", "mask", "dice"}
+        assert set(losses) == expected | ({"text"} if number > 1 else set())
+        assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
+        sum(losses.values()).backward()
+    optimizer.step()
+
+    unread = {prefix + name for name, value in model.named_parameters() if not value.requires_grad}
+    unread |= {
+        prefix + name
+        for name in before
+        if (prefix + name).startswith(unread_parameters(config.model, number, batches[0].task))
+    }
+    read = {prefix + name for name in before} - unread
+    with_gradient = {
+        prefix + name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and parameter.grad.any()
+    }
+    moved = {
+        prefix + name
+        for name, parameter in model.named_parameters()
+        if not torch.equal(parameter, before[name])
+    }
+    optional = {name for name in read if KEY_BIAS.search(name)}
+    if batches[0].task == "refer":
+        # A phrase has one mask: in SAM's decoder, where every query makes masks by an MLP of its
+        # own, those of the others wait.
+        mlps = "segmentor.decoder.output_hypernetworks_mlps."
+        optional |= {name for name in read if name.startswith(mlps)}
+    assert with_gradient | optional == read
+    assert moved | optional == read
+    optimizer.zero_grad(set_to_none=True)
+
+
+def check_beginning(model: XSAM, earlier: dict[int, nn.Module]) -> None:
+    """Stages 2 and 3 go on with what the earlier ones trained, and save for the class head all of
+    it."""
+    state = model.state_dict()
+    expected = {
+        f"segmentor.{name}": value
+        for name, value in earlier[1].state_dict().items()
+        if not name.startswith("class_head.")
+    }
+    if 2 in earlier:
+        trained = ("image_projector.", "seg_projector.")
+        stage_2 = earlier[2].state_dict().items()
+        expected |= {name: value for name, value in stage_2 if name.startswith(trained)}
+    different = [name for name, value in expected.items() if not torch.equal(state[name], value)]
+    assert not different
+
+
+def trained_stages(variant: str, world: Path, weights: Path, out: Path) -> XSAM:
+    """Stages 1, 2 and 3, each begun anew as by its own command, a step for each of its tasks."""
+    models = {}
+    for number in (1, 2, 3):
+        torch.manual_seed(number)
+        config = tiny(**copy.deepcopy(VARIANTS[variant]))
+        model = pretrained_model(number, config, weights, silent)
+        for earlier in models:
+            load_earlier_stage(model, earlier, out)
+        if models:
+            check_beginning(model, models)
+        datasets = DATASETS.values() if number == 3 else config.stages[number].datasets
+        for dataset in datasets:
+            train_step(model, number, dataset, world / "data")
+        save_checkpoint(out / f"stage{number}", model, config, model.tokenizer, number, 1, {})
+        models[number] = model
+    return models[3]
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def same_answers(one: Prediction, other: Prediction) -> bool:
+    return (
+        one.answer == other.answer
+        and one.labels == other.labels
+        and one.scores == other.scores
+        and np.array_equal(one.masks, other.masks)
+    )
+
+
+def replies(model: XSAM) -> list[Prediction]:
+    """To every kind of request, on pictures of two sizes: first as the model pleases, then as one
+    that says <SEG>."""
+    rng = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8))
+        for size in ((40, 64), (50, 30))
+    ]
+    found = model.predict(pictures, "chat", "What color is the ring?")
+    found += model.predict(pictures, "refer", ["the ring", "the red star"])
+
+    def say_seg(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[..., model.llm.seg_id] = 1e4
+        return logits
+
+    hook = model.llm.model.get_output_embeddings().register_forward_hook(say_seg)
+    segmented = model.predict(pictures, "refer", ["the ring", "the red star"])
+    segmented += model.predict(pictures, "panoptic", things=["ring", "star"], stuff=["dots"])
+    hook.remove()
+    for prediction, name in zip(segmented, ("the ring", "the red star", None, None), strict=True):
+        assert prediction.answer.startswith("<SEG>")
+        assert prediction.masks.shape[1:] == prediction.image.size[::-1]
+        assert np.isfinite(prediction.scores).all()
+        assert name is None or prediction.labels == [name]
+    return found + segmented
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_trains_answers_and_comes_back(world, weights, tmp_path, variant):
+    model = trained_stages(variant, world, weights, tmp_path / "run")
+    said = replies(model)
+    model.save_pretrained(tmp_path / "saved")
+    for folder in (tmp_path / "saved", tmp_path / "run/stage3"):
+        loaded = XSAM.from_pretrained(folder, report=silent)
+        state, expected = loaded.state_dict(), model.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in state)
+        assert loaded.settings == model.settings
+        shared = {name for name, _ in loaded.named_parameters()}
+        assert shared == {name for name, _ in model.named_parameters()}  # tied ones stay tied
+    assert all(map(same_answers, replies(loaded), said))
+
+
+# ---- visual prompts ------------------------------------------------------------------------------
+
+
+def region_batch(config: Config, tokenizer) -> Batch:
+    """Two images with a visual prompt for each of their masks."""
+    rng = np.random.default_rng(0)
+    processor = Processor(config, tokenizer)
+    encoded = []
+    for count in (2, 1):
+        masks = np.zeros((count, 64, 64), bool)
+        for number, mask in enumerate(masks):
+            mask[8 + 20 * number : 30 + 20 * number, 10 : 50 - 12 * number] = True
+        question = "Segment " + ", ".join(["<p><region></p>"] * count)
+        sample = Sample(
+            sample_id="regions",
+            task="generic",
+            image=Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)),
+            turns=[(question, "Sure, <SEG>.")],
+            masks=masks,
+            labels=np.arange(count),
+            regions=masks,
+        )
+        encoded.append(processor.encode(sample))
+    return processor.collate(encoded)
+
+
+def test_region_pooling_max_is_not_mean_and_both_train(weights):
+    vectors, losses = {}, {}
+    for pooling in ("mean", "max"):
+        torch.manual_seed(0)
+        config = tiny(region_pooling=pooling)
+        model = pretrained_model(3, config, weights, silent).train()
+        batch = region_batch(config, model.tokenizer)
+        embeddings, _ = model.encode(batch)
+        vectors[pooling] = embeddings[batch.input_ids == REGION_TOKEN]  # [3, C]
+        # The regions alone, without the visual tokens, reach the encoder.
+        vectors[pooling].square().sum().backward()
+        for part in ("seg_projector.", "segmentor.encoder.patch_embed."):
+            assert all(model.get_parameter(name).grad.any() for name in under(model, part))
+        model.zero_grad()
+        normalisers = step_normalisers([batch], config, torch.device("cpu"))
+        parts = micro_batch_losses(model, batch, normalisers, config)
+        losses[pooling] = sum(parts.values())
+        losses[pooling].backward()
+        optimizer = build_optimizer(model, config.stages[3], "")
+        optimizer.step()
+        assert torch.isfinite(losses[pooling])
+        with torch.no_grad():
+            after = sum(micro_batch_losses(model, batch, normalisers, config).values())
+        assert after < losses[pooling]
+    assert (vectors["max"] >= vectors["mean"]).all()
+    assert (vectors["max"] > vectors["mean"]).any(dim=1).all()
+    assert losses["max"] != losses["mean"]
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def parsed(*flags: str, config: str = "xsam") -> ModelConfig:
+    _, settings = parse(["--stage", "1", "--config", config, *flags])
+    return settings.model
+
+
+NAMES = [(part, name) for part, known in ARCHITECTURES.items() for name in known]
+
+
+@pytest.mark.parametrize(("part", "name"), NAMES)
+def test_a_name_brings_its_architecture_and_nothing_else(part, name):
+    expected = ARCHITECTURES[part][name] | {part: name}
+    if part == "seg_encoder":
+        expected = {"seg_backbone_config": {}} | expected
+    assert parsed(f"--{part}", name) == dataclasses.replace(xsam().model, **expected)
+
+
+def test_names_of_several_parts():
+    """The README's examples, together."""
+    model = parsed(
+        "--llm", "Qwen3-1.7B", "--image_encoder", "none", "--seg_encoder", "sam-vit-base",
+        "--decoder", "sam",
+    )  # fmt: skip
+    assert (model.llm_config["model_type"], model.llm_config["hidden_size"]) == ("qwen3", 2048)
+    assert (model.image_encoder, model.image_encoder_config) == ("none", {})
+    assert (model.seg_dim, model.seg_depth, model.seg_heads, model.seg_mlp_dim) == (
+        768,
+        12,
+        12,
+        3072,
+    )
+    assert model.connector_layers == (6, 9, 12) and model.seg_global_blocks == (2, 5, 8, 11)
+    assert (model.decoder, model.decoder_layers) == ("sam", 2)
+    assert model.seg_neck_dim == model.decoder_dim
+    swin = parsed("--seg_encoder", "mask2former-swin-large-coco-panoptic")
+    assert swin.seg_backbone_config["depths"] == [2, 2, 18, 2] and swin.seg_dim == 768
+
+
+def test_a_flag_wins_over_what_a_name_brings():
+    """Wherever it stands."""
+    for flags in (
+        ["--seg_encoder", "sam-vit-base", "--seg_depth", "5"],
+        ["--seg_depth", "5", "--seg_encoder", "sam-vit-base"],
+    ):
+        model = parsed(*flags)
+        assert (model.seg_depth, model.seg_dim) == (5, 768)
+    assert parsed("--decoder", "sam", "--decoder_layers", "3").decoder_layers == 3
+    model = parsed("--llm", "Qwen3-1.7B", "--llm_config", '{"model_type": "llama"}')
+    assert model.llm_config == {"model_type": "llama"}
+
+
+def test_a_name_leaves_the_table_of_architectures_as_it_is():
+    before = copy.deepcopy(ARCHITECTURES)
+    parsed("--llm", "Qwen3-1.7B").llm_config["vocab_size"] = 1
+    assert before == ARCHITECTURES
+
+
+@pytest.mark.parametrize("part", ["llm", "image_encoder"])
+def test_the_architecture_of_an_unknown_name_is_left_to_its_folder(part):
+    model = parsed(f"--{part}", "my-model")
+    expected = {part: "my-model", f"{part}_config": {}}
+    assert model == dataclasses.replace(xsam().model, **expected)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("connector", "mlp"),
+        ("decoder", "mask2"),
+        ("region_pooling", "median"),
+        ("image_resample", "nearest"),
+    ],
+)
+def test_a_value_that_is_none_of_a_fields_is_refused(flag, value, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parsed(f"--{flag}", value)
+    assert leaving.value.code == 2
+    message = capsys.readouterr().err
+    assert f"--{flag}" in message and f"'{value}' is none of" in message
+    values = xsam().to_dict()
+    values["model"][flag] = value
+    with pytest.raises(ValueError, match=rf"config\.model\.{flag}: '{value}' is none of"):
+        Config.from_dict(values)
+
+
+# ---- full sizes ----------------------------------------------------------------------------------
+
+
+def num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())  # tied ones once
+
+
+# Of the public models; the segmentation encoders without what decodes, Swin with a norm for each
+# scale in place of its last.
+SIZES = {
+    "sam-vit-base": 89_670_912,
+    "sam-vit-large": 308_278_272,
+    "sam-vit-huge": 637_026_048,
+    "mask2former-swin-tiny-coco-panoptic": 27_520_698,
+    "mask2former-swin-base-coco-panoptic": 86_880_376,
+    "mask2former-swin-large-coco-panoptic": 195_201_204,
+    "siglip2-so400m-patch14-384": 428_225_600,
+    "siglip-so400m-patch14-384": 428_225_600,
+    "clip-vit-large-patch14-336": 303_507_456,
+    "Phi-3-mini-4k-instruct": 3_821_079_552,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B-Instruct-2507": 4_022_468_096,
+    "vicuna-7b-v1.5": 6_738_415_616,
+}
+
+
+def test_every_named_architecture_has_its_public_size():
+    assert {name for _, name in NAMES} == {*SIZES, "none", "mask2former", "sam"}
+    for part, name in NAMES:
+        if name not in SIZES:
+            continue
+        model = parsed(f"--{part}", name)
+        with torch.device("meta"):
+            if part == "llm":
+                module = LanguageModel(model.llm_config)
+            elif part == "image_encoder":
+                module = ImageEncoder(model.image_encoder_config)
+            else:
+                module = Segmentor(dataclasses.replace(xsam(), model=model)).encoder
+        assert num_parameters(module) == SIZES[name], name
+
+
+SAM_SIZES = {  # hidden_size, num_hidden_layers, num_attention_heads, global_attn_indexes
+    "sam-vit-base": (768, 12, 12, [2, 5, 8, 11]),
+    "sam-vit-large": (1024, 24, 16, [5, 11, 17, 23]),
+    "sam-vit-huge": (1280, 32, 16, [7, 15, 23, 31]),
+}
+
+
+@pytest.mark.parametrize("name", SAM_SIZES)
+def test_sam_of_full_size_has_the_tensors_of_transformers(name):
+    dim, depth, heads, global_blocks = SAM_SIZES[name]
+    config = SamVisionConfig(
+        hidden_size=dim,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        global_attn_indexes=global_blocks,
+        mlp_dim=4 * dim,
+    )
+    with torch.device("meta"):
+        theirs = SamVisionModel(config).vision_encoder
+        ours = Segmentor(dataclasses.replace(xsam(), model=parsed("--seg_encoder", name))).encoder
+    shapes = {key: value.shape for key, value in ours.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in theirs.state_dict().items()}
+
+
+def test_clip_of_full_size_has_the_tensors_of_transformers():
+    config = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    model = parsed("--image_encoder", "clip-vit-large-patch14-336")
+    with torch.device("meta"):
+        theirs, ours = CLIPVisionModel(config), ImageEncoder(model.image_encoder_config).model
+    shapes = {key: value.shape for key, value in ours.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in theirs.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--image_encoder", "none"], {"image_encoder", "image_projector"}),
+        (["--decoder", "sam"], {"segmentor.connector", "segmentor.pixel_decoder"}),
+        (["--seg_encoder", "mask2former-swin-large-coco-panoptic"], {"segmentor.connector"}),
+        (["--connector_scales", "1", "--connector_layers", "24"], set()),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_full_model_lacks_what_its_variant_does_without(flags, parts):
+    with torch.device("meta"):
+        model = XSAM(dataclasses.replace(xsam(), model=parsed(*flags)))
+    optional = ("image_encoder", "image_projector", "segmentor.connector")
+    optional += ("segmentor.pixel_decoder",)
+    lacking = {name for name in optional if not under(model, f"{name}.")}
+    assert lacking == parts
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seg_encoder", "mask2former-swin-tiny-coco-panoptic"],
+        ["--decoder_dim", "128"],
+    ],
+    ids=" ".join,
+)
+def test_sams_decoder_wants_sams_neck(flags):
+    with torch.device("meta"), pytest.raises(ValueError, match="decoder sam"):
+        Segmentor(dataclasses.replace(xsam(), model=parsed("--decoder", "sam", *flags)))
