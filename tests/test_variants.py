@@ -7,7 +7,7 @@ pytest tests/test_variants.py
 import copy
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +36,9 @@ from transformers import (
     SwinConfig,
 )
 
-from xsam.config import ARCHITECTURES, Config, ModelConfig, toy, xsam
-from xsam.data import Batch, Mixture, Processor, Sample, open_dataset
-from xsam.encoders import ImageEncoder
+from xsam.config import ARCHITECTURES, Config, ModelConfig, apply_flags, toy, xsam
+from xsam.data import Batch, CocoPanoptic, Mixture, Processor, Sample, open_dataset
+from xsam.encoders import ImageEncoder, SwinEncoder
 from xsam.llm import REGION_TOKEN, LanguageModel
 from xsam.model import XSAM, Prediction, Segmentor
 from xsam.train import (
@@ -49,7 +49,7 @@ from xsam.train import (
     pretrained_model,
     step_normalisers,
 )
-from xsam.weights import complete_architecture, save_checkpoint
+from xsam.weights import load_trained, save_checkpoint
 
 # ---- folders as the hub has them -----------------------------------------------------------------
 
@@ -103,7 +103,7 @@ MAKE: dict[str, Callable[[], nn.Module]] = {
     "siglip2": lambda: SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION)),
     "phi3": lambda: language_model("phi3", original_max_position_embeddings=512),
     "qwen3": lambda: language_model(
-        "qwen3", num_key_value_heads=2, head_dim=16, tie_word_embeddings=True
+        "qwen3", num_key_value_heads=2, head_dim=16, rope_theta=5e4, tie_word_embeddings=True
     ).bfloat16(),  # as the hub's is
     "llama": lambda: language_model("llama", vocab_size=SMALL_VOCABULARY),
 }
@@ -170,7 +170,7 @@ VARIANTS = {
     "image encoder CLIP": dict(
         image_encoder="clip", image_encoder_config=dict(model_type="clip_vision_model") | VISION
     ),
-    "image encoder SigLIP": dict(image_encoder="siglip"),
+    "image encoder SigLIP": dict(image_encoder="siglip", image_encoder_config={}),  # its folder's
     "image encoder none": dict(image_encoder="none", image_encoder_config={}),
     "Qwen3": dict(llm="qwen3"),
     "Llama": dict(llm="llama"),
@@ -184,7 +184,6 @@ VARIANTS = {
     "one scale": dict(connector_scales=(1.0,), connector_layers=(3,)),
     "four scales": dict(connector_scales=(4.0, 2.0, 1.0, 0.5), connector_layers=(1, 2, 2, 3)),
     "decoder SAM": dict(decoder="sam", num_queries=2),  # fewer than an image has masks
-    "region pooling max": dict(region_pooling="max"),
 }
 VARIANTS["Swin, image encoder none, Qwen3"] = (
     VARIANTS["Swin"] | VARIANTS["image encoder none"] | VARIANTS["Qwen3"]
@@ -242,7 +241,10 @@ def test_a_folder_means_what_transformers_means_by_it(weights, name):
     for ours, theirs in zip(own_outputs(name, model, inputs), expected, strict=True):
         theirs = theirs[..., :SMALL_VOCABULARY] if part == "llm" else theirs
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    if part == "llm":
+        tables = model.llm.model.get_input_embeddings(), model.llm.model.get_output_embeddings()
+        assert (tables[0].weight is tables[1].weight) == (name == "qwen3")
 
 
 def test_a_vocabulary_that_outgrows_its_table_grows_it(weights):
@@ -264,97 +266,121 @@ def test_a_vocabulary_that_outgrows_its_table_grows_it(weights):
 def test_a_run_of_all_stages_meets_the_vocabulary_it_grew(weights):
     """The stages of one command share a configuration."""
     config = tiny(llm="llama")
-    sizes = [
-        pretrained_model(stage, config, weights, silent).llm.model.get_input_embeddings().weight
-        for stage in (2, 3)
-    ]
-    assert sizes[0].shape == sizes[1].shape
+    for stage in (2, 3):
+        model = pretrained_model(stage, config, weights, silent)
+        assert model.llm.model.get_input_embeddings().num_embeddings == len(model.tokenizer)
+
+
+def test_stage_1_needs_no_image_encoder(world, weights):
+    """Whose architecture, where the name says nothing of it, is read in the stage that uses it."""
+    model = pretrained_model(
+        1, tiny(image_encoder="my-model", image_encoder_config={}), weights, silent
+    )
+    train_step(model, 1, training_batches(model, 1, "coco_panoptic", world / "data"))
+
+
+@pytest.mark.parametrize("frozen", ["segmentor.encoder", "llm"])
+def test_a_stage_with_a_frozen_part_is_resumed(weights, tmp_path, frozen):
+    config = tiny()
+    config.stages[3].learning_rates = {"": 1e-3, frozen: 0.0}
+    model, other = (pretrained_model(3, config, weights, silent) for _ in range(2))
+    for each in (model, other):
+        build_optimizer(each, config.stages[3], "")
+    trainable = {name for name, value in model.named_parameters() if value.requires_grad}
+    names = {name for name, _ in model.named_parameters()}
+    assert trainable == names - under(names, f"{frozen}.")
+    load_trained(other, save_checkpoint(tmp_path, model, config, model.tokenizer, 3, 1, {}))
+    state, expected = other.state_dict(), model.state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in trainable)
 
 
 # ---- training ------------------------------------------------------------------------------------
 
+PROJECTORS = ("image_projector.", "seg_projector.")  # all that stage 2 trains
 DATASETS = {"generic": "coco_panoptic", "refer": "refcoco", "chat": "llava_instruct"}
 
 # A key's bias adds the same to all scores of a query, and softmax takes no notice: its gradient is
 # rounding.
-KEY_BIAS = re.compile(r"\.(k_proj|self\.key|key)\.bias$")
+KEY_BIAS = re.compile(r"\.(k_proj|key)\.bias$")
+# A query of SAM's decoder has a mask MLP of its own, which learns where the query is matched: in
+# referring, with one mask for a phrase, not every query is.
+MASK_MLPS = "segmentor.decoder.output_hypernetworks_mlps."
 
 
-def under(model: nn.Module, *prefixes: str) -> set[str]:
-    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+def under(names: Iterable[str], *prefixes: str) -> set[str]:
+    return {name for name in names if name.startswith(prefixes)}
 
 
-def unread_parameters(config: ModelConfig, stage: int, task: str) -> tuple[str, ...]:
+def unread(model: Segmentor | XSAM, task: str) -> tuple[str, ...]:
     """Beginnings of the names, in the whole model, that no loss of `task` reads."""
+    segmentor = model if isinstance(model, Segmentor) else model.segmentor
     # The image tokens are the hidden state before the last layer.
     tower = "image_encoder.model."
     names = [tower + part for part in ("encoder.layers.2.", "post_layernorm.", "head.")]
-    is_swin = bool(config.seg_backbone_config)
-    if config.decoder == "mask2former":
+    if segmentor.pixel_decoder is not None:
         names.append("segmentor.encoder.neck.")  # only SAM's decoder reads it
-    if stage == 1:
-        # Its first step: the codes of the levels steer where deformable attention looks, by weights
-        # that start at zero.
-        names.append("segmentor.pixel_decoder.level_embed")
+        layers = segmentor.pixel_decoder.encoder.layers
+        if not any(layer.self_attn.sampling_offsets.weight.any() for layer in layers):
+            # Before the first step: the codes of the levels steer where deformable attention looks
+            # by weights that start at zero.
+            names.append("segmentor.pixel_decoder.level_embed")
     if task == "chat":
-        # Read is the hidden state that the language model is shown, the last but one.
-        swin = "segmentor.encoder.model."
-        names += [f"{swin}hidden_states_norms.", f"{swin}swin.encoder.layers.2.downsample."]
-        names += [f"{swin}swin.encoder.layers.3."] if is_swin else ["segmentor.encoder.layers.2."]
+        # The language model is shown the last hidden state but one.
+        if isinstance(segmentor.encoder, SwinEncoder):
+            swin = "segmentor.encoder.model."
+            names += [f"{swin}hidden_states_norms.", f"{swin}swin.encoder.layers.2.downsample."]
+            names.append(f"{swin}swin.encoder.layers.3.")
+        else:
+            names += ["segmentor.encoder.layers.2.", "segmentor.encoder.neck."]
         names += [f"segmentor.{part}." for part in ("connector", "pixel_decoder", "decoder")]
-        names += ["segmentor.encoder.neck.", "segmentor.class_head."]
-        names += ["llm_projector.", "background_embedding."]
+        names += ["segmentor.class_head.", "llm_projector.", "background_embedding."]
     return tuple(names)
 
 
-def train_step(model: Segmentor | XSAM, number: int, dataset: str, data: Path) -> None:
-    """One step as `train_stage` makes it. What has a gradient has moved, and nothing else; what is
-    not in `unread_parameters` and is not frozen has one."""
+def training_batches(model: Segmentor | XSAM, number: int, dataset: str, data: Path) -> list[Batch]:
+    """The micro-batches of a stage's first step, were `dataset` its only one."""
     config, stage = model.settings, model.settings.stages[number]
-    prefix = model.prefix if number == 1 else ""
-    optimizer = build_optimizer(model, stage, prefix)
     opened = open_dataset(dataset, data, number == 1)
-    mixture = Mixture([opened], Processor(config, model.tokenizer), stage, config.seed)
-    if number == 1:
+    if isinstance(opened, CocoPanoptic):
         config.categories = opened.categories
+    processor = Processor(config, model.tokenizer)
+    mixture = Mixture([opened], processor, stage, config.seed)
     draws = mixture.micro_batches(0, 0, 1)
-    batches = [mixture.processor.collate([mixture[draw] for draw in next(draws)]) for _ in range(2)]
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    count = stage.global_batch_size // stage.micro_batch_size
+    return [processor.collate([mixture[draw] for draw in next(draws)]) for _ in range(count)]
+
+
+def train_step(model: Segmentor | XSAM, number: int, batches: list[Batch]) -> None:
+    """One step as `train_stage` makes it. Exactly what is not frozen and not `unread` gets a
+    gradient and moves."""
+    config, stage = model.settings, model.settings.stages[number]
+    task, prefix = batches[0].task, "segmentor." if number == 1 else ""
+    optimizer = build_optimizer(model, stage, prefix)
+    parameters = {prefix + name: parameter for name, parameter in model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    read = set(parameters) - under(parameters, *unread(model, task))
+    if number == 2:
+        read = under(read, *PROJECTORS)
+    either = {name for name in read if KEY_BIAS.search(name)}
+    if task == "refer":
+        either |= under(read, MASK_MLPS)
+
     model.train()
     normalisers = step_normalisers(batches, config, torch.device("cpu"))
+    expected = set() if task == "chat" else {"class", "mask", "dice"}
+    expected |= {"text"} if number > 1 else set()
     for batch in batches:
         losses = micro_batch_losses(model, batch, normalisers, config)
-        expected = set() if batch.task == "chat" else {"class", "mask", "dice"}
-        assert set(losses) == expected | ({"text"} if number > 1 else set())
+        assert set(losses) == expected
         assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
         sum(losses.values()).backward()
+    gradients = {name: parameter.grad for name, parameter in parameters.items()}
     optimizer.step()
-
-    unread = {prefix + name for name, value in model.named_parameters() if not value.requires_grad}
-    unread |= {
-        prefix + name
-        for name in before
-        if (prefix + name).startswith(unread_parameters(config.model, number, batches[0].task))
-    }
-    read = {prefix + name for name in before} - unread
-    with_gradient = {
-        prefix + name
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and parameter.grad.any()
-    }
-    moved = {
-        prefix + name
-        for name, parameter in model.named_parameters()
-        if not torch.equal(parameter, before[name])
-    }
-    optional = {name for name in read if KEY_BIAS.search(name)}
-    if batches[0].task == "refer":
-        # A phrase has one mask: in SAM's decoder, where every query makes masks by an MLP of its
-        # own, those of the others wait.
-        mlps = "segmentor.decoder.output_hypernetworks_mlps."
-        optional |= {name for name in read if name.startswith(mlps)}
-    assert with_gradient | optional == read
-    assert moved | optional == read
+    with_gradient = {name for name, grad in gradients.items() if grad is not None and grad.any()}
+    moved = {name for name, value in parameters.items() if not torch.equal(value, before[name])}
+    assert all(torch.isfinite(parameter).all() for parameter in parameters.values())
+    assert with_gradient | either == read
+    assert moved | either == read
     optimizer.zero_grad(set_to_none=True)
 
 
@@ -368,9 +394,8 @@ def check_beginning(model: XSAM, earlier: dict[int, nn.Module]) -> None:
         if not name.startswith("class_head.")
     }
     if 2 in earlier:
-        trained = ("image_projector.", "seg_projector.")
-        stage_2 = earlier[2].state_dict().items()
-        expected |= {name: value for name, value in stage_2 if name.startswith(trained)}
+        trained = earlier[2].state_dict()
+        expected |= {name: trained[name] for name in under(trained, *PROJECTORS)}
     different = [name for name, value in expected.items() if not torch.equal(state[name], value)]
     assert not different
 
@@ -388,7 +413,8 @@ def trained_stages(variant: str, world: Path, weights: Path, out: Path) -> XSAM:
             check_beginning(model, models)
         datasets = DATASETS.values() if number == 3 else config.stages[number].datasets
         for dataset in datasets:
-            train_step(model, number, dataset, world / "data")
+            batches = training_batches(model, number, dataset, world / "data")
+            train_step(model, number, batches)
         save_checkpoint(out / f"stage{number}", model, config, model.tokenizer, number, 1, {})
         models[number] = model
     return models[3]
@@ -439,14 +465,14 @@ def test_a_variant_trains_answers_and_comes_back(world, weights, tmp_path, varia
     model = trained_stages(variant, world, weights, tmp_path / "run")
     said = replies(model)
     model.save_pretrained(tmp_path / "saved")
-    for folder in (tmp_path / "saved", tmp_path / "run/stage3"):
-        loaded = XSAM.from_pretrained(folder, report=silent)
-        state, expected = loaded.state_dict(), model.state_dict()
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(state[name], expected[name]) for name in state)
-        assert loaded.settings == model.settings
-        shared = {name for name, _ in loaded.named_parameters()}
-        assert shared == {name for name, _ in model.named_parameters()}  # tied ones stay tied
+    loaded = XSAM.from_pretrained(tmp_path / "saved", report=silent)
+    assert loaded.settings == model.settings
+    # Those that are tied count once.
+    names = [name for name, _ in model.named_parameters()]
+    assert [name for name, _ in loaded.named_parameters()] == names
+    state, expected = loaded.state_dict(), model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
     assert all(map(same_answers, replies(loaded), said))
 
 
@@ -481,25 +507,18 @@ def test_region_pooling_max_is_not_mean_and_both_train(weights):
     for pooling in ("mean", "max"):
         torch.manual_seed(0)
         config = tiny(region_pooling=pooling)
-        model = pretrained_model(3, config, weights, silent).train()
+        model = pretrained_model(3, config, weights, silent)
         batch = region_batch(config, model.tokenizer)
         embeddings, _ = model.encode(batch)
         vectors[pooling] = embeddings[batch.input_ids == REGION_TOKEN]  # [3, C]
-        # The regions alone, without the visual tokens, reach the encoder.
-        vectors[pooling].square().sum().backward()
-        for part in ("seg_projector.", "segmentor.encoder.patch_embed."):
-            assert all(model.get_parameter(name).grad.any() for name in under(model, part))
-        model.zero_grad()
-        normalisers = step_normalisers([batch], config, torch.device("cpu"))
-        parts = micro_batch_losses(model, batch, normalisers, config)
-        losses[pooling] = sum(parts.values())
-        losses[pooling].backward()
-        optimizer = build_optimizer(model, config.stages[3], "")
-        optimizer.step()
-        assert torch.isfinite(losses[pooling])
+        vectors[pooling].square().sum().backward()  # of the regions alone
+        parameters = dict(model.named_parameters())
+        for name in under(parameters, "seg_projector.", "segmentor.encoder.patch_embed."):
+            assert parameters[name].grad.any(), name
+        model.zero_grad(set_to_none=True)
         with torch.no_grad():
-            after = sum(micro_batch_losses(model, batch, normalisers, config).values())
-        assert after < losses[pooling]
+            losses[pooling] = model(batch).token_loss
+        train_step(model, 3, [batch])
     assert (vectors["max"] >= vectors["mean"]).all()
     assert (vectors["max"] > vectors["mean"]).any(dim=1).all()
     assert losses["max"] != losses["mean"]
@@ -556,6 +575,12 @@ def test_a_flag_wins_over_what_a_name_brings():
     assert parsed("--decoder", "sam", "--decoder_layers", "3").decoder_layers == 3
     model = parsed("--llm", "Qwen3-1.7B", "--llm_config", '{"model_type": "llama"}')
     assert model.llm_config == {"model_type": "llama"}
+
+
+def test_sams_name_puts_an_end_to_swin():
+    config = xsam()
+    config.model.seg_backbone_config = dict(model_type="swin") | SWIN
+    assert apply_flags(config, {"seg_encoder": "sam-vit-base"}, [1]).model.seg_backbone_config == {}
 
 
 def test_a_name_leaves_the_table_of_architectures_as_it_is():
@@ -689,7 +714,8 @@ def test_a_full_model_lacks_what_its_variant_does_without(flags, parts):
         model = XSAM(dataclasses.replace(xsam(), model=parsed(*flags)))
     optional = ("image_encoder", "image_projector", "segmentor.connector")
     optional += ("segmentor.pixel_decoder",)
-    lacking = {name for name in optional if not under(model, f"{name}.")}
+    names = list(model.state_dict())
+    lacking = {name for name in optional if not under(names, f"{name}.")}
     assert lacking == parts
 
 

@@ -410,7 +410,7 @@ class Processor:
         model = config.model
         self.num_visual_tokens = math.ceil(model.seg_image_size / model.seg_patch_size / 2) ** 2
         self.image_size = 0
-        if model.image_encoder != "none":
+        if model.image_encoder != "none" and model.image_encoder_config:
             self.image_size = model.image_encoder_config["image_size"]
             grid = self.image_size // model.image_encoder_config["patch_size"]
             self.num_visual_tokens += grid**2

@@ -429,8 +429,9 @@ def answer(
     settings = model.settings
     processor = Processor(settings, model.tokenizer)
     batch = processor.collate([processor.encode(sample) for sample in samples], pad_left=True)
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    parameter = next(model.parameters())
+    device, is_mixed = parameter.device, parameter.dtype != torch.float32
+    with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed or parameter.is_cuda):
         answers, predictions = model.infer(batch.to(device), settings.max_new_tokens)
     runs, mask_logits = {}, None
     if predictions is not None:

@@ -17,7 +17,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +70,7 @@ NAMES = (
     (r"(\.blocks\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
 )
 
+POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")  # ends of the names of SAM's position tables
 EMBEDDING, OUTPUT = "llm.model.embed_tokens.weight", "llm.lm_head.weight"  # the vocabulary's tables
 
 # Names on disk of what no model of ours has: buffers that are computed, the norm behind Swin's last
@@ -178,7 +179,8 @@ def list_tensors(path: Path) -> dict[str, Stored]:
     for file in files:
         with open_tensors(file) as tensors:
             for name, read in tensors.items():
-                found[name] = Stored(file, name, tuple(read().shape))
+                if placed.get(name, file.name) == file.name:
+                    found[name] = Stored(file, name, tuple(read().shape))
     absent = [f"{name} in {file}" for name, file in placed.items() if name not in found]
     if absent:
         raise ValueError(f"{path}: its index names what is not there: {', '.join(absent[:5])}")
@@ -226,78 +228,97 @@ def load_tensors(
     source: Path | str,
     prefix: str = "",
     *,
-    only: tuple[str, ...] = (),
-    allow_missing: tuple[str, ...] = (),
-    short_vocabulary: bool = False,
-    resize: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    **rules,
 ) -> str:
     """Fills `module`, whose names begin with `prefix` in the whole model, strictly from `stored`.
 
     What has no values yet is made on `device` in `dtype` (None: as stored); what has them keeps its
-    own. `only` narrows what is filled to names on disk that begin so; names that begin with one of
-    `allow_missing` may be absent and stay as they are. With `resize` position tables are
-    interpolated, with `short_vocabulary` the tables of words may lack their last rows. Returns a
-    line that says what went where. Raises ValueError that lists what does not fit, before anything
-    is changed.
+    own. `rules` are those of `_match`. Returns lines that say what went where. Raises ValueError
+    that lists what does not fit, before anything is changed.
     """
-    own: dict[str, list[str]] = {}  # name on disk: ours, several where weights are tied
+    fills, problems, notes = _match(module, stored, source, prefix, **rules)
+    if problems:
+        listed = "\n  ".join(problems[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{source} does not fit the model:\n  {listed}{more}")
+    for entry, tensor in read_tensors(list(fills)):
+        _fill(module, fills[entry], tensor, dtype, device)
+
+    counts, sizes = Counter(), Counter()
+    for entry, names in fills.items():
+        part = part_name(disk_name(prefix + names[0]))
+        counts[part] += 1
+        sizes[part] += torch.Size(entry.shape).numel()
+    lines = [f"loaded {source}"]
+    lines += [f"  {counts[part]:>5} tensors {sizes[part]:>13,} -> {part}" for part in counts]
+    for what, names in notes.items():
+        more = ", …" if len(names) > 5 else ""
+        lines.append(f"  {len(names):>5} {what}: {', '.join(sorted(names)[:5])}{more}")
+    return "\n".join(lines)
+
+
+def _match(
+    module: nn.Module,
+    stored: dict[str, Stored],
+    source: Path | str,
+    prefix: str,
+    only: tuple[str, ...] = (),
+    allow_missing: tuple[str, ...] = (),
+    resize: bool = False,
+    short_vocabulary: bool = False,
+) -> tuple[dict[Stored, list[str]], list[str], dict[str, list[str]]]:
+    """Which stored tensor fills which of the module's (several names where weights are tied), what
+    does not fit, and what a person should be told.
+
+    `only`: beginnings of the names on disk that are to be filled, () for all. `allow_missing`:
+    beginnings of names that may be absent and then stay as they are. `resize`: SAM's positions
+    may be of another length. `short_vocabulary`: the tables of words may lack their last rows.
+    """
     targets = module.state_dict(keep_vars=True)
-    by_identity: dict[int, str] = {}
-    tied = {}
+    first_name: dict[int, str] = {}  # of each parameter, on disk
+    own: dict[str, list[str]] = {}  # by that name
+    tied: dict[str, str] = {}  # second names to it
     for name, target in targets.items():
         on_disk = disk_name(prefix + name)
-        first = by_identity.setdefault(id(target), on_disk)
-        own.setdefault(first, []).append(name)
+        first = first_name.setdefault(id(target), on_disk)
+        if on_disk.startswith(only or ""):
+            own.setdefault(first, []).append(name)
         if first != on_disk:
             tied[on_disk] = first
-    if only:
-        own = {on_disk: names for on_disk, names in own.items() if on_disk.startswith(only)}
-    theirs: dict[str, Stored] = {}
-    left, problems, resized = Counter(), [], []
+
+    fills, problems, notes, seen = {}, [], defaultdict(list), {}
     for name, entry in stored.items():
         on_disk = disk_name(name)
-        if UNUSED.search(on_disk):
-            left[on_disk.rpartition(".")[0]] += 1
-        elif on_disk in theirs:
-            problems.append(f"twice: {on_disk}, as {theirs[on_disk].name} and {name}")
-        else:
-            theirs[on_disk] = entry
-
-    for on_disk, entry in theirs.items():
-        if tied.get(on_disk, on_disk) not in own:
+        if UNUSED.search(on_disk) or tied.get(on_disk) in own:
+            notes["not used"].append(on_disk)
+            continue
+        if on_disk in seen:
+            problems.append(f"twice: {on_disk}, as {seen[on_disk]} and {name}")
+        seen[on_disk] = name
+        if on_disk not in own:
             problems.append(f"unexpected: {on_disk} in {entry.file}")
             continue
-        target = targets[own[tied.get(on_disk, on_disk)][0]]
-        shape = tuple(target.shape)
-        if entry.shape == shape or (entry.shape == () and target.numel() == 1):
+        fills[entry] = own[on_disk]
+        shape = tuple(targets[own[on_disk][0]].shape)
+        if entry.shape == shape or (entry.shape == () and shape == (1,)):
             continue
         is_table = short_vocabulary and on_disk in (EMBEDDING, OUTPUT) and entry.shape < shape
-        if entry.shape[-1:] == shape[-1:] and (is_table or (resize and "pos" in on_disk)):
-            resized.append(on_disk)
+        is_position = resize and on_disk.endswith(POSITIONS)
+        if entry.shape[-1:] == shape[-1:] and (is_table or is_position):
+            notes["resized"].append(on_disk)
         else:
             problems.append(
                 f"shape: {on_disk} is {list(entry.shape)} in {entry.file}, "
                 f"the model has {list(shape)}"
             )
-    absent = [name for name in own if name not in theirs]
-    allowed = [name for name in absent if name.startswith(allow_missing)] if allow_missing else []
-    problems += [f"missing: {name} in {source}" for name in absent if name not in allowed]
-    if problems:
-        listed = "\n  ".join(problems[:20])
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"{source} does not fit the model:\n  {listed}{more}")
-
-    names = {entry: own[on_disk] for on_disk, entry in theirs.items() if on_disk in own}
-    for entry, tensor in read_tensors(list(names)):
-        _fill(module, names[entry], tensor, dtype, device)
-    line = _report(source, {name: theirs[name].shape for name in own if name in theirs}, left)
-    for what, those in (("resized", resized), ("missing, as allowed", allowed)):
-        if those:
-            more = ", …" if len(those) > 5 else ""
-            line += f"\n  {len(those):>5} {what}: {', '.join(sorted(those)[:5])}{more}"
-    return line
+    for on_disk in own.keys() - seen.keys():
+        if allow_missing and on_disk.startswith(allow_missing):
+            notes["missing, as allowed"].append(on_disk)
+        else:
+            problems.append(f"missing: {on_disk} in {source}")
+    return fills, sorted(problems), notes
 
 
 @torch.no_grad()
@@ -316,25 +337,12 @@ def _fill(
         for name in names:
             owner, _, attribute = name.rpartition(".")
             module.get_submodule(owner).register_parameter(attribute, target)
-    if tensor.numel() == target.numel():
-        target.copy_(tensor.view(target.shape))
-    elif tensor.dim() == 2 and tensor.shape[1] == target.shape[1] and "rel_pos" not in names[0]:
-        target[: len(tensor)] = tensor.to(target)
-    else:
+    if tensor.shape == target.shape or tensor.dim() == 0:
+        target.copy_(tensor)
+    elif names[0].endswith(POSITIONS):
         target.copy_(resize_positions(tensor, target.shape))
-
-
-def _report(source: Path | str, shapes: dict[str, tuple[int, ...]], left: Counter) -> str:
-    """The source, then a line for each part: its tensors and parameters."""
-    counts, sizes = Counter(), Counter()
-    for name, shape in shapes.items():
-        counts[part_name(name)] += 1
-        sizes[part_name(name)] += torch.Size(shape).numel()
-    lines = [f"loaded {source}"]
-    lines += [f"  {counts[part]:>5} tensors {sizes[part]:>13,} -> {part}" for part in counts]
-    if left:
-        lines.append(f"  {sum(left.values()):>5} not used: {', '.join(sorted(left)[:5])}")
-    return "\n".join(lines)
+    else:
+        target[: len(tensor)] = tensor.to(target)
 
 
 # ---- Hugging Face folders ------------------------------------------------------------------------
@@ -365,6 +373,7 @@ def complete_architecture(config: ModelConfig, part: str, folder: Path) -> None:
     configured = getattr(config, f"{part}_config")
     ours = transformers_config(configured).to_diff_dict() if configured else {}
     named = {"rope_parameters" if name == "rope_theta" else name for name in configured}
+    named.discard("vocab_size")  # an earlier stage may have grown it for the special tokens
     different = [
         f"{name} is {values.get(name)!r}, the configuration has {ours[name]!r}"
         for name in sorted(named)
@@ -402,9 +411,7 @@ def load_folder(
         raise ValueError(f"{folder}: no tensor's name begins with {inside}")
     own_prefix = {"seg_encoder": "segmentor.encoder.", "image_encoder": "image_encoder."}
     own_prefix = own_prefix.get(part, "llm.")
-    line = load_tensors(
-        module, stored, folder, own_prefix, resize=part == "seg_encoder", dtype=dtype
-    )
+    line = load_tensors(module, stored, folder, own_prefix, dtype=dtype, resize=True)
     rest = ", ".join(f"{name} ({count})" for name, count in others.items())
     return line + (f"\n  {others.total():>5} left in the folder: {rest}" if rest else "")
 
@@ -525,13 +532,11 @@ def save_checkpoint(
 
 
 def load_trained(model: nn.Module, folder: Path) -> str:
-    """What `save_checkpoint` wrote, over what the model holds: all that a stage trains."""
-    trained = tuple(
-        disk_name(model.prefix + name)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    )
-    only = () if len(trained) == len(list(model.parameters())) else trained
+    """What `save_checkpoint` wrote, over what the model holds."""
+    only = ()
+    if read_header(folder)["stage"] == 2:
+        parameters = model.named_parameters()
+        only = tuple(disk_name(name) for name, value in parameters if value.requires_grad)
     return load_tensors(model, list_tensors(folder), folder, model.prefix, only=only)
 
 
