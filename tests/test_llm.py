@@ -39,6 +39,17 @@ TEMPLATES = {
         [],
         "</s>",
     ),
+    # As Qwen3: an empty thought before the last answer, none before earlier ones.
+    "Qwen3": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% if enable_thinking is defined and not enable_thinking %}"
+        "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
+        ["<|im_start|>", "<|im_end|>"],
+        "<|im_end|>",
+    ),
     # A character before the marker, as the space of Llama 2, but one that is a toy word.
     "newline before the end": (
         "{% for m in messages %}"
@@ -73,7 +84,9 @@ def whole_text(tokenizer, conversation, is_open: bool = False) -> str:
         messages.append({"role": "user", "content": question})
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=is_open, enable_thinking=False
+    )
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
@@ -274,6 +287,22 @@ def test_generation_in_a_batch_is_generation_alone_and_is_the_plain_loop(stoppin
             torch.cat([alone_prompt[0], alone_new[0]]),
         ):
             assert torch.allclose(ours, states, atol=1e-4)
+
+
+@torch.no_grad()
+def test_generation_looks_no_farther_back_than_the_window(config, tokenizer, prompts):
+    """As Phi-3 does beyond 2,047 tokens: with cache and padding the same states as without."""
+    torch.manual_seed(0)
+    llm = LanguageModel(config.model.llm_config | {"sliding_window": 5}).eval()
+    llm.set_tokenizer(tokenizer)
+    llm.stop_ids = {-1}
+    _, prompt_states, new_states = llm.generate(*padded(prompts), 6)
+    for row, prompt in enumerate(prompts):
+        _, states = greedy(llm, prompt, 6)
+        ours = torch.cat([prompt_states[row, -len(prompt) :], new_states[row]])
+        torch.testing.assert_close(ours, states, atol=1e-4, rtol=0)
+    llm.model.config.sliding_window = None
+    assert not torch.allclose(greedy(llm, prompts[0], 0)[1], prompt_states[0], atol=1e-3)
 
 
 @torch.no_grad()

@@ -351,8 +351,8 @@ def training_batches(model: Segmentor | XSAM, number: int, dataset: str, data: P
 
 
 def train_step(model: Segmentor | XSAM, number: int, batches: list[Batch]) -> None:
-    """One step as `train_stage` makes it. Exactly what is not frozen and not `unread` gets a
-    gradient and moves."""
+    """One step as `train_stage` makes it, but for clipping and schedule. Exactly what is not frozen
+    and not `unread` gets a gradient and moves."""
     config, stage = model.settings, model.settings.stages[number]
     task, prefix = batches[0].task, "segmentor." if number == 1 else ""
     optimizer = build_optimizer(model, stage, prefix)
@@ -385,8 +385,7 @@ def train_step(model: Segmentor | XSAM, number: int, batches: list[Batch]) -> No
 
 
 def check_beginning(model: XSAM, earlier: dict[int, nn.Module]) -> None:
-    """Stages 2 and 3 go on with what the earlier ones trained, and save for the class head all of
-    it."""
+    """Stages 2 and 3 go on with what the earlier ones trained, but for the class head."""
     state = model.state_dict()
     expected = {
         f"segmentor.{name}": value

@@ -497,9 +497,14 @@ def test_a_folder_tells_what_the_configuration_does_not(world, config, tmp_path)
     assert config.model.image_resample == "bilinear"
 
 
-def test_a_folder_without_a_tokenizer_is_named(world, config):
+def test_a_folder_without_a_tokenizer_or_its_template_is_named(world, config, tmp_path):
     with pytest.raises(ValueError, match="siglip2-toy"):
         read_tokenizer(world / "weights" / config.model.image_encoder)
+    words = read_tokenizer(world / "weights" / config.model.llm)
+    words.chat_template = None
+    words.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no chat template; put .*chat_template\.jinja"):
+        read_tokenizer(tmp_path)
 
 
 # ---- published checkpoints -----------------------------------------------------------------------

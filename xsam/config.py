@@ -26,6 +26,8 @@ SPECIAL_TOKENS = ("<SEG>", "<p>", "</p>")  # in the order in which the published
 
 def _sam(dim: int, depth: int, heads: int, global_blocks: tuple[int, ...]) -> dict:
     return dict(
+        seg_patch_size=16,
+        seg_window_size=14,
         seg_dim=dim,
         seg_depth=depth,
         seg_heads=heads,
@@ -38,7 +40,7 @@ def _sam(dim: int, depth: int, heads: int, global_blocks: tuple[int, ...]) -> di
 def _swin(embed_dim: int, depths: list[int], num_heads: list[int], window_size: int) -> dict:
     config = dict(model_type="swin", embed_dim=embed_dim, depths=depths, num_heads=num_heads)
     config |= dict(window_size=window_size, image_size=384 if window_size == 12 else 224)
-    return dict(seg_backbone_config=config, seg_dim=4 * embed_dim)
+    return dict(seg_backbone_config=config, seg_patch_size=16, seg_dim=4 * embed_dim)
 
 
 def _siglip_so400m() -> dict:

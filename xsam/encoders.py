@@ -204,6 +204,7 @@ class SwinEncoder(nn.Module):
         # Dropped paths would be drawn from the process's generator: another number of processes,
         # another result.
         config = transformers_config(config | {"out_features": stages, "drop_path_rate": 0.0})
+        self.stride = config.patch_size * 2 ** (len(stages) - 2)  # of the last scale but one
         self.model = AutoBackbone.from_config(config)
         self.model.swin.layernorm = nn.Identity()  # nothing reads what it would normalise
 

@@ -51,15 +51,17 @@ def render_conversation(
             messages[:count], tokenize=False, add_generation_prompt=is_open, **options
         )
 
-    # Qwen3 opens its answer with an empty thought, as it closes the last one of a conversation;
-    # other templates do not know the word.
-    whole = apply(len(messages), is_open, enable_thinking=False)
+    # Qwen3 opens its answer with an empty thought, and keeps that of the last answer alone; other
+    # templates do not know the word.
+    no_thought = {"enable_thinking": False}
+    whole = apply(len(messages), is_open, **no_thought)
     marker = end_of_turn(tokenizer)
     pieces, position = [], 0
     for index, (_, answer) in enumerate(turns):
         if answer is None:
             break
-        start = len(apply(2 * index + 1, True))
+        prompt = apply(2 * index + 1, True, **no_thought)
+        start = len(prompt if whole.startswith(prompt) else apply(2 * index + 1, True))
         end = whole.index(answer, start) + len(answer)
         if whole.startswith(marker, end):
             end += len(marker)

@@ -74,6 +74,11 @@ class Segmentor(nn.Module):
         if config.seg_backbone_config:
             self.encoder = SwinEncoder(config.seg_backbone_config)
             scales = self.encoder.dims
+            if (config.seg_patch_size, config.seg_dim) != (self.encoder.stride, scales[-2]):
+                raise ValueError(
+                    f"the backbone's last scale but one has stride {self.encoder.stride} and width "
+                    f"{scales[-2]}: seg_patch_size and seg_dim must say so"
+                )
         else:
             self.encoder = SamEncoder(
                 image_size=config.seg_image_size,

@@ -133,7 +133,7 @@ def open_tensors(file: Path) -> Iterator[dict[str, Callable[[], Tensor]]]:
         try:
             opened = safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: damaged safetensors file ({error})") from error
+            raise ValueError(f"{file}: damaged, fetch it again ({error})") from error
         with opened:
             yield {name: lambda n=name: opened.get_tensor(n) for name in opened.keys()}  # noqa: SIM118
         return
@@ -141,12 +141,14 @@ def open_tensors(file: Path) -> Iterator[dict[str, Callable[[], Tensor]]]:
         is_zip = zipfile.is_zipfile(file)  # only torch's zip format can be mapped
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        what = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({what[1]})" if what else ""
         raise ValueError(
-            f"{file}: holds more than tensors, or is damaged; nothing of it was run ({reason})"
+            f"{file}: holds more than tensors{what}, or is damaged; nothing of it was run. Have a "
+            "trusted copy of it written as safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"{file}: damaged file of tensors ({error})") from error
+        raise ValueError(f"{file}: damaged, fetch it again ({error})") from error
     for wrapper in ("state_dict", "module"):  # as trainers save it
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -417,10 +419,17 @@ def load_folder(
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer with its chat template. Raises ValueError where either is missing."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"{folder}: no tokenizer could be read ({error})") from error
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{folder}: its tokenizer has no chat template; put the model's into "
+            f"{folder / 'chat_template.jinja'}"
+        )
+    return tokenizer
 
 
 # ---- published checkpoints -----------------------------------------------------------------------
@@ -550,6 +559,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 def read_header(folder: Path) -> dict:
     """{"stage", "step", "config"} of a checkpoint. Raises ValueError where it is none."""
+    header = None
     try:
         header = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         return {
@@ -558,7 +568,10 @@ def read_header(folder: Path) -> dict:
             "config": Config.from_dict(header["config"]),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: not a checkpoint of this library ({error!r})") from error
+        reason = repr(error)
+        if isinstance(header, dict) and "model_type" in header:
+            reason = f"a Hugging Face folder of a {header['model_type']} model, a part at most"
+        raise ValueError(f"{folder}: not a checkpoint of this library ({reason})") from error
 
 
 def check_checkpoint(folder: Path, config: Config, stage: int) -> dict:
