@@ -130,8 +130,7 @@ def test_the_full_model_loads_in_little_more_memory_than_its_weights(world, conf
             shard = {}
     (tmp_path / f"{MODEL_FILE}.index.json").write_text(json.dumps({"weight_map": placed}))
     words = tmp_path / "words"  # a tokenizer without a config.json, which would be believed
-    shutil.copytree(
-        world / "weights" / config.model.llm, words, ignore=shutil.ignore_patterns("*onfig.json")
-    )
+    shutil.copytree(world / "weights" / config.model.llm, words)
+    (words / "config.json").unlink()
     said = run(LOAD, tmp_path, words)
     assert float(re.search(r"ratio (\S+)", said)[1]) <= 1.15

@@ -81,8 +81,9 @@ def test_errors_leave_with_2_and_name_the_path(checkpoint, image, tmp_path, caps
         image = tmp_path / "absent.jpg"
         expected = str(image)
     elif missing == "checkpoint":
-        checkpoint = tmp_path
-        expected = f"{checkpoint}: not a checkpoint"
+        checkpoint = tmp_path / "empty"
+        checkpoint.mkdir()
+        expected = f"{checkpoint}: no weights"
     elif missing == "text":
         text = ""
     else:

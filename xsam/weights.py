@@ -424,6 +424,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"{folder}: no tokenizer could be read ({error})") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: its tokenizer names no eos_token (tokenizer_config.json)")
     if not tokenizer.chat_template:
         raise ValueError(
             f"{folder}: its tokenizer has no chat template; put the model's into "
