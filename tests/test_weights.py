@@ -40,8 +40,13 @@ from transformers import (
     SiglipVisionModel,
     SwinConfig,
 )
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerPixelDecoder,
+    Mask2FormerTransformerModule,
+)
 
 from xsam.config import Config, ModelConfig, toy, xsam
+from xsam.decoder import MaskedAttentionDecoder, PixelDecoder
 from xsam.encoders import ImageEncoder, SamEncoder, SwinEncoder, resize_positions
 from xsam.llm import LanguageModel
 from xsam.model import XSAM, Segmentor, load_checkpoint
@@ -287,14 +292,16 @@ WORDS = DIMS | dict(vocab_size=80, num_key_value_heads=1, pad_token_id=0)
 TOWER = dict(**DIMS, vocab_size=50, max_position_embeddings=8)
 
 
-def hub_model(kind: str) -> PreTrainedModel:
-    """A small random model of transformers, every weight moved from its initial value."""
+def hub_model(kind: str, size: int = 48) -> PreTrainedModel:
+    """A small random model of transformers for images of `size`, every weight moved from its
+    initial value."""
     torch.manual_seed(0)
+    eyes = VISION | {"image_size": size}
     if kind in ("sam", "mask2former"):
         swin = SwinConfig(embed_dim=8, depths=[1, 2, 1, 1], num_heads=[1, 2, 2, 2], window_size=4,
                           out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
         small = dict(hidden_dim=32, feature_size=32, mask_feature_size=32, num_attention_heads=2)
-        vision = DIMS | dict(mlp_dim=48, image_size=64, window_size=3, global_attn_indexes=[1])
+        vision = DIMS | dict(mlp_dim=48, image_size=size, window_size=3, global_attn_indexes=[1])
         decoder = dict(hidden_size=32, mlp_dim=32, num_attention_heads=2)
         model = {
             "sam": lambda: SamModel(SamConfig(vision_config=vision, mask_decoder_config=decoder)),
@@ -304,10 +311,10 @@ def hub_model(kind: str) -> PreTrainedModel:
         }[kind]()
     else:
         model = {
-            "siglip": lambda: SiglipModel(SiglipConfig(text_config=TOWER, vision_config=VISION)),
-            "siglip vision": lambda: SiglipVisionModel(SiglipVisionConfig(**VISION)),
-            "clip": lambda: CLIPModel(CLIPConfig(text_config=TOWER, vision_config=VISION)),
-            "clip vision": lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)),
+            "siglip": lambda: SiglipModel(SiglipConfig(text_config=TOWER, vision_config=eyes)),
+            "siglip vision": lambda: SiglipVisionModel(SiglipVisionConfig(**eyes)),
+            "clip": lambda: CLIPModel(CLIPConfig(text_config=TOWER, vision_config=eyes)),
+            "clip vision": lambda: CLIPVisionModel(CLIPVisionConfig(**eyes)),
             "phi3": lambda: Phi3ForCausalLM(Phi3Config(**WORDS, sliding_window=5)),
             "qwen3": lambda: Qwen3ForCausalLM(
                 Qwen3Config(**WORDS, head_dim=16, tie_word_embeddings=True)
@@ -333,18 +340,20 @@ def load_part(part: str, folder: Path, model: ModelConfig) -> tuple[nn.Module, s
 
 @pytest.mark.parametrize("layout", [as_it_is, split_in_two, to_bin])
 @pytest.mark.parametrize("kind", ["siglip", "siglip vision", "clip", "clip vision"])
+@pytest.mark.parametrize("size", [48, 80])
 @torch.no_grad()
-def test_image_encoder_folders(kind, layout, config, tmp_path):
+def test_image_encoder_folders(size, kind, layout, config, tmp_path):
     """Whole models with a text tower, as the hub has them, and vision towers alone."""
-    reference = hub_model(kind)
+    reference = hub_model(kind, size)
     reference.save_pretrained(tmp_path)
     layout(tmp_path)
     ours, report = load_part("image_encoder", tmp_path, config.model)
     tower = getattr(reference, "vision_model", reference)
-    pixels = torch.randn(2, 3, 48, 48)
+    pixels = torch.randn(2, 3, size, size)
     hidden = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
-    torch.testing.assert_close(ours(pixels), hidden[:, -9:], atol=1e-4, rtol=0)
-    assert config.model.image_encoder_config["image_size"] == 48
+    patches = hidden[:, -((size // 16) ** 2) :]
+    torch.testing.assert_close(ours(pixels), patches, atol=1e-4, rtol=0)
+    assert config.model.image_encoder_config["image_size"] == size
     assert ("text_model" in report) == (kind in ("siglip", "clip"))
 
 
@@ -381,20 +390,17 @@ def test_language_model_folders(kind, layout, config, tmp_path):
     assert f"{sum(x.numel() for x in reference.parameters()):,} -> llm" in report
 
 
-def hub_sam() -> SamEncoder:
-    return SamEncoder(64, 16, 32, 3, 2, 48, 3, (1,), 256)
-
-
 @pytest.mark.parametrize("layout", [as_it_is, split_in_two, to_bin])
+@pytest.mark.parametrize("size", [64, 112])
 @torch.no_grad()
-def test_sam_folders(layout, tmp_path):
-    reference = hub_model("sam")
+def test_sam_folders(size, layout, tmp_path):
+    reference = hub_model("sam", size)
     reference.save_pretrained(tmp_path)
     layout(tmp_path)
     with parameters_on_meta():
-        ours = hub_sam()
+        ours = SamEncoder(size, 16, 32, 3, 2, 48, 3, (1,), 256)
     report = load_folder(ours, "seg_encoder", tmp_path)
-    pixels = torch.randn(2, 3, 64, 64)
+    pixels = torch.randn(2, 3, size, size)
     expected = reference.vision_encoder(pixels, output_hidden_states=True)
     hidden_states = ours(pixels)
     for mine, theirs in zip(hidden_states, expected.hidden_states, strict=True):
@@ -415,10 +421,54 @@ def test_swin_of_mask2former_folders(layout, tmp_path):
     report = load_folder(ours.eval(), "seg_encoder", tmp_path)
     for size in (64, 96):
         pixels = torch.randn(2, 3, size, size)
-        expected = reference.model.pixel_level_module.encoder(pixels).feature_maps
-        for mine, theirs in zip(ours(pixels)[:4], expected, strict=True):
+        output = reference.model.pixel_level_module.encoder(pixels, output_hidden_states=True)
+        expected = [*output.feature_maps, *output.hidden_states[-2:]]
+        for mine, theirs in zip(ours(pixels), expected, strict=True):
             torch.testing.assert_close(mine.permute(0, 3, 1, 2), theirs, atol=1e-4, rtol=0)
-    assert "transformer_module" in report or "model (" in report
+    assert re.search(r"left in the folder: .*model \(\d+\)", report)
+
+
+@pytest.mark.parametrize("side", [16, 24])
+@torch.no_grad()
+def test_decoders_written_by_transformers(side, tmp_path):
+    """Pixel decoder and masked-attention decoder at X-SAM's three scales, their tensors under the
+    published names; `side` is that of the finest scale."""
+    torch.manual_seed(0)
+    config = Mask2FormerConfig(
+        feature_strides=[8, 16, 32], encoder_layers=2, decoder_layers=4, num_queries=10
+    )
+    theirs = {
+        "segmentor.pixel_decoder.": Mask2FormerPixelDecoder(config, feature_channels=[8, 16, 32]),
+        "segmentor.decoder.": Mask2FormerTransformerModule(in_features=256, config=config),
+    }
+    with parameters_on_meta():
+        ours = [
+            PixelDecoder([8, 16, 32], 256, num_layers=2, num_heads=8, num_points=4, mlp_dim=1024),
+            MaskedAttentionDecoder(
+                256, num_layers=3, num_heads=8, mlp_dim=2048, num_queries=10, num_levels=3
+            ),
+        ]
+    for module, (prefix, reference) in zip(ours, theirs.items(), strict=True):
+        for parameter in reference.eval().parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        state = {f"{prefix}{name}": tensor for name, tensor in reference.state_dict().items()}
+        load_tensors(module.eval(), stored(state, tmp_path / "x.safetensors"), "x", prefix)
+    features = [torch.randn(2, dim, side * 8 // dim, side * 8 // dim) for dim in (8, 16, 32)]
+    options = dict(output_hidden_states=True, output_attentions=False)
+    pixels, transformer = theirs.values()
+    expected = pixels(features, **options)
+    mask_features, levels = ours[0](features)
+    torch.testing.assert_close(mask_features, expected.mask_features, atol=1e-4, rtol=0)
+    for mine, reference in zip(levels, expected.multi_scale_features, strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-4, rtol=0)
+    expected = transformer(multi_scale_features=levels, mask_features=mask_features, **options)
+    queries, mask_embeddings = ours[1](mask_features, levels)
+    masks = torch.einsum("lrqc,rchw->lrqhw", mask_embeddings, mask_features)
+    for mine, reference in (
+        (queries, torch.stack(expected.intermediate_hidden_states).transpose(1, 2)),
+        (masks, torch.stack(expected.masks_queries_logits)),
+    ):
+        torch.testing.assert_close(mine, reference, atol=1e-4, rtol=0)
 
 
 def test_sam_at_another_input_size_has_its_positions_interpolated(world, config):
@@ -688,9 +738,12 @@ def test_a_published_model_that_does_not_fit_is_refused(model, world, change, tm
     assert expected in str(error.value) and str(path) in str(error.value)
     if change == "missing part":
         torch.manual_seed(3)
-        loaded = XSAM.from_pretrained(path, config=toy(), allow_missing=("bg_embeds.",), **options)
-        assert torch.isfinite(loaded.background_embedding.weight).all()
-        assert not any(parameter.is_meta for parameter in loaded.parameters())
+        options |= dict(allow_missing=("bg_embeds.",))
+        for dtype in (None, torch.bfloat16):
+            loaded = XSAM.from_pretrained(path, config=toy(), dtype=dtype, **options)
+            assert torch.isfinite(loaded.background_embedding.weight).all()
+            assert not any(parameter.is_meta for parameter in loaded.parameters())
+            assert {x.dtype for x in loaded.parameters()} == {dtype or torch.float32}
 
 
 def test_what_is_no_checkpoint_is_named(world, config, tmp_path):

@@ -215,9 +215,7 @@ class Config:
     model: ModelConfig
     stages: dict[int, Stage]
     loss: LossConfig = field(default_factory=LossConfig)
-    categories: tuple[
-        dict, ...
-    ] = ()  # {"name", "is_thing"} of the generic data, filled in training
+    categories: tuple[dict, ...] = ()  # {"name", "is_thing"} of the generic data, from training
     seed: int = 0
     num_workers: int = 4
     save_every: int = 1000

@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from xsam.config import SPECIAL_TOKENS, Config, xsam
+from xsam.config import SPECIAL_TOKENS, Config, ModelConfig, xsam
 from xsam.connector import Projector, SegmentationConnector, pixel_shuffle, sample_regions
 from xsam.data import Batch, Processor, Sample, ask
 from xsam.decoder import (
@@ -60,6 +60,30 @@ class Outputs:
     token_loss: Tensor | None  # summed over the labelled tokens; None in stage 1
 
 
+def build_seg_encoder(config: ModelConfig) -> SamEncoder | SwinEncoder:
+    """The segmentation encoder that a configuration asks for. Raises ValueError where it says of a
+    backbone what that is not."""
+    if not config.seg_backbone_config:
+        return SamEncoder(
+            image_size=config.seg_image_size,
+            patch_size=config.seg_patch_size,
+            dim=config.seg_dim,
+            depth=config.seg_depth,
+            num_heads=config.seg_heads,
+            mlp_dim=config.seg_mlp_dim,
+            window_size=config.seg_window_size,
+            global_blocks=config.seg_global_blocks,
+            neck_dim=config.seg_neck_dim,
+        )
+    encoder = SwinEncoder(config.seg_backbone_config)
+    if (config.seg_patch_size, config.seg_dim) != (encoder.stride, encoder.dims[-2]):
+        raise ValueError(
+            f"the backbone's last scale but one has stride {encoder.stride} and width "
+            f"{encoder.dims[-2]}: seg_patch_size and seg_dim must say so"
+        )
+    return encoder
+
+
 class Segmentor(nn.Module):
     """Segmentation encoder, connector, segmentation decoder and class head."""
 
@@ -70,40 +94,22 @@ class Segmentor(nn.Module):
         """`class_head` None: the linear head of stage 1."""
         super().__init__()
         self.settings, config = settings, settings.model
+        self.encoder = build_seg_encoder(config)
         self.connector = self.pixel_decoder = None
-        if config.seg_backbone_config:
-            self.encoder = SwinEncoder(config.seg_backbone_config)
-            scales = self.encoder.dims
-            if (config.seg_patch_size, config.seg_dim) != (self.encoder.stride, scales[-2]):
-                raise ValueError(
-                    f"the backbone's last scale but one has stride {self.encoder.stride} and width "
-                    f"{scales[-2]}: seg_patch_size and seg_dim must say so"
-                )
-        else:
-            self.encoder = SamEncoder(
-                image_size=config.seg_image_size,
-                patch_size=config.seg_patch_size,
-                dim=config.seg_dim,
-                depth=config.seg_depth,
-                num_heads=config.seg_heads,
-                mlp_dim=config.seg_mlp_dim,
-                window_size=config.seg_window_size,
-                global_blocks=config.seg_global_blocks,
-                neck_dim=config.seg_neck_dim,
-            )
+        decoder_sizes = dict(
+            dim=config.decoder_dim,
+            num_layers=config.decoder_layers,
+            num_heads=config.decoder_heads,
+            mlp_dim=config.decoder_mlp_dim,
+            num_queries=config.num_queries,
+        )
         if config.decoder == "sam":
             if config.seg_backbone_config or config.seg_neck_dim != config.decoder_dim:
                 raise ValueError(
                     "decoder sam reads the neck of SAM's encoder: it wants a SAM seg_encoder and "
                     "decoder_dim equal to seg_neck_dim"
                 )
-            self.decoder = SamMaskDecoder(
-                dim=config.decoder_dim,
-                num_layers=config.decoder_layers,
-                num_heads=config.decoder_heads,
-                mlp_dim=config.decoder_mlp_dim,
-                num_queries=config.num_queries,
-            )
+            self.decoder = SamMaskDecoder(**decoder_sizes)
         else:
             if not config.seg_backbone_config:
                 self.connector = SegmentationConnector(
@@ -113,23 +119,16 @@ class Segmentor(nn.Module):
                     config.connector_scales,
                     config.connector_layers,
                 )
-                scales = self.connector.dims
             self.pixel_decoder = PixelDecoder(
-                in_dims=scales,
+                in_dims=(self.connector or self.encoder).dims,
                 dim=config.decoder_dim,
                 num_layers=config.pixel_decoder_layers,
                 num_heads=config.decoder_heads,
                 num_points=config.pixel_decoder_points,
                 mlp_dim=config.pixel_decoder_mlp_dim,
             )
-            self.decoder = MaskedAttentionDecoder(
-                dim=config.decoder_dim,
-                num_layers=config.decoder_layers,
-                num_heads=config.decoder_heads,
-                mlp_dim=config.decoder_mlp_dim,
-                num_queries=config.num_queries,
-                num_levels=self.pixel_decoder.num_levels,
-            )
+            num_levels = self.pixel_decoder.num_levels
+            self.decoder = MaskedAttentionDecoder(**decoder_sizes, num_levels=num_levels)
         self.class_head = class_head or LinearClassHead(config.decoder_dim, config.num_classes)
 
     def decode(
@@ -552,12 +551,13 @@ def load_checkpoint(
     nothing of its architecture: `config` does (default: the full preset with the language model of
     the folder `tokenizer`), and `tokenizer` has the words where `path` has none. `dtype` None keeps
     what is stored. Names that begin with one of `allow_missing` (as on disk, such as "llm.") may be
-    absent and start as a new model's. `report` is told what was loaded. Raises ValueError that
-    names file and tensor where anything does not fit.
+    absent and start as a new model's, in float32 unless `dtype` says otherwise, as all then is.
+    `report` is told what was loaded. Raises ValueError that names file and tensor where anything
+    does not fit.
     """
     path = Path(path)
     path = latest_checkpoint(path) or path
-    if path.is_dir() and (path / CONFIG_FILE).is_file():
+    if (path / CONFIG_FILE).is_file():
         header = read_header(path)
         stage, config = header["stage"], header["config"]
         stored = list_tensors(path)
@@ -582,6 +582,9 @@ def load_checkpoint(
         model = Segmentor(config) if stage == 1 else XSAM(config)
     options = {"allow_missing": allow_missing, "dtype": dtype, "device": device}
     report(load_tensors(model, stored, path, model.prefix, **options))
+    if allow_missing:  # its parameters had values, and so a type, before
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
     if stage == 3:
         words = read_tokenizer(Path(tokenizer) if tokenizer else path)
         add_special_tokens(words)

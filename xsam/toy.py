@@ -345,7 +345,8 @@ def write_weights(weights: Path, model: ModelConfig, seed: int = 0, steps: int =
     import torch
     from transformers import AutoModel
 
-    from xsam.encoders import SwinEncoder, transformers_config
+    from xsam.encoders import transformers_config
+    from xsam.model import build_seg_encoder
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order, so that the bytes repeat
@@ -353,8 +354,7 @@ def write_weights(weights: Path, model: ModelConfig, seed: int = 0, steps: int =
         with _new_folder(weights) as root, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if model.seg_backbone_config:
-                swin = SwinEncoder(model.seg_backbone_config).model
-                swin.save_pretrained(root / model.seg_encoder)
+                build_seg_encoder(model).model.save_pretrained(root / model.seg_encoder)
             else:
                 _write_sam(root / model.seg_encoder, model, seed, 6 * steps)
             if model.image_encoder != "none":
@@ -416,19 +416,9 @@ def _random_encoder(model: ModelConfig):
     import torch
 
     from xsam.decoder import sine_positions
-    from xsam.encoders import SamEncoder
+    from xsam.model import build_seg_encoder
 
-    encoder = SamEncoder(
-        image_size=model.seg_image_size,
-        patch_size=model.seg_patch_size,
-        dim=model.seg_dim,
-        depth=model.seg_depth,
-        num_heads=model.seg_heads,
-        mlp_dim=model.seg_mlp_dim,
-        window_size=model.seg_window_size,
-        global_blocks=model.seg_global_blocks,
-        neck_dim=model.seg_neck_dim,
-    )
+    encoder = build_seg_encoder(model)
     for name, parameter in encoder.named_parameters():
         if "rel_pos" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -479,10 +469,12 @@ def _language_model_texts(tokenizer, seed: int, num_scenes: int) -> list[str]:
 
 def _write_language_model(folder: Path, config: dict, seed: int, steps: int) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from xsam.encoders import transformers_config
 
     tokenizer = build_tokenizer(config["vocab_size"])
-    language_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    language_model = AutoModelForCausalLM.from_config(transformers_config(config))
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
     language_model.generation_config.eos_token_id = ends
     texts = _language_model_texts(tokenizer, seed, num_scenes=min(400, 8 * steps))

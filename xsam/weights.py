@@ -38,18 +38,20 @@ MODEL_FILE, CONFIG_FILE, TRAINING_FILE, LATEST_FILE = (
     "latest",
 )
 SHARD_BYTES = 5 * 10**9  # largest file written
+MAPPED_BYTES = 16 * 2**20  # of a file read before it is opened anew
 LANGUAGE_FIELDS = ("image_", "llm", "max_text", "num_region", "region_", "logit_")  # not in stage 1
-MAPPED_BYTES = 16 * 2**20  # most of a file that is mapped at a time while reading, tensors aside
 
 # ---- names ---------------------------------------------------------------------------------------
 
 # (pattern, replacement), applied in this order to a name of ours, or of any public file whose
 # part's prefix has been put before it. The outcome is the name on disk.
-NAMES = (
-    # the archived release
+ARCHIVED_NAMES = (  # what the archived release calls otherwise
     (r"^visual_encoder\.", "vision_encoder."),
     (r"^segmentor\.logit_scale$", "segmentor.class_predictor.logit_scale"),
     (r"^segmentor\.class_predictor\.(weight|bias)$", r"segmentor.class_predictor.predictor.\1"),
+)
+NAMES = (
+    *ARCHIVED_NAMES,
     # our modules
     (r"^image_encoder\.model\.", "vision_encoder."),
     (r"^image_projector\.", "visual_projector."),
@@ -81,23 +83,24 @@ UNUSED = re.compile(
     r"|^segmentor\.(criterion|prompt_encoder|shared_image_embedding)\."
 )
 
-# Where a Hugging Face folder's part lies, by the model_type of its config.json: the prefix in the
-# folder, and the prefix that the part has in `NAMES`.
+# What a part's names begin with in a Hugging Face folder, by the model_type of its config.json.
 FOLDERS = {
     "seg_encoder": {
-        "sam": ("vision_encoder.", "segmentor.encoder."),
-        "sam_vision_model": ("vision_encoder.", "segmentor.encoder."),
-        "mask2former": ("model.pixel_level_module.encoder.", "segmentor.encoder."),
-        "swin": ("", "segmentor.encoder."),
+        "sam": "vision_encoder.",
+        "sam_vision_model": "vision_encoder.",
+        "mask2former": "model.pixel_level_module.encoder.",
+        "swin": "",
     },
     "image_encoder": {
-        "siglip": ("vision_model.", "vision_encoder."),
-        "siglip_vision_model": ("", "vision_encoder."),
-        "clip": ("vision_model.", "vision_encoder."),
-        "clip_vision_model": ("", "vision_encoder."),
+        "siglip": "vision_model.",
+        "siglip_vision_model": "",
+        "clip": "vision_model.",
+        "clip_vision_model": "",
     },
-    "llm": {"phi3": ("", "llm."), "qwen3": ("", "llm."), "llama": ("", "llm.")},
+    "llm": {"phi3": "", "qwen3": "", "llama": ""},
 }
+# What they begin with in the whole model.
+PREFIXES = {"seg_encoder": "segmentor.encoder.", "image_encoder": "image_encoder.", "llm": "llm."}
 
 
 def disk_name(name: str) -> str:
@@ -159,7 +162,7 @@ def open_tensors(file: Path) -> Iterator[dict[str, Callable[[], Tensor]]]:
 
 def list_tensors(path: Path) -> dict[str, Stored]:
     """What lies in a file, or in a folder's model.safetensors or pytorch_model.bin, in one piece or
-    behind an index. Reads no tensor."""
+    behind an index. Reads no values."""
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     files, placed = [path], {}
@@ -401,19 +404,17 @@ def load_folder(
 ) -> str:
     """Fills a part from its Hugging Face folder; what else the folder holds is counted. Returns the
     line that says so."""
-    inside, prefix = FOLDERS[part][read_model_type(folder, part)]
+    inside = FOLDERS[part][read_model_type(folder, part)]
     found = list_tensors(folder)
     stored = {
-        prefix + name.removeprefix(inside): entry
+        f"{PREFIXES[part]}model.{name.removeprefix(inside)}": entry
         for name, entry in found.items()
         if name.startswith(inside)
     }
     others = Counter(name.split(".")[0] for name in found if not name.startswith(inside))
     if not stored:
         raise ValueError(f"{folder}: no tensor's name begins with {inside}")
-    own_prefix = {"seg_encoder": "segmentor.encoder.", "image_encoder": "image_encoder."}
-    own_prefix = own_prefix.get(part, "llm.")
-    line = load_tensors(module, stored, folder, own_prefix, dtype=dtype, resize=True)
+    line = load_tensors(module, stored, folder, PREFIXES[part], dtype=dtype, resize=True)
     rest = ", ".join(f"{name} ({count})" for name, count in others.items())
     return line + (f"\n  {others.total():>5} left in the folder: {rest}" if rest else "")
 
@@ -454,8 +455,7 @@ def read_published(stored: dict[str, Stored], path: Path) -> tuple[int, str, dic
             f"{path}: neither a checkpoint of ours (no {CONFIG_FILE}) nor a published X-SAM one; "
             f"its tensors have names such as {names}"
         )
-    old = re.compile(r"visual_encoder\.|segmentor\.(logit_scale|class_predictor\.(weight|bias))$")
-    if any(old.match(name) for name in stored):
+    if any(re.match(pattern, name) for pattern, _ in ARCHIVED_NAMES for name in stored):
         return stage, "archived", {"logit_clamp": 500.0, "region_pooling": "max"}
     return stage, "current", {}
 
@@ -481,8 +481,7 @@ def save_model(
         stem, suffix = MODEL_FILE.split(".")
         file = f"{stem}-{number + 1:05d}-of-{len(shards):05d}.{suffix}"
         file = MODEL_FILE if len(shards) == 1 else file
-        tensors = {disk_name(prefix + name): state[name].detach().cpu() for name in names}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        tensors = {disk_name(prefix + name): state[name].cpu().contiguous() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         placed |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
