@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from xsam import toy
 from xsam.config import Config
 from xsam.config import toy as toy_config
-from xsam.data import Processor, open_dataset
-from xsam.evaluate import TASKS, question
+from xsam.data import Processor
+from xsam.datasets import open_dataset
+from xsam.evaluate import question
 from xsam.model import XSAM, Segmentor
 from xsam.train import pretrained_model
 
@@ -79,7 +80,7 @@ def speaking_model(model, world) -> XSAM:
     queries, before, after = [], [], []
     head = speaking.segmentor.class_head
     hook = head.register_forward_hook(lambda _, inputs, __: queries.append(inputs[0][-1]))
-    for name in TASKS.values():
+    for name in ("coco_panoptic_val", "refcoco_val"):
         dataset = open_dataset(name, world / "data", all_classes=True)
         samples = [question(dataset, index) for index in range(6)]
         batch = reader.collate([reader.encode(sample) for sample in samples], pad_left=True)

@@ -16,14 +16,12 @@ import pytest
 
 from xsam.config import (
     CONFIGS,
-    SOURCES,
     Config,
     LossConfig,
     ModelConfig,
     Stage,
     add_config_flags,
     apply_flags,
-    required_paths,
     toy,
     xsam,
 )
@@ -71,7 +69,6 @@ def test_presets_agree_with_themselves(name):
     assert max(model.seg_global_blocks) < model.seg_depth
     assert model.seg_dim % model.seg_heads == 0 == model.decoder_dim % model.decoder_heads
     for number, stage in config.stages.items():
-        assert set(stage.datasets) <= set(SOURCES)
         assert stage.global_batch_size % stage.micro_batch_size == 0
         assert all(earlier < number for earlier in stage.starts_from)
 
@@ -234,36 +231,3 @@ def test_flags_reach_their_owner_and_only_the_stages_run():
     config.loss.num_points, config.seed = before.loss.num_points, before.seed
     config.stages = before.stages
     assert config == before
-
-
-# ---- what lies where on disk ---------------------------------------------------------------------
-
-
-def required(stages: list[int]) -> set[str]:
-    places = required_paths(xsam(), stages, Path("data"), Path("weights"), Path("out"))
-    assert all(about for _, about in places)
-    paths = [path.as_posix() for path, _ in places]
-    assert len(paths) == len(set(paths))
-    return set(paths)
-
-
-def test_stage_1_needs_sam_and_coco():
-    assert required([1]) == {
-        "weights/sam-vit-large",
-        "data/img_genseg/coco2017/annotations/panoptic_train2017.json",
-        "data/img_genseg/coco2017/panoptic_train2017",
-        "data/img_genseg/coco2017/train2017",
-    }
-
-
-@pytest.mark.parametrize(
-    ("stages", "finished"),
-    [([1], []), ([2], [1]), ([3], [1, 2]), ([2, 3], [1]), ([1, 2, 3], [])],
-)
-def test_only_what_no_stage_of_the_run_makes_is_required(stages, finished):
-    places = required(stages)
-    assert {place for place in places if place.startswith("out/")} == {
-        f"out/stage{number}/latest" for number in finished
-    }
-    alone = set().union(*(required([number]) for number in stages))
-    assert {place for place in alone if not place.startswith("out/")} <= places

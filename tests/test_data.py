@@ -1,12 +1,12 @@
-"""Readers against hand-written files, targets against the picture, the sampler against its rules.
+"""Samples to batches against the picture itself, the sampler against its rules.
 
 pytest tests/test_data.py
 """
 
+import dataclasses
 import itertools
 import json
-import math
-import pickle
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,447 +14,75 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
+from torch.utils.data import DataLoader
 
 from xsam import toy
-from xsam.config import Source, Stage
+from xsam.config import Stage
 from xsam.data import (
-    MAX_TURNS,
-    CocoPanoptic,
-    LlavaChat,
+    MOST_REPLACEMENTS,
+    Draw,
     Mixture,
     Processor,
-    RefCoco,
-    Sample,
-    clean_name,
-    decode_mask,
-    open_dataset,
-    read_image,
-    read_refs,
+    Refusal,
+    keep_names,
     repeat_factors,
 )
-from xsam.encoders import SEG_MEAN, SEG_STD
-from xsam.llm import IGNORE_LABEL, IMAGE_TOKEN
+from xsam.datasets import Sample, open_dataset
+from xsam.encoders import SEG_MEAN, SEG_STD, Placement
+from xsam.llm import IGNORE_LABEL, IMAGE_TOKEN, REGION_TOKEN, add_special_tokens
+
+SIZE = (30, 40)
 
 
 def rng(*seed: int) -> np.random.Generator:
     return np.random.default_rng(seed or 0)
 
 
-def write_json(path: Path, content) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = toy.build_tokenizer(512)
+    add_special_tokens(tokenizer)
+    return tokenizer
 
 
-# ---- masks ---------------------------------------------------------------------------------------
+@pytest.fixture
+def processor(config, tokenizer) -> Processor:
+    return Processor(config, tokenizer)
 
 
-def encodings(mask: np.ndarray) -> dict:
-    """One mask as the four segmentations that COCO and its relatives write."""
-    packed = coco_mask.encode(np.asfortranarray(mask))
-    packed = {"size": packed["size"], "counts": packed["counts"].decode("ascii")}
-    left, right = mask.copy(), mask.copy()
-    left[:, 6:], right[:, :6] = False, False
-    return {
-        "polygons": toy.polygons(mask),
-        "list RLE": toy.run_lengths(mask),
-        "string RLE": packed,
-        "list of RLEs": [toy.run_lengths(left), toy.run_lengths(right)],
-    }
-
-
-def two_parts() -> np.ndarray:
-    mask = np.zeros((9, 14), bool)
-    mask[1:4, 2:8] = mask[6:9, 9:14] = True
+def box(top: int, left: int, height: int, width: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    mask = np.zeros(size, bool)
+    mask[top : top + height, left : left + width] = True
     return mask
 
 
-@pytest.mark.parametrize("kind", encodings(two_parts()))
-def test_the_four_encodings_are_one_mask(kind):
-    decoded = decode_mask(encodings(two_parts())[kind], (9, 14), "record")
-    assert decoded.dtype == bool and (decoded == two_parts()).all()
+def sample_of(task: str, turns: list, masks: list | np.ndarray, labels: list, **fields) -> Sample:
+    size = fields.pop("size", SIZE)
+    masks = np.stack(masks) if len(masks) else np.zeros((0, *size), bool)
+    image = fields.pop("image", Image.new("RGB", size[::-1]))
+    fields = {"sample_id": f"{task}/1", **fields}
+    labels = np.array(labels, np.int64)
+    return Sample(task=task, image=image, turns=turns, masks=masks, labels=labels, **fields)
 
 
-def test_bad_rings_are_dropped():
-    good = toy.polygons(two_parts())
-    bad = [[1, 1, 8, 8], [0, 0, 5, 0, 5, 5, 3]]
-    assert (decode_mask([*bad, *good], (9, 14), "record") == two_parts()).all()
-
-
-@pytest.mark.parametrize(
-    "segmentation",
-    [
-        [],
-        [[1, 1, 8, 8]],
-        toy.run_lengths(two_parts()[:8]),
-        [encodings(two_parts().T)["string RLE"]],
-    ],
-    ids=["nothing", "no valid ring", "list RLE of another size", "string RLE of another size"],
-)
-def test_a_mask_that_cannot_be_read_names_its_record(segmentation):
-    with pytest.raises(ValueError, match=r"instances\.json: annotation 5"):
-        decode_mask(segmentation, (9, 14), "instances.json: annotation 5")
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-class Bomb:
-    """Unpickled, it would make a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_refs_that_would_run_code_are_refused(tmp_path):
-    path, trace = tmp_path / "refs(unc).p", tmp_path / "ran"
-    path.write_bytes(pickle.dumps([{"ref_id": 1, "sentences": Bomb(trace)}]))
-    with pytest.raises(ValueError, match=r"refs\(unc\)\.p: .*import pathlib"):
-        read_refs(path)
-    assert not trace.exists()
-    pickle.loads(path.read_bytes())
-    assert trace.exists()  # it would have
-
-
-def test_refs_cut_short_anywhere_are_refused(tmp_path):
-    path = tmp_path / "refs.p"
-    whole = pickle.dumps([{"ref_id": 1, "split": "train", "sent_ids": [0, 1]}], protocol=2)
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"refs\.p"):
-            read_refs(path)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"}K\x01a.", b"\x80\x02]K\x01K\x02s."],
-    ids=["append to a dict", "item of a list"],
-)
-def test_refs_with_damaged_bytes_are_refused(tmp_path, content):
-    (tmp_path / "refs.p").write_bytes(content)
-    with pytest.raises(ValueError, match=r"refs\.p"):
-        read_refs(tmp_path / "refs.p")
-
-
-def test_refs_of_protocol_2_and_of_python_2_are_read(tmp_path):
-    refs = [{"ref_id": 1, "split": "val", "sentences": [{"sent": "café", "tokens": ["café"]}]}]
-    path = tmp_path / "refs.p"
-    path.write_bytes(pickle.dumps(refs, protocol=2))
-    assert read_refs(path) == refs
-    path.write_bytes(b"\x80\x02]}U\x04sentU\x05caf\xc3\xa9sa.")  # strings of Python 2
-    assert read_refs(path) == [{"sent": "café"}]
-
-
-def test_image_errors_name_the_file(tmp_path):
-    picture = Image.fromarray(rng().integers(0, 255, (20, 30, 3), dtype=np.uint8))
-    picture.save(tmp_path / "good.png")
-    whole = (tmp_path / "good.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.jpg").write_text("<html>not found</html>")
-    for name in ("cut.png", "text.jpg", "absent.jpg"):
-        with pytest.raises(ValueError, match=name):
-            read_image(tmp_path / name)
-    assert read_image(tmp_path / "good.png", (20, 30)).size == (30, 20)
-    with pytest.raises(ValueError, match=r"good\.png: is 20x30.* 30x20"):
-        read_image(tmp_path / "good.png", (30, 20))
-
-
-def test_a_damaged_json_is_named(tmp_path):
-    (tmp_path / "refs.json").write_text('{"images": [')
-    source = Source("generic", "refs.json", "images", "masks")
-    with pytest.raises(ValueError, match=r"refs\.json: not valid JSON"):
-        CocoPanoptic(tmp_path, source, all_classes=True)
-
-
-# ---- COCO panoptic -------------------------------------------------------------------------------
-
-PANOPTIC = Source("generic", "panoptic.json", "images", masks="masks")
-CATEGORIES = [
-    {"id": 92, "name": "sky-other-merged", "isthing": 0},
-    {"id": 1, "name": "person", "isthing": 1},
-    {"id": 90, "name": "hot-dog", "isthing": 1},
-    {"id": 14, "name": "door-stuff", "isthing": 0},
-]
-IDS = np.array(
-    [
-        [70001, 70001, 300, 300, 0, 0],
-        [70001, 70001, 300, 300, 5, 5],
-        [2, 2, 300, 300, 5, 5],
-        [2, 2, 300, 300, 5, 5],
-    ]
-)  # two hot dogs, sky, a crowd of persons, void
-SEGMENTS = [
-    {"id": 70001, "category_id": 90, "iscrowd": 0},
-    {"id": 300, "category_id": 92, "iscrowd": 0},
-    {"id": 5, "category_id": 1, "iscrowd": 1},
-    {"id": 2, "category_id": 90, "iscrowd": 0},
-]
-
-
-def write_panoptic(root: Path, images: list[tuple[int, np.ndarray, list[dict]]]) -> Path:
-    """Images, PNGs and one JSON in the order of `images`."""
-    records, annotations = [], []
-    for number, ids, segments in images:
-        for folder, suffix in (("images", "jpg"), ("masks", "png")):
-            (root / folder).mkdir(parents=True, exist_ok=True)
-            path = root / folder / f"{number:012d}.{suffix}"
-            colours = (ids[..., None] >> [0, 8, 16]) & 255
-            Image.fromarray(colours.astype(np.uint8)).save(path)
-        height, width = ids.shape
-        name = f"{number:012d}.jpg"
-        records.append({"id": number, "file_name": name, "height": height, "width": width})
-        annotations.append(
-            {"image_id": number, "file_name": "other.png", "segments_info": segments}
+def referring(names: list[str], labels: list[int], task: str = "refer", **fields) -> Sample:
+    """A turn for each phrase; of those in `labels` the k-th has the box at column k."""
+    turns = [
+        (
+            f"Segment <p>{name}</p>.",
+            "Sure, <SEG>." if place in labels else "There is no such thing.",
         )
-    content = {"images": records, "annotations": annotations[::-1], "categories": CATEGORIES}
-    write_json(root / "panoptic.json", content)
-    return root
-
-
-def test_panoptic_classes_are_ranks_of_ids_and_crowd_and_void_have_no_label(tmp_path):
-    dataset = CocoPanoptic(write_panoptic(tmp_path, [(7, IDS, SEGMENTS)]), PANOPTIC, True)
-    assert dataset.names == ["person", "door", "hot dog", "sky other"]
-    assert dataset.is_thing == [True, False, True, False]
-    sample = dataset.sample(0, rng())
-    assert sample.names == dataset.names
-    assert sample.labels.tolist() == [2, 3, 2]
-    for mask, number in zip(sample.masks, (70001, 300, 2), strict=True):
-        assert (mask == np.isin(IDS, number)).all()
-    assert (sample.ignore == ((IDS == 0) | (IDS == 5))).all()
-
-
-def test_panoptic_images_go_by_id_and_empty_ones_are_left_out(tmp_path):
-    one = [{"id": 9, "category_id": 14, "iscrowd": 0}]
-    images = [(7, IDS, SEGMENTS), (5, IDS * 0, []), (3, np.full((6, 4), 9), one)]
-    dataset = CocoPanoptic(write_panoptic(tmp_path, images), PANOPTIC, True)
-    assert (len(dataset), dataset.num_dropped) == (2, 1)
-    first, second = dataset.sample(0, rng()), dataset.sample(1, rng())
-    assert (first.image.size, first.labels.tolist()) == ((4, 6), [1])
-    assert (second.image.size, second.labels.tolist()) == ((6, 4), [2, 3, 2])
-    assert first.masks.all() and not first.ignore.any()
-
-
-def test_panoptic_errors_name_the_file(tmp_path):
-    unknown = [*SEGMENTS[:3], {"id": 2, "category_id": 91, "iscrowd": 0}]
-    root = write_panoptic(tmp_path / "category", [(7, IDS, unknown)])
-    with pytest.raises(ValueError, match=r"panoptic\.json: image 7, segment 2: category 91"):
-        CocoPanoptic(root, PANOPTIC, True).sample(0, rng())
-    root = write_panoptic(tmp_path / "segment", [(7, IDS, SEGMENTS[1:])])
-    with pytest.raises(ValueError, match=r"000000000007\.png: segment id 70001"):
-        CocoPanoptic(root, PANOPTIC, True).sample(0, rng())
-
-
-def test_a_sampled_prompt_has_what_is_present_and_labels_point_at_it(tmp_path):
-    dataset = CocoPanoptic(write_panoptic(tmp_path, [(7, IDS, SEGMENTS)]), PANOPTIC, False)
-    prompts = []
-    for seed in range(60):
-        sample = dataset.sample(0, rng(seed))
-        named = [sample.names[label] for label in sample.labels]
-        assert named == ["hot dog", "sky other", "hot dog"]
-        assert len(set(sample.names)) == len(sample.names)
-        assert set(sample.names) <= set(dataset.names)
-        phrases = ", ".join(f"<p>{name}</p>" for name in sample.names)
-        assert phrases in sample.turns[0][0] and sample.turns[0][1].count("<SEG>") == 1
-        prompts.append(tuple(sample.names))
-    assert {len(prompt) for prompt in prompts} == {2, 3, 4}
-    assert len({prompt for prompt in prompts if len(prompt) == 2}) == 2  # in either order
-
-
-@pytest.mark.parametrize("all_classes", [True, False])
-def test_an_image_of_crowds_alone_has_no_targets(tmp_path, processor, all_classes):
-    crowd = [{"id": 5, "category_id": 1, "iscrowd": 1}]
-    root = write_panoptic(tmp_path, [(7, np.full((4, 6), 5), crowd)])
-    sample = CocoPanoptic(root, PANOPTIC, all_classes).sample(0, rng(1))
-    assert sample.masks.shape == (0, 4, 6) and sample.labels.shape == (0,) and sample.ignore.all()
-    targets = processor.encode(sample)["targets"]
-    assert targets.masks.shape == (0, 128, 128) and targets.labels.shape == (0,)
-
-
-@pytest.mark.parametrize(
-    ("name", "clean"),
-    [
-        ("sky-other-merged", "sky other"),
-        ("door-stuff", "door"),
-        ("floor-wood", "floor wood"),
-        ("Hot Dog", "hot dog"),
-    ],
-)
-def test_clean_name(name, clean):
-    assert clean_name(name) == clean
-
-
-# ---- RefCOCO -------------------------------------------------------------------------------------
-
-BOXES = {11: (2, 3, 10, 8), 12: (20, 10, 6, 6), 13: (0, 0, 3, 3)}  # 13 is referred to by nobody
-
-
-def box_mask(key: int, height: int = 30, width: int = 40) -> np.ndarray:
-    x, y, box_width, box_height = BOXES.get(key, (key % 20, key % 13, 5, 7))
-    mask = np.zeros((height, width), bool)
-    mask[y : y + box_height, x : x + box_width] = True
-    return mask
-
-
-def write_refcoco(root: Path, refs: list[tuple[int, int, str, list[str]]]) -> Path:
-    """Refs of (image, annotation, split, sentences), with images of 30 x 40 and boxes as masks."""
-    (root / "images").mkdir(parents=True)
-    (root / "refcoco").mkdir()
-    images, annotations = [], []
-    for number in sorted({ref[0] for ref in refs}):
-        name = f"COCO_train2014_{number:012d}.jpg"
-        Image.new("RGB", (40, 30), (number, 0, 0)).save(root / "images" / name)
-        images.append({"id": number, "file_name": name, "height": 30, "width": 40})
-    for key in {13, *(ref[1] for ref in refs)}:
-        encode = toy.run_lengths if key % 2 else toy.polygons
-        annotations.append({"id": key, "segmentation": encode(box_mask(key))})
-    write_json(root / "refcoco/instances.json", {"images": images, "annotations": annotations})
-    content = [
-        {
-            "ref_id": place,
-            "ann_id": key,
-            "image_id": image,
-            "split": split,
-            "file_name": f"COCO_train2014_{image:012d}_{place}.jpg",  # no such file
-            "sentences": [{"sent": sentence} for sentence in sentences],
-        }
-        for place, (image, key, split, sentences) in enumerate(refs)
+        for place, name in enumerate(names)
     ]
-    (root / "refcoco/refs(unc).p").write_bytes(pickle.dumps(content, protocol=2))
-    return root
-
-
-def refcoco(root: Path, split: str = "train") -> RefCoco:
-    files = {"annotations": "refcoco/refs(unc).p", "instances": "refcoco/instances.json"}
-    return RefCoco(root, Source("refer", images="images", split=split, **files))
-
-
-TWO_REFS = [
-    (1, 11, "train", ["Red Circle ", "red circle", "the left one"]),
-    (1, 12, "train", ["the square"]),
-]
-
-
-def test_referring_samples_hold_a_sentence_of_every_object(tmp_path):
-    dataset = refcoco(write_refcoco(tmp_path, TWO_REFS))
-    samples = [dataset.sample(index, rng()) for index in range(len(dataset))]
-    assert [sample.names for sample in samples] == [
-        ["red circle", "the square"],
-        ["the left one", "the square"],
-    ]
-    for sample in samples:
-        assert sample.labels.tolist() == [0, 1]
-        for name, (asked, answered) in zip(sample.names, sample.turns, strict=True):
-            assert f"<p>{name}</p>" in asked and answered.count("<SEG>") == 1
-        for mask, key in zip(sample.masks, (11, 12), strict=True):
-            assert (mask == box_mask(key)).all()
-
-
-@pytest.mark.parametrize("counts", [(3,), (3, 1), (3, 3), (2, 2, 2)])
-def test_an_image_gives_as_many_samples_as_it_has_sentences_or_combinations(tmp_path, counts):
-    refs = [
-        (1, 20 + place, "train", [f"object {place} sentence {k}" for k in range(count)])
-        for place, count in enumerate(counts)
-    ]
-    dataset = refcoco(write_refcoco(tmp_path, refs))
-    assert len(dataset) == min(sum(counts), math.prod(counts))
-    combinations = {tuple(dataset.sample(i, rng()).names) for i in range(len(dataset))}
-    assert len(combinations) == len(dataset)
-    for names in combinations:
-        assert [name.split()[1] for name in names] == [str(place) for place in range(len(counts))]
-
-
-def test_many_objects_are_cut_into_conversations(tmp_path):
-    count = 2 * MAX_TURNS + 3
-    refs = [(1, 20 + place, "train", [f"object {place}"]) for place in range(count)]
-    dataset = refcoco(write_refcoco(tmp_path, refs))
-    samples = [dataset.sample(index, rng()) for index in range(len(dataset))]
-    assert [len(sample.turns) for sample in samples] == [MAX_TURNS, MAX_TURNS, 3]
-    assert [name for s in samples for name in s.names] == [f"object {k}" for k in range(count)]
-    for sample in samples:
-        for name, mask in zip(sample.names, sample.masks, strict=True):
-            assert (mask == box_mask(20 + int(name.split()[1]))).all()
-        assert sample.labels.tolist() == list(range(len(sample.turns)))
-
-
-def test_evaluation_has_one_sample_for_each_sentence_of_its_split(tmp_path):
-    of_val = [(2, 11, "val", ["Red Circle", "red circle", "the left one"]), (2, 12, "val", ["x"])]
-    root = write_refcoco(tmp_path, [*TWO_REFS, *of_val])
-    dataset = refcoco(root, "val")
-    samples = [dataset.sample(index, rng()) for index in range(len(dataset))]
-    assert [sample.names for sample in samples] == [["red circle"], ["the left one"], ["x"]]
-    assert [sample.image.getpixel((0, 0))[0] for sample in samples] == [2, 2, 2]
-    assert len({sample.sample_id for sample in samples}) == 3
-    assert len(refcoco(root, "train")) == 2
-
-
-def test_a_ref_to_an_unknown_annotation_is_named(tmp_path):
-    root = write_refcoco(tmp_path, TWO_REFS)
-    content = json.loads((root / "refcoco/instances.json").read_text())
-    content["annotations"] = [each for each in content["annotations"] if each["id"] != 12]
-    write_json(root / "refcoco/instances.json", content)
-    with pytest.raises(ValueError, match=r"refs\(unc\)\.p: ref 1: annotation 12"):
-        refcoco(root)
-
-
-# ---- LLaVA ---------------------------------------------------------------------------------------
-
-
-def turns(*values: str, start: str = "human") -> list[dict]:
-    speakers = itertools.cycle(("human", "gpt") if start == "human" else ("gpt", "human"))
-    return [{"from": who, "value": value} for who, value in zip(speakers, values, strict=False)]
-
-
-def llava(root: Path, *records: dict) -> LlavaChat:
-    Image.new("RGB", (40, 30)).save(root / "drawing.jpg")
-    write_json(root / "chat.json", list(records))
-    return LlavaChat(root, Source("chat", "chat.json", ""))
-
-
-def test_chat_turns(tmp_path):
-    dataset = llava(
-        tmp_path,
-        {
-            "id": 5,
-            "image": "drawing.jpg",
-            "conversations": turns("What is it?\n<image>", "A ring."),
-        },
-        {"id": "text", "model": "", "conversations": turns("Hello", "Hello.")},
-        {
-            "id": "lead",
-            "image": "drawing.jpg",
-            "conversations": turns("Hi.", "<image>\nAnd?", "A star.", start="gpt"),
-        },
-    )
-    assert (len(dataset), dataset.num_dropped) == (2, 1)
-    samples = [dataset.sample(index, rng()) for index in range(2)]
-    assert samples[0].turns == [("What is it?", "A ring.")]
-    assert samples[1].turns == [("And?", "A star.")]
-    assert samples[0].masks.shape == (0, 30, 40) and samples[0].labels.shape == (0,)
-
-
-@pytest.mark.parametrize(
-    ("conversation", "message"),
-    [
-        ([{"from": "system", "value": "x"}], "turn from 'system'"),
-        (turns("<image>", "a", "b"), "do not alternate"),
-        ([], "do not alternate"),
-        (turns("a", start="gpt"), "do not alternate"),
-    ],
-)
-def test_a_wrong_conversation_names_its_record(tmp_path, conversation, message):
-    record = {"id": "r1", "image": "drawing.jpg", "conversations": conversation}
-    with pytest.raises(ValueError, match=rf"chat\.json: record r1.*{message}"):
-        llava(tmp_path, record).sample(0, rng())
-
-
-# ---- text of a sample ----------------------------------------------------------------------------
+    masks = [box(3, 4 * place, 8, 4) for place in labels]
+    return sample_of(task, turns, masks, labels, names=names, **fields)
 
 
 def chat(*pairs: tuple[str, str | None]) -> Sample:
-    empty = np.zeros((0, 30, 40), bool), np.zeros(0, np.int64)
-    return Sample("chat/1", "chat", Image.new("RGB", (40, 30)), list(pairs), *empty)
+    return sample_of("chat", list(pairs), [], [])
+
+
+# ---- text of a sample ----------------------------------------------------------------------------
 
 
 PAIRS = [
@@ -481,42 +109,101 @@ def test_an_open_question_has_no_labels_and_is_the_start_of_its_answer(processor
     assert ids[: len(asked)] == asked
 
 
-def test_a_chat_too_long_loses_its_last_turns(processor):
-    lengths = [len(processor.tokenize(chat(*PAIRS[:count]))[0]) for count in (1, 2, 3)]
-    for count in (1, 2, 3):
-        processor.config.model.max_text_length = lengths[count - 1] - processor.num_visual_tokens
-        assert processor.tokenize(chat(*PAIRS)) == processor.tokenize(chat(*PAIRS[:count]))
-    processor.config.model.max_text_length = lengths[0] - processor.num_visual_tokens - 1
-    with pytest.raises(ValueError, match=r"chat/1: \d+ text tokens"):
-        processor.tokenize(chat(*PAIRS))
+def text_length(processor: Processor, sample: Sample) -> int:
+    return len(processor.tokenize(sample)[0]) - processor.num_visual_tokens
 
 
-def test_a_prompt_too_long_is_an_error(processor, world):
-    sample = open_dataset("coco_panoptic", world / "data", all_classes=True).sample(0, rng())
-    processor.config.model.max_text_length = 20
-    with pytest.raises(ValueError, match=r"coco_panoptic/139: \d+ text tokens.* is 20"):
-        processor.tokenize(sample)
+STAGE = Stage({}, ())
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [chat(*PAIRS), referring(["red ring", "a star"], [0, 1]), referring(["why?"], [0], "reason")],
+    ids=lambda sample: sample.task,
+)
+@pytest.mark.parametrize("stage", [None, STAGE])
+def test_words_that_are_too_many_are_refused_and_none_is_cut(processor, sample, stage):
+    length = text_length(processor, sample)
+    processor.config.model.max_text_length = length
+    whole = processor.tokenize(sample)
+    encoded = processor.encode(dataclasses.replace(sample), stage, rng())
+    assert (encoded["ids"], encoded["labels"]) == whole
+    processor.config.model.max_text_length = length - 1
+    with pytest.raises(Refusal, match=rf"{sample.task}/1: {length} text tokens.* {length - 1}$"):
+        processor.encode(dataclasses.replace(sample), stage, rng())
+
+
+NAMES = [f"{kind} {number}" for number in range(20) for kind in ("ring", "star")]
+
+
+def generic(labels: list[int], names: list[str] = NAMES) -> Sample:
+    """Masks that tell their class: the k-th class is the pixel at row k."""
+    phrases = ", ".join(f"<p>{name}</p>" for name in names)
+    turns = [(f"Segment all of: {phrases}.", "Sure, <SEG>.")]
+    masks = [box(label % SIZE[0], label // SIZE[0], 1, 1) for label in labels]
+    return sample_of("generic", turns, masks, labels, names=names)
+
+
+@pytest.mark.parametrize("limit", [60, 100, 150, 215])
+@pytest.mark.parametrize("labels", [[7, 39, 7, 0], [20], []])
+def test_a_generic_prompt_too_long_loses_absent_classes_only(processor, limit, labels):
+    sample = generic(labels)
+    assert text_length(processor, sample) == 216
+    processor.config.model.max_text_length = limit
+    encoded = processor.encode(dataclasses.replace(sample), STAGE, rng())
+    kept = encoded["sample"]
+    assert len(encoded["ids"]) - processor.num_visual_tokens <= limit
+    assert [kept.names[label] for label in kept.labels] == [NAMES[label] for label in labels]
+    assert encoded["targets"].labels.tolist() == kept.labels.tolist()
+    assert (kept.masks == sample.masks).all()
+    phrases = ", ".join(f"<p>{name}</p>" for name in kept.names)
+    assert kept.turns == [(f"Segment all of: {phrases}.", "Sure, <SEG>.")]
+    assert kept.names == [name for name in NAMES if name in kept.names]  # in their order
+    assert len(set(labels)) <= len(kept.names) < len(NAMES) and kept.names
+
+
+def test_a_generic_prompt_that_fits_keeps_every_class(processor):
+    sample = generic([3])
+    processor.config.model.max_text_length = text_length(processor, sample)
+    assert processor.encode(dataclasses.replace(sample), STAGE, rng())["sample"].names == NAMES
+
+
+def test_a_generic_prompt_of_present_classes_that_is_too_long_is_refused(processor):
+    sample = generic(list(range(40)))
+    processor.config.model.max_text_length = text_length(processor, sample) - 1
+    with pytest.raises(Refusal, match=r"generic/1: \d+ text tokens"):
+        processor.encode(sample, STAGE, rng())
+
+
+def test_evaluation_names_every_class_or_refuses(processor):
+    processor.config.model.max_text_length = 100
+    with pytest.raises(Refusal, match=r"generic/1: \d+ text tokens.* is 100"):
+        processor.encode(generic([3]))
+
+
+def test_keep_names_keeps_the_masks_of_what_it_keeps():
+    kept = keep_names(generic([7, 39, 7, 0]), np.array([7, 8, 39]))
+    assert kept.names == [NAMES[7], NAMES[8], NAMES[39]] and kept.labels.tolist() == [0, 2, 0]
+    assert (kept.masks == np.stack([box(7, 0, 1, 1), box(9, 1, 1, 1), box(7, 0, 1, 1)])).all()
+    assert kept.turns[0][0].count("<p>") == 3
 
 
 # ---- batches -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def referring(tmp_path, processor) -> list[dict]:
+def two_referring(processor) -> list[dict]:
     """Two encoded samples, of two phrases and of one."""
-    root = write_refcoco(tmp_path, [*TWO_REFS, (2, 12, "train", ["x"])])
-    dataset = refcoco(root)
-    return [
-        processor.encode(dataset.sample(index, rng()), run_seed=100 * index) for index in (0, 2)
-    ]
+    samples = [referring(["red ring", "the star on the left"], [0, 1]), referring(["a disc"], [0])]
+    return [processor.encode(sample, run_seed=100 * index) for index, sample in enumerate(samples)]
 
 
 @pytest.mark.parametrize("pad_left", [False, True])
-def test_padding_is_at_one_side_and_carries_nothing(processor, referring, pad_left):
-    batch = processor.collate(referring, pad_left=pad_left)
+def test_padding_is_at_one_side_and_carries_nothing(processor, two_referring, pad_left):
+    batch = processor.collate(two_referring, pad_left=pad_left)
     width = batch.input_ids.shape[1]
-    assert width == max(len(item["ids"]) for item in referring)
-    for row, item in enumerate(referring):
+    assert width == max(len(item["ids"]) for item in two_referring)
+    for row, item in enumerate(two_referring):
         count = len(item["ids"])
         text = slice(width - count, width) if pad_left else slice(0, count)
         assert batch.input_ids[row, text].tolist() == item["ids"]
@@ -525,21 +212,82 @@ def test_padding_is_at_one_side_and_carries_nothing(processor, referring, pad_le
         assert (batch.labels[row] != IGNORE_LABEL).sum() == sum(x >= 0 for x in item["labels"])
 
 
-def test_each_phrase_is_a_run_whose_class_is_its_place_in_the_batch(processor, referring):
-    batch = processor.collate(referring)
+def test_each_phrase_is_a_run_whose_class_is_its_place_in_the_batch(processor, two_referring):
+    batch = processor.collate(two_referring)
     assert batch.image_index.tolist() == [0, 0, 1]
     assert [target.labels.tolist() for target in batch.targets] == [[0], [1], [2]]
-    assert len(set(batch.run_seeds)) == 3
-    expected = torch.cat([item["targets"].masks for item in referring])
+    assert batch.run_seeds == [0, 1, 100]
+    expected = torch.cat([item["targets"].masks for item in two_referring])
     assert torch.equal(torch.cat([target.masks for target in batch.targets]), expected)
 
 
-def test_a_batch_for_the_segmentor_has_no_text(config, world):
-    dataset = open_dataset("coco_panoptic", world / "data", all_classes=True)
+def test_an_absent_phrase_has_no_run_but_is_a_class_of_the_others(processor, tokenizer):
+    samples = [
+        referring(["red ring", "a star", "a disc"], [0, 2]),
+        referring(["a triangle"], []),
+        referring(["blue ring"], [0]),
+    ]
+    encoded = [processor.encode(sample) for sample in samples]
+    batch = processor.collate(encoded)
+    assert batch.image_index.tolist() == [0, 0, 2]
+    assert [target.labels.tolist() for target in batch.targets] == [[0], [2], [4]]
+    opened = batch.input_ids == tokenizer.convert_tokens_to_ids("<p>")
+    assert opened.sum(dim=1).tolist() == [3, 1, 1]
+    spoken = batch.labels == tokenizer.convert_tokens_to_ids("<SEG>")
+    assert spoken.sum(dim=1).tolist() == [2, 0, 1]  # a <SEG> for each run, in their order
+    masks = [encoded[0]["targets"].masks[0], encoded[0]["targets"].masks[1]]
+    masks += [encoded[2]["targets"].masks[0]]
+    for target, mask in zip(batch.targets, masks, strict=True):
+        assert torch.equal(target.masks, mask[None]) and mask.any()
+
+
+def test_a_batch_of_absent_phrases_alone_has_no_run(processor):
+    batch = processor.collate([processor.encode(referring(["a star"], [])) for _ in range(2)])
+    assert batch.targets == [] and batch.run_seeds == [] and batch.image_index.shape == (0,)
+    assert batch.seg_pixels.shape[0] == 2
+
+
+def test_what_reasoning_ignores_is_in_the_targets(processor):
+    ignored = box(20, 10, 6, 20)
+    batch = processor.collate(
+        [
+            processor.encode(referring(["what is round?"], [0], "reason", ignore=ignored)),
+            processor.encode(referring(["what is blue?"], [0], "reason")),
+        ]
+    )
+    size = processor.config.model.seg_image_size
+    scale = size / SIZE[1]
+    rows, columns = (np.mgrid[:size, :size] + 0.5) / scale
+    expected = (rows > 20) & (rows < 26) & (columns > 10) & (columns < 30)
+    assert torch.equal(batch.targets[0].ignore, torch.from_numpy(expected))
+    assert batch.targets[1].ignore is None and len(batch.targets) == 2
+
+
+@pytest.mark.parametrize(("task", "num_runs"), [("chat", 0), ("generic", 1), ("gcg", 1)])
+def test_other_tasks_have_one_run_for_an_image_or_none(processor, task, num_runs):
+    sample = chat(PAIRS[0]) if task == "chat" else generic([3, 5, 3], NAMES[:6])
+    sample.task = task
+    batch = processor.collate([processor.encode(dataclasses.replace(sample)) for _ in range(3)])
+    assert batch.image_index.tolist() == [0, 1, 2][: 3 * num_runs]
+    assert [t.labels.tolist() for t in batch.targets] == [[3, 5, 3]] * (3 * num_runs)
+
+
+def test_a_batch_for_the_segmentor_has_no_text(config):
     processor = Processor(config, None)
-    batch = processor.collate([processor.encode(dataset.sample(i, rng())) for i in range(3)])
-    assert batch.input_ids is batch.labels is batch.image_pixels is None
-    assert batch.image_index.tolist() == [0, 1, 2] and len(batch.targets) == 3
+    batch = processor.collate([processor.encode(generic([k, 3])) for k in range(3)])
+    assert batch.input_ids is batch.labels is batch.image_pixels is batch.region_points is None
+    assert batch.image_index.tolist() == [0, 1, 2]
+    assert [target.labels.tolist() for target in batch.targets] == [[k, 3] for k in range(3)]
+
+
+def test_an_image_without_targets_is_encoded(processor):
+    targets = processor.encode(generic([], NAMES[:3]))["targets"]
+    size = processor.config.model.seg_image_size
+    assert targets.masks.shape == (0, size, size) and targets.labels.shape == (0,)
+    assert targets.masks.dtype == torch.bool and targets.labels.dtype == torch.int64
+
+
+# ---- scale, crop and flip ------------------------------------------------------------------------
 
 
 def coloured_sample(height: int, width: int) -> Sample:
@@ -549,20 +297,24 @@ def coloured_sample(height: int, width: int) -> Sample:
     masks = np.stack([np.hypot(rows - y, columns - x) < 0.22 * height for y, x in centres])
     picture = np.zeros((height, width, 3), np.uint8)
     picture[..., :2] = 255 * masks.transpose(1, 2, 0)
-    names = ["red", "green"]
-    image = Image.fromarray(picture)
-    turn = ("Segment <p>red</p>, <p>green</p>.", "Sure, <SEG>.")
-    labels = np.arange(2)
-    return Sample("x", "generic", image, [turn], masks, labels, ~masks.any(axis=0), names)
+    fields = {"image": Image.fromarray(picture), "names": ["red", "green"]}
+    turns = [("Segment <p>red</p>, <p>green</p>.", "Sure, <SEG>.")]
+    return sample_of("generic", turns, masks, [0, 1], ignore=~masks.any(axis=0), **fields)
+
+
+def unnormalised(seg_pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels in 0..255 of the segmentation encoder's input."""
+    return seg_pixels * torch.tensor(SEG_STD)[:, None, None] + torch.tensor(SEG_MEAN)[:, None, None]
+
+
+AUGMENTED = Stage({}, (), scale_range=(0.5, 3.0), flip_probability=0.5)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_targets_follow_the_image_through_scale_crop_and_flip(config, seed):
-    stage = Stage({}, (), scale_range=(0.5, 3.0), flip_probability=0.5)
     processor = Processor(config, None)
-    encoded = processor.encode(coloured_sample(90, 120), stage, rng(seed))
-    pixels = encoded["seg_pixels"] * torch.tensor(SEG_STD)[:, None, None]
-    pixels = pixels + torch.tensor(SEG_MEAN)[:, None, None]
+    encoded = processor.encode(coloured_sample(90, 120), AUGMENTED, rng(seed))
+    pixels = unnormalised(encoded["seg_pixels"])
     height, width = encoded["placement"].visible
     on_image = torch.zeros(pixels.shape[1:], dtype=torch.bool)
     on_image[:height, :width] = True
@@ -577,15 +329,81 @@ def test_targets_follow_the_image_through_scale_crop_and_flip(config, seed):
     assert (unlabelled & ~targets.ignore).sum() < 0.03 * unlabelled.sum()
 
 
+BLOCK, STEP = 8, 3  # pixels of a block, levels of colour from a pixel to the next
+GRID = (8, 10)
+
+
+def blocks(draw: np.random.Generator, count: int) -> np.ndarray:
+    """Masks of random blocks, bool [count, H, W]."""
+    return np.kron(draw.random((count, *GRID)) < 0.4, np.ones((BLOCK, BLOCK), bool))
+
+
+def coded_sample(seed: int) -> Sample:
+    """A picture whose red tells the column and whose green tells the row of each pixel."""
+    draw = rng(seed, 7)
+    rows, columns = np.mgrid[: GRID[0] * BLOCK, : GRID[1] * BLOCK]
+    picture = np.stack([STEP * columns, STEP * rows, 0 * rows], axis=-1).astype(np.uint8)
+    names = ["a", "b", "c"]
+    turns = [("See <p><region></p>, <p><region></p>, <p><region></p>.", "Sure, <SEG>.")]
+    fields = {"image": Image.fromarray(picture), "ignore": blocks(draw, 1)[0], "names": names}
+    return sample_of("vgd", turns, blocks(draw, 3), [0, 1, 2], regions=blocks(draw, 3), **fields)
+
+
+def shown(pixels: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each pixel of the canvas: the row and column of `coded_sample` that its colour tells, and
+    whether it is of the picture at all, which has no blue as the padding has."""
+    red, green, blue = unnormalised(pixels).numpy()
+    return green / STEP, red / STEP, blue < 50
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_map_lands_where_the_pixels_of_the_picture_land(processor, seed):
+    """Within the blocks, whose edges are the only places where rounding may decide."""
+    whole = coded_sample(seed)
+    masks, ignore = whole.masks.copy(), whole.ignore.copy()
+    encoded = processor.encode(whole, AUGMENTED, rng(seed))
+    rows, columns, on_image = shown(encoded["seg_pixels"])
+    from_edge = [np.abs((each + 0.5 + BLOCK / 2) % BLOCK - BLOCK / 2) for each in (rows, columns)]
+    is_sure = on_image & (np.minimum(*from_edge) > 0.7)
+    assert is_sure.sum() > 0.4 * on_image.sum()
+    place = (rows.round().astype(int)[is_sure], columns.round().astype(int)[is_sure])
+    targets = encoded["targets"]
+    assert targets.labels.tolist() == [0, 1, 2]
+    for found, original in [*zip(targets.masks, masks, strict=True), (targets.ignore, ignore)]:
+        assert (found.numpy()[is_sure] == original[place]).all()
+        assert not found.numpy()[~on_image].any()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_region_points_lie_where_the_pixels_of_their_prompt_land(processor, seed):
+    whole = coded_sample(seed)
+    regions = whole.regions.copy()
+    encoded = processor.encode(whole, AUGMENTED, rng(seed))
+    rows, columns, on_image = shown(encoded["seg_pixels"])
+    size = processor.config.model.seg_image_size
+    for points, region in zip(encoded["region_points"], regions, strict=True):
+        assert points.shape == (processor.config.model.num_region_points, 2)
+        at = tuple((points * size).round().long().numpy().T)
+        assert on_image[at].all()
+        near = [
+            region[
+                np.clip(rows[at].round().astype(int) + down, 0, region.shape[0] - 1),
+                np.clip(columns[at].round().astype(int) + right, 0, region.shape[1] - 1),
+            ]
+            for down, right in itertools.product((-1, 0, 1), repeat=2)
+        ]
+        assert np.any(near, axis=0).all()  # within the rounding of a downscaled colour
+        assert near[4].mean() > 0.8
+
+
 def test_flips_and_crops_are_drawn(config):
-    """The test above would say nothing of a stage that never changes the picture."""
-    stage = Stage({}, (), scale_range=(0.5, 3.0), flip_probability=0.5)
+    """The tests above would say nothing of a stage that never changes the picture."""
     processor = Processor(config, None)
     placements, flips, counts = [], [], []
     for seed in range(30):
         sample = coloured_sample(90, 120)
         before = sample.masks[0].copy()
-        encoded = processor.encode(sample, stage, rng(seed))
+        encoded = processor.encode(sample, AUGMENTED, rng(seed))
         placements.append(encoded["placement"])
         flips.append(not (sample.masks[0] == before).all())
         counts.append(len(encoded["targets"].labels))
@@ -602,22 +420,164 @@ def test_a_mask_cut_away_is_no_generic_target_but_stays_a_referring_one(config):
     placement = processor.place(sample, Stage({}, (), scale_range=(2.0, 2.0)), rng(3))
     assert placement.top > 4 and placement.left > 4
     assert processor.targets(sample, placement).labels.tolist() == [0]
-    sample.task = "refer"
-    targets = processor.targets(sample, placement)
-    assert targets.labels.tolist() == [0, 1] and not targets.masks[1].any()
+    for task in ("refer", "reason"):
+        sample.task = task
+        targets = processor.targets(sample, placement)
+        assert targets.labels.tolist() == [0, 1] and not targets.masks[1].any()
+
+
+# ---- visual prompts ------------------------------------------------------------------------------
+
+
+def visual(regions: dict[str, np.ndarray], task: str = "vgd", **fields) -> Sample:
+    """A VGD sample: two masks for each category, those of its k-th at row k."""
+    names = list(regions)
+    masks = [box(3 * k, left, 2, 5) for k in range(len(names)) for left in (2, 20)]
+    labels = [k for k in range(len(names)) for _ in range(2)]
+    question = f"Like {', '.join(['<p><region></p>'] * len(names))}."
+    stacked = np.stack(list(regions.values()))
+    turns = [(question, "Sure, <SEG>.")]
+    return sample_of(task, turns, masks, labels, names=names, regions=stacked, **fields)
+
+
+NOTHING = np.zeros(SIZE, bool)
+
+
+def coordinates(placement: Placement) -> np.ndarray:
+    """What row and column of the image each pixel of the canvas shows, [2, S, S], by resizing
+    pictures of them; upscaled only, where that is exact but for the border."""
+    ramps = np.mgrid[: placement.original[0], : placement.original[1]].astype(np.float32)
+    canvas = np.full((2, placement.size, placement.size), np.nan)
+    for ramp, out in zip(ramps, canvas, strict=True):
+        resized = Image.fromarray(ramp).resize(placement.resized[::-1], Image.Resampling.BILINEAR)
+        piece = np.asarray(resized)[placement.top :, placement.left :]
+        piece = piece[: placement.size, : placement.size]
+        out[: piece.shape[0], : piece.shape[1]] = piece
+    return canvas
+
+
+def read_at(canvas: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Bilinear values [P, 2] of [2, S, S] at points [P, 2] in pixels."""
+    (top, left), (down, right) = np.floor(points).astype(int).T, (points % 1).T
+    above = canvas[:, top, left] * (1 - right) + canvas[:, top, left + 1] * right
+    below = canvas[:, top + 1, left] * (1 - right) + canvas[:, top + 1, left + 1] * right
+    return (above * (1 - down) + below * down).T
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_region_points_are_the_pixels_of_the_prompt_exactly(processor, seed):
+    """On a canvas that shows row and column of every pixel, a point reads one of its prompt's."""
+    region = np.zeros(SIZE, bool)
+    region[3:27, 3:37] = rng(seed).random((24, 34)) < 0.2
+    stage = Stage({}, (), scale_range=(0.5, 2.5))
+    sample = visual({"cat": region})
+    encoded = processor.encode(sample, stage, rng(seed))
+    placement = encoded["placement"]
+    canvas = coordinates(placement)
+    (points,) = encoded["region_points"]
+    assert (points >= 0).all() and (points <= 1).all()
+    points = points.double().numpy() * placement.size
+    inner = (points > 1).all(axis=1) & (points < np.array(placement.visible) - 2).all(axis=1)
+    pixels = read_at(canvas, points[inner])
+    assert inner.sum() > 5
+    assert np.abs(pixels - pixels.round()).max() < 1e-3
+    assert region[tuple(pixels.round().astype(int).T)].all()
+
+
+def test_region_points_are_repeated_only_where_pixels_are_few(processor):
+    few, enough = NOTHING.copy(), box(5, 5, 4, 8)
+    few[12, 30] = few[14, 31] = True
+    count = processor.config.model.num_region_points
+    assert enough.sum() == count
+    of_few, of_enough = processor.encode(visual({"cat": few, "dog": enough}))["region_points"]
+    scale = processor.config.model.seg_image_size / SIZE[1]
+    expected = (np.array([[12, 30], [14, 31]]) + 0.5) * scale - 0.5
+    for point in of_few.double().numpy() * processor.config.model.seg_image_size:
+        assert np.abs(point - expected).sum(axis=1).min() < 1e-3
+    assert of_few.shape == of_enough.shape == (count, 2)
+    assert len(np.unique(of_few, axis=0)) == 2 and len(np.unique(of_enough, axis=0)) == count
+
+
+def test_an_empty_prompt_is_filled_from_another_image_or_leaves_with_its_masks(processor):
+    """Of the first image nobody shows the cup; its dog is shown by the second image."""
+    shown = box(5, 5, 9, 9)
+    samples = [
+        visual({"cat": shown, "dog": NOTHING, "cup": NOTHING}),
+        visual({"bus": box(15, 12, 8, 8), "dog": box(12, 20, 6, 6)}),
+    ]
+    encoded = [processor.encode(sample) for sample in samples]
+    of_cat, of_bus, of_dog = (
+        encoded[0]["region_points"][0],
+        encoded[1]["region_points"][0],
+        encoded[1]["region_points"][1],
+    )
+    batch = processor.collate(encoded)
+    assert batch.region_index.tolist() == [0, 1, 1, 1]
+    assert torch.equal(batch.region_points, torch.stack([of_cat, of_dog, of_bus, of_dog]))
+    assert [sample.names for sample in batch.samples] == [["cat", "dog"], ["bus", "dog"]]
+    assert [target.labels.tolist() for target in batch.targets] == [[0, 0, 1, 1], [0, 0, 1, 1]]
+    assert (batch.input_ids == REGION_TOKEN).sum(dim=1).tolist() == [2, 2]
+    kept = batch.samples[0]
+    assert kept.turns[0][0] == "Like <p><region></p>, <p><region></p>."
+    assert (kept.masks == samples[0].masks[:4]).all()
+    again = processor.encode(visual({"cat": shown, "dog": shown}))
+    assert batch.labels[0][: len(again["labels"])].tolist() == again["labels"]
+    assert torch.equal(batch.targets[0].masks, again["targets"].masks)
+
+
+def test_no_answer_depends_on_the_batch(processor):
+    """In generation an empty prompt is not filled, so alone and in a batch the same is asked."""
+    samples = [
+        visual({"cat": box(5, 5, 9, 9), "dog": NOTHING}),
+        visual({"dog": box(12, 20, 6, 6)}),
+    ]
+    together = processor.collate([processor.encode(sample) for sample in samples], pad_left=True)
+    assert [sample.names for sample in together.samples] == [["cat"], ["dog"]]
+    assert together.region_index.tolist() == [0, 1]
+    for row, sample in enumerate(samples):
+        alone = processor.collate([processor.encode(sample)], pad_left=True)
+        assert torch.equal(alone.region_points[0], together.region_points[row])
+        width = int(alone.attention_mask.sum())
+        assert alone.input_ids[0, -width:].tolist() == together.input_ids[row, -width:].tolist()
+
+
+@pytest.mark.parametrize("task", ["vgd", "interactive"])
+def test_a_sample_whose_prompts_are_all_empty_is_refused(processor, task):
+    regions = {"cat": NOTHING, "dog": NOTHING} if task == "vgd" else {"object": NOTHING}
+    with pytest.raises(Refusal, match=f"{task}/1: no visual prompt has a pixel on the canvas"):
+        processor.encode(visual(regions, task))
+
+
+def test_a_prompt_that_the_crop_cuts_away_is_empty(processor):
+    corner, middle = box(0, 0, 2, 2), box(14, 18, 3, 3)
+    placement = Placement((30, 40), (240, 320), 128, top=50, left=90)
+    points = processor.region_points(visual({"cat": corner, "dog": middle}), placement, rng())
+    assert points[0] is None and len(points[1])
+    with pytest.raises(Refusal):
+        processor.region_points(visual({"cat": corner}), placement, rng())
 
 
 # ---- sampling ------------------------------------------------------------------------------------
 
 
 class Numbers:
-    """A dataset whose samples are their own indices."""
+    """A dataset of `size` samples, each a chat that names its record, those in `bad` wrong and
+    those in `long` too long for any model."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, name: str = "numbers", bad: tuple = (), long: tuple = ()):
+        self.size, self.name, self.bad, self.long = size, name, bad, long
 
     def __len__(self) -> int:
         return self.size
+
+    def sample(self, index: int, draw: np.random.Generator) -> Sample:
+        if index in self.bad:
+            raise ValueError(f"{self.name}.json: record {index}: is wrong")
+        words = " ".join(["ring"] * (9999 if index in self.long else 1 + index % 5))
+        sample = chat((f"What is it, {words}?", str(draw.choice(["A ring.", "A star."]))))
+        sample.image = Image.new("RGB", SIZE[::-1], (index, draw.integers(256), 0))
+        sample.sample_id = f"{self.name}/{index}"
+        return sample
 
 
 def mixture(sizes: list[int], threshold: float = 0.1, seed: int = 0, **fields) -> Mixture:
@@ -633,12 +593,50 @@ def steps(mix: Mixture, first_step: int, count: int, rank: int = 0, world_size: 
     return [[d for _ in range(size) for d in next(stream)] for _ in range(count)]
 
 
+PAPER = {
+    "llava_instruct": 625_000,
+    "coco_panoptic": 118_000,
+    "coco_vgd": 117_000,
+    "refcoco": 113_000,
+    "refcoco+": 113_000,
+    "refcocog": 75_000,
+    "gcg_grandf": 1_000,
+    "gcg_refcocog": 19_000,
+    "gcg_psg": 28_000,
+    "gcg_flickr": 148_000,
+    "reasonseg": 239,
+}
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.001, 0.01, 0.1])
 def test_repeat_factors_are_the_papers(threshold):
-    sizes = [900, 99, 1]
-    shares = [size / 1000 for size in sizes]
-    expected = [1.0 if f >= threshold else (threshold / f) ** 0.5 for f in shares]
+    sizes = list(PAPER.values())
+    expected = [max(1.0, (threshold / (size / 1_357_239)) ** 0.5) for size in sizes]
     assert repeat_factors(sizes, threshold) == pytest.approx(expected)
+    mix = mixture(sizes, threshold, global_batch_size=64, micro_batch_size=4)
+    assert mix.factors == pytest.approx(expected)
+    wanted = [size * factor / 64 for size, factor in zip(sizes, expected, strict=True)]
+    assert all(abs(n - w) <= 0.5 for n, w in zip(mix.num_batches, wanted, strict=True))
+
+
+def test_repeat_factors_of_a_rare_set_by_hand():
+    assert repeat_factors([900, 99, 1], 0.1) == pytest.approx([1, (0.1 / 0.099) ** 0.5, 10])
+    assert repeat_factors([900, 99, 1], 0.0) == [1, 1, 1]
+    assert repeat_factors([5], 0.1) == [1]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.001, 0.01, 0.1])
+def test_an_epoch_has_each_set_by_its_repeat_factor(threshold):
+    """The mix of the paper at a hundredth, with as much smaller batches."""
+    sizes = [max(3, size // 100) for size in PAPER.values()]
+    mix = mixture(sizes, threshold, global_batch_size=4)
+    batches = Counter(batch[0].dataset for batch in mix.epoch(0))
+    counts = Counter((draw.dataset, draw.index) for batch in mix.epoch(0) for draw in batch)
+    factors = repeat_factors(sizes, threshold)
+    for number, (size, factor) in enumerate(zip(sizes, factors, strict=True)):
+        assert abs(batches[number] - size * factor / 4) <= 1
+        seen = [counts[number, index] for index in range(size)]
+        assert max(seen) - min(seen) <= 1  # the fraction is spread evenly
 
 
 def test_an_epoch_spreads_the_fractional_repeat_evenly():
@@ -661,30 +659,39 @@ def test_every_global_batch_is_of_one_dataset():
     assert {batch[0].dataset for batch in batches} == {0, 1, 2}
     order = [batch[0].dataset for batch in batches]
     assert order != sorted(order)
+    places = [(draw.dataset, draw.place) for batch in batches for draw in batch]
+    assert len(set(places)) == len(places)  # each place of an epoch has randomness of its own
 
 
 def test_a_dataset_smaller_than_a_batch_fills_one():
     assert [len(batch) for batch in mixture([3]).epoch(0)] == [8]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_share_a_step_among_them(world_size):
     mix = mixture([100, 20])
-    alone = steps(mix, 0, 6)
-    shares = [steps(mix, 0, 6, rank, world_size) for rank in range(world_size)]
+    count = len(mix) + 3  # into the second epoch
+    alone = steps(mix, 0, count)
+    shares = [steps(mix, 0, count, rank, world_size) for rank in range(world_size)]
     for step, together in enumerate(alone):
         parts = [share[step] for share in shares]
         assert {len(part) for part in parts} == {8 // world_size}
-        union = set().union(*parts)
-        assert union == set(together) and len(union) == 8
+        assert Counter(draw for part in parts for draw in part) == Counter(together)
+        assert len({draw.dataset for draw in together}) == 1
+    assert alone[: len(mix)] == mix.epoch(0)
+    in_turn = [alone[0][at : at + 2] for at in range(0, 8, 2)]  # micro-batches of two
+    for rank, share in enumerate(shares):
+        assert share[0] == list(itertools.chain(*in_turn[rank::world_size]))
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("first", [1, 6, 7, 8, 13])
-def test_a_resumed_sampler_goes_on_where_it_stopped(first):
+def test_a_resumed_sampler_goes_on_where_it_stopped(first, world_size):
     mix = mixture([40, 16], threshold=0.0)
     assert len(mix) == 7  # so the steps below cross an epoch's end, or begin at one
-    whole = steps(mix, 0, 18)
-    assert steps(mix, first, 18 - first) == whole[first:]
+    for rank in range(world_size):
+        whole = steps(mix, 0, 18, rank, world_size)
+        assert steps(mix, first, 18 - first, rank, world_size) == whole[first:]
 
 
 def test_epochs_and_seeds_differ():
@@ -697,38 +704,176 @@ def test_epochs_and_seeds_differ():
     assert first != second and first != other_seed
 
 
-def test_a_draw_gives_the_same_sample_each_time(world, config, processor):
-    stage = config.stages[3]
-    stage.scale_range, stage.flip_probability = (0.8, 1.25), 0.5
-    datasets = [open_dataset(name, world / "data") for name in ("coco_panoptic", "refcoco")]
-    mix = Mixture(datasets, processor, stage, seed=0)
-    for epoch, other in zip(mix.epoch(0), mix.epoch(0), strict=True):
-        first, again = mix[epoch[0]], mix[other[0]]
-        assert torch.equal(first["seg_pixels"], again["seg_pixels"])
-        assert torch.equal(first["targets"].masks, again["targets"].masks)
-        assert torch.equal(first["targets"].labels, again["targets"].labels)
-        assert first["ids"] == again["ids"] and first["run_seed"] == again["run_seed"]
+# ---- samples of a mixture ------------------------------------------------------------------------
 
 
-# ---- visual prompts ------------------------------------------------------------------------------
+class Coded:
+    """A dataset of `coded_sample`s, whose augmentation and prompts are drawn."""
+
+    name = "coded"
+
+    def __len__(self) -> int:
+        return 12
+
+    def sample(self, index: int, draw: np.random.Generator) -> Sample:
+        sample = coded_sample(index)
+        sample.sample_id = f"coded/{index}"
+        sample.turns = [(sample.turns[0][0], str(draw.choice(["Sure, <SEG>.", "<SEG>."])))]
+        return sample
 
 
-def test_region_points_lie_in_the_prompt_on_the_canvas(processor):
-    """Also where the prompt has fewer pixels than points; an empty prompt is an error."""
-    regions = np.zeros((2, 60, 120), bool)
-    regions[0, 10:30, 50:90] = True
-    regions[1, 59, 119] = True
-    picture = Image.new("RGB", (120, 60))
-    sample = Sample(
-        "x", "generic", picture, [("q", "a")], regions[:0], np.zeros(0), regions=regions
+def mix_of(processor: Processor, *datasets, skip_bad: bool = False, **fields) -> Mixture:
+    fields = {"global_batch_size": 4, "micro_batch_size": 2, "flip_probability": 0.5, **fields}
+    fields = {"scale_range": (0.8, 1.25), **fields}
+    return Mixture(list(datasets), processor, Stage({}, (), **fields), 0, skip_bad)
+
+
+def is_same(one, other) -> bool:
+    """Whether two encoded samples are, to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other) and one.dtype == other.dtype
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, Image.Image):
+        return one.tobytes() == other.tobytes()
+    if dataclasses.is_dataclass(one):
+        return is_same(vars(one), vars(other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(is_same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    return one == other
+
+
+def plain(items: list) -> list:
+    """What a loader hands on as it is."""
+    return items
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_draw_gives_the_same_tensors_whoever_asks(processor, world_size, num_workers):
+    """Any rank, any worker, and however often: all that is random is drawn from the draw."""
+    mix = mix_of(processor, Coded(), Numbers(20))
+    expected = {draw: mix[draw] for batch in mix.epoch(0) for draw in batch}
+    assert any(draw.dataset == 0 for draw in expected) and len(expected) == 4 * len(mix)
+    seen = []
+    for rank in range(world_size):
+        batches = list(itertools.islice(mix.micro_batches(0, rank, world_size), 8))
+        loader = DataLoader(mix, batch_sampler=batches, collate_fn=plain, num_workers=num_workers)
+        for draws, items in zip(batches, loader, strict=True):
+            assert all(map(is_same, items, [expected[draw] for draw in draws]))
+            seen += draws
+    assert len(set(seen)) == 8 * 2 * world_size
+    drawn = [item["sample"].turns[0][1] for item in expected.values() if "targets" in item]
+    assert len(set(drawn)) > 2
+
+
+def test_places_and_epochs_draw_otherwise(processor):
+    mix = mix_of(processor, Coded())
+    items = [mix[Draw(0, 3, epoch, place)] for epoch in range(2) for place in range(1, 4)]
+    assert len({item["run_seed"] for item in items}) == 6
+    assert len({item["placement"] for item in items}) == 6
+
+
+# ---- bad and refused samples ---------------------------------------------------------------------
+
+
+def load(mix: Mixture, count: int, num_workers: int = 2) -> list:
+    """The first micro-batches as training reads them."""
+    batches = list(itertools.islice(mix.micro_batches(0, 0, 1), count))
+    return list(
+        DataLoader(mix, batch_sampler=batches, collate_fn=mix.collate, num_workers=num_workers)
     )
-    placement = processor.place(sample, None, None)
-    points = processor.region_points(sample, placement, rng(0))
-    size = processor.config.model.seg_image_size
-    assert points.shape == (2, processor.config.model.num_region_points, 2)
-    for region, of_region in zip(regions, points, strict=True):
-        rows, columns = (of_region * size).round().long().T
-        assert placement.place_map(region)[rows, columns].all()
-    regions[1] = False
-    with pytest.raises(ValueError, match="x: visual prompt 1"):
-        processor.region_points(sample, placement, rng(0))
+
+
+def test_a_bad_record_comes_through_the_loader_as_its_message(processor):
+    mix = mix_of(processor, Numbers(8, bad=(2, 5)))
+    batches = load(mix, 4)
+    errors = [batch for batch in batches if isinstance(batch, ValueError)]
+    assert 1 <= len(errors) <= 2
+    for error in errors:
+        assert re.fullmatch(r"numbers\.json: record [25]: is wrong", str(error))
+    assert all(batch.left_out == [] for batch in batches if batch not in errors)
+
+
+def write_chats(root: Path) -> None:
+    """Three chats, the image of the second of which is missing."""
+    folder = root / "img_chat/llava"
+    records = [
+        {"id": k, "image": f"{k}.jpg"}
+        | {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "A ring."}]}
+        for k in range(3)
+    ]
+    (folder / "LLaVA-Instruct-150K").mkdir(parents=True)
+    (folder / "llava_images").mkdir()
+    path = folder / "LLaVA-Instruct-150K/llava_v1_5_mix665k.json"
+    path.write_text(json.dumps(records))
+    for k in (0, 2):
+        Image.new("RGB", SIZE[::-1]).save(folder / f"llava_images/{k}.jpg")
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_missing_image_stops_the_run_or_is_left_out(processor, tmp_path, skip_bad):
+    write_chats(tmp_path)
+    dataset = open_dataset("llava_instruct", tmp_path, skip_bad=skip_bad)
+    mix = mix_of(processor, dataset, skip_bad=skip_bad, micro_batch_size=4)
+    (batch,) = load(mix, 1)
+    if skip_bad:
+        assert {sample.sample_id for sample in batch.samples} <= {
+            "llava_instruct/0",
+            "llava_instruct/2",
+        }
+        assert len(batch.samples) == 4 and batch.left_out
+        assert all("llava_images/1.jpg: cannot be read" in each for each in batch.left_out)
+    else:
+        assert isinstance(batch, ValueError) and "llava_images/1.jpg: cannot be read" in str(batch)
+
+
+@pytest.mark.parametrize(
+    ("fields", "skip_bad", "reason"),
+    [
+        ({"bad": (2, 5, 6)}, True, r"numbers\.json: record (\d): is wrong"),
+        ({"long": (2, 5, 6)}, False, r"numbers/(\d): \d+ text tokens, max_text_length is \d+"),
+    ],
+    ids=["bad", "refused"],
+)
+def test_the_place_of_what_is_left_out_is_taken_and_the_reason_told(
+    processor, fields, skip_bad, reason
+):
+    mix = mix_of(processor, Numbers(8, **fields), skip_bad=skip_bad)
+    batches = load(mix, 4)
+    assert len(mix) == 2  # so each record is asked for twice
+    names = [sample.sample_id for batch in batches for sample in batch.samples]
+    assert len(names) == 8 and not {"numbers/2", "numbers/5", "numbers/6"} & set(names)
+    reasons = [re.fullmatch(reason, each) for batch in batches for each in batch.left_out]
+    assert all(reasons) and {match[1] for match in reasons} == {"2", "5", "6"}
+    draws = [draw for batch in mix.epoch(0) for draw in batch]
+    for draw, name in zip(draws, names, strict=True):
+        if draw.index not in (2, 5, 6):
+            assert name == f"numbers/{draw.index}"
+    for one, other in zip(batches, load(mix, 4, num_workers=0), strict=True):
+        assert [s.sample_id for s in one.samples] == [s.sample_id for s in other.samples]
+        assert one.left_out == other.left_out and torch.equal(one.input_ids, other.input_ids)
+
+
+def test_a_dataset_of_nothing_but_bad_records_ends(processor):
+    mix = mix_of(processor, Numbers(5, bad=tuple(range(5))), skip_bad=True)
+    (batch,) = load(mix, 1, num_workers=0)
+    assert isinstance(batch, ValueError)
+    assert re.match(rf"{MOST_REPLACEMENTS} samples in a row cannot be used.* record \d", str(batch))
+
+
+def test_an_empty_prompt_is_refused_and_another_sample_taken(processor):
+    class Prompts(Coded):
+        def sample(self, index: int, draw: np.random.Generator) -> Sample:
+            sample = super().sample(index, draw)
+            sample.regions = sample.regions & (index > 8)
+            return sample
+
+    mix = mix_of(processor, Prompts())
+    batches = load(mix, 6, num_workers=0)
+    ids = {sample.sample_id for batch in batches for sample in batch.samples}
+    assert ids <= {"coded/9", "coded/10", "coded/11"}
+    assert sum(len(batch.left_out) for batch in batches) >= 9
+    assert all("no visual prompt" in each for batch in batches for each in batch.left_out)

@@ -311,5 +311,5 @@ def test_generation_that_stops_at_once_or_may_say_nothing(model, prompts, monkey
     ids, states, new_states = model.llm.generate(embeddings, mask, 0)
     assert ids.shape == (3, 0) and ids.dtype == torch.long
     assert states.shape == embeddings.shape and new_states.shape == (3, 0, model.llm.dim)
-    monkeypatch.setattr(model.llm, "stop_ids", set(range(256)))
+    monkeypatch.setattr(model.llm, "stop_ids", set(range(512)))
     assert model.llm.generate(embeddings, mask, 5)[0].shape == (3, 0)

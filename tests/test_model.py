@@ -16,24 +16,26 @@ from torch import nn
 
 from xsam.config import Config, xsam
 from xsam.connector import pixel_shuffle
-from xsam.data import Batch, Processor, Sample, open_dataset
+from xsam.data import Batch, Processor
+from xsam.datasets import Sample, open_dataset
 from xsam.encoders import Placement
-from xsam.evaluate import TASKS, question
+from xsam.evaluate import question
 from xsam.llm import IMAGE_TOKEN, REGION_TOKEN
 from xsam.losses import Normalisers
-from xsam.model import (
-    XSAM,
-    Prediction,
-    Segmentor,
-    answer,
-    original_logits,
-    predict,
-    read_panoptic,
-    read_phrase,
-)
+from xsam.model import XSAM, Segmentor, answer, predict
+from xsam.postprocess import Prediction, original_logits, read_panoptic, read_phrases
 from xsam.train import micro_batch_losses
 
-DATASETS = {"generic": "coco_panoptic", "refer": "refcoco", "chat": "llava_instruct"}
+DATASETS = {
+    "generic": "coco_panoptic",
+    "refer": "refcoco",
+    "reason": "reasonseg",
+    "gcg": "gcg_grandf",
+    "interactive": "coco_interactive",
+    "vgd": "coco_vgd",
+    "chat": "llava_instruct",
+}
+ASKED = {"panoptic": "coco_panoptic_val", "refer": "refcoco_val"}
 
 
 def training_samples(world, task: str, count: int = 3) -> list[Sample]:
@@ -46,7 +48,7 @@ def training_batch(processor: Processor, samples: list[Sample]) -> Batch:
 
 
 def questions(world, task: str, count: int = 6) -> list[Sample]:
-    dataset = open_dataset(TASKS[task], world / "data", all_classes=True)
+    dataset = open_dataset(ASKED[task], world / "data", all_classes=True)
     return [question(dataset, index) for index in range(count)]
 
 
@@ -194,7 +196,7 @@ def test_training_on_phrases_takes_those_of_the_whole_batch_as_classes(model, pr
         start += count
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ASKED)
 def test_inference_on_a_batch_is_inference_one_by_one(speaking_model, world, task):
     samples, things = questions(world, task), is_thing(speaking_model)
     together = answer(speaking_model, samples, things)
@@ -408,7 +410,7 @@ def test_panoptic_masks_never_overlap():
 def test_a_phrase_takes_the_query_that_fits_it_best():
     class_logits = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 0.0]])
     _, mask_logits = queries((0, 0, ALL, LEFT), (0, 0, ALL, RIGHT), (0, 0, ALL, ALL))
-    masks, categories, scores = read_phrase(class_logits, mask_logits, PLACEMENT)
+    masks, categories, scores = read_phrases(class_logits, mask_logits, PLACEMENT)
     assert categories == [0] and scores == pytest.approx([0.8808], abs=1e-4)
     assert masks.shape == (1, 16, 32) and masks[0, :, 16:].all() and not masks[0, :, :16].any()
 
@@ -438,7 +440,7 @@ def say(model, monkeypatch):
     return apply
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ASKED)
 def test_an_answer_without_seg_has_no_masks(say, world, task):
     model = say("red", "ring")
     for prediction in answer(model, questions(world, task), is_thing(model)):
@@ -447,7 +449,7 @@ def test_an_answer_without_seg_has_no_masks(say, world, task):
         assert prediction.answer == "red ring"
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ASKED)
 @pytest.mark.parametrize(
     "words",
     [("<SEG>", "<SEG>"), ("<p>", "ring", "</p>", "<SEG>", "<SEG>"), ("</p>", "<p>", "<SEG>")],
@@ -560,7 +562,8 @@ def test_a_region_token_is_the_mean_of_the_tokens_under_its_prompt(model, proces
         )
         masks, labels = np.zeros((0, 128, 128), bool), np.zeros(0, np.int64)
         turns = [(question, "Sure, <SEG>.")]
-        samples.append(Sample("x", "generic", picture, turns, masks, labels, regions=regions))
+        names = [f"kind {number}" for number in range(len(boxes))]
+        samples.append(Sample("x", "vgd", picture, turns, masks, labels, None, names, regions))
     batch = training_batch(processor, samples)
     assert batch.region_index.tolist() == [0, 0, 1]
 

@@ -96,21 +96,46 @@ def test_checkpoints_are_not_overwritten_or_mixed_up(world, tmp_path):
     )
 
 
-def test_a_corrupt_image_is_named(world, tmp_path):
-    data = tmp_path / "data"
+def damaged_coco(world: Path, data: Path, every: int) -> Path:
+    """COCO panoptic with each `every`-th training image cut short; the folder of the images."""
     folder = data / "img_genseg/coco2017"
     folder.mkdir(parents=True)
     for entry in (world / "data/img_genseg/coco2017").iterdir():
         if entry.name != "train2017":
             (folder / entry.name).symlink_to(entry)
     (folder / "train2017").mkdir()
-    for image in (world / "data/img_genseg/coco2017/train2017").iterdir():
-        (folder / "train2017" / image.name).write_bytes(image.read_bytes()[:200])
+    images = sorted((world / "data/img_genseg/coco2017/train2017").iterdir())
+    for number, image in enumerate(images):
+        length = 200 if number % every == 0 else None
+        (folder / "train2017" / image.name).write_bytes(image.read_bytes()[:length])
+    return folder / "train2017"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_corrupt_image_ends_the_run_and_is_named(world, tmp_path, num_workers):
+    folder = damaged_coco(world, tmp_path / "data", 1)
     flags = toy_flags(world, tmp_path / "out", 1)
-    flags[flags.index(world / "data")] = data
-    result = train(*flags)
+    flags[flags.index(world / "data")] = tmp_path / "data"
+    result = train(*flags, "--num_workers", num_workers)
     assert result.returncode == 2
-    assert str(folder / "train2017") in result.stderr and "cannot be read" in result.stderr
+    (message,) = [line for line in result.stderr.splitlines() if line.startswith("xsam/train.py")]
+    assert str(folder) in message and "cannot be read" in message
+
+
+def test_bad_records_are_skipped_and_counted_on_request(world, tmp_path):
+    folder = damaged_coco(world, tmp_path / "data", 3)
+    losses = []
+    for workers in (0, 2):
+        out = tmp_path / str(workers)
+        flags = toy_flags(world, out, 1)
+        flags[flags.index(world / "data")] = tmp_path / "data"
+        result = train(*flags, "--skip-bad", "--max_steps", 3, "--num_workers", workers)
+        assert result.returncode == 0, result.stderr
+        reasons = [line for line in result.stdout.splitlines() if "left out: " in line]
+        assert reasons and all(str(folder) in line for line in reasons)
+        assert f"{len(reasons)} samples were left out" in result.stdout
+        losses.append([record["loss"] for record in metrics(out, 1)])
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
 
 
 # ---- the same run --------------------------------------------------------------------------------

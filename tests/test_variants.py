@@ -37,10 +37,12 @@ from transformers import (
 )
 
 from xsam.config import ARCHITECTURES, Config, ModelConfig, apply_flags, toy, xsam
-from xsam.data import Batch, CocoPanoptic, Mixture, Processor, Sample, open_dataset
+from xsam.data import Batch, Mixture, Processor
+from xsam.datasets import Generic, Sample, open_dataset
 from xsam.encoders import ImageEncoder, SwinEncoder
 from xsam.llm import REGION_TOKEN, LanguageModel
-from xsam.model import XSAM, Prediction, Segmentor
+from xsam.model import XSAM, Segmentor
+from xsam.postprocess import Prediction
 from xsam.train import (
     build_optimizer,
     load_earlier_stage,
@@ -297,7 +299,15 @@ def test_a_stage_with_a_frozen_part_is_resumed(weights, tmp_path, frozen):
 # ---- training ------------------------------------------------------------------------------------
 
 PROJECTORS = ("image_projector.", "seg_projector.")  # all that stage 2 trains
-DATASETS = {"generic": "coco_panoptic", "refer": "refcoco", "chat": "llava_instruct"}
+DATASETS = {
+    "generic": "coco_panoptic",
+    "refer": "refcoco",
+    "reason": "reasonseg",
+    "gcg": "gcg_grandf",
+    "interactive": "coco_interactive",
+    "vgd": "coco_vgd",
+    "chat": "llava_instruct",
+}
 
 # A key's bias adds the same to all scores of a query, and softmax takes no notice: its gradient is
 # rounding.
@@ -341,7 +351,7 @@ def training_batches(model: Segmentor | XSAM, number: int, dataset: str, data: P
     """The micro-batches of a stage's first step, were `dataset` its only one."""
     config, stage = model.settings, model.settings.stages[number]
     opened = open_dataset(dataset, data, number == 1)
-    if isinstance(opened, CocoPanoptic):
+    if isinstance(opened, Generic):
         config.categories = opened.categories
     processor = Processor(config, model.tokenizer)
     mixture = Mixture([opened], processor, stage, config.seed)
@@ -490,11 +500,12 @@ def region_batch(config: Config, tokenizer) -> Batch:
         question = "Segment " + ", ".join(["<p><region></p>"] * count)
         sample = Sample(
             sample_id="regions",
-            task="generic",
+            task="vgd",
             image=Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)),
             turns=[(question, "Sure, <SEG>.")],
             masks=masks,
             labels=np.arange(count),
+            names=[f"kind {number}" for number in range(count)],
             regions=masks,
         )
         encoded.append(processor.encode(sample))

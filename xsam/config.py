@@ -1,5 +1,4 @@
-"""Every number of the model, of the three training stages and of the datasets, and the command line
-made from them.
+"""Every number of the model and of the three training stages, and the command line made from them.
 
 First link of the import chain: this file knows nothing of torch, so that a wrong flag or a missing
 file is reported before any heavy import. `xsam()` is the model of the paper, `toy()` the same code
@@ -179,7 +178,7 @@ class Stage:
     prefix; 0 is frozen."""
 
     learning_rates: dict[str, float]
-    datasets: tuple[str, ...]
+    datasets: tuple[str, ...]  # names of sources.SOURCES, or files of one's own
     starts_from: tuple[int, ...] = ()  # earlier stages whose checkpoints are read
     global_batch_size: int = 64
     micro_batch_size: int = 4  # samples of one forward pass; accumulation is derived
@@ -216,6 +215,7 @@ class Config:
     stages: dict[int, Stage]
     loss: LossConfig = field(default_factory=LossConfig)
     categories: tuple[dict, ...] = ()  # {"name", "is_thing"} of the generic data, from training
+    phrasings: str = ""  # a JSON file of questions and answers in place of ours (prompts.py)
     seed: int = 0
     num_workers: int = 4
     save_every: int = 1000
@@ -260,7 +260,19 @@ def xsam() -> Config:
             ),
             3: Stage(
                 learning_rates={"segmentor.encoder": 4e-6, "image_encoder": 4e-6, "": 4e-5},
-                datasets=("llava_instruct", "coco_panoptic", "refcoco", "refcoco+", "refcocog"),
+                datasets=(
+                    "llava_instruct",
+                    "coco_panoptic",
+                    "coco_vgd",
+                    "refcoco",
+                    "refcoco+",
+                    "refcocog",
+                    "gcg_grandf",
+                    "gcg_refcocog",
+                    "gcg_psg",
+                    "gcg_flickr",
+                    "reasonseg",
+                ),
                 starts_from=(1, 2),
             ),
         },
@@ -296,7 +308,7 @@ def toy() -> Config:
         llm="phi3-toy",
         llm_config=dict(
             model_type="phi3",
-            vocab_size=256,
+            vocab_size=512,
             hidden_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -328,8 +340,18 @@ def toy() -> Config:
     config.num_workers = 0
     config.save_every = 200
     config.eval_batch_size = 16
-    config.max_new_tokens = 24
-    config.eval_tasks = ("panoptic", "refer")
+    config.max_new_tokens = 48
+    config.eval_tasks = (
+        "panoptic",
+        "openvocab",
+        "refer",
+        "grefer",
+        "reason",
+        "gcg",
+        "interactive",
+        "vgd",
+        "chat",
+    )
     one, two, three = config.stages[1], config.stages[2], config.stages[3]
     one.learning_rates = {"segmentor.encoder": 1e-3, "": 1e-3}
     one.scale_range = (0.8, 1.25)
@@ -343,8 +365,22 @@ def toy() -> Config:
         "image_encoder": 5e-4,
         "": 1.5e-3,
     }
-    three.datasets = ("llava_instruct", "coco_panoptic", "refcoco")
-    three.max_steps = 900
+    # The mix of the paper, and the two sets that it scores without training on them.
+    three.datasets = (
+        "llava_instruct",
+        "coco_panoptic",
+        "coco_vgd",
+        "refcoco",
+        "grefcoco",
+        "gcg_grandf",
+        "gcg_refcocog",
+        "gcg_psg",
+        "gcg_flickr",
+        "reasonseg",
+        "coco_interactive",
+    )
+    three.max_steps = 1100
+    three.repeat_threshold = 0.5  # the sets are small, and RefCOCO's combinations many
     for stage in config.stages.values():
         stage.global_batch_size, stage.micro_batch_size = 8, 4
     return config
@@ -353,104 +389,8 @@ def toy() -> Config:
 CONFIGS = {"xsam": xsam, "toy": toy}
 
 
-# ---- what lies where on disk ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """One dataset on disk: the task it trains and its files, relative to the data root."""
-
-    task: str
-    annotations: str
-    images: str
-    masks: str = ""
-    instances: str = ""  # RefCOCO keeps its masks in a second file
-    split: str = ""  # where one file holds several
-    about: str = ""
-
-    def paths(self) -> list[str]:
-        return [
-            path for path in (self.annotations, self.instances, self.masks, self.images) if path
-        ]
-
-
-_COCO = "img_genseg/coco2017"
-_REF = "img_refseg/refcocos"
-_LLAVA = "img_chat/llava"
-
-
-def _panoptic(split: str) -> Source:
-    return Source(
-        task="generic",
-        annotations=f"{_COCO}/annotations/panoptic_{split}2017.json",
-        masks=f"{_COCO}/panoptic_{split}2017",
-        images=f"{_COCO}/{split}2017",
-        about=f"COCO 2017 {split} images with panoptic annotations",
-    )
-
-
-def _refer(folder: str, who: str, split: str = "train") -> Source:
-    return Source(
-        task="refer",
-        split=split,
-        annotations=f"{_REF}/{folder}/refs({who}).p",
-        instances=f"{_REF}/{folder}/instances.json",
-        images=f"{_REF}/images/train2014",
-        about=f"{folder} expressions, its COCO instances and the COCO 2014 train images",
-    )
-
-
-SOURCES = {
-    "coco_panoptic": _panoptic("train"),
-    "coco_panoptic_val": _panoptic("val"),
-    "refcoco": _refer("refcoco", "unc"),
-    "refcoco_val": _refer("refcoco", "unc", "val"),
-    "refcoco+": _refer("refcoco+", "unc"),
-    "refcocog": _refer("refcocog", "umd"),
-    "llava_pretrain": Source(
-        task="chat",
-        annotations=f"{_LLAVA}/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
-        images=f"{_LLAVA}/LLaVA-Pretrain/images",
-        about="LLaVA 558K captions and their images",
-    ),
-    "llava_instruct": Source(
-        task="chat",
-        annotations=f"{_LLAVA}/LLaVA-Instruct-150K/llava_v1_5_mix665k.json",
-        images=f"{_LLAVA}/llava_images",
-        about="LLaVA-1.5 665K conversations and their images",
-    ),
-}
-
-
 def stage_folder(out: Path, stage: int) -> Path:
     return Path(out) / f"stage{stage}"
-
-
-def required_paths(
-    config: Config, stages: list[int], data: Path, weights: Path, out: Path
-) -> list[tuple[Path, str]]:
-    """(path, what belongs there) for all that the named stages read and no earlier one of them
-    makes."""
-    required: dict[Path, str] = {}
-    for number in stages:
-        stage = config.stages[number]
-        for name in stage.datasets:
-            for path in SOURCES[name].paths():
-                required[data / path] = SOURCES[name].about
-        model = config.model
-        folders = [model.seg_encoder] if number == 1 else [model.image_encoder, model.llm]
-        for folder in folders:
-            if folder == "none":
-                continue
-            required[weights / folder] = (
-                f"Hugging Face folder {folder} (config.json and safetensors)"
-            )
-        for earlier in stage.starts_from:
-            if earlier not in stages:
-                required[stage_folder(out, earlier) / "latest"] = (
-                    f"a finished stage {earlier} (train --stage {earlier})"
-                )
-    return list(required.items())
 
 
 # ---- dictionaries and flags ----------------------------------------------------------------------

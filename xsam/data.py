@@ -1,369 +1,46 @@
-"""Datasets as they lie on disk, prompts, sampling and batching.
+"""From samples to the tensors that the model and the criterion read: placing, tokenizing, batching,
+sampling.
 
-From the public files to the tensors that the model and the criterion read (paper tables 1 and 7). A
-dataset gives a `Sample` (image, turns, masks at the image's own size); the `Processor` places it on
-the canvas, tokenizes it and collates a `Batch`; the `Mixture` says which samples make which global
-batch. Everything random is drawn from (seed, epoch, dataset, place in the epoch), so any number of
-ranks and workers, and a resumed run, see the same.
+Last link of the data chain (sources → formats → prompts → datasets → data). The `Processor` places
+a `Sample` on the canvas, tokenizes it and collates a `Batch`; the `Mixture` says which samples make
+which global batch (paper section 4, dataset balance resampling). Everything random is drawn from
+(seed, epoch, dataset, place in the epoch), so any number of ranks and workers, and a resumed run,
+see the same. As a command it checks and builds data:
+
+    python -m xsam.data check --data datas --show 4
+    python -m xsam.data vgd --instances instances_train2017.json --out img_vgdseg_coco_train.json
+
 Legend: B images of a batch, R decoder runs, T targets, G visual prompts, H W image size, S canvas
 side, N tokens, P points.
 """
 
+import argparse
+import dataclasses
 import itertools
-import json
 import math
-import pickle
-from collections import defaultdict
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from xsam.config import SOURCES, Config, Source, Stage
+from xsam import check, convert
+from xsam.config import Config, Stage
+from xsam.datasets import Dataset, Sample
 from xsam.encoders import Placement, image_pixels, seg_pixels
 from xsam.llm import IGNORE_LABEL, render_conversation, tokenize
 from xsam.losses import Targets
+from xsam.prompts import PER_PHRASE_TASKS, join_phrases
 
-# Question and answer phrasings of each task: {phrases} becomes "<p>name</p>, <p>name</p>" (or one
-# phrase).
-PHRASINGS = {
-    "generic": {
-        "questions": [
-            "Segment everything in this image that belongs to one of: {phrases}.",
-            "Give me a mask for each region of these categories: {phrases}.",
-            "Which pixels show {phrases}? Please segment them.",
-            "Find and segment all of the following: {phrases}.",
-        ],
-        "answers": [
-            "Here is the segmentation: <SEG>.",
-            "Sure, <SEG>.",
-            "The regions are segmented: <SEG>.",
-        ],
-    },
-    "refer": {
-        "questions": [
-            "Segment {phrases} in this image.",
-            "Where is {phrases}? Answer with a mask.",
-            "Please find {phrases} and segment it.",
-            "Give me the mask of {phrases}.",
-        ],
-        "answers": ["Here is the segmentation: <SEG>.", "Sure, <SEG>.", "It is segmented: <SEG>."],
-    },
-}
-
-MAX_TURNS = 8  # referred objects of one training conversation
+MOST_REPLACEMENTS = 100  # records in a row that may be left out before a run stops
 
 
-# ---- reading files -------------------------------------------------------------------------------
-
-
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); download it again") from error
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, strings and numbers; refuses whatever would import or call something."""
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it asks to import {module}.{name}")
-
-
-def read_refs(path: Path) -> list[dict]:
-    """A RefCOCO pickle. Raises ValueError where it is damaged or holds more than plain data."""
-    with path.open("rb") as file:
-        try:
-            return _PlainUnpickler(file, encoding="utf-8").load()
-        except Exception as error:  # damaged bytes make the unpickler fail in any way
-            raise ValueError(f"{path}: not a plain pickle of refs: {error}") from error
-
-
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
-    """An RGB image; `size` (height, width), where the annotations tell it, must be the image's."""
-    try:
-        image = Image.open(path).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
-    if size is not None and (image.height, image.width) != tuple(size):
-        raise ValueError(
-            f"{path}: is {image.height}x{image.width} (height x width), its annotation says "
-            f"{size[0]}x{size[1]}"
-        )
-    return image
-
-
-def read_segment_ids(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A COCO panoptic PNG as segment ids, int32 [H, W]; 0 is void."""
-    colours = np.asarray(read_image(path, size), np.int32)
-    return colours @ np.array([1, 256, 256 * 256], np.int32)
-
-
-def decode_mask(segmentation: dict | list, size: tuple[int, int], record: str) -> np.ndarray:
-    """Any of the four COCO encodings as a mask, bool [H, W]: RLE with list or string counts, a list
-    of RLEs, a list of polygons. A ring of under six or of an odd number of coordinates is dropped.
-
-    Raises ValueError naming `record` where nothing valid is left or the size differs.
-    """
-    height, width = size
-    parts = segmentation if isinstance(segmentation, list) else [segmentation]
-    rles, rings = [], []
-    for part in parts:
-        if isinstance(part, list):
-            if len(part) >= 6 and len(part) % 2 == 0:
-                rings.append(part)
-        elif list(part["size"]) != [height, width]:
-            raise ValueError(
-                f"{record}: RLE of size {part['size']} in an image of {[height, width]}"
-            )
-        elif isinstance(part["counts"], list):
-            rles.append(coco_mask.frPyObjects(part, height, width))
-        else:
-            rles.append(part)
-    if rings:
-        rles += coco_mask.frPyObjects(rings, height, width)
-    if not rles:
-        raise ValueError(f"{record}: no valid polygon or RLE in its segmentation")
-    return coco_mask.decode(coco_mask.merge(rles)).astype(bool)
-
-
-# ---- datasets ------------------------------------------------------------------------------------
-
-
-@dataclass
-class Sample:
-    """One record, at the image's own size."""
-
-    sample_id: str
-    task: str  # generic, refer or chat
-    image: Image.Image
-    turns: list[tuple[str, str | None]]  # (question, answer); an answer of None is for the model
-    masks: np.ndarray  # bool [T, H, W]
-    labels: np.ndarray  # int64 [T], index into names
-    ignore: np.ndarray | None = None  # bool [H, W], pixels without a label
-    names: list[str] = field(default_factory=list)  # the classes or phrases, in prompt order
-    regions: np.ndarray | None = None  # bool [G, H, W], a visual prompt for each <region>
-
-
-def ask(task: str, names: list[str], rng: np.random.Generator | None = None) -> str:
-    """The task's question about `names`: a random phrasing, or the first one without `rng`."""
-    phrasings = PHRASINGS[task]["questions"]
-    question = phrasings[rng.integers(len(phrasings)) if rng else 0]
-    return question.replace("{phrases}", ", ".join(f"<p>{name}</p>" for name in names))
-
-
-def draw_turn(task: str, names: list[str], rng: np.random.Generator) -> tuple[str, str]:
-    """A random question about `names` and a random answer."""
-    answers = PHRASINGS[task]["answers"]
-    return ask(task, names, rng), answers[rng.integers(len(answers))]
-
-
-def clean_name(name: str) -> str:
-    """A COCO category name as it stands in a prompt: "sky-other-merged" is "sky other"."""
-    return name.replace("-merged", "").replace("-stuff", "").replace("-", " ").strip().lower()
-
-
-class CocoPanoptic:
-    """COCO panoptic: every segment of an image and its class.
-
-    A class's contiguous index is the rank of its id. Crowd regions and void carry no label. With
-    `all_classes` the prompt names all of them in that order (stage 1, evaluation); else those
-    present and a random number of others, shuffled.
-    """
-
-    def __init__(self, root: Path, source: Source, all_classes: bool):
-        self.root, self.source, self.all_classes = root, source, all_classes
-        annotations = read_json(root / source.annotations)
-        categories = sorted(annotations["categories"], key=lambda category: category["id"])
-        self.category_index = {category["id"]: i for i, category in enumerate(categories)}
-        self.names = [clean_name(category["name"]) for category in categories]
-        self.is_thing = [bool(category["isthing"]) for category in categories]
-        self.categories = tuple(
-            {"name": name, "is_thing": is_thing}
-            for name, is_thing in zip(self.names, self.is_thing, strict=True)
-        )
-        by_image = {record["image_id"]: record for record in annotations["annotations"]}
-        images = sorted(annotations["images"], key=lambda image: image["id"])
-        self.records = [
-            (image, by_image[image["id"]])
-            for image in images
-            if image["id"] in by_image and by_image[image["id"]]["segments_info"]
-        ]
-        self.num_dropped = len(images) - len(self.records)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def read(self, index: int) -> tuple[Image.Image, np.ndarray, list[dict]]:
-        """Image, segment ids [H, W] and segments_info, checked against each other."""
-        image, record = self.records[index]
-        size = image["height"], image["width"]
-        path = self.root / self.source.masks / Path(image["file_name"]).with_suffix(".png").name
-        ids = read_segment_ids(path, size)
-        segments = record["segments_info"]
-        for segment in segments:
-            if segment["category_id"] not in self.category_index:
-                raise ValueError(
-                    f"{self.root / self.source.annotations}: image {image['id']}, segment "
-                    f"{segment['id']}: category {segment['category_id']} is not in its categories"
-                )
-        unknown = np.setdiff1d(ids, [0] + [segment["id"] for segment in segments])
-        if len(unknown):
-            raise ValueError(f"{path}: segment id {unknown[0]} is not in its segments_info")
-        return read_image(self.root / self.source.images / image["file_name"], size), ids, segments
-
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        picture, ids, segments = self.read(index)
-        segments = [segment for segment in segments if not segment["iscrowd"]]
-        classes = np.array([self.category_index[s["category_id"]] for s in segments], np.int64)
-        if self.all_classes:
-            prompt = np.arange(len(self.names))
-        else:
-            present = np.unique(classes)
-            absent = np.setdiff1d(np.arange(len(self.names)), present)
-            negatives = rng.choice(absent, rng.integers(len(absent) + 1), replace=False)
-            prompt = rng.permutation(np.concatenate([present, negatives]))
-        masks = ids == np.array([segment["id"] for segment in segments])[:, None, None]
-        place = {category: position for position, category in enumerate(prompt)}
-        names = [self.names[category] for category in prompt]
-        return Sample(
-            sample_id=f"coco_panoptic/{self.records[index][0]['id']}",
-            task="generic",
-            image=picture,
-            turns=[draw_turn("generic", names, rng)],
-            masks=masks.reshape(-1, *ids.shape),
-            labels=np.array([place[category] for category in classes], np.int64),
-            ignore=~masks.any(axis=0) if len(masks) else np.ones(ids.shape, bool),
-            names=names,
-        )
-
-
-class RefCoco:
-    """RefCOCO, RefCOCO+ and RefCOCOg.
-
-    Training: a conversation with one turn for each of up to MAX_TURNS referred objects of an image;
-    the k-th sample of an image takes the k-th combination of its objects' sentences, for as many
-    samples as the image has sentences, or combinations where those are fewer. Evaluation: one
-    sample per object and sentence.
-    """
-
-    def __init__(self, root: Path, source: Source):
-        self.root, self.source = root, source
-        self.name = Path(source.annotations).parent.name
-        instances = read_json(root / source.instances)
-        self.images = {image["id"]: image for image in instances["images"]}
-        self.annotations = {record["id"]: record for record in instances["annotations"]}
-        by_image = defaultdict(list)
-        for ref in read_refs(root / source.annotations):
-            for kind, known, key in (
-                ("annotation", self.annotations, ref["ann_id"]),
-                ("image", self.images, ref["image_id"]),
-            ):
-                if key not in known:
-                    raise ValueError(
-                        f"{root / source.annotations}: ref {ref['ref_id']}: {kind} {key} is not in "
-                        f"{root / source.instances}"
-                    )
-            by_image[ref["image_id"]].append(ref)
-        self.records = []  # (image id, [(annotation id, sentence)])
-        for image_id in sorted(by_image):
-            refs = by_image[image_id]
-            if refs[0]["split"] != source.split:
-                continue
-            objects = [[(ref["ann_id"], sentence) for sentence in _sentences(ref)] for ref in refs]
-            if source.split == "train":
-                combinations = itertools.islice(
-                    itertools.product(*objects), sum(len(sentences) for sentences in objects)
-                )
-                for combination in combinations:
-                    for start in range(0, len(combination), MAX_TURNS):
-                        self.records.append((image_id, combination[start : start + MAX_TURNS]))
-            else:
-                self.records += [(image_id, [pair]) for pair in itertools.chain(*objects)]
-        self.num_dropped = 0
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        image_id, pairs = self.records[index]
-        image = self.images[image_id]
-        size = image["height"], image["width"]
-        path = self.root / self.source.instances
-        masks = [
-            decode_mask(self.annotations[key]["segmentation"], size, f"{path}: annotation {key}")
-            for key, _ in pairs
-        ]
-        sentences = [sentence for _, sentence in pairs]
-        return Sample(
-            sample_id=f"{self.name}/{image_id}/{index}",
-            task="refer",
-            image=read_image(self.root / self.source.images / image["file_name"], size),
-            turns=[draw_turn("refer", [sentence], rng) for sentence in sentences],
-            masks=np.stack(masks),
-            labels=np.arange(len(pairs)),
-            names=sentences,
-        )
-
-
-def _sentences(ref: dict) -> list[str]:
-    return sorted({sentence["sent"].strip().lower() for sentence in ref["sentences"]})
-
-
-class LlavaChat:
-    """LLaVA conversations about one image; samples without an image are left out and counted."""
-
-    def __init__(self, root: Path, source: Source):
-        self.root, self.source = root, source
-        self.name = Path(source.annotations).parent.name
-        records = read_json(root / source.annotations)
-        self.records = [record for record in records if record.get("image")]
-        self.num_dropped = len(records) - len(self.records)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        record = self.records[index]
-        image = read_image(self.root / self.source.images / record["image"])
-        return Sample(
-            sample_id=f"{self.name}/{record['id']}",
-            task="chat",
-            image=image,
-            turns=self.turns(record),
-            masks=np.zeros((0, image.height, image.width), bool),
-            labels=np.zeros(0, np.int64),
-        )
-
-    def turns(self, record: dict) -> list[tuple[str, str]]:
-        """(question, answer) pairs; a leading answer is skipped, <image> is taken out."""
-        where = f"{self.root / self.source.annotations}: record {record['id']}"
-        conversation = record["conversations"]
-        for turn in conversation:
-            if turn["from"] not in ("human", "gpt"):
-                raise ValueError(f"{where}: turn from {turn['from']!r}; expected human or gpt")
-        if conversation and conversation[0]["from"] == "gpt":
-            conversation = conversation[1:]
-        speakers = [turn["from"] for turn in conversation]
-        if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
-            raise ValueError(f"{where}: its turns do not alternate human and gpt: {speakers}")
-        texts = [turn["value"].replace("<image>", "").strip() for turn in conversation]
-        return list(zip(texts[0::2], texts[1::2], strict=True))
-
-
-def open_dataset(name: str, root: Path, all_classes: bool = False):
-    """The dataset that config.SOURCES calls `name`."""
-    source = SOURCES[name]
-    if source.task == "generic":
-        return CocoPanoptic(root, source, all_classes)
-    return RefCoco(root, source) if source.task == "refer" else LlavaChat(root, source)
+class Refusal(ValueError):
+    """A sound sample that the model cannot be shown without losing an answer or a <SEG>."""
 
 
 # ---- from samples to batches ---------------------------------------------------------------------
@@ -387,6 +64,7 @@ class Batch:
     run_seeds: list[int]  # one per decoder run: where the criterion's points come from
     placements: list[Placement]  # one per image
     samples: list[Sample]
+    left_out: list[str]  # why other records are not in it: refused, or bad with --skip-bad
 
     def to(self, device: torch.device) -> "Batch":
         for name, value in vars(self).items():
@@ -432,33 +110,47 @@ class Processor:
         return Placement.fit(shape, size, scale).crop(rng)
 
     def tokenize(self, sample: Sample) -> tuple[list[int], list[int]]:
-        """Ids and labels. A chat too long loses its last turns; a prompt that cannot be cut without
-        losing a mask is an error."""
+        """Ids and labels. Raises Refusal where they are too many."""
         limit = self.config.model.max_text_length + self.num_visual_tokens
         turns = [(f"<image>\n{sample.turns[0][0]}", sample.turns[0][1]), *sample.turns[1:]]
+        pieces = render_conversation(self.tokenizer, turns)
+        ids, labels = tokenize(self.tokenizer, pieces, self.num_visual_tokens)
+        if len(ids) > limit:
+            raise Refusal(
+                f"{sample.sample_id}: {len(ids) - self.num_visual_tokens} text tokens, "
+                f"max_text_length is {self.config.model.max_text_length}"
+            )
+        return ids, labels
+
+    def shorten(self, sample: Sample) -> Sample:
+        """The sample, if need be without some of the classes that it does not show: the only words
+        that can go without an answer or a <SEG>."""
+        if sample.task != "generic":
+            return sample
         while True:
-            pieces = render_conversation(self.tokenizer, turns)
-            ids, labels = tokenize(self.tokenizer, pieces, self.num_visual_tokens)
-            if len(ids) <= limit:
-                return ids, labels
-            if sample.task != "chat" or len(turns) == 1:
-                raise ValueError(
-                    f"{sample.sample_id}: {len(ids) - self.num_visual_tokens} text tokens, "
-                    f"max_text_length is {self.config.model.max_text_length}"
-                )
-            turns = turns[:-1]
+            try:
+                self.tokenize(sample)
+                return sample
+            except Refusal:
+                absent = np.setdiff1d(np.arange(len(sample.names)), sample.labels)
+                if not len(absent):
+                    raise
+                goes = absent[len(absent) // 2 :]
+                sample = keep_names(sample, np.setdiff1d(np.arange(len(sample.names)), goes))
 
     def targets(self, sample: Sample, placement: Placement) -> Targets:
-        """The sample's masks on the canvas; a mask that the crop cut away is dropped."""
-        masks = torch.from_numpy(placement.place_map(sample.masks))
+        """The sample's masks on the canvas; a mask that the crop cut away is dropped, but where
+        each has a <SEG> of its own."""
+        masks = placement.place_map(sample.masks)
         ignore = None
         if sample.ignore is not None:
             ignore = torch.from_numpy(placement.place_map(sample.ignore))
-        is_visible = masks.flatten(1).any(dim=1)
-        if sample.task != "generic":  # one target for each <SEG>, whatever became of it
-            is_visible[:] = True
-        labels = torch.from_numpy(sample.labels)
-        return Targets(masks[is_visible], labels[is_visible], ignore)
+        labels = sample.labels
+        if sample.task not in PER_PHRASE_TASKS:
+            is_kept = masks.any(axis=(1, 2))
+            if not is_kept.all():
+                masks, labels = masks[is_kept], labels[is_kept]
+        return Targets(torch.from_numpy(masks), torch.from_numpy(labels), ignore)
 
     def encode(
         self,
@@ -469,6 +161,8 @@ class Processor:
     ) -> dict:
         """One sample's tensors. With a `stage` its augmentation is drawn from `rng`."""
         placement = self.place(sample, stage, rng)
+        if self.tokenizer is not None and stage is not None:
+            sample = self.shorten(sample)
         encoded = {
             "sample": sample,
             "placement": placement,
@@ -492,50 +186,84 @@ class Processor:
 
     def region_points(
         self, sample: Sample, placement: Placement, rng: np.random.Generator | None
-    ) -> Tensor:
+    ) -> list[Tensor | None]:
         """Where the region sampler reads each visual prompt: (row, column) in 0..1 of the canvas,
-        [G, P, 2], with repetition where a prompt has fewer pixels. An empty prompt is an error."""
+        [P, 2], with repetition where a prompt has fewer pixels; None for one that is empty. Raises
+        Refusal where all are."""
         rng = rng or np.random.default_rng(0)
         count = self.config.model.num_region_points
-        points = torch.zeros(0 if sample.regions is None else len(sample.regions), count, 2)
-        for number in range(len(points)):
-            mask = placement.place_map(sample.regions[number])
-            pixels = np.argwhere(mask)
-            if not len(pixels):
-                raise ValueError(f"{sample.sample_id}: visual prompt {number} has no pixel")
-            chosen = rng.choice(len(pixels), count, replace=len(pixels) < count)
-            points[number] = torch.from_numpy(pixels[chosen] / mask.shape)
+        regions = sample.regions if sample.regions is not None else ()
+        points: list[Tensor | None] = []
+        for region in regions:
+            pixels = placement.place_points(np.argwhere(region))
+            if len(pixels):
+                chosen = rng.choice(len(pixels), count, replace=len(pixels) < count)
+                points.append(torch.from_numpy(pixels[chosen] / placement.size).float())
+            else:
+                points.append(None)
+        if points and all(each is None for each in points):
+            raise Refusal(f"{sample.sample_id}: no visual prompt has a pixel on the canvas")
         return points
+
+    def fill_regions(self, encoded: list[dict], may_borrow: bool) -> tuple[Tensor, Tensor]:
+        """Points [G, P, 2] of all visual prompts of a batch and the image [G] each is read from.
+
+        An empty prompt is that of the same category in another image of the batch, if it
+        `may_borrow`; a category that no image can show leaves its sample.
+        """
+        found: dict[str, tuple[int, Tensor]] = {}
+        for row, item in enumerate(encoded if may_borrow else ()):
+            for name, points in zip(item["sample"].names, item["region_points"], strict=False):
+                if points is not None:
+                    found.setdefault(name, (row, points))
+        all_points, rows = [torch.zeros(0, self.config.model.num_region_points, 2)], []
+        for row, item in enumerate(encoded):
+            is_lost = [
+                points is None and name not in found
+                for name, points in zip(item["sample"].names, item["region_points"], strict=False)
+            ]
+            if any(is_lost):
+                keep = np.flatnonzero(~np.array(is_lost))
+                item["sample"] = sample = keep_names(item["sample"], keep)
+                item["targets"] = self.targets(sample, item["placement"])
+                item["ids"], item["labels"] = self.tokenize(sample)
+                item["region_points"] = [item["region_points"][number] for number in keep]
+            for number, points in enumerate(item["region_points"]):
+                name = item["sample"].names[number]
+                donor, points = (row, points) if points is not None else found[name]
+                all_points.append(points[None])
+                rows.append(donor)
+        return torch.cat(all_points), torch.tensor(rows, dtype=torch.long)
 
     def collate(self, encoded: list[dict], pad_left: bool = False) -> Batch:
         """Encoded samples of one task to a batch. Generation wants its padding at the left."""
         task = encoded[0]["sample"].task
-        ids = mask = labels = images = points = region_index = None
+        ids = attention_mask = labels = images = points = region_index = None
         if self.tokenizer is not None:
             if self.image_size:
                 images = torch.stack([item["image_pixels"] for item in encoded])
+            # In training only: no answer may depend on the batch.
+            points, region_index = self.fill_regions(encoded, may_borrow=not pad_left)
             pad_id = self.tokenizer.pad_token_id
             ids = _pad([item["ids"] for item in encoded], pad_id, pad_left)
             labels = _pad([item["labels"] for item in encoded], IGNORE_LABEL, pad_left)
-            mask = _pad([[1] * len(item["ids"]) for item in encoded], 0, pad_left)
-            points = torch.cat([item["region_points"] for item in encoded])
-            counts = torch.tensor([len(item["region_points"]) for item in encoded])
-            region_index = torch.arange(len(encoded)).repeat_interleave(counts)
+            attention_mask = _pad([[1] * len(item["ids"]) for item in encoded], 0, pad_left)
         targets, run_seeds, image_index = [], [], []
         num_phrases = 0
         for row, item in enumerate(encoded):
-            if task == "generic":
-                runs = [item["targets"]]
-            elif task == "refer":
-                # Each phrase is a decoder run with one target; its class is its place among the
-                # phrases of the whole batch.
-                runs = [
-                    Targets(mask_[None], torch.tensor([num_phrases + number]))
-                    for number, mask_ in enumerate(item["targets"].masks)
-                ]
-                num_phrases += len(runs)
-            else:
+            of_image: Targets = item["targets"]
+            if task == "chat":
                 runs = []
+            elif task in PER_PHRASE_TASKS:
+                # Each <SEG> is a decoder run with one target; its class is the place of its phrase
+                # among the phrases of the whole batch.
+                runs = [
+                    Targets(mask[None], label[None] + num_phrases, of_image.ignore)
+                    for mask, label in zip(of_image.masks, of_image.labels, strict=True)
+                ]
+                num_phrases += len(item["sample"].names)
+            else:
+                runs = [of_image]
             targets += runs
             run_seeds += [item["run_seed"] + number for number in range(len(runs))]
             image_index += [row] * len(runs)
@@ -544,7 +272,7 @@ class Processor:
             seg_pixels=torch.stack([item["seg_pixels"] for item in encoded]),
             image_pixels=images,
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=attention_mask,
             labels=labels,
             region_points=points,
             region_index=region_index,
@@ -553,7 +281,25 @@ class Processor:
             run_seeds=run_seeds,
             placements=[item["placement"] for item in encoded],
             samples=[item["sample"] for item in encoded],
+            left_out=[reason for item in encoded for reason in item.get("left_out", ())],
         )
+
+
+def keep_names(sample: Sample, keep: np.ndarray) -> Sample:
+    """The sample asked about those of its names alone; the masks of the others go."""
+    is_shown = sample.regions is not None
+    words = ["<region>"] * len(sample.names) if is_shown else sample.names
+    question, answer = sample.turns[0]
+    question = question.replace(join_phrases(words), join_phrases([words[i] for i in keep]))
+    is_kept = np.isin(sample.labels, keep)
+    return dataclasses.replace(
+        sample,
+        turns=[(question, answer)],
+        masks=sample.masks[is_kept],
+        labels=np.searchsorted(keep, sample.labels[is_kept]),
+        names=[sample.names[i] for i in keep],
+        regions=sample.regions[keep] if is_shown else None,
+    )
 
 
 def _pad(rows: list[list[int]], value: int, left: bool) -> Tensor:
@@ -591,8 +337,16 @@ class Mixture(torch.utils.data.Dataset):
     epoch's shuffle.
     """
 
-    def __init__(self, datasets: list, processor: Processor, stage: Stage, seed: int):
+    def __init__(
+        self,
+        datasets: list[Dataset],
+        processor: Processor,
+        stage: Stage,
+        seed: int,
+        skip_bad: bool = False,
+    ):
         self.datasets, self.processor, self.stage, self.seed = datasets, processor, stage, seed
+        self.skip_bad = skip_bad
         self.global_batch_size = stage.global_batch_size
         sizes = [len(dataset) for dataset in datasets]
         self.factors = repeat_factors(sizes, stage.repeat_threshold)
@@ -633,8 +387,49 @@ class Mixture(torch.utils.data.Dataset):
                 pieces = [batch[at : at + size] for at in range(0, len(batch), size)]
                 yield from pieces[rank::world_size]
 
-    def __getitem__(self, draw: Draw) -> dict:
+    def __getitem__(self, draw: Draw) -> dict | ValueError:
+        """An encoded sample. One that is refused, or bad with `skip_bad`, gives its place to
+        another of its dataset, drawn, and its reason goes with that. Without `skip_bad` the error
+        of a bad one is what comes back: a data loader would bury what it says."""
+        dataset, index, left_out = self.datasets[draw.dataset], draw.index, []
         rng = np.random.default_rng([self.seed, draw.epoch, draw.dataset, draw.place])
-        sample = self.datasets[draw.dataset].sample(draw.index, rng)
-        run_seed = int(rng.integers(2**62))
-        return self.processor.encode(sample, self.stage, rng, run_seed)
+        while len(left_out) < MOST_REPLACEMENTS:
+            try:
+                sample = dataset.sample(index, rng)
+                run_seed = int(rng.integers(2**62))
+                item = self.processor.encode(sample, self.stage, rng, run_seed)
+                return item | {"left_out": left_out}
+            except ValueError as error:
+                if not (self.skip_bad or isinstance(error, Refusal)):
+                    return error
+                left_out.append(str(error))
+            index = int(rng.integers(len(dataset)))
+        return ValueError(f"{len(left_out)} samples in a row cannot be used, first {left_out[0]}")
+
+    def collate(self, items: list[dict | ValueError]) -> Batch | ValueError:
+        """The batch of encoded samples, or the first error among them."""
+        errors = (item for item in items if isinstance(item, ValueError))
+        return next(errors, None) or self.processor.collate(items)
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m xsam.data",
+        description="Checks the datasets of a data root, and builds those that have to be built.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    check.add_command(commands)
+    convert.add_commands(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (ValueError, OSError) as error:
+        print(f"xsam.data: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

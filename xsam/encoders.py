@@ -287,10 +287,18 @@ class Placement:
         columns = (
             (np.arange(self.visible[1]) + self.left + 0.5) * self.original[1] / self.resized[1]
         )
-        visible = values[..., rows.astype(int)[:, None], columns.astype(int)]
+        visible = values.take(rows.astype(int), axis=-2).take(columns.astype(int), axis=-1)
         canvas = np.full((*values.shape[:-2], self.size, self.size), fill, values.dtype)
         canvas[..., : self.visible[0], : self.visible[1]] = visible
         return canvas
+
+    def place_points(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels [N, 2] (row, column) of the original image as pixels of the canvas, float; those
+        that the canvas does not show are left out."""
+        scale = np.array(self.resized) / self.original
+        placed = (pixels + 0.5) * scale - 0.5 - (self.top, self.left)
+        inside = (placed > -0.5) & (placed < np.array(self.visible) - 0.5)
+        return placed[inside.all(axis=1)].clip(min=0)
 
 
 def seg_pixels(image: Image.Image, placement: Placement) -> Tensor:

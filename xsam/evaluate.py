@@ -1,6 +1,6 @@
-"""Scores a checkpoint: PQ for generic segmentation, cIoU and gIoU for referring.
+"""Scores a checkpoint on every task.
 
-    torchrun --nproc_per_node 2 xsam/evaluate.py --checkpoint runs/toy/stage3/step_600 --data DIR
+    torchrun --nproc_per_node 2 xsam/evaluate.py --checkpoint runs/toy/stage3/step_1100 --data DIR
 
 Each rank scores its share and gives back one small record per sample; the records are put in the
 dataset's order before they are summed, so any number of processes prints the same figures.
@@ -15,24 +15,40 @@ if __name__ == "__main__":  # a script's own folder must not shadow other packag
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import contextlib
+import io
 import json
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from xsam import distributed
-from xsam.config import SOURCES, add_checkpoint_flags
-from xsam.data import CocoPanoptic, RefCoco, Sample, open_dataset
-from xsam.model import XSAM, Prediction, Segmentor, answer, load_checkpoint
+from xsam.config import add_checkpoint_flags
+from xsam.datasets import Dataset, Generic, Panoptic, Sample, open_dataset
+from xsam.formats import encode_mask
+from xsam.model import XSAM, Segmentor, answer, load_checkpoint
+from xsam.postprocess import Prediction
+from xsam.sources import PROMPT_TYPES, SOURCES, locate
 
-TASKS = {"panoptic": "coco_panoptic_val", "refer": "refcoco_val"}
 PROTOCOLS = {
     "PQ": "panoptic quality, mean over classes; void and crowd not counted (panopticapi)",
     "PQ_things": "the same over things",
     "PQ_stuff": "the same over stuff",
-    "cIoU": "sum of intersections / sum of unions, one mask per sentence",
-    "gIoU": "mean IoU, one mask per sentence, empty union = 1",
+    "cIoU": "sum of intersections / sum of unions, one mask per phrase, ignored pixels not counted",
+    "gIoU": "mean IoU, one mask per phrase, empty union = 1",
+    "N_acc": "share of the phrases without a target that get no mask",
+    "T_acc": "share of the phrases with a target that get a mask",
+    "mIoU": "mean IoU of the true masks, paired greedily with the predicted; unpaired = 0",
+    "AP": "mask AP of the classes shown, IoU 0.50 to 0.95 (pycocotools)",
+    "AP50": "the same at IoU 0.50",
+    "accuracy": "share of answers equal to the true one, but for case and a full stop",
 }
 
 
@@ -40,17 +56,16 @@ PROTOCOLS = {
 
 
 def panoptic_matches(
-    dataset: CocoPanoptic, index: int, sample: Sample, prediction: Prediction
+    dataset: Panoptic, index: int, sample: Sample, prediction: Prediction
 ) -> list[tuple[str, int, float]]:
     """One image's matches: ("tp", class, IoU), ("fn", class, 0.0) and ("fp", class, 0.0)."""
-    _, ids, segments = dataset.read(index)
-    truth = {
-        segment["id"]: (dataset.category_index[segment["category_id"]], bool(segment["iscrowd"]))
-        for segment in segments
-    }
+    _, owner, segments = dataset.read(index)
+    truth = {place: (each["class"], each["iscrowd"]) for place, each in enumerate(segments, 1)}
     numbers = np.arange(1, len(prediction.masks) + 1, dtype=np.int32)
     guess = (prediction.masks * numbers[:, None, None]).sum(axis=0)
-    return match_segments(ids, truth, guess, dict(zip(numbers, prediction.categories, strict=True)))
+    return match_segments(
+        owner, truth, guess, dict(zip(numbers, prediction.categories, strict=True))
+    )
 
 
 def match_segments(
@@ -95,13 +110,56 @@ def match_segments(
     return records
 
 
-def referring_areas(
-    dataset: RefCoco, index: int, sample: Sample, prediction: Prediction
-) -> tuple[int, int]:
-    """Intersection and union of the only mask; without a prediction the union is the truth."""
-    truth = sample.masks[0]
-    guess = prediction.masks.any(axis=0)
-    return int((guess & truth).sum()), int((guess | truth).sum())
+def mask_areas(
+    dataset: Dataset, index: int, sample: Sample, prediction: Prediction
+) -> tuple[int, int, bool, bool]:
+    """Intersection and union of what is meant and what is predicted, and whether each of the two
+    has a mask at all."""
+    truth, guess = sample.masks.any(axis=0), prediction.masks.any(axis=0)
+    is_counted = ~sample.ignore if sample.ignore is not None else np.ones_like(truth)
+    intersection, union = (truth & guess & is_counted).sum(), ((truth | guess) & is_counted).sum()
+    return int(intersection), int(union), bool(len(sample.masks)), bool(guess.any())
+
+
+def paired_ious(
+    dataset: Dataset, index: int, sample: Sample, prediction: Prediction
+) -> list[float]:
+    """IoU of each true mask with the predicted mask that it is paired with, the best pair first."""
+    truth, guess = (
+        masks.reshape(len(masks), masks[0].size if len(masks) else 0).astype(np.float32)
+        for masks in (sample.masks, prediction.masks)
+    )
+    if not len(truth) or not len(guess):
+        return [0.0] * len(truth)
+    overlap = truth @ guess.T
+    union = truth.sum(1)[:, None] + guess.sum(1) - overlap
+    ious, found = overlap / np.maximum(union, 1), [0.0] * len(truth)
+    for _ in range(min(ious.shape)):
+        row, column = np.unravel_index(ious.argmax(), ious.shape)
+        found[row] = float(ious[row, column])
+        ious[row], ious[:, column] = -1, -1
+    return found
+
+
+def instances(
+    dataset: Dataset, index: int, sample: Sample, prediction: Prediction
+) -> tuple[list[tuple], list[tuple]]:
+    """True (class name, RLE) and predicted (class name, RLE, score) of one image."""
+    truth = [
+        (sample.names[label], encode_mask(mask))
+        for label, mask in zip(sample.labels, sample.masks, strict=True)
+    ]
+    found = zip(prediction.labels, prediction.masks, prediction.scores, strict=True)
+    return truth, [(name, encode_mask(mask), score) for name, mask, score in found]
+
+
+def is_right(dataset: Dataset, index: int, sample: Sample, prediction: Prediction) -> bool:
+    """Whether the answer is the true one; of an option the letter counts."""
+    said, true = (
+        text.strip().rstrip(".").lower()
+        for text in (prediction.answer, dataset.records[index]["answer"])
+    )
+    return said == true
 
 
 def panoptic_quality(
@@ -126,14 +184,91 @@ def panoptic_quality(
     return scores
 
 
-def referring_quality(records: list[tuple[int, int]]) -> dict[str, float]:
-    """cIoU and gIoU in percent of (intersection, union) areas."""
-    intersection, union = np.array(records, np.float64).reshape(-1, 2).T
+def mask_quality(records: list[tuple[int, int, bool, bool]]) -> dict[str, float]:
+    """cIoU and gIoU in percent; where phrases without a target are among them also the shares of
+    both kinds that were told apart."""
+    intersection, union, is_there, is_found = np.array(records, np.float64).reshape(-1, 4).T
     ious = np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
-    return {
+    scores = {
         "cIoU": float(100 * intersection.sum() / max(union.sum(), 1)),
         "gIoU": float(100 * ious.mean()),
     }
+    if not is_there.all():
+        scores["N_acc"] = float(100 * (1 - is_found[is_there == 0]).mean())
+        scores["T_acc"] = float(100 * is_found[is_there == 1].mean())
+    return scores
+
+
+def average_precision(records: list[tuple[list[tuple], list[tuple]]]) -> dict[str, float]:
+    """AP and AP50 in percent of (truth, predictions) of each image, as `instances` gives them."""
+    names = sorted({item[0] for truth, found in records for item in [*truth, *found]})
+    number = {name: place for place, name in enumerate(names, 1)}
+    images, truths, found = [], [], []
+    for image, (true, predicted) in enumerate(records, 1):
+        sides = [rle["size"] for _, rle, *_ in [*true, *predicted]] or [(0, 0)]
+        images.append({"id": image, "height": sides[0][0], "width": sides[0][1]})
+        for name, rle in true:
+            area = int(coco_mask.area(rle))
+            item = {"image_id": image, "category_id": number[name], "segmentation": rle}
+            truths.append(item | {"id": len(truths) + 1, "iscrowd": 0, "area": area})
+        for name, rle, score in predicted:
+            item = {"image_id": image, "category_id": number[name], "segmentation": rle}
+            found.append(item | {"score": score})
+    if not found or not truths:
+        return {"AP": 0.0, "AP50": 0.0}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = {
+            "images": images,
+            "categories": [{"id": each} for each in number.values()],
+            "annotations": truths,
+            "info": {},
+        }
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(found), "segm")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {"AP": float(100 * evaluation.stats[0]), "AP50": float(100 * evaluation.stats[1])}
+
+
+# ---- the tasks -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """Its sets, the record of one sample, and what the records of a set amount to."""
+
+    datasets: dict[str, str]  # a suffix for the metrics' names (may be empty) and the set
+    score: Callable[[Dataset, int, Sample, Prediction], Any]
+    summarise: Callable[..., dict[str, float]]
+
+
+def _ious(records: list[list[float]]) -> dict[str, float]:
+    return {"mIoU": float(100 * np.mean([iou for ious in records for iou in ious]))}
+
+
+def _share(records: list[bool]) -> dict[str, float]:
+    return {"accuracy": float(100 * np.mean(records))}
+
+
+TASKS = {
+    "panoptic": Task({"": "coco_panoptic_val"}, panoptic_matches, panoptic_quality),
+    "openvocab": Task({"": "ade20k_panoptic_val"}, panoptic_matches, panoptic_quality),
+    "refer": Task({"": "refcoco_val"}, mask_areas, mask_quality),
+    "grefer": Task({"": "grefcoco_val"}, mask_areas, mask_quality),
+    "reason": Task({"": "reasonseg_val"}, mask_areas, mask_quality),
+    "gcg": Task({"": "gcg_val"}, paired_ious, _ious),
+    "interactive": Task(
+        {f" {kind}": f"coco_interactive_val_{kind}" for kind in PROMPT_TYPES},
+        mask_areas,
+        mask_quality,
+    ),
+    "vgd": Task(
+        {f" {kind}": f"coco_vgd_val_{kind}" for kind in PROMPT_TYPES}, instances, average_precision
+    ),
+    "chat": Task({" POPE": "pope", " MMBench": "mmbench"}, is_right, _share),
+}
 
 
 # ---- a dataset through a model -------------------------------------------------------------------
@@ -144,31 +279,41 @@ def evaluate(
 ) -> tuple[dict[str, float], list[tuple[int, Sample, Prediction]]]:
     """Scores of one task over all ranks, and of this rank's first `num_kept` samples their index,
     ground truth and prediction."""
-    dataset = open_dataset(TASKS[task], data, all_classes=True)
-    is_panoptic = isinstance(dataset, CocoPanoptic)
+    scores, kept = {}, []
+    for suffix, name in TASKS[task].datasets.items():
+        dataset = open_dataset(name, data, all_classes=True)
+        found, of_set = evaluate_dataset(model, task, dataset, num_kept - len(kept))
+        scores |= {f"{metric}{suffix}": figure for metric, figure in found.items()}
+        kept += of_set
+    return scores, kept
+
+
+def evaluate_dataset(
+    model: Segmentor | XSAM, task: str, dataset: Dataset, num_kept: int = 0
+) -> tuple[dict[str, float], list[tuple[int, Sample, Prediction]]]:
+    """The same for one of the task's sets."""
+    is_thing = dataset.is_thing if isinstance(dataset, Generic) else None
     rank, world_size = distributed.rank(), distributed.world_size()
     indices = list(range(rank, len(dataset), world_size))
     size = model.settings.eval_batch_size
     records, kept = [], []
-    bar = tqdm(total=len(indices), desc=f"evaluate {task}", unit="image", disable=rank != 0)
+    bar = tqdm(total=len(indices), desc=f"evaluate {dataset.name}", disable=rank != 0)
     for chunk in (indices[start : start + size] for start in range(0, len(indices), size)):
         samples = [question(dataset, index) for index in chunk]
-        predictions = answer(model, samples, dataset.is_thing if is_panoptic else None)
+        predictions = answer(model, samples, is_thing)
         for index, sample, prediction in zip(chunk, samples, predictions, strict=True):
-            score = panoptic_matches if is_panoptic else referring_areas
-            records.append((index, score(dataset, index, sample, prediction)))
+            records.append((index, TASKS[task].score(dataset, index, sample, prediction)))
             if len(kept) < num_kept:
                 kept.append((index, sample, prediction))
         bar.update(len(chunk))
     bar.close()
-    ordered = sorted(distributed.gather(records), key=lambda item: item[0])
-    if is_panoptic:
-        flat = [match for _, matches in ordered for match in matches]
-        return panoptic_quality(flat, dataset.is_thing), kept
-    return referring_quality([areas for _, areas in ordered]), kept
+    ordered = [record for _, record in sorted(distributed.gather(records), key=lambda r: r[0])]
+    if is_thing is None:
+        return TASKS[task].summarise(ordered), kept
+    return TASKS[task].summarise([match for image in ordered for match in image], is_thing), kept
 
 
-def question(dataset: CocoPanoptic | RefCoco, index: int) -> Sample:
+def question(dataset: Dataset, index: int) -> Sample:
     """A sample with its answer left to the model; its phrasing is drawn from a fixed seed."""
     sample = dataset.sample(index, np.random.default_rng([0, index]))
     sample.turns = [(asked, None) for asked, _ in sample.turns]
@@ -192,7 +337,9 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     for task, metric in rows:
         figures = [results[column].get(task, {}).get(metric) for column in columns]
         cells = ["–" if figure is None else f"{figure:.1f}" for figure in figures]
-        lines.append(f"| {task} | {metric} | {' | '.join(cells)} | {PROTOCOLS[metric]} |")
+        lines.append(
+            f"| {task} | {metric} | {' | '.join(cells)} | {PROTOCOLS[metric.split()[0]]} |"
+        )
     return "\n".join(lines)
 
 
@@ -200,19 +347,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="xsam/evaluate.py",
         description="Scores a checkpoint on the validation sets; runs under torchrun or alone.",
-        epilog="example: python xsam/evaluate.py --checkpoint runs/toy/stage3/step_600 "
+        epilog="example: python xsam/evaluate.py --checkpoint runs/toy/stage3/step_1100 "
         "--data runs/toy/world/data --tasks panoptic",
     )
     add_checkpoint_flags(parser)
     parser.add_argument("--data", type=Path, default=Path("datas"), help="data root")
     parser.add_argument("--out", type=Path, help="where results go (default: the checkpoint)")
-    parser.add_argument("--tasks", default="all", help="panoptic, refer, or all")
+    parser.add_argument("--tasks", default="all", help=f"{', '.join(TASKS)}, or all")
     options = parser.parse_args(arguments)
     tasks = list(TASKS) if options.tasks == "all" else options.tasks.split(",")
     if unknown := [task for task in tasks if task not in TASKS]:
         parser.error(f"unknown task {', '.join(unknown)}; known are {', '.join(TASKS)}")
-    paths = [options.data / path for task in tasks for path in SOURCES[TASKS[task]].paths()]
-    if missing := [str(path) for path in paths if not path.exists()]:
+    names = [name for task in tasks for name in TASKS[task].datasets.values()]
+    paths = [locate(options.data, path) for name in names for path in SOURCES[name].paths()]
+    if missing := sorted({str(path) for path in paths if not path.exists()}):
         parser.error("missing: " + ", ".join(missing))
 
     device = distributed.start()
@@ -224,7 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
             device=device,
             report=print if distributed.rank() == 0 else lambda _: None,
         )
-        if stage == 1 and "refer" in tasks:
+        if stage == 1 and tasks != ["panoptic"]:
             raise ValueError("stage 1 has no language model; it is scored with --tasks panoptic")
         results = {task: evaluate(model, task, options.data)[0] for task in tasks}
         if distributed.rank() == 0:

@@ -164,6 +164,25 @@ class LanguageModel(nn.Module):
         number = opens.flatten().cumsum(0).view_as(input_ids) - 1
         return torch.where(depth == 1, number, -1)
 
+    def keep_closed_phrases(self, ids: Tensor) -> Tensor:
+        """Ids [B, T] without the <p> and </p> that do not pair up, IGNORE_LABEL in their place: the
+        phrases that `prompts.find_phrases` finds in the text."""
+        kept = ids.clone()
+        for row in kept:
+            start = None
+            for place, token in enumerate(row.tolist()):
+                if token == self.phrase_id:
+                    if start is not None:
+                        row[start] = IGNORE_LABEL
+                    start = place
+                elif token == self.phrase_end_id:
+                    if start is None:
+                        row[place] = IGNORE_LABEL
+                    start = None
+            if start is not None:
+                row[start] = IGNORE_LABEL
+        return kept
+
     @torch.no_grad()
     def generate(
         self, embeddings: Tensor, attention_mask: Tensor, max_new_tokens: int

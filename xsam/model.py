@@ -15,13 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from xsam.config import SPECIAL_TOKENS, Config, ModelConfig, xsam
 from xsam.connector import Projector, SegmentationConnector, pixel_shuffle, sample_regions
-from xsam.data import Batch, Processor, Sample, ask
+from xsam.data import Batch, Processor
+from xsam.datasets import Sample
 from xsam.decoder import (
     CosineClassHead,
     LinearClassHead,
@@ -30,9 +30,16 @@ from xsam.decoder import (
     Predictions,
     SamMaskDecoder,
 )
-from xsam.draw import draw_segments
-from xsam.encoders import ImageEncoder, Placement, SamEncoder, SwinEncoder
+from xsam.encoders import ImageEncoder, SamEncoder, SwinEncoder
 from xsam.llm import IGNORE_LABEL, LanguageModel, add_special_tokens
+from xsam.postprocess import (
+    Prediction,
+    read_instances,
+    read_interactive,
+    read_panoptic,
+    read_phrases,
+)
+from xsam.prompts import PER_PHRASE_TASKS, ask, check_words, find_phrases
 from xsam.weights import (
     CONFIG_FILE,
     EMBEDDING,
@@ -232,41 +239,47 @@ class XSAM(nn.Module):
     ) -> Predictions | None:
         """Runs the segmentor once for each <SEG> among input_ids [B, N]; None where there is none.
 
-        Generic tasks have one run an image, whose classes are the image's phrases. Referring pairs
-        the n-th <SEG> of an image with its n-th phrase; in training the phrases of the whole batch
-        are the classes, so that the others are negatives, at inference the phrase stands alone and
-        no answer depends on the batch.
+        Most tasks have one run an image, whose classes are the image's phrases. Referring and
+        reasoning have a run for each <SEG> that answers a phrase, the last one before it; in
+        training the phrases of the whole batch are the classes, so that the others are negatives,
+        at inference the phrase stands alone and no answer depends on the batch.
         """
-        is_per_phrase = task == "refer"
+        is_per_phrase = task in PER_PHRASE_TASKS
         number = self.llm.phrase_numbers(input_ids)
         phrases = self._phrase_means(states, number)  # [P, C]
-        phrase_counts = (input_ids == self.llm.phrase_id).sum(1)  # [B]
+        opens = input_ids == self.llm.phrase_id
+        phrase_counts = opens.sum(1)  # [B]
         first_phrase = phrase_counts.cumsum(0) - phrase_counts
 
-        is_seg = input_ids == self.llm.seg_id
-        ordinal = is_seg.cumsum(1) - 1
-        is_seg &= ordinal < (phrase_counts[:, None] if is_per_phrase else 1)
-        image_index = is_seg.nonzero()[:, 0]  # [R]
+        image_index, position = (input_ids == self.llm.seg_id).nonzero(as_tuple=True)
+        last_phrase = opens.flatten().cumsum(0).view_as(input_ids)[image_index, position] - 1
+        # Of the <SEG>s of one phrase, or of one image, the first counts.
+        owner = last_phrase if is_per_phrase else image_index
+        is_run = owner != F.pad(owner, (1, 0), value=-1)[:-1]
+        if is_per_phrase:
+            is_run &= last_phrase >= first_phrase[image_index]
+        image_index, position, last_phrase = (
+            each[is_run] for each in (image_index, position, last_phrase)
+        )  # [R]
         if len(image_index) == 0:
             return None
-        own_phrase = first_phrase[image_index] + ordinal[is_seg]
 
         if is_per_phrase and self.training:
             conditions = phrases.expand(len(image_index), -1, -1)
             is_padding = conditions.new_zeros(conditions.shape[:2], dtype=torch.bool)
         elif is_per_phrase:
-            conditions = phrases[own_phrase][:, None]
+            conditions = phrases[last_phrase][:, None]
             is_padding = conditions.new_zeros(conditions.shape[:2], dtype=torch.bool)
         else:
             column = torch.arange(int(phrase_counts.max()), device=states.device)
             is_padding = column >= phrase_counts[image_index][:, None]  # [R, K]
             rows = first_phrase[image_index][:, None] + column
-            conditions = phrases[rows.clamp(max=len(phrases) - 1)]
+            conditions = phrases[rows.clamp(max=max(len(phrases) - 1, 0))]
         background = self.background_embedding.weight.expand(len(image_index), 1, -1)
         conditions = torch.cat([conditions, background], dim=1)
         is_padding = F.pad(is_padding, (0, 1))
 
-        seg_embeddings = self.llm_projector(states[is_seg])
+        seg_embeddings = self.llm_projector(states[image_index, position])
         return self.segmentor.decode(
             hidden_states, image_index, seg_embeddings, conditions, is_padding
         )
@@ -290,9 +303,12 @@ class XSAM(nn.Module):
         answers = [self.tokenizer.decode(row[row >= 0]).strip() for row in new_ids]
         if batch.task == "chat":
             return answers, None
-        # The classes are the question's phrases, whatever spans the answer has.
-        spans = torch.tensor([self.llm.phrase_id, self.llm.phrase_end_id], device=new_ids.device)
-        new_ids = new_ids.masked_fill(torch.isin(new_ids, spans), IGNORE_LABEL)
+        # The classes are the question's phrases, or where it has none (GCG) those of the answer.
+        if batch.task == "gcg":
+            new_ids = self.llm.keep_closed_phrases(new_ids)
+        else:
+            spans = torch.tensor([self.llm.phrase_id, self.llm.phrase_end_id]).to(new_ids)
+            new_ids = new_ids.masked_fill(torch.isin(new_ids, spans), IGNORE_LABEL)
         input_ids = torch.cat([batch.input_ids, new_ids], dim=1)
         states = torch.cat([states, new_states], dim=1)
         return answers, self.segment(batch.task, hidden_states, states, input_ids)
@@ -320,104 +336,7 @@ class XSAM(nn.Module):
         save_pretrained(self, Path(folder), max_shard_bytes)
 
 
-# ---- reading masks out ---------------------------------------------------------------------------
-
-
-@dataclass
-class Prediction:
-    """What a model says of one image, at the image's own size."""
-
-    image: Image.Image
-    masks: np.ndarray  # bool [N, H, W]
-    categories: list[int]  # index of each mask's class or phrase in the prompt
-    labels: list[str]
-    scores: list[float]
-    answer: str
-
-    def draw(self, title: str = "") -> Image.Image:
-        """The masks with outlines and labels over the image."""
-        return draw_segments(self.image, self.masks, self.labels, self.scores, title)
-
-    def to_dict(self) -> dict:
-        """JSON-ready: the answer, and each segment's label, score, box [x, y, w, h] and RLE."""
-        segments = []
-        for mask, label, score in zip(self.masks, self.labels, self.scores, strict=True):
-            rle = coco_mask.encode(np.asfortranarray(mask))
-            segments.append(
-                {
-                    "label": label,
-                    "score": round(score, 4),
-                    "area": int(mask.sum()),
-                    "bbox": coco_mask.toBbox(rle).tolist(),
-                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
-                }
-            )
-        return {"answer": self.answer, "segments": segments}
-
-
-def original_logits(mask_logits: Tensor, placement: Placement) -> Tensor:
-    """Mask logits [N, h, w] of the canvas, read bilinearly at the pixels of the original image:
-    [N, H, W]. The padding drops out; no mask of the canvas's full size is made."""
-    axes = []
-    for original, resized in zip(placement.original, placement.resized, strict=True):
-        pixels = (torch.arange(original, device=mask_logits.device) + 0.5) * (resized / original)
-        axes.append(2 * pixels / placement.size - 1)
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1)
-    sampled = F.grid_sample(
-        mask_logits[None].float(), grid[None], padding_mode="border", align_corners=False
-    )
-    return sampled[0]
-
-
-def read_panoptic(
-    class_logits: Tensor,
-    mask_logits: Tensor,
-    placement: Placement,
-    is_thing: list[bool],
-    score_threshold: float,
-    overlap_threshold: float,
-) -> tuple[np.ndarray, list[int], list[float]]:
-    """Panoptic reading of one run: class_logits [Q, K+1], mask_logits [Q, h, w].
-
-    Queries above the score threshold compete for each pixel with score times mask probability; a
-    segment of which too little stays visible is dropped; stuff of one class is fused. Returns
-    disjoint masks bool [N, H, W], their classes and scores.
-    """
-    scores, categories = class_logits.float().softmax(-1).max(-1)
-    keep = (categories < class_logits.shape[-1] - 1) & (scores > score_threshold)
-    if not keep.any():
-        return np.zeros((0, *placement.original), bool), [], []
-    scores, categories = scores[keep], categories[keep].tolist()
-    probabilities = original_logits(mask_logits[keep], placement).sigmoid()
-    winner = (scores[:, None, None] * probabilities).argmax(0)
-    masks, kept, stuff = [], [], {}
-    for index, category in enumerate(categories):
-        is_inside = probabilities[index] >= 0.5
-        mask = (winner == index) & is_inside
-        area, whole = int(mask.sum()), int(is_inside.sum())
-        if area == 0 or area < overlap_threshold * whole:
-            continue
-        mask = mask.cpu().numpy()
-        if category in stuff:
-            masks[stuff[category]] |= mask
-            continue
-        if not is_thing[category]:
-            stuff[category] = len(masks)
-        masks.append(mask)
-        kept.append(index)
-    stacked = np.stack(masks) if masks else np.zeros((0, *placement.original), bool)
-    return stacked, [categories[index] for index in kept], [float(scores[i]) for i in kept]
-
-
-def read_phrase(
-    class_logits: Tensor, mask_logits: Tensor, placement: Placement
-) -> tuple[np.ndarray, list[int], list[float]]:
-    """Referring reading of one run, class_logits [Q, 2]: the mask of the query that fits the phrase
-    best, bool [1, H, W], and its score."""
-    scores = class_logits.float().softmax(-1)[:, 0]
-    best = scores.argmax()
-    mask = original_logits(mask_logits[best][None], placement) > 0
-    return mask.cpu().numpy(), [0], [float(scores[best])]
+# ---- asking -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -442,17 +361,24 @@ def answer(
         runs = {row: run for run, row in enumerate(predictions.image_index.tolist())}
         mask_logits = predictions.mask_logits()
     results = []
-    for row, (sample, text) in enumerate(zip(samples, answers, strict=True)):
+    for row, (sample, text) in enumerate(zip(batch.samples, answers, strict=True)):
         placement = batch.placements[row]
+        names = find_phrases(text) if sample.task == "gcg" else sample.names
         masks, categories, scores = np.zeros((0, *placement.original), bool), [], []
         if row in runs:
-            outputs = predictions.class_logits[-1, runs[row]], mask_logits[runs[row]], placement
+            logits = predictions.class_logits[-1, runs[row]]  # padded to the longest prompt
+            logits = torch.cat([logits[:, : len(names)], logits[:, -1:]], dim=1)
+            outputs = logits, mask_logits[runs[row]], placement
             if sample.task == "generic":
                 thresholds = settings.score_threshold, settings.overlap_threshold
                 masks, categories, scores = read_panoptic(*outputs, is_thing, *thresholds)
+            elif sample.task == "vgd":
+                masks, categories, scores = read_instances(*outputs)
+            elif sample.task == "interactive":
+                masks, categories, scores = read_interactive(*outputs, sample.regions[0])
             else:
-                masks, categories, scores = read_phrase(*outputs)
-        labels = [sample.names[category] for category in categories]
+                masks, categories, scores = read_phrases(*outputs)
+        labels = [names[category] for category in categories]
         results.append(Prediction(sample.image, masks, categories, labels, scores, text))
     return results
 
@@ -492,11 +418,8 @@ def predict(
         if not categories:
             raise ValueError("this model knows no categories of its own: name things or stuff")
         names, is_thing = map(list, zip(*categories, strict=True))
-    for token in (*SPECIAL_TOKENS, "<image>", "<region>"):
-        if any(token in words for words in [*texts, *names]):
-            raise ValueError(
-                f"a text or a name contains {token}, which belongs to the prompt format"
-            )
+    for words in [*texts, *names]:
+        check_words(words, "a text or a name")
     samples = []
     for picture, words in zip(images, texts, strict=True):
         picture = picture.convert("RGB")

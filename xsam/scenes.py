@@ -1,18 +1,20 @@
 """The scenes of the toy world: what there is, how it is drawn, what is said of it.
 
 A scene is things of eight shapes, six colours and two sizes on one or two textures, here and there
-with a void patch or a crowd. `toy.py` writes scenes to disk. H W are pixels; the canvas is the
+with a void patch or a crowd. `world.py` writes scenes to disk. H W are pixels; the canvas is the
 image with MARGIN pixels on each side, where things that cross the image's edge go on.
 """
 
 import colorsys
 import string
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import minimum_filter
 
-from xsam.data import clean_name
+from xsam.prompts import clean_name
 
 Generator = np.random.Generator
 
@@ -98,11 +100,13 @@ class Scene:
     def mask(self, index: int) -> np.ndarray:
         return self.owner == index + 1
 
-    def things(self) -> list[Segment]:
-        """Single things, from left to right: the order of captions."""
+    def order(self) -> list[int]:
+        """Single things from left to right, as places in `segments`: the order of captions."""
         single = [i for i, each in enumerate(self.segments) if each.is_thing and not each.is_crowd]
-        single.sort(key=lambda index: np.nonzero(self.mask(index))[1].mean())
-        return [self.segments[index] for index in single]
+        return sorted(single, key=lambda index: np.nonzero(self.mask(index))[1].mean())
+
+    def things(self) -> list[Segment]:
+        return [self.segments[index] for index in self.order()]
 
     def background(self) -> str:
         return " and ".join(clean_name(s.category) for s in self.segments if not s.is_thing)
@@ -250,6 +254,14 @@ EXPRESSIONS = (
     "the {size} {category}",
     "the only {category}",
 )
+# One that names all things alike in the attribute at its right; "many" is the category's plural.
+GROUPS = (
+    ("all {color} shapes", "color"),
+    ("every {color} shape", "color"),
+    ("all {size} shapes", "size"),
+    ("all {many}", "category"),
+    ("every {category}", "category"),
+)
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 CAPTION_REQUESTS = (
     "Describe the picture.",
@@ -271,39 +283,183 @@ FACTS = (
     ("How many sides does a triangle have?", "A triangle has three sides."),
     ("Is a ring a circle with a hole?", "Yes, a ring is a circle with a hole."),
 )
+# What questions of a test ask for and the answers that are offered.
+ANSWERS = {
+    "color": ("color", list(COLORS)),
+    "count": ("number", NUMBERS),
+    "background": ("stuff", [clean_name(name) for name in STUFF_IDS]),
+}
+CHECKS = {"existence": "Is there a {category}?", "color": "Is the {category} {color}?"}
+
+
+class Riddle(NamedTuple):
+    """Ways to ask for one category without its name, and why it is the answer."""
+
+    questions: tuple[str, ...]
+    phrases: tuple[str, ...]
+    explanation: str
+
+
+RIDDLES = {
+    "circle": Riddle(
+        (
+            "Which shape is round like a ball?",
+            "What would a child kick and throw?",
+            "What looks like the full sun?",
+        ),
+        ("the shape of a ball", "the round shape without a hole", "something like the sun"),
+        "A circle is round like a ball.",
+    ),
+    "square": Riddle(
+        (
+            "Which shape looks like a box?",
+            "What could be a window of a house?",
+            "Which shape stands flat on one of four equal sides?",
+        ),
+        ("the shape of a box", "the shape of a window", "something like a flat box"),
+        "A square looks like a box.",
+    ),
+    "triangle": Riddle(
+        (
+            "Which shape has three corners?",
+            "What could be the roof of a house?",
+            "Which shape has fewer sides than a box?",
+        ),
+        ("the shape with three corners", "the shape of a roof", "something with three sides"),
+        "A triangle has three corners.",
+    ),
+    "star": Riddle(
+        (
+            "Which shape has five points?",
+            "Which shape points five ways?",
+            "What would a child put on top of a tree?",
+        ),
+        (
+            "the shape with five points",
+            "something for the top of a tree",
+            "the shape that points five ways",
+        ),
+        "A star has five points.",
+    ),
+    "cross": Riddle(
+        (
+            "Which shape has four arms?",
+            "What looks like a plus sign?",
+            "Which shape would be made by two bars?",
+        ),
+        ("the shape with four arms", "the plus sign", "something made of two bars"),
+        "A cross has four arms.",
+    ),
+    "ring": Riddle(
+        (
+            "What could be worn on a finger?",
+            "Which shape has a hole?",
+            "What would a rope go through?",
+        ),
+        ("the shape with a hole", "something for a finger", "something to look through"),
+        "A ring has a hole.",
+    ),
+    "moon": Riddle(
+        (
+            "Which shape is bent like a banana?",
+            "What changes from thin to full each month?",
+            "Which shape has two ends and a bent back?",
+        ),
+        ("the shape of a banana", "the bent shape", "something thin with two ends"),
+        "A moon is bent like a banana.",
+    ),
+    "diamond": Riddle(
+        (
+            "Which shape looks like a kite?",
+            "Which shape stands on a corner?",
+            "What is a hard stone and costs a lot of money?",
+        ),
+        ("the shape of a kite", "the shape that stands on a corner", "a stone of much money"),
+        "A diamond stands on a corner.",
+    ),
+}
 
 
 def plural(category: str) -> str:
     return category + ("es" if category.endswith("s") else "s")
 
 
-def count_matches(scene: Scene, attributes: dict[str, str]) -> int:
-    """Things with all the attributes. Every crowd of that look counts as two, whatever the size."""
-    count = 0
-    for segment in scene.segments:
+def find_matches(scene: Scene, attributes: dict[str, str]) -> list[int]:
+    """Places in `segments` of those with all the attributes; a crowd may be of any size."""
+    found = []
+    for index, segment in enumerate(scene.segments):
         own = asdict(segment) | ({"size": attributes.get("size")} if segment.is_crowd else {})
-        count += (1 + segment.is_crowd) * all(own[key] == attributes[key] for key in attributes)
-    return count
+        if all(own[key] == value for key, value in attributes.items()):
+            found.append(index)
+    return found
+
+
+def count_matches(scene: Scene, attributes: dict[str, str]) -> int:
+    """Things with all the attributes. Every crowd of that look counts as two."""
+    return sum(1 + scene.segments[index].is_crowd for index in find_matches(scene, attributes))
+
+
+def _attributes(template: str) -> list[str]:
+    return [key for _, key, _, _ in string.Formatter().parse(template) if key]
 
 
 def expressions(scene: Scene, segment: Segment) -> list[str]:
     """All that name this thing and no other of the scene; empty if there are none."""
     found = []
     for template in EXPRESSIONS if segment.is_thing else ():
-        keys = [key for _, key, _, _ in string.Formatter().parse(template) if key]
-        attributes = {key: getattr(segment, key) for key in keys}
+        attributes = {key: getattr(segment, key) for key in _attributes(template)}
         if count_matches(scene, attributes) == 1:
             found.append(template.format(**attributes))
     return found
 
 
-def caption(scene: Scene) -> str:
-    """Things from left to right, then the crowd, then the background."""
+def group_expressions(scene: Scene) -> list[tuple[str, list[int]]]:
+    """All that name two things or more and no crowd, with the places of what they name."""
+    found = []
+    for template, key in GROUPS:
+        for value in dict.fromkeys(getattr(each, key) for each in scene.things()):
+            places = find_matches(scene, {key: value})
+            if len(places) > 1 and not any(scene.segments[index].is_crowd for index in places):
+                found.append((template.format(**{key: value}, many=plural(value)), places))
+    return found
+
+
+def absent_expression(rng: Generator, scene: Scene) -> str:
+    """One that holds for nothing in the scene."""
+    looks = {"color": list(COLORS), "size": list(RADII), "category": list(THING_IDS)}
+    while True:
+        template = EXPRESSIONS[rng.integers(len(EXPRESSIONS))]
+        keys = _attributes(template)
+        attributes = {key: looks[key][rng.integers(len(looks[key]))] for key in keys}
+        if not find_matches(scene, attributes):
+            return template.format(**attributes)
+
+
+def caption_phrases(scene: Scene) -> tuple[str, list[tuple[int, int, int]]]:
+    """Things from left to right, then the crowd, then the background; and of each phrase its first
+    character, the character after its last, and the place of what it names."""
     sizes = {"small": "small ", "large": ""}
-    parts = [f"a {sizes[one.size]}{one.color} {one.category}" for one in scene.things()]
-    crowds = [each for each in scene.segments if each.is_crowd]
-    parts += [f"many {crowd.color} {plural(crowd.category)}" for crowd in crowds]
-    return f"{', '.join(parts[:-1])} and {parts[-1]} on {scene.background()}"
+    named = {}  # place of a segment -> its words
+    for index in scene.order():
+        one = scene.segments[index]
+        named[index] = f"a {sizes[one.size]}{one.color} {one.category}"
+    for index, each in enumerate(scene.segments):
+        if each.is_crowd:
+            named[index] = f"many {each.color} {plural(each.category)}"
+    joints = {len(named) - 1: " and ", len(named): " on ", len(named) + 1: " and "}
+    for index, each in enumerate(scene.segments):
+        if not each.is_thing:
+            named[index] = clean_name(each.category)
+    text, spans = "", []
+    for number, (index, words) in enumerate(named.items()):
+        text += joints.get(number, ", ") if number else ""
+        spans.append((len(text), len(text) + len(words), index))
+        text += words
+    return text, spans
+
+
+def caption(scene: Scene) -> str:
+    return caption_phrases(scene)[0]
 
 
 def caption_turn(rng: Generator, scene: Scene) -> tuple[str, str]:
@@ -312,19 +468,53 @@ def caption_turn(rng: Generator, scene: Scene) -> tuple[str, str]:
 
 def dialogue(rng: Generator, scene: Scene) -> list[tuple[str, str]]:
     """One to three questions about a scene with their answers."""
-    things, background = scene.things(), scene.background()
+    things = scene.things()
     possible = [caption_turn(rng, scene)]
 
     def ask(kind: str, **values: str) -> None:
         possible.append(tuple(text.format(**values) for text in DIALOGUE[kind]))
 
-    ask("background", stuff=background)
+    for kind, values in _certain(scene):
+        ask(kind, **values)
+    ask("yes", category=things[rng.integers(len(things))].category)
+    ask("no", category=_absent_category(rng, scene))
+    return [possible[i] for i in rng.permutation(len(possible))[: rng.integers(1, 4)]]
+
+
+def _certain(scene: Scene) -> Iterator[tuple[str, dict[str, str]]]:
+    """What can be asked with one answer: a kind of DIALOGUE and the words that fill it in."""
+    things = scene.things()
+    yield "background", {"stuff": scene.background()}
     if not any(each.is_crowd for each in scene.segments):
-        ask("count", number=NUMBERS[len(things) - 1])
+        yield "count", {"number": NUMBERS[len(things) - 1]}
     for each in things:
         if count_matches(scene, {"category": each.category}) == 1:
-            ask("color", category=each.category, color=each.color)
-    ask("yes", category=things[rng.integers(len(things))].category)
+            yield "color", {"category": each.category, "color": each.color}
+
+
+def _absent_category(rng: Generator, scene: Scene) -> str:
     absent = [name for name in THING_IDS if name not in {each.category for each in scene.segments}]
-    ask("no", category=absent[rng.integers(len(absent))])
-    return [possible[i] for i in rng.permutation(len(possible))[: rng.integers(1, 4)]]
+    return absent[rng.integers(len(absent))]
+
+
+def quizzes(scene: Scene) -> list[tuple[str, str, str, list[str]]]:
+    """(kind, question, short answer, answers that are wrong) of all with one right answer."""
+    found = []
+    for kind, values in _certain(scene):
+        field, answers = ANSWERS[kind]
+        wrong = [each for each in answers if each not in values[field].split(" and ")]
+        found.append((kind, DIALOGUE[kind][0].format(**values), values[field], wrong))
+    return found
+
+
+def checks(rng: Generator, scene: Scene) -> list[tuple[str, str, str]]:
+    """(kind, a question whose answer is yes, one whose answer is no) of a scene."""
+    things = scene.things()
+    true = {"category": things[rng.integers(len(things))].category}
+    pairs = [("existence", true, {"category": _absent_category(rng, scene)})]
+    colored = [values for kind, values in _certain(scene) if kind == "color"]
+    if colored:
+        true = colored[rng.integers(len(colored))]
+        others = [color for color in COLORS if color != true["color"]]
+        pairs.append(("color", true, true | {"color": others[rng.integers(len(others))]}))
+    return [(kind, *(CHECKS[kind].format(**each) for each in pair)) for kind, *pair in pairs]

@@ -17,9 +17,11 @@ if __name__ == "__main__":  # a script's own folder must not shadow other packag
 import argparse
 import json
 import os
+import textwrap
 import time
 
-from xsam.config import CONFIGS, Config, add_config_flags, apply_flags, required_paths, stage_folder
+from xsam.config import CONFIGS, Config, add_config_flags, apply_flags, stage_folder
+from xsam.sources import find_source, required_paths
 
 # ---- command line: before torch is imported, so that a mistake costs a second --------------------
 
@@ -59,9 +61,22 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
         help="names of tensors, as on disk, that an earlier stage's checkpoint may lack",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="train without bad records; they are counted"
+    )
     add_config_flags(parser)
     flags = vars(parser.parse_args(arguments))
-    own = ("stage", "config", "data", "weights", "out", "init", "allow_missing", "resume")
+    own = (
+        "stage",
+        "config",
+        "data",
+        "weights",
+        "out",
+        "init",
+        "allow_missing",
+        "resume",
+        "skip_bad",
+    )
     options = argparse.Namespace(**{name: flags.pop(name) for name in own})
     options.stages = [1, 2, 3] if options.stage == "all" else [int(options.stage)]
     options.out = options.out or Path("runs") / options.config
@@ -78,6 +93,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
         config.stages[options.stages[0]].starts_from = ()
     for number in options.stages:
         stage = config.stages[number]
+        for name in stage.datasets:
+            try:
+                find_source(name)
+            except ValueError as error:
+                parser.error(f"stage {number}: {error}")
         chunk = stage.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
         if stage.global_batch_size % chunk:
             parser.error(
@@ -127,7 +147,7 @@ if __name__ == "__main__":
         leave(MESSAGE)
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from PIL import Image
@@ -137,13 +157,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from xsam import distributed, draw, toy
-from xsam.config import SOURCES, Stage
-from xsam.data import Batch, CocoPanoptic, Mixture, Processor, Sample, open_dataset
+from xsam.config import Stage
+from xsam.data import Batch, Mixture, Processor
+from xsam.datasets import Generic, Sample, open_dataset
 from xsam.encoders import ImageEncoder
 from xsam.evaluate import evaluate, table
 from xsam.llm import LanguageModel
 from xsam.losses import Normalisers, count_targets, segmentation_losses
-from xsam.model import XSAM, Prediction, Segmentor
+from xsam.model import XSAM, Segmentor
+from xsam.postprocess import Prediction
+from xsam.prompts import read_phrasings
 from xsam.weights import (
     TRAINING_FILE,
     Stored,
@@ -161,6 +184,7 @@ from xsam.weights import (
     save_checkpoint,
 )
 
+MOST_REASONS = 20  # printed by a rank for samples that are left out
 UNTRAINED = "untrained"  # the column of results before the first step
 
 # ---- where a stage begins ------------------------------------------------------------------------
@@ -292,22 +316,11 @@ def train_stage(
 
     # ---- data
     processor = Processor(config, model.tokenizer)
-    datasets = [open_dataset(name, options.data, number == 1) for name in stage.datasets]
-    mixture = Mixture(datasets, processor, stage, config.seed)
-    for dataset in datasets:
-        if isinstance(dataset, CocoPanoptic):
-            config.categories = dataset.categories
-    if number == 1 and len(config.categories) != config.model.num_classes:
-        raise ValueError(
-            f"{options.data / SOURCES[stage.datasets[0]].annotations} has {len(config.categories)} "
-            f"categories, num_classes is {config.model.num_classes}"
-        )
+    mixture = open_mixture(number, config, options, processor, say)
     num_steps = stage.max_steps or math.ceil(len(mixture) * stage.epochs)
     accumulation = stage.global_batch_size // (stage.micro_batch_size * world_size)
     say(f"\n---- stage {number}: {num_steps} steps of {stage.global_batch_size} samples")
     say(f"{world_size} processes x {stage.micro_batch_size} samples x {accumulation} accumulated")
-    for name, dataset, factor in zip(stage.datasets, datasets, mixture.factors, strict=True):
-        say(f"  {name}: {len(dataset)} samples x {factor:.2f}, {dataset.num_dropped} left out")
 
     # ---- resume
     first_step = 0
@@ -330,7 +343,7 @@ def train_stage(
     loader = DataLoader(
         mixture,
         batch_sampler=mixture.micro_batches(first_step, rank, world_size),
-        collate_fn=processor.collate,
+        collate_fn=mixture.collate,
         num_workers=config.num_workers,
         pin_memory=device.type == "cuda",
     )
@@ -339,9 +352,10 @@ def train_stage(
         range(first_step, num_steps), f"stage {number}", num_steps, initial=first_step,
         disable=not is_main, unit="step", dynamic_ncols=True,
     )  # fmt: skip
+    num_left_out = 0  # of this rank
     for step in bar:
         started = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(accumulation)]
+        micro_batches = [next_batch(batches) for _ in range(accumulation)]
         normalisers = step_normalisers(micro_batches, config, device)
         waited = time.perf_counter() - started
 
@@ -355,6 +369,8 @@ def train_stage(
             sum(losses.values()).backward()
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(loss.detach())
+            report_left_out(batch, num_left_out)
+            num_left_out += len(batch.left_out)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), stage.clip_norm)
         totals = distributed.sum_over_ranks(totals, device)
         totals = {name: total / world_size for name, total in totals.items()}
@@ -376,8 +392,56 @@ def train_stage(
         if is_main and ((step + 1) % config.save_every == 0 or is_last):
             training = {"optimizer": optimizer.state_dict()}
             save_checkpoint(out, model, config, model.tokenizer, number, step + 1, training)
+    counts = distributed.sum_over_ranks({"left_out": float(num_left_out)}, device)
+    if counts["left_out"]:
+        say(f"{counts['left_out']:.0f} samples were left out, refused or bad, and others drawn")
     distributed.barrier()  # no rank may look for a checkpoint that is still being written
     return model
+
+
+def open_mixture(
+    number: int,
+    config: Config,
+    options: argparse.Namespace,
+    processor: Processor,
+    report: Callable[[str], None],
+) -> Mixture:
+    """The stage's datasets, reported, and the classes of the generic one noted in `config`."""
+    stage, phrasings = config.stages[number], read_phrasings(config.phrasings)
+    datasets = [
+        open_dataset(name, options.data, number == 1, phrasings, options.skip_bad)
+        for name in stage.datasets
+    ]
+    mixture = Mixture(datasets, processor, stage, config.seed, options.skip_bad)
+    for dataset, factor in zip(datasets, mixture.factors, strict=True):
+        left_out = [f"{count} {reason}" for reason, count in (+dataset.left_out).items()]
+        left_out += [f"{len(dataset.problems)} bad records"] if dataset.problems else []
+        without = f"; left out: {', '.join(left_out)}" if left_out else ""
+        report(f"{dataset.name}: {len(dataset)} samples x {factor:.2f}{without}")
+    generic = [dataset for dataset in datasets if isinstance(dataset, Generic)]
+    if generic:
+        config.categories = generic[0].categories
+    for dataset in generic if number == 1 else ():
+        if len(dataset.names) != config.model.num_classes:
+            raise ValueError(
+                f"{dataset.annotations} has {len(dataset.names)} categories, num_classes is "
+                f"{config.model.num_classes}"
+            )
+    return mixture
+
+
+def next_batch(batches: Iterator[Batch | ValueError]) -> Batch:
+    """The next micro-batch; a bad record, which the loader hands on, ends the run."""
+    batch = next(batches)
+    if isinstance(batch, ValueError):
+        raise batch
+    return batch
+
+
+def report_left_out(batch: Batch, num_before: int) -> None:
+    """Says why records are not in a batch, for the first few; the end of the stage counts all."""
+    for reason in batch.left_out[: max(0, MOST_REASONS - num_before)]:
+        tqdm.write(f"left out: {reason}")
 
 
 def step_normalisers(batches: list[Batch], config: Config, device: torch.device) -> Normalisers:
@@ -483,12 +547,20 @@ def draw_metrics(out: Path) -> None:
 
 
 def draw_prediction(sample: Sample, prediction: Prediction) -> Image.Image:
-    """Ground truth beside prediction."""
+    """Ground truth beside prediction; what is shown to the model beside both."""
+    question = textwrap.shorten(sample.turns[0][0], 200, placeholder=" …")
+    if sample.task == "chat":
+        return draw.side_by_side([sample.image], [f"{question}\n{prediction.answer}"])
     labels = [sample.names[label] for label in sample.labels]
-    truth = draw.draw_segments(sample.image, sample.masks, labels)
-    asked = sample.names[0] if sample.task == "refer" else "everything"
-    titles = [f"ground truth: {asked}", f"prediction {prediction.answer}".strip()]
-    return draw.side_by_side([truth, prediction.draw()], titles)
+    # Of visual grounding every pair of query and class is predicted, most with next to no score.
+    found = prediction.draw(min_score=0.3 if sample.task == "vgd" else 0.0)
+    pictures = [draw.draw_segments(sample.image, sample.masks, labels), found]
+    titles = [f"ground truth: {question}", f"prediction {prediction.answer}".strip()]
+    if sample.regions is not None:
+        shown = sample.names[: len(sample.regions)]
+        pictures.insert(0, draw.draw_segments(sample.image, sample.regions, shown))
+        titles.insert(0, "shown")
+    return draw.side_by_side(pictures, titles)
 
 
 def score(column: str, model: Segmentor | XSAM, options: argparse.Namespace) -> None:

@@ -1,0 +1,229 @@
+"""Phrasings: ours are well-formed, a user's are taken or refused with a reason.
+
+pytest tests/test_prompts.py
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+from xsam.config import SPECIAL_TOKENS
+from xsam.prompts import (
+    PER_PHRASE_TASKS,
+    PHRASINGS,
+    PLACEHOLDERS,
+    ask,
+    check_words,
+    clean_name,
+    find_phrases,
+    join_phrases,
+    read_phrasings,
+    reply,
+)
+from xsam.sources import SOURCES
+
+TASKS = ("generic", "refer", "reason", "gcg", "interactive", "vgd")
+TOKENS = ("<image>", "<region>", "<SEG>", "<p>", "</p>")
+
+
+def rng(*seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed or 0)
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+
+def test_every_task_of_the_sources_has_phrasings():
+    assert tuple(PHRASINGS) == TASKS
+    assert {source.task for source in SOURCES.values()} == {*TASKS, "chat"}
+    assert (*SPECIAL_TOKENS, *PLACEHOLDERS) == ("<SEG>", "<p>", "</p>", "<image>", "<region>")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_our_phrasings_are_well_formed(task):
+    kinds = PHRASINGS[task]
+    assert set(kinds) == {"questions", "answers"} | ({"absent"} if task == "refer" else set())
+    for texts in kinds.values():
+        assert texts and len(set(texts)) == len(texts)
+        assert all(text == text.strip() and text for text in texts)
+    for text in kinds["questions"]:
+        assert text.count("{phrases}") == (task != "gcg")
+        assert not any(token in text for token in TOKENS)
+    for text in kinds["answers"]:
+        assert text.count("<SEG>") == 1 and text.count("{caption}") == (task == "gcg")
+        assert not any(token in text.replace("<SEG>", "") for token in TOKENS)
+    for text in kinds.get("absent", ()):
+        assert not any(token in text for token in TOKENS)
+
+
+def test_a_caption_comes_before_its_seg():
+    """The <SEG> reads the phrases, so they have to be said by then."""
+    for text in PHRASINGS["gcg"]["answers"]:
+        assert text.index("{caption}") < text.index("<SEG>")
+
+
+def test_our_phrasings_as_a_file_of_a_user_change_nothing(tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps(PHRASINGS))
+    assert read_phrasings(tmp_path / "mine.json") == PHRASINGS == read_phrasings("")
+
+
+# ---- a user's ------------------------------------------------------------------------------------
+
+
+def test_a_file_replaces_only_what_it_names(tmp_path):
+    path = tmp_path / "mine.json"
+    mine = {
+        "refer": {"questions": ["Can you segment {phrases}?"], "absent": ["Nothing."]},
+        "gcg": {"answers": ["Look: {caption}\n<SEG>"], "questions": ["Tell me, with masks."]},
+    }
+    path.write_text(json.dumps(mine))
+    before = json.dumps(PHRASINGS)
+    phrasings = read_phrasings(str(path))
+    assert phrasings["refer"] == PHRASINGS["refer"] | mine["refer"]
+    assert phrasings["gcg"] == mine["gcg"]
+    for task in set(TASKS) - set(mine):
+        assert phrasings[task] == PHRASINGS[task]
+    assert json.dumps(PHRASINGS) == before
+    assert ask("refer", ["a cup"], rng(), phrasings) == "Can you segment <p>a cup</p>?"
+    assert reply("refer", rng(), phrasings, "absent") == "Nothing."
+    assert reply("gcg", rng(), phrasings, caption="a <p>cup</p>") == "Look: a <p>cup</p>\n<SEG>"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "holds a list, expected a dict"),
+        ({"refering": {"questions": ["{phrases}"]}}, "unknown task 'refering'; known are generic,"),
+        ({"chat": {"questions": ["?"]}}, "unknown task 'chat'"),
+        ({"refer": ["{phrases}"]}, "refer: expected dict"),
+        ({"refer": {"question": ["{phrases}"]}}, "refer: question: unknown; known for this task"),
+        ({"generic": {"absent": ["None."]}}, "generic: absent: unknown"),
+        ({"refer": {"questions": []}}, "refer: questions: is empty"),
+        ({"refer": {"questions": "{phrases}"}}, "refer: questions: expected list"),
+        ({"refer": {"questions": [3]}}, "refer: questions: expected str"),
+        ({"refer": {"questions": ["Segment it."]}}, r"'Segment it.' has {phrases} 0 times, not 1"),
+        ({"vgd": {"questions": ["{phrases} or {phrases}"]}}, r"has {phrases} 2 times, not 1"),
+        ({"gcg": {"questions": ["Describe {phrases}."]}}, r"has {phrases} 1 times, not 0"),
+        ({"refer": {"answers": ["Sure."]}}, "refer: answers: 'Sure.' has <SEG> 0 times, not 1"),
+        ({"vgd": {"answers": ["<SEG> <SEG>"]}}, "has <SEG> 2 times, not 1"),
+        ({"refer": {"absent": ["None: <SEG>."]}}, "refer: absent: .* has <SEG> 1 times, not 0"),
+        ({"gcg": {"answers": ["<SEG>"]}}, "has {caption} 0 times, not 1"),
+        ({"gcg": {"answers": ["{caption} {caption} <SEG>"]}}, "has {caption} 2 times, not 1"),
+        ({"refer": {"answers": ["{caption} <SEG>"]}}, "has {caption} 1 times, not 0"),
+        ({"refer": {"answers": ["{phrases} is <SEG>"]}}, "has {phrases} 1 times, not 0"),
+    ],
+)
+def test_a_mistake_in_a_file_is_said(tmp_path, content, message):
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"mine\.json.*{message}"):
+        read_phrasings(tmp_path / "mine.json")
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "text"),
+    [
+        ("refer", "questions", "<image>\nSegment {phrases}."),
+        ("refer", "questions", "Segment <p>{phrases}</p>."),
+        ("refer", "questions", "Segment {phrases}: <SEG>"),
+        ("interactive", "questions", "Segment <region> {phrases}."),
+        ("gcg", "questions", "<image> Describe it."),
+        ("refer", "answers", "<image> <SEG>"),
+        ("refer", "answers", "<p>it</p> is <SEG>"),
+        ("gcg", "answers", "<p>{caption}</p> <SEG>"),
+        ("refer", "absent", "No <p>it</p>."),
+    ],
+)
+def test_a_token_of_the_prompt_format_in_a_file_is_refused(tmp_path, task, kind, text):
+    """The image and the marks are put in for each sample; twice they would break the batch."""
+    (tmp_path / "mine.json").write_text(json.dumps({task: {kind: [text]}}))
+    with pytest.raises(ValueError, match=rf"mine\.json: {task}: {kind}"):
+        read_phrasings(tmp_path / "mine.json")
+
+
+def test_a_file_that_is_absent_or_damaged_is_named(tmp_path):
+    (tmp_path / "cut.json").write_text('{"refer": ')
+    for name in ("absent.json", "cut.json"):
+        with pytest.raises(ValueError, match=name):
+            read_phrasings(tmp_path / name)
+
+
+# ---- asking and answering ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_questions_carry_their_phrases_and_all_are_drawn(task):
+    names = ["red ring", "the {caption}, a {phrases}"]
+    questions = {ask(task, names, rng(seed)) for seed in range(60)}
+    marked = "<p>red ring</p>, <p>the {caption}, a {phrases}</p>"
+    expected = {text.replace("{phrases}", marked) for text in PHRASINGS[task]["questions"]}
+    assert questions == expected
+    assert ask(task, names) == PHRASINGS[task]["questions"][0].replace("{phrases}", marked)
+
+
+def test_answers_are_drawn_from_their_kind():
+    for task in TASKS:
+        if task != "gcg":
+            assert {reply(task, rng(seed)) for seed in range(60)} == {*PHRASINGS[task]["answers"]}
+    absent = {reply("refer", rng(seed), kind="absent") for seed in range(60)}
+    assert absent == {*PHRASINGS["refer"]["absent"]}
+    assert reply("gcg", rng(), caption="a <p>{caption}</p>.") == "a <p>{caption}</p>. <SEG>"
+
+
+def test_the_same_generator_gives_the_same_words():
+    for task in TASKS:
+        assert ask(task, ["x"], rng(3)) == ask(task, ["x"], rng(3))
+        assert reply(task, rng(3)) == reply(task, rng(3))
+
+
+def test_join_phrases():
+    assert join_phrases(["red ring", "sky"]) == "<p>red ring</p>, <p>sky</p>"
+    assert join_phrases(["<region>"] * 2) == "<p><region></p>, <p><region></p>"
+    assert join_phrases([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("answer", "phrases"),
+    [
+        ("A <p>ring</p> on <p> the sky </p>. <SEG>", ["ring", "the sky"]),
+        ("no marks <SEG>", []),
+        ("<p>not closed", []),
+        ("not opened</p> <p>ring</p>", ["ring"]),
+        ("<p>not closed <p>ring</p>", ["ring"]),
+        ("<p>ring</p></p> <p>sky</p>", ["ring", "sky"]),
+        ("<p></p><p>two\nlines</p>", ["", "two\nlines"]),
+    ],
+)
+def test_find_phrases(answer, phrases):
+    assert find_phrases(answer) == phrases
+
+
+def test_found_phrases_are_those_that_were_joined():
+    names = ["red ring", "a < b", "sky, blue"]
+    assert find_phrases(f"See {join_phrases(names)}.") == names
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_words_with_a_token_of_the_prompt_format_are_refused(token):
+    assert check_words("a < b and seg", "record 3") == "a < b and seg"
+    with pytest.raises(ValueError, match=f"record 3: contains {token}"):
+        check_words(f"the {token} here", "record 3")
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [
+        ("sky-other-merged", "sky other"),
+        ("door-stuff", "door"),
+        ("floor-wood", "floor wood"),
+        ("Hot Dog", "hot dog"),
+        ("window ", "window"),
+        ("road, route", "road, route"),
+    ],
+)
+def test_clean_name(name, clean):
+    assert clean_name(name) == clean
+
+
+def test_the_tasks_with_a_seg_for_each_phrase():
+    assert PER_PHRASE_TASKS == ("refer", "reason")

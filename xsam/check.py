@@ -1,0 +1,248 @@
+"""Says of every dataset what is there, what is missing and where it goes, and what is wrong.
+
+    python -m xsam.data check --data datas
+    python -m xsam.data check --data datas --datasets refcoco,reasonseg --show 4 --out pictures
+
+Reads every record as training would (or `--limit` of them, evenly spaced) and lists those that
+cannot be used. With `--show` it draws samples: the prompt at the left, with the visual prompts in
+the image, and the answer with its targets at the right.
+"""
+
+import argparse
+import multiprocessing
+import os
+import textwrap
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from xsam import draw
+from xsam.config import xsam
+from xsam.datasets import Dataset, Sample, read_dataset
+from xsam.prompts import PHRASINGS, read_phrasings
+from xsam.sources import SOURCES, find_source, locate
+
+MOST_SHOWN = 5  # bad records of a set in the report, unless --all
+MOST_TITLE = 500  # characters of a prompt above its picture
+
+
+@dataclass
+class Report:
+    """What is known of one set."""
+
+    name: str
+    missing: list[str] = field(default_factory=list)
+    num_samples: int = 0
+    num_read: int = 0
+    left_out: Counter = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def state(self) -> str:
+        if self.missing:
+            return "missing"
+        if self.problems:
+            return f"{len(self.problems)} bad"
+        return "ok" if self.num_samples else "empty"
+
+
+_DATASET: Dataset | None = None  # of a worker
+
+
+def _start(dataset: Dataset, seed: int) -> None:
+    global _DATASET, _SEED
+    _DATASET, _SEED = dataset, seed
+
+
+def _read(index: int) -> str | None:
+    """What is wrong with a sample, if anything."""
+    try:
+        _DATASET.sample(index, np.random.default_rng([_SEED, index]))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_dataset(
+    name: str,
+    data: Path,
+    limit: int = 0,
+    num_workers: int = 1,
+    seed: int = 0,
+    phrasings: dict = PHRASINGS,
+) -> tuple[Report, Dataset | None]:
+    """The report on a set and, where it can be opened, the set. `limit` 0 reads every sample."""
+    source, report = find_source(name), Report(name)
+    report.missing = [path for path in source.paths() if not locate(data, path).exists()]
+    if report.missing:
+        return report, None
+    try:
+        dataset = read_dataset(name, data, phrasings=phrasings)
+    except ValueError as error:
+        report.problems.append(str(error))
+        return report, None
+    report.num_samples, report.left_out = len(dataset), +dataset.left_out
+    report.problems += dataset.problems
+    count = min(limit, len(dataset)) if limit else len(dataset)
+    indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+    report.num_read = len(indices)
+    bar = tqdm(total=len(indices), desc=name, unit="sample", leave=False)
+    if num_workers > 1:
+        with multiprocessing.Pool(num_workers, _start, (dataset, seed)) as pool:
+            for problem in pool.imap(_read, indices, chunksize=16):
+                report.problems += [problem] if problem else []
+                bar.update()
+    else:
+        _start(dataset, seed)
+        for index in indices:
+            problem = _read(index)
+            report.problems += [problem] if problem else []
+            bar.update()
+    bar.close()
+    # One damaged file may be read for several samples.
+    report.problems = list(dict.fromkeys(report.problems))
+    return report, dataset
+
+
+def table(reports: list[Report]) -> str:
+    """A line for each set: task, who uses it, state, samples, how many were read, what is left out
+    by the format's rules."""
+    users: dict[str, list[str]] = {}
+    for number, stage in xsam().stages.items():
+        for name in stage.datasets:
+            users.setdefault(name, []).append(f"stage {number}")
+    rows = [("set", "task", "for", "state", "samples", "read", "left out by the rules")]
+    for report in reports:
+        default = "scoring" if report.name in SOURCES and _is_scored(report.name) else "choice"
+        left_out = ", ".join(f"{count} {reason}" for reason, count in report.left_out.items())
+        rows.append(
+            (
+                report.name,
+                find_source(report.name).task or "own",
+                ", ".join(users.get(report.name, [default])),
+                report.state,
+                str(report.num_samples or ""),
+                str(report.num_read or ""),
+                left_out,
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _is_scored(name: str) -> bool:
+    return SOURCES[name].format == "tsv" or "_val" in name or "_test" in name
+
+
+def missing_text(reports: list[Report], data: Path) -> str:
+    """What is missing and where it goes, each path once."""
+    places: dict[str, str] = {}
+    for report in reports:
+        for path in report.missing:
+            places.setdefault(path, find_source(report.name).about)
+    lines = [f"  {data / path}\n      {about}" for path, about in places.items()]
+    return "\n".join([f"\n{len(places)} paths are missing:", *lines]) if places else ""
+
+
+def problems_text(reports: list[Report], most: int) -> str:
+    """The first bad records of each set."""
+    lines = []
+    for report in reports:
+        if report.problems:
+            lines.append(f"\n{report.name}: {len(report.problems)} bad")
+            lines += [f"  {problem}" for problem in report.problems[:most]]
+            if len(report.problems) > most:
+                lines.append(f"  … and {len(report.problems) - most} more (--all lists them)")
+    return "\n".join(lines)
+
+
+def draw_sample(sample: Sample) -> Image.Image:
+    """What is asked, with its visual prompts, beside what is answered, with its targets."""
+    size = sample.image.height, sample.image.width
+    regions = sample.regions if sample.regions is not None else np.zeros((0, *size), bool)
+    asked = draw.draw_segments(sample.image, regions, sample.names[: len(regions)])
+    masks, labels = sample.masks, [sample.names[label] for label in sample.labels]
+    if sample.ignore is not None and sample.ignore.any():
+        masks, labels = np.concatenate([masks, sample.ignore[None]]), [*labels, "(no label)"]
+    answered = draw.draw_segments(sample.image, masks, labels)
+    questions = " / ".join(question for question, _ in sample.turns)
+    answers = " / ".join(answer for _, answer in sample.turns)
+    titles = [textwrap.shorten(text, MOST_TITLE, placeholder=" …") for text in (questions, answers)]
+    return draw.side_by_side([asked, answered], [f"{sample.sample_id}\n{titles[0]}", titles[1]])
+
+
+def show(dataset: Dataset, count: int, out: Path, seed: int) -> list[Path]:
+    """Draws `count` samples, evenly spaced, into `out`; those that cannot be read are left out."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int):
+        try:
+            sample = dataset.sample(int(index), np.random.default_rng([seed, index]))
+        except ValueError:
+            continue  # the report has it
+        name = Path(dataset.name.split(":")[0]).stem
+        paths.append(out / f"{name}_{index:06d}.png")
+        draw_sample(sample).save(paths[-1])
+    return paths
+
+
+def run(options: argparse.Namespace) -> int:
+    names = options.datasets.split(",") if options.datasets else list(SOURCES)
+    for name in names:
+        find_source(name)  # an unknown one is told before hours of reading
+    phrasings = read_phrasings(options.phrasings)
+    reports = []
+    for name in names:
+        report, dataset = check_dataset(
+            name, options.data, options.limit, options.workers, options.seed, phrasings
+        )
+        reports.append(report)
+        if options.show and dataset is not None:
+            show(dataset, options.show, options.out, options.seed)
+    print(table(reports))
+    for text in (
+        missing_text(reports, options.data),
+        problems_text(reports, 10**9 if options.all else MOST_SHOWN),
+    ):
+        if text:
+            print(text)
+    if options.show:
+        print(f"\npictures are in {options.out}")
+    return int(any(report.problems for report in reports))
+
+
+def add_command(commands) -> None:
+    """`check` and its flags."""
+    parser = commands.add_parser(
+        "check",
+        help="what is there, what is missing and where it goes, and what is wrong",
+        description="Reads every dataset as training and scoring do. Exit status 1: something is "
+        "bad.",
+        epilog="example: python -m xsam.data check --data datas --datasets refcoco --show 4",
+    )
+    parser.add_argument("--data", type=Path, default=Path("datas"), help="data root (datas)")
+    parser.add_argument(
+        "--datasets",
+        default="",
+        metavar="NAME,...",
+        help="only these; also files of your own: FILE.json, FILE.json:IMAGES[:MASKS]",
+    )
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="draw N samples of each")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/check"), help="where pictures go (runs/check)"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="read N samples of each (default: all)"
+    )
+    parser.add_argument("--all", action="store_true", help="list every bad record")
+    parser.add_argument("--phrasings", default="", metavar="FILE", help="phrasings of your own")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
+    )
+    parser.set_defaults(run=run)

@@ -1,0 +1,550 @@
+"""Files that are made, not downloaded: COCO-VGD, COCO's semantic maps, ADE20K for three tasks.
+
+Stands beside the data chain (sources → formats → convert); the readers open what it writes. Every
+image is a job of its own in a pool of processes, and its randomness comes from its own ids, so the
+bytes do not depend on the number of workers. An output takes its name only once it is complete.
+Wrong records raise ValueError naming file and record, an output that exists FileExistsError.
+Legend: H W image size, h w size of a connected component.
+
+    python -m xsam.data vgd --instances instances_val2017.json --out img_vgdseg_coco_val.json
+"""
+
+import argparse
+import contextlib
+import functools
+import inspect
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import zlib
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+from tqdm import tqdm
+
+from xsam.formats import (
+    decode_mask,
+    dilate,
+    encode_mask,
+    expect,
+    num_bad_rings,
+    read_class_map,
+    read_image,
+    read_json,
+    read_segment_ids,
+    read_tsv,
+    take,
+    take_size,
+)
+from xsam.sources import PROMPT_RADII, PROMPT_TYPES
+
+# ---- visual prompts ------------------------------------------------------------------------------
+
+LARGEST_SPECK = 5  # pixels; a component no larger than that gets no prompt
+BLUR_SIGMA = 2.0
+
+
+def visual_prompts(
+    mask: np.ndarray, rng: np.random.Generator, is_dilated: bool = True
+) -> dict[str, np.ndarray]:
+    """The four prompts for an object's mask, bool [H, W], by PROMPT_TYPES, each bool [H, W].
+
+    Each 8-connected component adds its part; a mask of nothing but specks gets four empty prompts.
+    Not dilated, point and scribble are one pixel wide, as COCO-Interactive stores them (PSALM);
+    dilated, they are as in COCO-VGD (X-SAM, section 3.4).
+    """
+    prompts = {kind: np.zeros(mask.shape, bool) for kind in PROMPT_TYPES}
+    if not mask.any():
+        return prompts
+    left, top, width, height = _bbox(mask)
+    labels, _ = ndimage.label(mask[top : top + height, left : left + width], np.ones((3, 3)))
+    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        component = labels[rows, columns] == number  # [h, w]
+        if component.sum() <= LARGEST_SPECK:
+            continue
+        corner = np.array([top + rows.start, left + columns.start])
+        for kind, draw in _DRAW.items():
+            patch, offset = draw(component, rng)
+            _unite(prompts[kind], patch, corner + offset)
+    if is_dilated:
+        prompts |= {kind: dilate(prompts[kind], radius) for kind, radius in PROMPT_RADII.items()}
+    return prompts
+
+
+# Each of these takes a component [h, w] and gives a patch, bool of any size, and the (row, column)
+# of the patch's corner as seen from the component's; it may reach beyond the image.
+
+
+def _point(component: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, tuple]:
+    inside = np.argwhere(component)
+    return np.ones((1, 1), bool), tuple(inside[rng.integers(len(inside))])
+
+
+def _scribble(component: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, tuple]:
+    """A diagonal that swings like a sine, fading at its ends, across the box with each side moved
+    by up to a tenth; of the two diagonals the one that has more of itself on the object."""
+    size = np.array(component.shape)
+    first = rng.uniform(-0.1, 0.1, 2) * size
+    last = size - 1 + rng.uniform(-0.1, 0.1, 2) * size
+    along = np.linspace(0, 1, 8 * size.sum())[:, None]  # so close that no pixel is skipped
+    waves, phase = rng.uniform(1, 3), rng.random()
+    swing = rng.uniform(0.05, 0.15) * size.min() * np.sin(np.pi * along)
+    direction = (last - first) / np.linalg.norm(last - first)
+    path = first + along * (last - first)
+    path += swing * np.sin(2 * np.pi * (waves * along + phase)) * direction[::-1] * (1, -1)
+    falling = np.rint(path).astype(int)  # [P, 2] rows and columns
+    rising = np.rint(path * (1, -1) + (0, first[1] + last[1])).astype(int)
+    on_object = [component[tuple(np.clip(p, 0, size - 1).T)].sum() for p in (falling, rising)]
+    path = falling if on_object[0] >= on_object[1] else rising
+    offset = path.min(axis=0)
+    patch = np.zeros(path.max(axis=0) - offset + 1, bool)
+    patch[tuple((path - offset).T)] = True
+    return patch, tuple(offset)
+
+
+def _box(component: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, tuple]:
+    """The component's box, filled, larger or smaller by up to a tenth around the same centre."""
+    scale = rng.uniform(0.9, 1.1)
+    size = [max(1, round(scale * side)) for side in component.shape]
+    offset = [(side - new) // 2 for side, new in zip(component.shape, size, strict=True)]
+    return np.ones(size, bool), tuple(offset)
+
+
+def _blurred(component: np.ndarray, _: np.random.Generator) -> tuple[np.ndarray, tuple]:
+    """The component after a Gaussian blur, cut at the blur's mean over a window that is four sigma
+    wider on each side: sharp corners and gaps go, and a thin object becomes thicker."""
+    margin = int(4 * BLUR_SIGMA)
+    blurred = ndimage.gaussian_filter(np.pad(component, margin).astype(np.float32), BLUR_SIGMA)
+    return blurred > blurred.mean(), (-margin, -margin)
+
+
+_DRAW = {"point": _point, "scribble": _scribble, "box": _box, "mask": _blurred}
+
+
+def _unite(prompt: np.ndarray, patch: np.ndarray, corner: np.ndarray) -> None:
+    """Adds to `prompt`, in place, what of a patch at `corner` (row, column) lies inside it."""
+    (top, left), (height, width) = corner, patch.shape
+    into = prompt[max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
+    into |= patch[max(-top, 0) :, max(-left, 0) :][: into.shape[0], : into.shape[1]]
+
+
+def _bbox(mask: np.ndarray) -> list[int]:
+    """COCO's [x, y, width, height] of a mask that is not empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    x, y = int(columns[0]), int(rows[0])
+    return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
+
+
+# ---- pool and outputs ----------------------------------------------------------------------------
+
+
+def _each(function: Callable, jobs: list, num_workers: int | None) -> Iterator:
+    """`function` of each job, in their order, behind a progress bar. `num_workers` processes do
+    them: as many as there are cores where it is None, none but this one at 0 or 1."""
+    num_workers = min(os.cpu_count() or 1 if num_workers is None else num_workers, len(jobs))
+    with contextlib.ExitStack() as stack:
+        results = map(function, jobs)
+        if num_workers > 1:
+            # Ctrl-C is for this process; it ends the others.
+            arguments = num_workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)
+            pool = stack.enter_context(multiprocessing.Pool(*arguments))
+            results = pool.imap(function, jobs, chunksize=8)
+        yield from tqdm(results, total=len(jobs), unit="image")
+
+
+def _refuse_existing(*targets: Path) -> None:
+    for target in targets:
+        if target.exists():
+            raise FileExistsError(f"{target} exists already: delete it or name another")
+
+
+@contextlib.contextmanager
+def _complete(*targets: Path) -> Iterator[list[Path]]:
+    """Names to write under; they become `targets` where the block ends well, else they go."""
+    _refuse_existing(*targets)
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    partials = [target.with_name(f"{target.name}.partial") for target in targets]
+    _remove(partials)  # what a killed run has left
+    try:
+        yield partials
+        for partial, target in zip(partials, targets, strict=True):
+            partial.rename(target)
+    finally:
+        _remove(partials)
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _report(made: Path | str, counts: dict[str, int]) -> dict[str, int]:
+    print(f"{made}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    return dict(counts)
+
+
+def _read_coco(path: Path) -> tuple[list[tuple[dict, list]], list[int]]:
+    """A COCO file as (image, [(where, annotation)]) in order of image id, and its category ids in
+    ascending order."""
+    content = read_json(path, dict)
+    jobs: dict[Any, tuple[dict, list]] = {}
+    for index, image in enumerate(take(content, "images", list, str(path))):
+        where = f"{path}: images[{index}]"
+        image_id = take(image, "id", (int, str), where)
+        if image_id in jobs:
+            raise ValueError(f"{where}: image {image_id!r} is listed twice")
+        take(image, "file_name", str, where)
+        take_size(image, where)
+        jobs[image_id] = image, []
+    for index, annotation in enumerate(take(content, "annotations", list, str(path))):
+        where = f"{path}: annotations[{index}]"
+        image_id = take(annotation, "image_id", (int, str), where)
+        if image_id not in jobs:
+            raise ValueError(f"{where}: image {image_id!r} is not among its images")
+        jobs[image_id][1].append((where, annotation))
+    categories = [
+        take(category, "id", int, f"{path}: categories[{index}]")
+        for index, category in enumerate(take(content, "categories", list, str(path)))
+    ]
+    in_order = sorted(jobs, key=lambda image_id: (isinstance(image_id, str), image_id))
+    return [jobs[image_id] for image_id in in_order], sorted(set(categories))
+
+
+def _check_category(record: dict, categories: Container[int], where: str) -> None:
+    category = take(record, "category_id", int, where)
+    if category not in categories:
+        raise ValueError(f"{where}: category {category} is not among the file's categories")
+
+
+# ---- COCO-VGD ------------------------------------------------------------------------------------
+
+XYWH_ABS = 1  # detectron2's BoxMode for COCO's boxes
+
+
+def build_vgd(
+    instances: Path, out: Path, seed: int = 0, num_workers: int | None = None
+) -> dict[str, int]:
+    """Writes COCO-VGD, a list with a record per image, from a COCO instances file.
+
+    Annotations keep what they have and gain `bbox_mode` and `visual_prompts` (X-SAM, section 3.4).
+    Crowd, invalid rings, annotations without a valid ring and images without an annotation are left
+    out; returns how many, and prints it. The prompts depend on the seed and the ids alone.
+    """
+    counts = Counter(images=0, annotations=0, crowd=0, bad_rings=0, invalid=0, empty_images=0)
+    with _complete(Path(out)) as (partial,), partial.open("w", encoding="utf-8") as file:
+        jobs, categories = _read_coco(Path(instances))
+        make = functools.partial(_vgd_record, seed=seed, categories=set(categories))
+        file.write("[")  # record by record: all of them need more memory than a laptop has
+        for text, found in _each(make, jobs, num_workers):
+            file.write(f",\n{text}" if text and counts["images"] else text)
+            counts.update(found)
+        file.write("]")
+    return _report(out, counts)
+
+
+def _vgd_record(job: tuple, seed: int, categories: set[int]) -> tuple[str, Counter]:
+    """One image's record as JSON, empty where no annotation is left, and what was counted."""
+    image, annotations = job
+    height, width = take_size(image, str(image["id"]))
+    info = dict(id=image["id"], file_name=image["file_name"], height=height, width=width)
+    record = dict(image_file=image["file_name"], image_id=image["id"], image_size=[height, width])
+    record |= dict(image_info=info, annotations=[])
+    counts: Counter = Counter()
+    for where, annotation in annotations:
+        _check_category(annotation, categories, where)
+        if expect(annotation.get("iscrowd", 0), int, where):
+            counts["crowd"] += 1
+            continue
+        shape = take(annotation, "segmentation", (list, dict), where)
+        counts["bad_rings"] += num_bad_rings(shape)
+        if isinstance(shape, list):
+            shape = [part for part in shape if not num_bad_rings([part])]
+        if not shape:
+            counts["invalid"] += 1
+            continue
+        take(annotation, "bbox", list, where)
+        ids = image["id"], take(annotation, "id", (int, str), where)
+        rng = np.random.default_rng([seed, *(zlib.crc32(str(each).encode()) for each in ids)])
+        prompts = visual_prompts(decode_mask(shape, (height, width), where, True), rng)
+        encoded = {f"{kind}_visual_prompt": encode_mask(mask) for kind, mask in prompts.items()}
+        added = dict(segmentation=shape, bbox_mode=XYWH_ABS, visual_prompts=encoded)
+        record["annotations"].append(annotation | added)
+    if not record["annotations"]:
+        return "", counts + Counter(empty_images=1)
+    return json.dumps(record), counts + Counter(images=1, annotations=len(record["annotations"]))
+
+
+# ---- COCO's semantic maps ------------------------------------------------------------------------
+
+IGNORED = 255
+
+
+def build_coco_semantic(
+    panoptic: Path, masks: Path, out: Path, num_workers: int | None = None
+) -> dict[str, int]:
+    """Writes a folder of 8-bit PNGs, IMAGE.png, from a COCO panoptic file and its folder `masks`.
+
+    A pixel is the rank of its category's id, IGNORED where there is no segment; crowd is written
+    like any other segment. Images without an annotation get no PNG; returns and prints how many.
+    """
+    with _complete(Path(out)) as (partial,):
+        jobs, categories = _read_coco(Path(panoptic))
+        if len(categories) > IGNORED:
+            raise ValueError(f"{panoptic}: {len(categories)} categories, 8 bits hold {IGNORED}")
+        labelled = [job for job in jobs if job[1]]
+        counts = Counter(images=0, segments=0, images_without_annotation=len(jobs) - len(labelled))
+        partial.mkdir()
+        indices = {category: index for index, category in enumerate(categories)}
+        make = functools.partial(_semantic_map, masks=Path(masks), out=partial, indices=indices)
+        for num_segments in _each(make, labelled, num_workers):
+            counts.update(images=1, segments=num_segments)
+    return _report(out, counts)
+
+
+def _semantic_map(job: tuple, masks: Path, out: Path, indices: dict[int, int]) -> int:
+    """Writes one image's map; returns its number of segments."""
+    image, annotations = job
+    name, size = f"{Path(image['file_name']).stem}.png", take_size(image, str(image["id"]))
+    ids = read_segment_ids(masks / name, size)
+    classes = np.full(size, IGNORED, np.uint8)
+    num_segments = 0
+    for where, annotation in annotations:
+        for segment in take(annotation, "segments_info", list, where):
+            _check_category(segment, indices, where)
+            classes[ids == take(segment, "id", int, where)] = indices[segment["category_id"]]
+            num_segments += 1
+    unknown = ids[(classes == IGNORED) & (ids != 0)]
+    if unknown.size:
+        raise ValueError(f"{masks / name}: segment {unknown[0]} is not in its segments_info")
+    Image.fromarray(classes).save(out / name)
+    return num_segments
+
+
+# ---- ADE20K --------------------------------------------------------------------------------------
+
+_ADE_SPLITS = {"training": "train", "validation": "val"}  # as the outputs call them
+_MAPPING = "ade20k_instance_catid_mapping.txt"
+_ADE_URLS = (
+    "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+    "http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar",
+)
+
+
+def convert_ade20k(
+    folder: Path, splits: Sequence[str] = tuple(_ADE_SPLITS), num_workers: int | None = None
+) -> dict[str, dict[str, int]]:
+    """Writes semantic, panoptic and instance annotations beside the downloads under `folder`.
+
+    Reads images, annotations and annotations_instance of each split, objectInfo150.txt (classes and
+    names) and the mapping file (which of them are things). Class ids count from 0 and image ids
+    are file stems. As in the published files, things cover stuff, but a stuff segment keeps the
+    area and box that it had before, even where no pixel of it is left. Returns counts by split.
+    Raises FileNotFoundError, which says what to download.
+    """
+    folder = Path(folder)
+    for split in splits:
+        _check_downloads(folder, split)
+        _refuse_existing(*_ade_outputs(folder, split))
+    categories, things = _read_ade_classes(folder)
+    return {
+        split: _convert_split(folder, split, categories, things, num_workers) for split in splits
+    }
+
+
+def _check_downloads(folder: Path, split: str) -> None:
+    if split not in _ADE_SPLITS:
+        raise ValueError(f"unknown split {split!r} of ADE20K; known are {', '.join(_ADE_SPLITS)}")
+    images = f"unpack {_ADE_URLS[0]} and take its folder ADEChallengeData2016"
+    mends = {
+        "objectInfo150.txt": images,
+        f"images/{split}": images,
+        f"annotations/{split}": images,
+        f"annotations_instance/{split}": f"it has an archive of its own: {_ADE_URLS[1]}",
+        _MAPPING: "copy it from the folder datasets of github.com/facebookresearch/Mask2Former",
+    }
+    for name, mend in mends.items():
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder / name} is missing: {mend}")
+
+
+def _ade_outputs(folder: Path, split: str) -> list[Path]:
+    """Semantic PNGs, panoptic PNGs, panoptic file, instance file."""
+    name = _ADE_SPLITS[split]
+    return [
+        folder / "annotations_detectron2" / split,
+        folder / f"ade20k_panoptic_{name}",
+        folder / f"ade20k_panoptic_{name}.json",
+        folder / f"ade20k_instance_{name}.json",
+    ]
+
+
+def _read_ade_classes(folder: Path) -> tuple[list[dict], dict[int, int]]:
+    """COCO's panoptic categories, and the category id of each instance class."""
+    path = folder / "objectInfo150.txt"
+    rows = [list(row.values()) for row in read_tsv(path)]
+    if [row[0].strip() for row in rows] != [str(index + 1) for index in range(len(rows))]:
+        raise ValueError(f"{path}: its first column does not count the classes from 1")
+    path, things = folder / _MAPPING, {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines[1:], start=2):
+        # Runs of tabs part the columns. The last one, the class of the full ADE, is not needed, but
+        # an instance class that joins several of those has a line for each.
+        columns = [int(each) if each.isdecimal() else 0 for each in line.split()[:2]]
+        if columns and (len(columns) < 2 or min(columns) < 1 or columns[1] > len(rows)):
+            raise ValueError(
+                f"{path}: line {number} is {line!r}, expected an instance class and one of the "
+                f"{len(rows)} classes of objectInfo150.txt"
+            )
+        if columns and things.setdefault(columns[0], columns[1] - 1) != columns[1] - 1:
+            raise ValueError(f"{path}: line {number}: instance class {columns[0]} has two classes")
+    categories = [
+        dict(
+            id=index,
+            name=row[-1],
+            isthing=int(index in things.values()),
+            # An odd step through 24 bits: no two are alike.
+            color=[(index + 1) * 0x9E3779 >> shift & 255 for shift in (0, 8, 16)],
+        )
+        for index, row in enumerate(rows)
+    ]
+    return categories, things
+
+
+def _convert_split(
+    folder: Path, split: str, categories: list, things: dict[int, int], num_workers: int | None
+) -> dict[str, int]:
+    stems = sorted(path.stem for path in (folder / "images" / split).glob("*.jpg"))
+    if not stems:
+        raise FileNotFoundError(f"{folder / 'images' / split}: holds no .jpg; unpack it again")
+    images, annotations, instances = [], [], []
+    with _complete(*_ade_outputs(folder, split)) as partials:
+        *folders, panoptic_file, instance_file = partials
+        for each in folders:
+            each.mkdir()
+        paths = folder / "images" / split, folder / "annotations" / split
+        paths = (*paths, folder / "annotations_instance" / split, *folders)
+        make = functools.partial(_ade_image, folders=paths, categories=categories, things=things)
+        for image, segments, objects in _each(make, stems, num_workers):
+            images.append(image)
+            record = dict(image_id=image["id"], file_name=f"{image['id']}.png")
+            annotations.append(record | dict(segments_info=segments))
+            instances += [
+                dict(id=number) | o for number, o in enumerate(objects, len(instances) + 1)
+            ]
+        both = dict(images=images, annotations=annotations, categories=categories)
+        panoptic_file.write_text(json.dumps(both), encoding="utf-8")
+        named = [dict(id=c["id"], name=c["name"]) for c in categories if c["isthing"]]
+        both = dict(images=images, annotations=instances, categories=named)
+        instance_file.write_text(json.dumps(both), encoding="utf-8")
+    num_segments = sum(len(annotation["segments_info"]) for annotation in annotations)
+    counts = dict(images=len(images), segments=num_segments, instances=len(instances))
+    return _report(f"{folder}, {split}", counts)
+
+
+def _ade_image(
+    stem: str, folders: tuple[Path, ...], categories: list[dict], things: dict[int, int]
+) -> tuple[dict, list[dict], list[dict]]:
+    """Writes the semantic and panoptic PNG of an image; returns its record, its segments_info and
+    its instance annotations, as yet without ids."""
+    jpgs, class_maps, instance_maps, semantic, panoptic = folders
+    picture, name = read_image(jpgs / f"{stem}.jpg"), f"{stem}.png"
+    size = picture.height, picture.width
+    classes = read_class_map(class_maps / name, size) - np.uint8(1)  # unlabelled wraps to IGNORED
+    stuff = list(_stuff_masks(classes, categories, class_maps / name))
+    objects = _thing_masks(read_image(instance_maps / name, size), things, instance_maps / name)
+    ids = np.zeros(size, np.int32)
+    segments, instances = [], []
+    for segment_id, (category, mask) in enumerate([*stuff, *objects], start=1):
+        ids[mask] = segment_id
+        about = dict(category_id=category, area=int(mask.sum()), bbox=_bbox(mask), iscrowd=0)
+        segments.append(dict(id=segment_id) | about)
+        if segment_id > len(stuff):
+            instances.append(dict(image_id=stem) | about | dict(segmentation=encode_mask(mask)))
+    Image.fromarray(classes).save(semantic / name)
+    colours = (ids[..., None] >> (0, 8, 16)) & 255  # [H, W, 3]
+    Image.fromarray(colours.astype(np.uint8)).save(panoptic / name)
+    image = dict(id=stem, file_name=f"{stem}.jpg", width=size[1], height=size[0])
+    return image, segments, instances
+
+
+def _stuff_masks(classes: np.ndarray, categories: list[dict], path: Path) -> Iterator[tuple]:
+    """(category id, mask) of each stuff class in a map from 0; IGNORED is none."""
+    for index in np.unique(classes[classes != IGNORED]).tolist():
+        if index >= len(categories):
+            raise ValueError(f"{path}: class {index + 1}, objectInfo150.txt has {len(categories)}")
+        if not categories[index]["isthing"]:
+            yield index, classes == index
+
+
+def _thing_masks(picture: Image.Image, things: dict[int, int], path: Path) -> Iterator[tuple]:
+    """(category id, mask) of each object: red is the instance class, green counts, 0 is void."""
+    codes = np.asarray(picture, np.int32) @ (256, 1, 0)  # [H, W]
+    for code in np.unique(codes[codes % 256 > 0]).tolist():
+        if code // 256 not in things:
+            raise ValueError(f"{path}: instance class {code // 256} is not in {_MAPPING}")
+        yield things[code // 256], codes == code
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds vgd, coco-semantic and ade20k to what `ArgumentParser.add_subparsers` gives; each sets
+    `run`, which takes the options and returns the exit code."""
+    add = _add_command(
+        subparsers,
+        "vgd",
+        build_vgd,
+        "COCO instances to COCO-VGD: four visual prompts for each object",
+        "--instances instances_val2017.json --out img_vgdseg_coco_val.json",
+    )
+    add("--instances", type=Path, required=True, metavar="FILE", help="COCO instances")
+    add("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
+    add("--seed", type=int, default=0, help="of the prompts; default: %(default)s")
+    add = _add_command(
+        subparsers,
+        "coco-semantic",
+        build_coco_semantic,
+        "COCO panoptic to PNGs of classes",
+        "--panoptic panoptic_val2017.json --masks panoptic_val2017 --out panoptic_semseg_val2017",
+    )
+    add("--panoptic", type=Path, required=True, metavar="FILE", help="COCO panoptic")
+    add("--masks", type=Path, required=True, metavar="DIR", help="the folder of its PNGs")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    add = _add_command(
+        subparsers,
+        "ade20k",
+        convert_ade20k,
+        "ADE20K-150 as downloaded to semantic, panoptic and instance annotations beside it",
+        "--folder img_ovseg/ade20k --splits validation",
+    )
+    add("--folder", type=Path, required=True, metavar="DIR", help="holds images, annotations, ...")
+    splits = ",".join(_ADE_SPLITS)
+    add("--splits", type=lambda text: text.split(","), default=splits, help="default: %(default)s")
+
+
+def _add_command(subparsers: Any, name: str, build: Callable, about: str, example: str) -> Callable:
+    """A sub-command that calls `build` with its options; returns what adds options to it."""
+    example = f"example: python -m xsam.data {name} {example}"
+    parser = subparsers.add_parser(name, help=about, description=about, epilog=example)
+    parser.add_argument(
+        "--workers", type=int, dest="num_workers", metavar="N", help="default: one for each core"
+    )
+
+    def run(options: argparse.Namespace) -> int:
+        build(**{key: getattr(options, key) for key in inspect.signature(build).parameters})
+        return 0
+
+    parser.set_defaults(run=run)
+    return parser.add_argument

@@ -1,0 +1,338 @@
+"""What lies on disk, read with suspicion: JSON, pickles, images, masks in every encoding.
+
+Second link of the data chain (sources → formats → prompts → datasets → data). Everything here
+raises ValueError that names the file or the record, whatever the bytes. Legend: H W image size.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+from scipy import ndimage
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, kind: type | None = None) -> Any:
+    """The content of a JSON file, which must be of `kind` (list or dict) at its top."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
+    if kind is not None and not isinstance(content, kind):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a {kind.__name__}")
+    return content
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads lists, dicts, strings and numbers; refuses whatever would import or call something."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it asks to import {module}.{name}")
+
+
+def read_refs(path: Path) -> list[dict]:
+    """A RefCOCO file, pickle or JSON. Raises ValueError where it is damaged or a pickle holds more
+    than plain data."""
+    if path.suffix == ".json":
+        return read_json(path, list)
+    try:
+        with path.open("rb") as file:
+            refs = _PlainUnpickler(file, encoding="utf-8").load()
+    except Exception as error:  # damaged bytes make the unpickler fail in any way
+        raise ValueError(f"{path}: not a plain pickle of refs: {error}") from error
+    if not isinstance(refs, list):
+        raise ValueError(f"{path}: holds a {type(refs).__name__}, expected a list of refs")
+    return refs
+
+
+def read_labelme(path: Path) -> dict:
+    """A ReasonSeg annotation: UTF-8, or the Windows code page that some of the files have."""
+    content = path.read_bytes() if path.is_file() else None
+    if content is None:
+        raise ValueError(f"{path}: missing, the image beside it has no annotation")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", errors="replace")
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
+    return expect(record, dict, str(path))
+
+
+def read_tsv(path: Path) -> list[dict[str, str]]:
+    """A VLMEvalKit table as a record a row; images are base64 in a column."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t", strict=True)
+            return [
+                {key: value or "" for key, value in row.items() if isinstance(key, str)}
+                for row in reader
+            ]
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: not a table of tab-separated values ({error})") from error
+
+
+# ---- records -------------------------------------------------------------------------------------
+
+
+def expect(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
+    """`value`, which must be of `kind`; an int may stand for a float, a bool never for a number."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    accepted = (*kinds, int) if float in kinds else kinds
+    is_number = not isinstance(value, float) or math.isfinite(value)
+    if isinstance(value, accepted) and (not isinstance(value, bool) or bool in kinds) and is_number:
+        return value
+    names = " or ".join(each.__name__ for each in kinds)
+    raise ValueError(f"{where}: expected {names}, got {_shorten(value)}")
+
+
+def take(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """`record[key]`, which must be there and of `kind`."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a dict, got {_shorten(record)}")
+    if key not in record:
+        raise ValueError(f"{where}: has no {key!r}")
+    return expect(record[key], kind, f"{where}: {key!r}")
+
+
+def take_flag(record: dict, key: str, where: str, default: bool = False) -> bool:
+    """`record[key]`, 0 or 1; `default` where it is not there."""
+    value = record.get(key, default)
+    if not isinstance(value, int) or value not in (0, 1):
+        raise ValueError(f"{where}: {key!r} is {_shorten(value)}, neither 0 nor 1")
+    return bool(value)
+
+
+def take_size(record: dict, where: str) -> tuple[int, int]:
+    """(height, width) of a record, which some files write as strings."""
+    sides = []
+    for key in ("height", "width"):
+        side = take(record, key, (int, str), where)
+        if isinstance(side, str) and side.strip().isdecimal() and len(side) < 9:
+            side = int(side)
+        if not isinstance(side, int) or not 0 < side < 2**16:
+            raise ValueError(f"{where}: {key!r} is {_shorten(side)}, no number of pixels")
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+# What Pillow's decoders raise on damaged bytes.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def read_image(path: Path | io.BytesIO, size: tuple[int, int] | None = None) -> Image.Image:
+    """An RGB image; `size` (height, width), where the annotations tell it, must be the image's."""
+    image = _open(path).convert("RGB")
+    _check_size(path, image, size)
+    return image
+
+
+def first_file(paths: list[Path]) -> Path:
+    """The first of the paths that is a file; the very first where none is."""
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):  # no name that a file could have
+            if path.is_file():
+                return path
+    return paths[0]
+
+
+def read_image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image, from its header alone."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except _DAMAGED as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def read_segment_ids(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """A COCO panoptic PNG as segment ids, int32 [H, W]; 0 is void."""
+    colours = np.asarray(_open_png(path, size).convert("RGB"), np.int32)
+    return colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2]
+
+
+def read_class_map(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """A single-channel PNG of classes, uint8 [H, W]; 255 is unlabelled."""
+    image = _open_png(path, size)
+    if image.mode not in ("L", "P"):
+        raise ValueError(f"{path}: its pixels are {image.mode}, a map of classes has one channel")
+    return np.asarray(image)
+
+
+def read_mask_image(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """A PNG as a mask, bool [H, W]: inside is what is not black."""
+    mask = np.asarray(_open_png(path, size).convert("RGB")).any(axis=-1)
+    if not mask.any():
+        raise ValueError(f"{path}: is all black, a mask with no pixel")
+    return mask
+
+
+def _open_png(path: Path, size: tuple[int, int]) -> Image.Image:
+    """Where each pixel means something, nothing lossy will do."""
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as file:
+            file.verify()  # checksums, which reading pixels does not look at
+    except _DAMAGED as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+    image = _open(path, content)
+    if image.format != "PNG":
+        raise ValueError(f"{path}: is a {image.format} file, masks have to be PNG")
+    _check_size(path, image, size)
+    return image
+
+
+def _open(path: Path | io.BytesIO, content: bytes | None = None) -> Image.Image:
+    try:
+        image = Image.open(path if content is None else io.BytesIO(content))
+        image.load()
+    except _DAMAGED as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+    return image
+
+
+def _check_size(path, image: Image.Image, size: tuple[int, int] | None) -> None:
+    if size is not None and (image.height, image.width) != tuple(size):
+        raise ValueError(
+            f"{path}: is {image.height}x{image.width} (height x width), its annotation says "
+            f"{size[0]}x{size[1]}"
+        )
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+def decode_mask(
+    segmentation: dict | list, size: tuple[int, int], where: str, may_be_empty: bool = False
+) -> np.ndarray:
+    """Any of the four COCO encodings as a mask, bool [H, W]: RLE with list or string counts, a list
+    of RLEs, a list of polygons. A ring of under six or of an odd number of coordinates is dropped.
+
+    Raises ValueError naming `where` if nothing valid is left, something does not fit the image, or
+    no pixel is inside, unless it `may_be_empty` as a few of COCO's tiny polygons are. Everything is
+    checked first: pycocotools writes beyond its memory where an RLE is too long.
+    """
+    height, width = size
+    parts = segmentation if isinstance(segmentation, list) else [segmentation]
+    rles, rings = [], []
+    for part in parts:
+        if isinstance(part, dict):
+            rles.append(_checked_rle(part, size, where))
+        elif len(expect(part, list, f"{where}: a ring or RLE")) >= 6 and len(part) % 2 == 0:
+            rings.append(_checked_ring(part, size, where))
+    if rings:
+        rles += coco_mask.frPyObjects(rings, height, width)
+    if not rles:
+        raise ValueError(f"{where}: no valid polygon or RLE in its segmentation")
+    mask = coco_mask.decode(coco_mask.merge(rles)).view(bool)
+    if not (may_be_empty or mask.any()):
+        raise ValueError(f"{where}: its mask has no pixel in the image")
+    return mask
+
+
+def num_bad_rings(segmentation: dict | list) -> int:
+    """Rings that `decode_mask` drops."""
+    rings = segmentation if isinstance(segmentation, list) else []
+    return sum(isinstance(ring, list) and (len(ring) < 6 or len(ring) % 2) for ring in rings)
+
+
+def rle_area(rle: dict, size: tuple[int, int], where: str) -> int:
+    """Pixels inside an RLE that fits the image."""
+    return int(coco_mask.area(_checked_rle(rle, size, where)))
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    """A mask, bool [H, W], as JSON-ready compressed RLE."""
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+
+
+def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list:
+    """A polygon whose corners are numbers and no farther outside the image than it is large."""
+    try:
+        corners = np.array(ring)
+    except (OverflowError, ValueError):  # a number too large, or lists of several lengths
+        corners = np.array(None)
+    if corners.dtype.kind not in "iuf" or corners.ndim != 1:
+        raise ValueError(f"{where}: a polygon holds something that is no number")
+    if not (np.abs(corners.astype(np.float64)) <= 2 * max(size)).all():
+        raise ValueError(f"{where}: a polygon lies outside its image of {list(size)}")
+    return ring
+
+
+def _checked_rle(rle: dict, size: tuple[int, int], where: str) -> dict:
+    """An RLE as pycocotools takes it, whose runs fill the image exactly."""
+    if take(rle, "size", list, where) != list(size):
+        raise ValueError(
+            f"{where}: RLE of size {_shorten(rle['size'])} in an image of {list(size)}"
+        )
+    counts = take(rle, "counts", (list, str, bytes), where)
+    if isinstance(counts, list):
+        try:
+            runs = np.array([expect(run, int, where) for run in counts], np.int64)
+        except OverflowError as error:
+            raise ValueError(f"{where}: a run of its RLE is too long") from error
+    else:
+        try:
+            runs = _runs(counts.encode("ascii") if isinstance(counts, str) else counts)
+        except (UnicodeEncodeError, ValueError) as error:
+            raise ValueError(f"{where}: its RLE is damaged ({error})") from error
+    area = size[0] * size[1]
+    if not ((runs >= 0) & (runs <= area)).all() or runs.sum() != area:
+        raise ValueError(f"{where}: its RLE does not fit: the runs do not add up to {list(size)}")
+    if isinstance(counts, list):
+        return coco_mask.frPyObjects({"size": list(size), "counts": runs.tolist()}, *size)
+    return rle
+
+
+def _runs(counts: bytes) -> np.ndarray:
+    """Run lengths of a compressed RLE: numbers of five bits a character, the lowest first, from the
+    fourth on as differences to the last but one (COCO's mask API)."""
+    codes = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    if not len(codes) or (codes < 0).any() or (codes > 63).any() or codes[-1] & 32:
+        raise ValueError("its counts are cut or hold a foreign character")
+    ends = np.flatnonzero((codes & 32) == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    if (ends - starts).max() > 6:
+        raise ValueError("a run is too long")
+    place = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    numbers = np.add.reduceat((codes & 31) << (5 * place), starts)
+    numbers -= np.where(codes[ends] & 16, 1 << (5 * (ends - starts + 1)), 0)
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return numbers
+
+
+def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
+    """The mask grown by a disc of `radius` pixels, bool [H, W]."""
+    if not mask.any():
+        return mask
+    rows, columns = ndimage.find_objects(mask.astype(np.uint8))[0]
+    window = tuple(
+        slice(max(0, each.start - radius), each.stop + radius) for each in (rows, columns)
+    )
+    grown = mask.copy()
+    grown[window] = ndimage.distance_transform_edt(~mask[window]) <= radius
+    return grown

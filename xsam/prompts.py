@@ -1,0 +1,173 @@
+"""What is asked and answered: phrasings of every task, and the words of one turn.
+
+A question's {phrases} becomes "<p>name</p>, <p>name</p>", one phrase, or one "<p><region></p>" for
+each visual prompt (paper section 3, table 1). The phrasings are ours; whoever has weights that were
+trained with others gives them as a JSON file (`--phrasings`).
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from xsam.config import SPECIAL_TOKENS
+from xsam.formats import expect, read_json
+
+PLACEHOLDERS = ("<image>", "<region>")
+PER_PHRASE_TASKS = ("refer", "reason")  # a <SEG> for each phrase; elsewhere one for the image
+OPTION_REQUEST = "Answer with the letter of the right option."
+
+_SEG_ANSWERS = ["Here is the segmentation: <SEG>.", "Sure, <SEG>.", "It is segmented: <SEG>."]
+
+# Of each task: what is asked, what is answered, and what is answered where there is no such thing.
+PHRASINGS: dict[str, dict[str, list[str]]] = {
+    "generic": {
+        "questions": [
+            "Segment everything in this image that belongs to one of: {phrases}.",
+            "Give me a mask for each region of these categories: {phrases}.",
+            "Which pixels show {phrases}? Please segment them.",
+            "Find and segment all of the following: {phrases}.",
+        ],
+        "answers": [
+            "Here is the segmentation: <SEG>.",
+            "Sure, <SEG>.",
+            "The regions are segmented: <SEG>.",
+        ],
+    },
+    "refer": {
+        "questions": [
+            "Segment {phrases} in this image.",
+            "Where is {phrases}? Answer with a mask.",
+            "Please find {phrases} and segment it.",
+            "Give me the mask of {phrases}.",
+        ],
+        "answers": _SEG_ANSWERS,
+        "absent": ["There is no such thing in this image.", "This is not in the image."],
+    },
+    "reason": {
+        "questions": [
+            "{phrases} Answer with a mask.",
+            "{phrases} Please segment what is meant.",
+            "Segment what this asks for: {phrases}",
+        ],
+        "answers": _SEG_ANSWERS,
+    },
+    "gcg": {
+        "questions": [
+            "Describe this image and segment what you mention.",
+            "Give a caption of this image with a mask for each part of it.",
+            "What is in this image? Describe it, with masks.",
+        ],
+        "answers": ["{caption} <SEG>"],
+    },
+    "interactive": {
+        "questions": [
+            "Segment the object at {phrases}.",
+            "Give me the mask of {phrases}.",
+            "What is marked by {phrases}? Please segment it.",
+        ],
+        "answers": _SEG_ANSWERS,
+    },
+    "vgd": {
+        "questions": [
+            "Segment everything of the same kind as {phrases}.",
+            "Find all objects that look like {phrases} and segment them.",
+            "Give me a mask for each thing of the kinds shown by {phrases}.",
+        ],
+        "answers": ["Here is the segmentation: <SEG>.", "Sure, <SEG>."],
+    },
+}
+
+
+def read_phrasings(path: Path | str) -> dict[str, dict[str, list[str]]]:
+    """Our phrasings with those of a user's JSON file in their place: {task: {"questions": […],
+    "answers": […], "absent": […]}}; what the file leaves out stays ours.
+
+    Raises ValueError at an unknown task or kind, an empty list, a question without {phrases} (but
+    for gcg), or an answer that has not exactly one <SEG>.
+    """
+    phrasings = {task: dict(kinds) for task, kinds in PHRASINGS.items()}
+    for task, kinds in read_json(Path(path), dict).items() if path else ():
+        if task not in phrasings:
+            raise ValueError(f"{path}: unknown task {task!r}; known are {', '.join(phrasings)}")
+        for kind, texts in expect(kinds, dict, f"{path}: {task}").items():
+            where = f"{path}: {task}: {kind}"
+            if kind not in PHRASINGS[task]:
+                known = ", ".join(PHRASINGS[task])
+                raise ValueError(f"{where}: unknown; known for this task are {known}")
+            if not expect(texts, list, where):
+                raise ValueError(f"{where}: is empty")
+            for text in texts:
+                _check(expect(text, str, where), task, kind, where)
+            phrasings[task][kind] = texts
+    return phrasings
+
+
+def _check(text: str, task: str, kind: str, where: str) -> None:
+    counts = dict.fromkeys((*SPECIAL_TOKENS, *PLACEHOLDERS, "{phrases}", "{caption}"), 0)
+    counts["{phrases}"] = int(kind == "questions" and task != "gcg")
+    counts["<SEG>"] = int(kind == "answers")
+    counts["{caption}"] = int(kind == "answers" and task == "gcg")
+    for token, count in counts.items():
+        if text.count(token) != count:
+            found = text.count(token)
+            raise ValueError(f"{where}: {text!r} has {token} {found} times, not {count}")
+
+
+def ask(
+    task: str,
+    names: list[str],
+    rng: np.random.Generator | None = None,
+    phrasings: dict = PHRASINGS,
+) -> str:
+    """The task's question about `names`: a random phrasing, or the first one without `rng`."""
+    return _draw(phrasings[task]["questions"], rng).replace("{phrases}", join_phrases(names))
+
+
+def reply(
+    task: str,
+    rng: np.random.Generator,
+    phrasings: dict = PHRASINGS,
+    kind: str = "answers",
+    caption: str = "",
+) -> str:
+    """A random answer; of kind "absent" where nothing fits the phrase. `caption` is GCG's."""
+    return _draw(phrasings[task][kind], rng).replace("{caption}", caption)
+
+
+def _draw(texts: list[str], rng: np.random.Generator | None) -> str:
+    return texts[rng.integers(len(texts)) if rng else 0]
+
+
+def join_phrases(names: list[str]) -> str:
+    """The names as a prompt has them; "<region>" stands for a visual prompt."""
+    return ", ".join(f"<p>{name}</p>" for name in names)
+
+
+def choice_question(question: str, options: dict[str, str], hint: str = "") -> str:
+    """A question with its hint before it and its options, by letter, below it."""
+    lines = [hint, question, *(f"{letter}. {text}" for letter, text in options.items())]
+    lines += [OPTION_REQUEST] if options else []
+    return "\n".join(line for line in lines if line)
+
+
+def find_phrases(answer: str) -> list[str]:
+    """The phrases that an answer marks, in its order; a mark that is not closed is none."""
+    return [phrase.strip() for phrase in re.findall(r"<p>((?:(?!<p>).)*?)</p>", answer, re.DOTALL)]
+
+
+def check_words(
+    text: str, where: str, tokens: tuple[str, ...] = (*SPECIAL_TOKENS, *PLACEHOLDERS)
+) -> str:
+    """`text`, which must not hold `tokens` of the prompt format, nor half a character."""
+    for token in tokens:
+        if token in text:
+            raise ValueError(f"{where}: contains {token}, which belongs to the prompt format")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{where}: holds a lone surrogate, which is no character")
+    return text
+
+
+def clean_name(name: str) -> str:
+    """A COCO category name as it stands in a prompt: "sky-other-merged" is "sky other"."""
+    return name.replace("-merged", "").replace("-stuff", "").replace("-", " ").strip().lower()

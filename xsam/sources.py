@@ -1,0 +1,319 @@
+"""Which datasets there are and where each lies under the data root.
+
+Imported before torch, so that a missing file is reported before anything heavy happens: this file
+knows paths, `datasets.py` knows what is in them. Paths follow the published folder tree; other
+names that the same files go by are in `ALIASES`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from xsam.config import Config, stage_folder
+
+PROMPT_TYPES = ("point", "scribble", "box", "mask")  # of visual prompts
+PROMPT_RADII = {"point": 10, "scribble": 5}  # pixels of the disc that a thin prompt is grown by
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset on disk; paths are relative to the data root."""
+
+    task: str  # what it asks of the model; one of prompts.PHRASINGS, or "chat"
+    format: str  # which reader of datasets.py
+    annotations: str
+    images: str = ""
+    masks: str = ""
+    instances: str = ""  # masks or category names that are kept in a second file
+    split: str = ""  # where one file holds several
+    prompt: str = ""  # the visual prompt that is asked with; empty: a random one
+    about: str = ""
+
+    def paths(self) -> list[str]:
+        paths = self.annotations, self.instances, self.masks, self.images
+        return [path for path in paths if path]
+
+
+_COCO, _REF, _ADE = "img_genseg/coco2017", "img_refseg/refcocos", "img_ovseg/ade20k"
+_COCO_2014 = f"{_REF}/images/train2014"
+_LLAVA, _REASON = "img_chat/llava", "img_reaseg/lisa"
+_GCG, _INT, _VGD = "img_gcgseg/grand_f", "img_intseg/coco_int", "img_vgdseg/coco_vgd"
+
+# Other names of a file or of a run of folders, each a whole part of a path. A set that brings no
+# COCO images of its own reads those of the generic sets.
+ALIASES: dict[str, tuple[str, ...]] = {
+    f"{_INT}/coco2017": (_COCO,),
+    f"{_VGD}/coco2017": (_COCO,),
+    **{
+        f"{_VGD}/annotations/{file}": (f"{_COCO}/annotations/{file}",)
+        for file in ("instances_train2017.json", "instances_val2017.json")
+    },
+    f"{_GCG}/images/coco2017": (f"{_GCG}/images/coco_2017", _COCO),
+    f"{_GCG}/images/coco2014/train2014": (_COCO_2014,),
+    f"{_GCG}/images/flickr30k/images/train": (
+        f"{_GCG}/images/flickr30k/Flickr30K",
+        f"{_GCG}/images/flikcr_30k/train",
+    ),
+    _COCO_2014: (f"{_REF}/images/mscoco/images/train2014",),
+    f"{_REF}/refcoco+": (f"{_REF}/refcocop",),
+    "grefs(unc).json": ("grefs(unc).p", "refs(unc).p"),
+    _ADE: (f"{_ADE}/ADEChallengeData2016",),
+    **{
+        f"img_{task}": (f"{task}_data",)  # of the archived release
+        for task in ("genseg", "ovseg", "refseg", "reaseg", "gcgseg", "intseg", "vgdseg")
+    },
+    "img_chat": ("imgconv_data",),
+}
+
+
+def locate(root: Path, path: str) -> Path:
+    """Where `path` lies under `root`, by this or another name; by this one if it is nowhere."""
+    names = [path]
+    for name, others in ALIASES.items():
+        for known in list(names):
+            if f"/{name}/" in f"/{known}/":
+                names += [f"/{known}/".replace(f"/{name}/", f"/{o}/").strip("/") for o in others]
+    return next((root / name for name in names if (root / name).exists()), root / path)
+
+
+# ---- the sets ------------------------------------------------------------------------------------
+
+
+def _coco(kind: str, split: str) -> Source:
+    """kind: panoptic, instance or semantic."""
+    panoptic = f"{_COCO}/annotations/panoptic_{split}2017.json"
+    annotations, masks, about = {
+        "panoptic": (panoptic, f"{_COCO}/panoptic_{split}2017", "with panoptic annotations"),
+        "instance": (f"{_COCO}/annotations/instances_{split}2017.json", "", "with instances"),
+        "semantic": (
+            panoptic,
+            f"{_COCO}/panoptic_semseg_{split}2017",
+            "with semantic PNGs (python -m xsam.data coco-semantic makes them)",
+        ),
+    }[kind]
+    return Source(
+        task="generic",
+        format=kind,
+        annotations=annotations,
+        masks=masks,
+        images=f"{_COCO}/{split}2017",
+        about=f"COCO 2017 {split} images {about}",
+    )
+
+
+def _ade(kind: str) -> Source:
+    panoptic = f"{_ADE}/ade20k_panoptic_val.json"
+    annotations, masks = {
+        "panoptic": (panoptic, f"{_ADE}/ade20k_panoptic_val"),
+        "instance": (f"{_ADE}/ade20k_instance_val.json", ""),
+        "semantic": (panoptic, f"{_ADE}/annotations_detectron2/validation"),
+    }[kind]
+    return Source(
+        task="generic",
+        format=kind,
+        annotations=annotations,
+        masks=masks,
+        images=f"{_ADE}/images/validation",
+        about="ADE20K-150 validation, converted by python -m xsam.data ade20k",
+    )
+
+
+def _refer(folder: str, file: str, split: str = "train") -> Source:
+    return Source(
+        task="refer",
+        format="refs",
+        split=split,
+        annotations=f"{_REF}/{folder}/{file}",
+        instances=f"{_REF}/{folder}/instances.json",
+        images=_COCO_2014,
+        about=f"{folder} expressions, its COCO instances and the COCO 2014 train images",
+    )
+
+
+def _reason(split: str) -> Source:
+    return Source(
+        task="reason",
+        format="reason",
+        split=split,
+        annotations=f"{_REASON}/{split}",
+        instances=f"{_REASON}/explanatory/train.json" if split == "train" else "",
+        about=f"ReasonSeg {split}: NAME.jpg beside NAME.json"
+        + (", and the explanations" if split == "train" else ""),
+    )
+
+
+def _gcg(file: str, format: str, images: str, about: str) -> Source:
+    annotations = f"{_GCG}/annotations/train/{file}"
+    return Source("gcg", format, annotations, f"{_GCG}/images/{images}", about=about)
+
+
+def _gcg_scored(split: str) -> Source:
+    return Source(
+        task="gcg",
+        format="gcg_scored",
+        annotations=f"{_GCG}/annotations/val_test/{split}_gcg_coco_mask_gt.json",
+        instances=f"{_GCG}/annotations/val_test/{split}_gcg_coco_caption_gt.json",
+        images=f"{_GCG}/images/GranDf_HA_images/val_test",
+        about=f"GranD-f {split} masks, captions and images",
+    )
+
+
+def _interactive(split: str, prompt: str = "") -> Source:
+    return Source(
+        task="interactive",
+        format="visual_prompts",
+        annotations=f"{_INT}/annotations/coco_interactive_{split}_psalm.json",
+        images=f"{_INT}/coco2017/{split}2017",
+        split=split,
+        prompt=prompt,
+        about=f"COCO-Interactive {split} of PSALM and the COCO 2017 images",
+    )
+
+
+def _vgd(split: str, prompt: str = "") -> Source:
+    return Source(
+        task="vgd",
+        format="visual_prompts",
+        annotations=f"{_VGD}/annotations/img_vgdseg_coco_{split}.json",
+        instances=f"{_VGD}/annotations/instances_{split}2017.json",
+        images=f"{_VGD}/coco2017/{split}2017",
+        split=split,
+        prompt=prompt,
+        about=f"COCO-VGD {split} (python -m xsam.data vgd makes one), COCO instances and images",
+    )
+
+
+def _chat(annotations: str, images: str, about: str) -> Source:
+    return Source("chat", "llava", f"{_LLAVA}/{annotations}", f"{_LLAVA}/{images}", about=about)
+
+
+def _benchmark(name: str) -> Source:
+    return Source("chat", "tsv", f"LMUData/{name}.tsv", about=f"{name} of VLMEvalKit")
+
+
+SOURCES: dict[str, Source] = {
+    "coco_panoptic": _coco("panoptic", "train"),
+    "coco_instance": _coco("instance", "train"),
+    "coco_semantic": _coco("semantic", "train"),
+    "coco_panoptic_val": _coco("panoptic", "val"),
+    "coco_instance_val": _coco("instance", "val"),
+    "coco_semantic_val": _coco("semantic", "val"),
+    "ade20k_panoptic_val": _ade("panoptic"),
+    "ade20k_instance_val": _ade("instance"),
+    "ade20k_semantic_val": _ade("semantic"),
+    "refcoco": _refer("refcoco", "refs(unc).p"),
+    "refcoco_val": _refer("refcoco", "refs(unc).p", "val"),
+    "refcoco_testA": _refer("refcoco", "refs(unc).p", "testA"),
+    "refcoco_testB": _refer("refcoco", "refs(unc).p", "testB"),
+    "refcoco+": _refer("refcoco+", "refs(unc).p"),
+    "refcoco+_val": _refer("refcoco+", "refs(unc).p", "val"),
+    "refcoco+_testA": _refer("refcoco+", "refs(unc).p", "testA"),
+    "refcoco+_testB": _refer("refcoco+", "refs(unc).p", "testB"),
+    "refcocog": _refer("refcocog", "refs(umd).p"),
+    "refcocog_val": _refer("refcocog", "refs(umd).p", "val"),
+    "refcocog_test": _refer("refcocog", "refs(umd).p", "test"),
+    "grefcoco": _refer("grefcoco", "grefs(unc).json"),
+    "grefcoco_val": _refer("grefcoco", "grefs(unc).json", "val"),
+    "grefcoco_testA": _refer("grefcoco", "grefs(unc).json", "testA"),
+    "grefcoco_testB": _refer("grefcoco", "grefs(unc).json", "testB"),
+    "reasonseg": _reason("train"),
+    "reasonseg_val": _reason("val"),
+    "reasonseg_test": _reason("test"),
+    "gcg_grandf": _gcg(
+        "GranDf_HA_GCG_train.json",
+        "gcg_grounded",
+        "GranDf_HA_images/train",
+        "GranD-f, annotated by people",
+    ),
+    "gcg_psg": _gcg(
+        "OpenPsgGCG_train.json",
+        "gcg_grounded",
+        "coco2017",
+        "GranD-f from OpenPSG, COCO 2017 images",
+    ),
+    "gcg_refcocog": _gcg(
+        "RefCOCOg_GCG_train.json",
+        "gcg_refs",
+        "coco2014/train2014",
+        "GranD-f from RefCOCOg, COCO 2014 train images",
+    ),
+    "gcg_flickr": _gcg(
+        "flickr_mergedGT_GCG_train.json",
+        "gcg_flickr",
+        "flickr30k/images/train",
+        "GranD-f from Flickr30k",
+    ),
+    "gcg_val": _gcg_scored("val"),
+    "gcg_test": _gcg_scored("test"),
+    "coco_interactive": _interactive("train"),
+    "coco_vgd": _vgd("train"),
+    **{f"coco_interactive_val_{kind}": _interactive("val", kind) for kind in PROMPT_TYPES},
+    **{f"coco_vgd_val_{kind}": _vgd("val", kind) for kind in PROMPT_TYPES},
+    "llava_pretrain": _chat(
+        "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
+        "LLaVA-Pretrain/images",
+        "LLaVA 558K captions and their images",
+    ),
+    "llava_instruct": _chat(
+        "LLaVA-Instruct-150K/llava_v1_5_mix665k.json",
+        "llava_images",
+        "LLaVA-1.5 665K conversations and their images",
+    ),
+    "mme": _benchmark("MME"),
+    "mmbench": _benchmark("MMBench_DEV_EN"),
+    "seed": _benchmark("SEEDBench_IMG"),
+    "pope": _benchmark("POPE"),
+    "ai2d": _benchmark("AI2D_TEST"),
+    "gqa": _benchmark("GQA_TestDev_Balanced"),
+    "scienceqa_val": _benchmark("ScienceQA_VAL"),
+    "scienceqa_test": _benchmark("ScienceQA_TEST"),
+}
+
+
+def find_source(name: str) -> Source:
+    """The set of that name, or a user's own: FILE.json, FILE.json:IMAGES or FILE.json:IMAGES:MASKS,
+    whose images lie beside the file unless IMAGES says where, and whose paths may be absolute.
+
+    Raises ValueError at a name that is neither.
+    """
+    if name in SOURCES:
+        return SOURCES[name]
+    file, *folders = name.split(":")
+    if not file.endswith(".json") or len(folders) > 2:
+        raise ValueError(
+            f"unknown dataset {name!r}; known are {', '.join(SOURCES)}, and files of one's own as "
+            "FILE.json, FILE.json:IMAGES or FILE.json:IMAGES:MASKS"
+        )
+    images, masks = [*folders, "", ""][:2]
+    images = images or str(Path(file).parent)
+    return Source("", "own", file, images, masks, about=f"a data set of your own: {name}")
+
+
+# ---- what a run needs ----------------------------------------------------------------------------
+
+
+def required_paths(
+    config: Config, stages: list[int], data: Path, weights: Path, out: Path
+) -> list[tuple[Path, str]]:
+    """(path, what belongs there) for all that the named stages read and no earlier one of them
+    makes."""
+    required: dict[Path, str] = {}
+    for number in stages:
+        stage = config.stages[number]
+        for name in stage.datasets:
+            source = find_source(name)
+            for path in source.paths():
+                required[locate(data, path)] = source.about
+        model = config.model
+        folders = [model.seg_encoder] if number == 1 else [model.image_encoder, model.llm]
+        for folder in folders:
+            if folder == "none":
+                continue
+            required[weights / folder] = (
+                f"Hugging Face folder {folder} (config.json and safetensors)"
+            )
+        for earlier in stage.starts_from:
+            if earlier not in stages:
+                required[stage_folder(out, earlier) / "latest"] = (
+                    f"a finished stage {earlier} (train --stage {earlier})"
+                )
+    return list(required.items())

@@ -1,0 +1,655 @@
+"""The toy world's datasets on disk: drawings of scenes in the formats of every set of the paper.
+
+Stands in for COCO, RefCOCO, GranD-f and all others of `SOURCES`, so that readers, stages and
+metrics run on a laptop without a download. The drawings are shared: a format takes a part of them,
+and folders of images that the public sets share are shared here. Each scene comes from
+`default_rng([seed, split, index])` and the words of each format from a generator that starts from
+the same numbers, so the bytes are the same each time. No torch; the command is in `toy.py`.
+"""
+
+import base64
+import colorsys
+import contextlib
+import csv
+import io
+import itertools
+import json
+import math
+import pickle
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from xsam.convert import build_coco_semantic, build_vgd, convert_ade20k, visual_prompts
+from xsam.formats import encode_mask
+from xsam.prompts import choice_question
+from xsam.scenes import (
+    FACTS,
+    RIDDLES,
+    STUFF_IDS,
+    THING_IDS,
+    Generator,
+    Scene,
+    Segment,
+    absent_expression,
+    caption_phrases,
+    caption_turn,
+    checks,
+    dialogue,
+    draw_scene,
+    expressions,
+    group_expressions,
+    quizzes,
+)
+from xsam.sources import SOURCES
+
+SPLITS = ("train", "val", "text", "sam")  # each draws from numbers of its own
+# Those with generators of their own, which start from [seed, split, index, number]. Numbers count
+# from 1: numpy takes a last number of 0 for none, which would repeat the scene's generator.
+WRITERS = ("refcoco+", "refcocog", "grefcoco", "reasonseg", "reasonseg_val", "reasonseg_test")
+WRITERS += ("gcg", "interactive", "benchmark", "vqa")
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder that takes its name only once it is complete, so a killed writer leaves no half."""
+    target = Path(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists already: delete it or name another folder")
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(target)
+
+
+def _write(path: Path, content: bytes | str | list | dict) -> None:
+    """Bytes and text as they are, all else as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(content, bytes):
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
+    path.write_bytes(content)
+
+
+def _encode(image: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, **options)
+    return buffer.getvalue()
+
+
+# ---- COCO's records ------------------------------------------------------------------------------
+
+
+def categories(only_things: bool = False) -> list[dict]:
+    """COCO's records, in order of id."""
+    return [
+        dict(
+            id=number,
+            name=name,
+            supercategory="shape" if name in THING_IDS else "texture",
+            isthing=int(name in THING_IDS),
+            color=[int(255 * c) for c in colorsys.hsv_to_rgb(number * 0.381 % 1, 0.8, 0.9)],
+        )
+        for name, number in (THING_IDS if only_things else THING_IDS | STUFF_IDS).items()
+    ]
+
+
+def _measures(mask: np.ndarray) -> dict:
+    """COCO's area and box [x, y, width, height]."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    x, y = int(columns[0]), int(rows[0])
+    box = [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
+    return dict(area=int(mask.sum()), bbox=box)
+
+
+def _segment_record(segment: Segment, mask: np.ndarray) -> dict:
+    """What panoptic and instance files say alike of a segment."""
+    measures, is_crowd = _measures(mask), int(segment.is_crowd)
+    return dict(category_id=segment.category_id) | measures | dict(iscrowd=is_crowd)
+
+
+def polygons(mask: np.ndarray, inset: int = 0) -> list[list[int]]:
+    """Outlines [x0, y0, x1, y1, ...] along the pixel edges of [H, W] bool, or with an inset of 1
+    through the pixels at the edge.
+
+    COCO joins the polygons of an object and knows no holes, so the mask is cut into bands of rows
+    with as many runs of pixels in each: a ring gives a cap, two sides and a bottom.
+    """
+    rows, edges = np.nonzero(np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1)))))
+    runs = zip(rows[::2].tolist(), edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+    bands: list[list[list[tuple[int, int, int]]]] = []  # bands of rows of (row, left, right)
+    for _, group in itertools.groupby(runs, key=lambda run: run[0]):
+        row, above = list(group), bands[-1][-1] if bands else []
+        if len(row) == len(above) and all(map(_is_below, row, above)):
+            bands[-1].append(row)
+        else:
+            bands.append([row])
+    return [_outline(piece, inset) for band in bands for piece in zip(*band, strict=True)]
+
+
+def _is_below(run: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+    return run[0] == other[0] + 1 and run[1] < other[2] and other[1] < run[2]
+
+
+def _outline(runs: tuple[tuple[int, int, int], ...], inset: int) -> list[int]:
+    down = [(right - inset, y) for row, _, right in runs for y in (row, row + 1 - inset)]
+    up = [(left, y) for row, left, _ in reversed(runs) for y in (row + 1 - inset, row)]
+    return [number for point in down + up for number in point]
+
+
+def run_lengths(mask: np.ndarray) -> dict:
+    """COCO's uncompressed RLE: columns one after the other, the first run counts zeros."""
+    changes = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False))
+    counts = np.diff(changes, prepend=0, append=mask.size).tolist()
+    return {"counts": counts, "size": list(mask.shape)}
+
+
+# ---- drawings ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Drawing:
+    """A scene on its way to the files.
+
+    `rng` goes on where the drawing stopped, for COCO, RefCOCO and LLaVA one after the other; all
+    other formats take a generator of their own.
+    """
+
+    image_id: int
+    split: str
+    scene: Scene
+    jpeg: bytes
+    rng: Generator
+    entropy: tuple[int, int, int]  # seed, number of the split, index
+
+    def generator(self, writer: str) -> Generator:
+        return np.random.default_rng([*self.entropy, 1 + WRITERS.index(writer)])
+
+    def image_record(self, prefix: str = "") -> dict:
+        height, width = self.scene.owner.shape
+        name = f"{prefix}{self.image_id:012d}.jpg"
+        return dict(id=self.image_id, file_name=name, height=height, width=width)
+
+    def annotation_id(self, index: int) -> int:
+        """Of a segment, by its place in the scene."""
+        return 10 * self.image_id + index
+
+    @cached_property
+    def instance_records(self) -> list[dict]:
+        """Things in COCO's instance format."""
+        records = []
+        for index, segment in enumerate(self.scene.segments):
+            if segment.is_thing:
+                mask = self.scene.mask(index)
+                shape = run_lengths(mask) if segment.is_crowd else polygons(mask)
+                ids = dict(id=self.annotation_id(index), image_id=self.image_id)
+                records.append(ids | _segment_record(segment, mask) | dict(segmentation=shape))
+        return records
+
+
+def draw_split(seed: int, split: str, count: int) -> list[Drawing]:
+    """The first `count` drawings of a split; the very first has a crowd."""
+    drawings = []
+    number = SPLITS.index(split)
+    for index in tqdm(range(count), desc=f"draw {split}"):
+        entropy = seed, number, index
+        rng = np.random.default_rng(entropy)
+        scene = draw_scene(rng, has_crowd=index == 0 or rng.random() < 1 / 12)
+        jpeg = _encode(scene.image, format="JPEG", quality=95, subsampling=0)
+        image_id = 139 + 37 * index + 18 * number
+        drawings.append(Drawing(image_id, split, scene, jpeg, rng, entropy))
+    return drawings
+
+
+def _eighths(drawings: list[Drawing], first: int, last: int) -> list[Drawing]:
+    return drawings[len(drawings) * first // 8 : len(drawings) * last // 8]
+
+
+# ---- the world -----------------------------------------------------------------------------------
+
+
+def write_world(data: Path, num_train: int = 1600, num_val: int = 64, seed: int = 0) -> None:
+    """Writes every set of SOURCES under `data`, which must not exist. Raises FileExistsError.
+
+    The drawings and image ids are COCO's. The smallest sets get an eighth of the training drawings,
+    COCO, RefCOCO and LLaVA all.
+    """
+    with new_folder(data) as root:
+        train, val = draw_split(seed, "train", num_train), draw_split(seed, "val", num_val)
+        # These four share each drawing's `rng`: their order is part of the bytes.
+        _write_coco(root, "train", train)
+        _write_coco(root, "val", val)
+        _write_refs(root, "refcoco", train + val, [each.split for each in train + val])
+        _write_llava(root, train)
+        _write_other_refs(root, train, val)
+        _write_reasonseg(root, "reasonseg", _eighths(train, 0, 2))
+        _write_reasonseg(root, "reasonseg_val", val)
+        _write_reasonseg(root, "reasonseg_test", val)
+        _write_gcg(root, train)
+        _write_gcg_scored(root, "gcg_val", val[: math.ceil(num_val / 2)])
+        _write_gcg_scored(root, "gcg_test", val[math.ceil(num_val / 2) :])
+        for split, drawings in (("train", _eighths(train, 0, 4)), ("val", val)):
+            _write_interactive(root, split, drawings)
+            _write_vgd(root, split, drawings, seed)
+        _write_ade20k(root, {"training": train[:4], "validation": val})
+        _write_benchmarks(root, val)
+
+
+# ---- COCO: panoptic, instances, semantic, interactive, VGD ---------------------------------------
+
+
+def _instances(images: list[dict], drawings: list[Drawing]) -> dict:
+    """An instances file of COCO."""
+    records = [record for drawing in drawings for record in drawing.instance_records]
+    return dict(images=images, annotations=records, categories=categories(only_things=True))
+
+
+def _write_coco(root: Path, split: str, drawings: list[Drawing]) -> None:
+    suffix = "" if split == "train" else "_val"
+    source = SOURCES[f"coco_panoptic{suffix}"]
+    panoptic = []
+    for drawing in tqdm(drawings, desc=f"COCO {split}"):
+        owner, segments = drawing.scene.owner, drawing.scene.segments
+        # Any 24 bits but 0, which is void: most are over 65535 and so use all three channels.
+        ids = 1 + drawing.rng.choice(2**24 - 1, size=len(segments), replace=False)
+        colors = (np.concatenate([[0], ids])[owner][..., None] >> [0, 8, 16]) & 255  # [H, W, 3]
+        info = [
+            dict(id=number) | _segment_record(segment, drawing.scene.mask(index))
+            for index, (number, segment) in enumerate(zip(ids.tolist(), segments, strict=True))
+        ]
+        image = drawing.image_record()
+        name = image["file_name"].replace(".jpg", ".png")
+        panoptic.append(dict(image_id=drawing.image_id, file_name=name, segments_info=info))
+        _write(root / source.masks / name, _encode(colors.astype(np.uint8), format="PNG"))
+        _write(root / source.images / image["file_name"], drawing.jpeg)
+    # Not in the order of their ids, like COCO's.
+    images = [drawing.image_record() for drawing in drawings[1::2] + drawings[::2]]
+    both = dict(images=images, annotations=panoptic, categories=categories())
+    _write(root / source.annotations, both)
+    instances = SOURCES[f"coco_instance{suffix}"].annotations
+    _write(root / instances, _instances(images, drawings))
+    semantic = root / SOURCES[f"coco_semantic{suffix}"].masks
+    build_coco_semantic(root / source.annotations, root / source.masks, semantic, num_workers=0)
+
+
+def _write_interactive(root: Path, split: str, drawings: list[Drawing]) -> None:
+    """PSALM's file: COCO's annotations, crowd with them, and their prompts, not dilated."""
+    source = SOURCES["coco_interactive" if split == "train" else "coco_interactive_val_point"]
+    entries = []
+    for number, drawing in enumerate(tqdm(drawings, desc=f"COCO-Interactive {split}")):
+        rng, annotations = drawing.generator("interactive"), []
+        for record in drawing.instance_records:
+            mask = drawing.scene.mask(record["id"] - drawing.annotation_id(0))
+            prompts = visual_prompts(mask, rng, is_dilated=False)
+            rles = {f"{kind}_visual_prompt_mask": encode_mask(p) for kind, p in prompts.items()}
+            annotations.append(record | rles)
+        image = drawing.image_record()
+        entry = dict(image=image["file_name"], image_info=image, new_img_id=number)
+        entries.append(entry | dict(anns=annotations))
+    _write(root / source.annotations, entries)
+
+
+def _write_vgd(root: Path, split: str, drawings: list[Drawing], seed: int) -> None:
+    source = SOURCES["coco_vgd" if split == "train" else "coco_vgd_val_point"]
+    images = [drawing.image_record() for drawing in drawings]
+    _write(root / source.instances, _instances(images, drawings))
+    build_vgd(root / source.instances, root / source.annotations, seed, num_workers=0)
+
+
+# ---- RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO -------------------------------------------------------
+
+Mention = tuple[list[int], list[str]]  # places in the scene of what is meant, expressions for it
+
+
+def _single_mentions(rng: Generator, scene: Scene) -> Iterator[Mention]:
+    """One to three expressions for each thing that has any."""
+    for index, segment in enumerate(scene.segments):
+        found = rng.permutation(expressions(scene, segment))[: rng.integers(1, 4)].tolist()
+        if found:
+            yield [index], found
+
+
+def _general_mentions(rng: Generator, scene: Scene) -> Iterator[Mention]:
+    """One expression for a thing, one for several things, one for nothing that is there."""
+    single, several = list(_single_mentions(rng, scene)), group_expressions(scene)
+    if single:
+        places, texts = single[rng.integers(len(single))]
+        yield places, texts[:1]
+    if several:
+        text, places = several[rng.integers(len(several))]
+        yield places, [text]
+    yield [], [absent_expression(rng, scene)]
+
+
+def _write_other_refs(root: Path, train: list[Drawing], val: list[Drawing]) -> None:
+    scored = val[: max(len(val) // 4, 6)]
+    for name, splits in (
+        ("refcoco+", ("val", "testA", "testB")),
+        ("refcocog", ("val", "test")),
+    ):
+        few = _eighths(train, 0, 1)
+        in_turn = [splits[index % len(splits)] for index in range(len(scored))]
+        _write_refs(root, name, few + scored, ["train"] * len(few) + in_turn)
+    half, tests = _eighths(train, 0, 4), min(max(1, len(val) // 16), len(val) // 3)
+    splits = ["train"] * len(half) + ["val"] * (len(val) - 2 * tests)
+    splits += ["testA"] * tests + ["testB"] * tests
+    _write_refs(root, "grefcoco", half + val, splits)
+
+
+def _write_refs(root: Path, name: str, drawings: list[Drawing], splits: list[str]) -> None:
+    """RefCOCO's file and its images, or another's that share them. gRefCOCO has lists of ids, [-1]
+    where nothing is meant."""
+    source, is_general = SOURCES[name], name == "grefcoco"
+    mentions = _general_mentions if is_general else _single_mentions
+    refs, images, num_sentences = [], [], 0
+    for drawing, split in zip(tqdm(drawings, desc=name), splits, strict=True):
+        rng = drawing.rng if name == "refcoco" else drawing.generator(name)
+        stem = f"COCO_train2014_{drawing.image_id:012d}"
+        images.append(drawing.image_record(prefix="COCO_train2014_"))
+        if name == "refcoco":
+            _write(root / source.images / f"{stem}.jpg", drawing.jpeg)
+        for places, texts in mentions(rng, drawing.scene):
+            sentences = [
+                dict(sent_id=number, sent=text, raw=text.capitalize(), tokens=text.split())
+                for number, text in enumerate(texts, num_sentences)
+            ]
+            num_sentences += len(sentences)
+            ids = [drawing.annotation_id(index) for index in places] or [-1]
+            kinds = [drawing.scene.segments[index].category_id for index in places] or [-1]
+            ref = dict(ref_id=len(refs), ann_id=ids if is_general else ids[0])
+            ref |= dict(image_id=drawing.image_id, category_id=kinds if is_general else kinds[0])
+            ref |= dict(split=split, file_name=f"{stem}_{ids[0] % 10}.jpg")
+            ref |= dict(sent_ids=[each["sent_id"] for each in sentences], sentences=sentences)
+            refs.append(ref)
+    is_pickle = source.annotations.endswith(".p")
+    _write(root / source.annotations, pickle.dumps(refs, protocol=2) if is_pickle else refs)
+    _write(root / source.instances, _instances(images, drawings))
+
+
+# ---- ReasonSeg -----------------------------------------------------------------------------------
+
+
+def _write_reasonseg(root: Path, name: str, drawings: list[Drawing]) -> None:
+    """A riddle for each drawing whose answer is all things of a category; a crowd of it is ignored.
+    Every other training image has an explanation."""
+    source, is_train = SOURCES[name], name == "reasonseg"
+    explanations = []
+    for number, drawing in enumerate(tqdm(drawings, desc=name)):
+        scene = drawing.scene
+        rng = drawing.generator(name)
+        present = sorted({each.category for each in scene.things()})
+        category = present[rng.integers(len(present))]
+        riddle, is_sentence = RIDDLES[category], bool(rng.random() < 0.5)
+        texts = rng.permutation(riddle.questions if is_sentence else riddle.phrases).tolist()
+        texts = texts[: rng.integers(1, 4) if is_train else 1]
+        shapes = [
+            dict(label=label, points=np.reshape(ring, (-1, 2)).astype(float).tolist())
+            for index, segment in enumerate(scene.segments)
+            for label in ["ignore" if segment.is_crowd else "target"]
+            for ring in (polygons(scene.mask(index), 1) if segment.category == category else [])
+        ]
+        if rng.random() < 0.1:
+            shapes.append(dict(label="flag", points=[[1.0, 1.0], [9.0, 1.0], [9.0, 9.0]]))
+        stem = f"{drawing.image_id:012d}"
+        shapes = [dict(shape_type="polygon", image_name=f"{stem}.jpg") | each for each in shapes]
+        record = dict(text=texts, is_sentence=is_sentence, shapes=shapes)
+        _write(root / source.annotations / f"{stem}.json", record)
+        _write(root / source.annotations / f"{stem}.jpg", drawing.jpeg)
+        if number % 2 == 0:
+            explanation = dict(query=texts[0], outputs=riddle.explanation)
+            explanations.append(dict(image=f"{stem}.jpg") | explanation)
+    if is_train:
+        _write(root / source.instances, explanations)
+
+
+# ---- GranD-f -------------------------------------------------------------------------------------
+
+
+def _write_gcg(root: Path, train: list[Drawing]) -> None:
+    _write_gcg_grounded(root, "gcg_grandf", _eighths(train, 0, 1))
+    _write_gcg_grounded(root, "gcg_psg", _eighths(train, 1, 3))
+    _write_gcg_refs(root, _eighths(train, 3, 4))
+    _write_gcg_flickr(root, _eighths(train, 4, 6))
+
+
+def _write_gcg_grounded(root: Path, name: str, drawings: list[Drawing]) -> None:
+    """The layout of the annotations by people, with images of their own and at times quotes around
+    the caption, and of OpenPSG, with COCO's images, of which half are named with their folder."""
+    source, records = SOURCES[name], []
+    for number, drawing in enumerate(tqdm(drawings, desc=name)):
+        rng = drawing.generator("gcg")
+        text, spans = caption_phrases(drawing.scene)
+        groundings: dict[str, dict] = {}
+        for start, end, index in spans:
+            rles = [encode_mask(part) for part in _parts(rng, drawing.scene.mask(index))]
+            # The layout has a phrase once; of two things that look alike only the first is in it.
+            phrase = dict(token_positives=[start, end], rle_masks=rles)
+            groundings.setdefault(text[start:end], phrase)
+        image = drawing.image_record()
+        if name == "gcg_psg":
+            image["file_name"] = ("train2017/" if number % 2 == 0 else "") + image["file_name"]
+        else:
+            image = dict(id=drawing.image_id, file_name=f"sa_{drawing.image_id}.jpg")
+            _write(root / source.images / image["file_name"], drawing.jpeg)
+            text = f'"{text}"' if rng.random() < 0.2 else text
+        image["image_id"] = image.pop("id")
+        records.append(image | dict(caption=text, groundings=groundings))
+    _write(root / source.annotations, records)
+
+
+def _parts(rng: Generator, mask: np.ndarray) -> list[np.ndarray]:
+    """The mask, or as some phrases have it, two masks that make it up."""
+    if rng.random() < 0.7:
+        return [mask]
+    is_upper = (np.arange(len(mask)) < np.nonzero(mask)[0].mean())[:, None]  # [H, 1]
+    return [part for part in (mask & is_upper, mask & ~is_upper) if part.any()]
+
+
+def _write_gcg_refs(root: Path, drawings: list[Drawing]) -> None:
+    """RefCOCOg's layout: single-key dicts, phrases without spans, images of RefCOCO."""
+    records = []
+    for drawing in tqdm(drawings, desc="gcg_refcocog"):
+        text, spans = caption_phrases(drawing.scene)
+        refs = [
+            dict(sentence=text[start:end], segmentation=polygons(drawing.scene.mask(index)))
+            for start, end, index in spans
+        ]
+        name = drawing.image_record(prefix="COCO_train2014_")["file_name"]
+        record = dict(img_file_name=name, caption=text, refs=refs)
+        records.append({str(drawing.image_id): record})
+    _write(root / SOURCES["gcg_refcocog"].annotations, records)
+
+
+def _write_gcg_flickr(root: Path, drawings: list[Drawing]) -> None:
+    """Flickr30k's layout: COCO's with a caption for each image, sizes in part as strings."""
+    source, images, annotations = SOURCES["gcg_flickr"], [], []
+    for number, drawing in enumerate(tqdm(drawings, desc="gcg_flickr")):
+        text, spans = caption_phrases(drawing.scene)
+        image = drawing.image_record() | dict(id=number, file_name=f"{drawing.image_id}.jpg")
+        if number % 4 == 0:
+            image |= dict(height=str(image["height"]), width=str(image["width"]))
+        images.append(image | dict(caption=text))
+        for start, end, index in spans:
+            mask = drawing.scene.mask(index)
+            record = dict(id=len(annotations), image_id=number) | _measures(mask)
+            record |= dict(tokens_positive=[[start, end]], sam_mask=encode_mask(mask))
+            annotations.append(record)
+        _write(root / source.images / image["file_name"], drawing.jpeg)
+    _write(root / source.annotations, dict(images=images, annotations=annotations))
+
+
+def _write_gcg_scored(root: Path, name: str, drawings: list[Drawing]) -> None:
+    """Masks without phrases in one file, captions in the other; ids are strings."""
+    source, images, masks, captions = SOURCES[name], [], [], []
+    for drawing in tqdm(drawings, desc=name):
+        text, spans = caption_phrases(drawing.scene)
+        image_id = f"sa_{drawing.image_id}"
+        height, width = drawing.scene.owner.shape
+        images.append(dict(id=image_id, height=height, width=width))
+        labels = [text[start:end] for start, end, _ in spans]
+        caption = dict(id=len(captions), image_id=image_id, caption=text, labels=labels)
+        captions.append(caption)
+        for _, _, index in spans:
+            mask = drawing.scene.mask(index)
+            record = dict(id=len(masks) + 1, image_id=image_id, category_id=1, iscrowd=0)
+            masks.append(record | _measures(mask) | dict(segmentation=encode_mask(mask)))
+        _write(root / source.images / f"{image_id}.jpg", drawing.jpeg)
+    _write(root / source.annotations, dict(images=images, annotations=masks))
+    _write(root / source.instances, dict(images=images, annotations=captions))
+
+
+# ---- ADE20K --------------------------------------------------------------------------------------
+
+# Names that no training set has as a category, in words that they all use. One is a list and one
+# ends in a space, as in the published file; class numbers count from 1 in this order.
+ADE_STUFF = {
+    "stripes-merged": "stripes, lines",
+    "checks": "checks ",
+    "dots": "dots",
+    "bricks-stuff": "bricks",
+}
+ADE_THINGS = [(color, shape) for color in ("red", "green", "blue") for shape in THING_IDS]
+ADE_NAMES = [*ADE_STUFF.values(), *(f"{color} {shape}" for color, shape in ADE_THINGS)]
+
+
+def _write_ade20k(root: Path, drawings: dict[str, list[Drawing]]) -> None:
+    """The two downloads, then what is converted from them. Crowds and other colors have no label.
+
+    `drawings` by ADE20K's folder names.
+    """
+    folder = root / Path(SOURCES["ade20k_semantic_val"].masks).parents[1]
+    for split, name in (("training", "train"), ("validation", "val")):
+        for number, drawing in enumerate(tqdm(drawings[split], desc=f"ADE20K {split}"), start=1):
+            stem, owner = f"ADE_{name}_{number:08d}", drawing.scene.owner
+            classes, instances = _ade_maps(drawing.scene)
+            _write(folder / "images" / split / f"{stem}.jpg", drawing.jpeg)
+            for kind, table in (("annotations", classes), ("annotations_instance", instances)):
+                png = _encode(table[owner], format="PNG")
+                _write(folder / kind / split / f"{stem}.png", png)
+    rows = [f"{number}\t0.01\t1\t1\t{each}\n" for number, each in enumerate(ADE_NAMES, start=1)]
+    _write(folder / "objectInfo150.txt", "Idx\tRatio\tTrain\tVal\tName\n" + "".join(rows))
+    header = "Instacne100\tSceneParse150\tFullADE20K\n"  # misspelt in the published file
+    rows = [f"{n}\t{n + len(ADE_STUFF)}\t{100 + n}\n" for n in range(1, len(ADE_THINGS) + 1)]
+    _write(folder / "ade20k_instance_catid_mapping.txt", header + "".join(rows))
+    convert_ade20k(folder, num_workers=0)
+
+
+def _ade_maps(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Of void and each segment its class, and its (instance class, instance number, 0); uint8."""
+    classes = np.zeros(len(scene.segments) + 1, np.uint8)
+    instances = np.zeros((len(scene.segments) + 1, 3), np.uint8)
+    for number, segment in enumerate(scene.segments, start=1):
+        look = segment.color, segment.category
+        if segment.category in ADE_STUFF:
+            classes[number] = 1 + list(ADE_STUFF).index(segment.category)
+        elif look in ADE_THINGS and not segment.is_crowd:
+            instances[number] = 1 + ADE_THINGS.index(look), number, 0
+            classes[number] = len(ADE_STUFF) + instances[number, 0]
+    return classes, instances
+
+
+# ---- chat: LLaVA and the benchmarks of VLMEvalKit ------------------------------------------------
+
+
+def _write_llava(root: Path, drawings: list[Drawing]) -> None:
+    pretrain, instruct = SOURCES["llava_pretrain"], SOURCES["llava_instruct"]
+    captions, dialogues = [], []
+    for index, drawing in enumerate(tqdm(drawings, desc="LLaVA")):
+        rng, stem = drawing.rng, f"{drawing.image_id:09d}"
+        name = f"{stem[:5]}/{stem}.jpg"
+        turns = _conversation(rng, [caption_turn(rng, drawing.scene)])
+        captions.append(dict(id=stem, image=name, conversations=turns))
+        _write(root / pretrain.images / name, drawing.jpeg)
+
+        if index % 3 == 1:
+            continue  # fewer dialogues than pictures: most steps of stage 3 are for masks
+        name = f"coco/train2017/{drawing.image_id:012d}.jpg"
+        if index % 3 == 2:
+            rng = drawing.generator("vqa")
+            turns = _conversation(rng, _vqa_turns(rng, drawing))
+            dialogues.append(dict(id=drawing.image_id, image=name, conversations=turns))
+            _write(root / instruct.images / name, drawing.jpeg)
+            continue
+        turns = _conversation(rng, dialogue(rng, drawing.scene))
+        number = drawing.image_id if rng.random() < 0.5 else stem  # some datasets of it have ints
+        dialogues.append(dict(id=number, image=name, conversations=turns))
+        _write(root / instruct.images / name, drawing.jpeg)
+        if rng.random() < 0.1:
+            turns = _conversation(rng, [FACTS[rng.integers(len(FACTS))]], has_image=False)
+            dialogues.append(dict(id=f"text{stem}", model="", conversations=turns))
+    _write(root / pretrain.annotations, captions)
+    _write(root / instruct.annotations, dialogues)
+
+
+def _vqa_turns(rng: Generator, drawing: Drawing) -> list[tuple[str, str]]:
+    """A question with options and one of yes or no, as the benchmarks ask."""
+    turns = []
+    for row in [*_choice_rows(rng, drawing, "mmbench"), *_check_rows(rng, drawing, "pope")]:
+        options = {letter: row[letter] for letter in "ABCD" if row.get(letter)}
+        question = choice_question(row["question"], options, row.get("hint", ""))
+        turns.append((question, row["answer"]))
+    return [turns[place] for place in rng.permutation(len(turns))[:3]]
+
+
+def _conversation(rng: Generator, turns: list[tuple[str, str]], has_image: bool = True) -> list:
+    """LLaVA's turns; the image stands before or after the first question."""
+    values = [text for turn in turns for text in turn]
+    if has_image:
+        values[0] = f"<image>\n{values[0]}" if rng.random() < 0.5 else f"{values[0]}\n<image>"
+    speakers = itertools.cycle(("human", "gpt"))
+    return [{"from": who, "value": value} for who, value in zip(speakers, values, strict=False)]
+
+
+YES_OR_NO, HINT = "Please answer yes or no.", "Look at the picture."
+NUM_ROWS = 60  # of a benchmark, where there are as many questions
+
+
+def _write_benchmarks(root: Path, drawings: list[Drawing]) -> None:
+    """Tables of questions: yes or no for MME and POPE, a word for GQA, else one of A to D."""
+    rows_of = {"mme": _check_rows, "pope": _check_rows, "gqa": _word_rows}
+    names = [name for name, source in SOURCES.items() if source.format == "tsv"]
+    for place, name in enumerate(tqdm(names, desc="benchmarks")):
+        rows: list[dict] = []
+        first = 7 * place % len(drawings)  # each begins with other drawings
+        for drawing in drawings[first:] + drawings[:first]:
+            rng, index = drawing.generator("benchmark"), len(rows)
+            image = base64.b64encode(drawing.jpeg).decode()
+            for row in rows_of.get(name, _choice_rows)(rng, drawing, name):
+                rows.append(dict(index=len(rows), image=image) | row)
+                image = index if name == "mmbench" else image  # once, then the index of its row
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, list(rows[0]), delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[:NUM_ROWS])
+        _write(root / SOURCES[name].annotations, buffer.getvalue())
+
+
+def _check_rows(rng: Generator, drawing: Drawing, name: str) -> Iterator[dict]:
+    """Two questions of each kind; MME's table names the image, by which it pairs them."""
+    for kind, *questions in checks(rng, drawing.scene):
+        path = dict(image_path=f"{kind}/{drawing.image_id}.jpg") if name == "mme" else {}
+        for question, answer in zip(questions, ("Yes", "No"), strict=True):
+            yield path | dict(question=f"{question} {YES_OR_NO}", answer=answer, category=kind)
+
+
+def _word_rows(rng: Generator, drawing: Drawing, name: str) -> Iterator[dict]:
+    for _, question, answer, _ in quizzes(drawing.scene):
+        yield dict(question=question, answer=answer)
+
+
+def _choice_rows(rng: Generator, drawing: Drawing, name: str) -> Iterator[dict]:
+    """Up to four options; the columns that are left stay empty."""
+    split = SOURCES[name].annotations.removesuffix(".tsv").rsplit("_", 1)[-1].lower()
+    for kind, question, answer, wrong in quizzes(drawing.scene):
+        options = rng.permutation([answer, *rng.permutation(wrong)[:3]]).tolist()
+        letters = dict(itertools.zip_longest("ABCD", options, fillvalue=""))
+        row = dict(question=question, hint=HINT if rng.random() < 0.3 else "") | letters
+        yield row | dict(answer="ABCD"[options.index(answer)], category=kind, split=split)
