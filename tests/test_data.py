@@ -27,9 +27,10 @@ from xsam.data import (
     keep_names,
     repeat_factors,
 )
-from xsam.datasets import Sample, open_dataset
+from xsam.datasets import open_dataset
 from xsam.encoders import SEG_MEAN, SEG_STD, Placement
 from xsam.llm import IGNORE_LABEL, IMAGE_TOKEN, REGION_TOKEN, add_special_tokens
+from xsam.samples import Sample
 
 SIZE = (30, 40)
 

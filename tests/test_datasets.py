@@ -22,8 +22,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from xsam.datasets import MAX_TURNS, READERS, Dataset, Packed, Sample, open_dataset
+from xsam.datasets import READERS, open_dataset
+from xsam.datasets_referring import MAX_TURNS
 from xsam.prompts import PHRASINGS
+from xsam.samples import Dataset, Packed, Sample
 from xsam.sources import PROMPT_TYPES, SOURCES
 
 SIZE = (24, 32)

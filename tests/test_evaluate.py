@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from xsam import distributed
-from xsam.datasets import Sample, open_dataset
+from xsam.datasets import open_dataset
 from xsam.evaluate import (
     PROTOCOLS,
     TASKS,
@@ -32,6 +32,7 @@ from xsam.evaluate import (
     table,
 )
 from xsam.postprocess import Prediction
+from xsam.samples import Sample
 from xsam.weights import save_checkpoint
 
 # ---- panoptic quality ----------------------------------------------------------------------------

@@ -17,13 +17,14 @@ from torch import nn
 from xsam.config import Config, xsam
 from xsam.connector import pixel_shuffle
 from xsam.data import Batch, Processor
-from xsam.datasets import Sample, open_dataset
+from xsam.datasets import open_dataset
 from xsam.encoders import Placement
 from xsam.evaluate import question
 from xsam.llm import IMAGE_TOKEN, REGION_TOKEN
 from xsam.losses import Normalisers
 from xsam.model import XSAM, Segmentor, answer, predict
 from xsam.postprocess import Prediction, original_logits, read_panoptic, read_phrases
+from xsam.samples import Sample
 from xsam.train import micro_batch_losses
 
 DATASETS = {

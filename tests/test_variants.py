@@ -38,11 +38,13 @@ from transformers import (
 
 from xsam.config import ARCHITECTURES, Config, ModelConfig, apply_flags, toy, xsam
 from xsam.data import Batch, Mixture, Processor
-from xsam.datasets import Generic, Sample, open_dataset
+from xsam.datasets import open_dataset
+from xsam.datasets_generic import Generic
 from xsam.encoders import ImageEncoder, SwinEncoder
 from xsam.llm import REGION_TOKEN, LanguageModel
 from xsam.model import XSAM, Segmentor
 from xsam.postprocess import Prediction
+from xsam.samples import Sample
 from xsam.train import (
     build_optimizer,
     load_earlier_stage,

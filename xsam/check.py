@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from xsam import draw
 from xsam.config import xsam
-from xsam.datasets import Dataset, Sample, read_dataset
+from xsam.datasets import read_dataset
 from xsam.prompts import PHRASINGS, read_phrasings
+from xsam.samples import Dataset, Sample
 from xsam.sources import SOURCES, find_source, locate
 
 MOST_SHOWN = 5  # bad records of a set in the report, unless --all

@@ -1,11 +1,11 @@
 """From samples to the tensors that the model and the criterion read: placing, tokenizing, batching,
 sampling.
 
-Last link of the data chain (sources → formats → prompts → datasets → data). The `Processor` places
-a `Sample` on the canvas, tokenizes it and collates a `Batch`; the `Mixture` says which samples make
-which global batch (paper section 4, dataset balance resampling). Everything random is drawn from
-(seed, epoch, dataset, place in the epoch), so any number of ranks and workers, and a resumed run,
-see the same. As a command it checks and builds data:
+Last link of the data chain (sources → formats → prompts → samples → datasets → data). The
+`Processor` places a `Sample` on the canvas, tokenizes it and collates a `Batch`; the `Mixture` says
+which samples make which global batch (paper section 4, dataset balance resampling). Everything
+random is drawn from (seed, epoch, dataset, place in the epoch), so any number of ranks and workers,
+and a resumed run, see the same. As a command it checks and builds data:
 
     python -m xsam.data check --data datas --show 4
     python -m xsam.data vgd --instances instances_train2017.json --out img_vgdseg_coco_train.json
@@ -30,11 +30,11 @@ from transformers import PreTrainedTokenizerBase
 
 from xsam import check, convert
 from xsam.config import Config, Stage
-from xsam.datasets import Dataset, Sample
 from xsam.encoders import Placement, image_pixels, seg_pixels
 from xsam.llm import IGNORE_LABEL, render_conversation, tokenize
 from xsam.losses import Targets
 from xsam.prompts import PER_PHRASE_TASKS, join_phrases
+from xsam.samples import Dataset, Sample
 
 MOST_REPLACEMENTS = 100  # records in a row that may be left out before a run stops
 

@@ -31,10 +31,12 @@ from tqdm import tqdm
 
 from xsam import distributed
 from xsam.config import add_checkpoint_flags
-from xsam.datasets import Dataset, Generic, Panoptic, Sample, open_dataset
+from xsam.datasets import open_dataset
+from xsam.datasets_generic import Generic, Panoptic
 from xsam.formats import encode_mask
 from xsam.model import XSAM, Segmentor, answer, load_checkpoint
 from xsam.postprocess import Prediction
+from xsam.samples import Dataset, Sample
 from xsam.sources import PROMPT_TYPES, SOURCES, locate
 
 PROTOCOLS = {

@@ -1,7 +1,8 @@
 """What lies on disk, read with suspicion: JSON, pickles, images, masks in every encoding.
 
-Second link of the data chain (sources → formats → prompts → datasets → data). Everything here
-raises ValueError that names the file or the record, whatever the bytes. Legend: H W image size.
+Second link of the data chain (sources → formats → prompts → samples → datasets → data). Everything
+here raises ValueError that names the file or the record, whatever the bytes. Legend: H W image
+size.
 """
 
 import contextlib

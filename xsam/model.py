@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from xsam.config import SPECIAL_TOKENS, Config, ModelConfig, xsam
 from xsam.connector import Projector, SegmentationConnector, pixel_shuffle, sample_regions
 from xsam.data import Batch, Processor
-from xsam.datasets import Sample
 from xsam.decoder import (
     CosineClassHead,
     LinearClassHead,
@@ -40,6 +39,7 @@ from xsam.postprocess import (
     read_phrases,
 )
 from xsam.prompts import PER_PHRASE_TASKS, ask, check_words, find_phrases
+from xsam.samples import Sample
 from xsam.weights import (
     CONFIG_FILE,
     EMBEDDING,

@@ -159,7 +159,8 @@ from tqdm import tqdm
 from xsam import distributed, draw, toy
 from xsam.config import Stage
 from xsam.data import Batch, Mixture, Processor
-from xsam.datasets import Generic, Sample, open_dataset
+from xsam.datasets import open_dataset
+from xsam.datasets_generic import Generic
 from xsam.encoders import ImageEncoder
 from xsam.evaluate import evaluate, table
 from xsam.llm import LanguageModel
@@ -167,6 +168,7 @@ from xsam.losses import Normalisers, count_targets, segmentation_losses
 from xsam.model import XSAM, Segmentor
 from xsam.postprocess import Prediction
 from xsam.prompts import read_phrasings
+from xsam.samples import Sample
 from xsam.weights import (
     TRAINING_FILE,
     Stored,

@@ -1,0 +1,134 @@
+"""Conversation: LLaVA's training sets and the benchmarks in VLMEvalKit's tables."""
+
+import base64
+import binascii
+import io
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from xsam.formats import (
+    expect,
+    first_file,
+    read_image,
+    read_json,
+    read_tsv,
+    take,
+)
+from xsam.prompts import check_words, choice_question
+from xsam.samples import Dataset, Sample
+
+IMAGE_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg")
+
+
+class Llava(Dataset):
+    """LLaVA conversations about one image; samples without an image are left out."""
+
+    def index(self) -> None:
+        for place, record in enumerate(read_json(self.annotations, list)):
+            where = f"{self.annotations}: record {place}"
+            with self.record():
+                if not expect(record, dict, where).get("image"):
+                    self.left_out["text without an image"] += 1
+                    continue
+                take(record, "image", str, where)
+                if "id" in record:
+                    where = f"{self.annotations}: record {place}, id {record['id']}"
+                self.records.append((record, where))
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        record, where = self.records[index]
+        image = read_image(self.find(record["image"]))
+        return Sample(
+            sample_id=f"{self.name}/{record.get('id', index)}",
+            task="chat",
+            image=image,
+            turns=self.turns(record, where),
+            masks=np.zeros((0, image.height, image.width), bool),
+            labels=np.zeros(0, np.int64),
+        )
+
+    def find(self, name: str) -> Path:
+        """The image, also where a download spells TextVQA's folder or a file's suffix in another
+        way (OCR-VQA has some as .gif and .png)."""
+        names = name, name.replace("textvqa/", "text_vqa/"), name.replace("text_vqa/", "textvqa/")
+        paths = [self.images / each for each in names]
+        paths += [paths[0].with_suffix(suffix) for suffix in IMAGE_SUFFIXES]
+        return first_file(paths)
+
+    def turns(self, record: dict, where: str) -> list[tuple[str, str]]:
+        """(question, answer) pairs; a leading answer is skipped, <image> is taken out."""
+        speakers, texts = [], []
+        for turn in take(record, "conversations", list, where):
+            speakers.append(take(turn, "from", str, where))
+            texts.append(take(turn, "value", str, where).replace("<image>", "").strip())
+            check_words(texts[-1], where, tokens=("<region>",))
+            if speakers[-1] not in ("human", "gpt"):
+                raise ValueError(f"{where}: turn from {speakers[-1]!r}; expected human or gpt")
+        if speakers[:1] == ["gpt"]:
+            speakers, texts = speakers[1:], texts[1:]
+        if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
+            raise ValueError(f"{where}: its turns do not alternate human and gpt: {speakers}")
+        if not all(texts[1::2]):
+            raise ValueError(f"{where}: an answer is empty")
+        return list(zip(texts[0::2], texts[1::2], strict=True))
+
+
+class Benchmark(Dataset):
+    """A VLMEvalKit table: a question a row, with options or without, whose answer is compared to
+    the letter. Images are base64 text; a short number stands for the image of the row with that
+    index."""
+
+    OPTIONS = "ABCDEFGH"
+
+    def index(self) -> None:
+        rows = read_tsv(self.annotations)
+        images = {row.get("index", ""): row.get("image", "") for row in rows}
+        num_rows = Counter(row.get("index") for row in rows)
+        for place, row in enumerate(rows):
+            where = f"{self.annotations}: row {place}"
+            with self.record():
+                for key in ("index", "question", "answer"):
+                    if not row.get(key, "").strip():
+                        raise ValueError(f"{where}: has no {key!r}")
+                where = f"{self.annotations}: index {row['index']}"
+                if num_rows[row["index"]] > 1:
+                    raise ValueError(f"{where}: is there more than once")
+                if not row.get("image") and not row.get("image_path"):
+                    raise ValueError(f"{where}: has neither image nor image_path")
+                image = row.get("image", "")
+                if image and len(image) < 64:  # too short for any picture
+                    if len(images.get(image, "")) < 64:
+                        raise ValueError(f"{where}: its image is row {image}, which has none")
+                    image = images[image]
+                self.records.append(row | {"image": image})
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        row = self.records[index]
+        where = f"{self.annotations}: index {row['index']}"
+        if row["image"]:
+            try:
+                content = base64.b64decode(row["image"], validate=True)
+            except (binascii.Error, ValueError) as error:
+                raise ValueError(f"{where}: its image is not base64 ({error})") from error
+            try:
+                image = read_image(io.BytesIO(content))
+            except ValueError as error:
+                raise ValueError(f"{where}: its image cannot be read ({error})") from error
+        else:
+            image = read_image(self.annotations.parent / row["image_path"])
+        options = {letter: row.get(letter, "").strip() for letter in self.OPTIONS}
+        options = {letter: text for letter, text in options.items() if text}
+        answer = check_words(row["answer"].strip(), where)
+        if options and answer not in options:
+            raise ValueError(f"{where}: its answer {answer!r} is none of {list(options)}")
+        question = choice_question(row["question"].strip(), options, row.get("hint", "").strip())
+        return Sample(
+            sample_id=f"{self.name}/{row['index']}",
+            task="chat",
+            image=image,
+            turns=[(check_words(question, where), answer)],
+            masks=np.zeros((0, image.height, image.width), bool),
+            labels=np.zeros(0, np.int64),
+        )

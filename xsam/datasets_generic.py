@@ -1,0 +1,237 @@
+"""Generic and open-vocabulary segmentation: COCO and ADE20K, panoptic, instance and semantic.
+
+A class is named in the prompt (paper section 3.1); formats in `samples.Dataset`'s terms. Legend: T
+targets, H W image size.
+"""
+
+import itertools
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from xsam.formats import (
+    decode_mask,
+    num_bad_rings,
+    read_class_map,
+    read_image,
+    read_json,
+    read_segment_ids,
+    take,
+    take_flag,
+    take_size,
+)
+from xsam.prompts import check_words, clean_name
+from xsam.samples import Dataset, Sample, by_id
+
+
+class Generic(Dataset):
+    """Classes that are named in the prompt; a class's contiguous index is the rank of its id.
+
+    With `all_classes` the prompt names all of them in that order (stage 1, evaluation); else those
+    present and a random number of others, shuffled.
+    """
+
+    are_things = True  # where the categories do not say
+
+    def index(self) -> None:
+        content = read_json(self.annotations, dict)
+        where = str(self.annotations)
+        categories = by_id(take(content, "categories", list, where), f"{where}: categories", (int,))
+        self.category_index = {number: index for index, number in enumerate(categories)}
+        self.names, self.is_thing = [], []
+        for number, category in categories.items():
+            at = f"{where}: category {number}"
+            self.names.append(check_words(clean_name(take(category, "name", str, at)), at))
+            if not self.names[-1]:
+                raise ValueError(f"{at}: its name is empty")
+            self.is_thing.append(take_flag(category, "isthing", at, self.are_things))
+        self.image_records = by_id(take(content, "images", list, where), f"{where}: images")
+        self.index_images(content)
+
+    @property
+    def categories(self) -> tuple[dict, ...]:
+        """Names and kinds, as a configuration keeps them."""
+        pairs = zip(self.names, self.is_thing, strict=True)
+        return tuple({"name": name, "is_thing": is_thing} for name, is_thing in pairs)
+
+    def index_images(self, content: dict) -> None:
+        raise NotImplementedError
+
+    def open_image(self, image: dict) -> tuple[Image.Image, tuple[int, int], str]:
+        """The picture, its size as annotated, and the name of a PNG that belongs to it."""
+        where = f"{self.annotations}: image {image['id']}"
+        name, size = Path(take(image, "file_name", str, where)), take_size(image, where)
+        return read_image(self.images / name, size), size, f"{name.stem}.png"
+
+    def category_of(self, record: dict, where: str) -> int:
+        number = take(record, "category_id", int, where)
+        if number not in self.category_index:
+            raise ValueError(f"{where}: category {number} is not in its categories")
+        return self.category_index[number]
+
+    def make(
+        self,
+        image: dict,
+        picture: Image.Image,
+        masks: np.ndarray,
+        classes: list[int],
+        ignore: np.ndarray | None,
+        rng: np.random.Generator,
+    ) -> Sample:
+        """The sample of masks [T, H, W] and their contiguous classes."""
+        present = np.unique(np.array(classes, np.int64))
+        prompt = np.arange(len(self.names))
+        if not self.all_classes:
+            absent = np.setdiff1d(prompt, present)
+            least = int(not len(present))  # a question has to name something
+            negatives = rng.choice(absent, rng.integers(least, len(absent) + 1), replace=False)
+            prompt = rng.permutation(np.concatenate([present, negatives]))
+        place = {category: position for position, category in enumerate(prompt.tolist())}
+        names = [self.names[category] for category in prompt]
+        return Sample(
+            sample_id=f"{self.name}/{image['id']}",
+            task="generic",
+            image=picture,
+            turns=[self.turn(names, rng)],
+            masks=masks,
+            labels=np.array([place[category] for category in classes], np.int64),
+            ignore=ignore,
+            names=names,
+        )
+
+
+class Panoptic(Generic):
+    """COCO panoptic: every segment of an image and its class. Crowd regions and void carry no
+    label. The PNG has the name of the image."""
+
+    def index_images(self, content: dict) -> None:
+        where = str(self.annotations)
+        segments = {}
+        for record in take(content, "annotations", list, where):
+            with self.record():
+                number = take(record, "image_id", (int, str), f"{where}: annotation")
+                at = f"{where}: image {number}"
+                if number not in self.image_records:
+                    raise ValueError(f"{at}: has segments but is not in its images")
+                if number in segments:
+                    raise ValueError(f"{at}: is annotated more than once")
+                segments[number] = take(record, "segments_info", list, at)
+        for number, image in self.image_records.items():
+            if segments.get(number):
+                self.records.append((image, segments[number]))
+            else:
+                self.left_out["images without segments"] += 1
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray, list[dict]]:
+        """Image, map [H, W] of 1 + the place of each pixel's segment (0 is void), and the segments,
+        each with its contiguous class as "class"; all checked against each other."""
+        image, records = self.records[index]
+        picture, size, name = self.open_image(image)
+        path = self.masks / name
+        segments = []
+        for record in records:
+            where = f"{self.annotations}: image {image['id']}"
+            where = f"{where}, segment {take(record, 'id', int, where)}"
+            is_crowd = take_flag(record, "iscrowd", where)
+            category = self.category_of(record, where)
+            segments.append(record | {"class": category, "iscrowd": is_crowd})
+        numbers = [0] + [segment["id"] for segment in segments]
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(
+                f"{self.annotations}: image {image['id']}: a segment id is there twice"
+            )
+        ids = read_segment_ids(path, size)
+        order = np.argsort(numbers)
+        found = np.searchsorted(numbers, ids, sorter=order).clip(max=len(order) - 1)
+        owner = order[found]
+        is_unknown = np.array(numbers)[owner] != ids
+        if is_unknown.any():
+            raise ValueError(f"{path}: segment id {ids[is_unknown][0]} is not in its segments_info")
+        return picture, owner.astype(np.int32), segments
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        picture, owner, segments = self.read(index)
+        places = [place for place, each in enumerate(segments, 1) if not each["iscrowd"]]
+        masks = owner == np.array(places, np.int32)[:, None, None]
+        classes = [segments[place - 1]["class"] for place in places]
+        is_labelled = masks.any(axis=0)
+        is_visible = masks.any(axis=(1, 2))  # ADE20K lists stuff that things cover wholly
+        classes = list(itertools.compress(classes, is_visible))
+        image = self.records[index][0]
+        return self.make(image, picture, masks[is_visible], classes, ~is_labelled, rng)
+
+
+class Instances(Generic):
+    """COCO instances: polygons or RLE. Crowd regions carry no label, all else that is not an
+    instance is background. Images without a single instance are left out."""
+
+    def index_images(self, content: dict) -> None:
+        where = str(self.annotations)
+        by_image, seen = defaultdict(list), set()
+        for record in take(content, "annotations", list, where):
+            with self.record():
+                annotation_id = take(record, "id", (int, str), f"{where}: annotation")
+                at = f"{where}: annotation {annotation_id}"
+                if annotation_id in seen:
+                    raise ValueError(f"{at}: is there more than once")
+                seen.add(annotation_id)
+                number = take(record, "image_id", (int, str), at)
+                if number not in self.image_records:
+                    raise ValueError(f"{at}: image {number} is not in its images")
+                take_flag(record, "iscrowd", at)
+                self.left_out["invalid rings"] += num_bad_rings(record.get("segmentation"))
+                by_image[number].append(record)
+        for number, image in self.image_records.items():
+            if any(not record.get("iscrowd") for record in by_image[number]):
+                self.records.append((image, by_image[number]))
+            else:
+                self.left_out["images without instances"] += 1
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        image, annotations = self.records[index]
+        picture, size, _ = self.open_image(image)
+        masks, classes, crowd = [], [], np.zeros(size, bool)
+        for annotation in annotations:
+            where = f"{self.annotations}: annotation {annotation['id']}"
+            category = self.category_of(annotation, where)
+            shape = take(annotation, "segmentation", (dict, list), where)
+            mask = decode_mask(shape, size, where, may_be_empty=True)
+            if annotation.get("iscrowd"):
+                crowd |= mask
+            elif mask.any():  # a few of COCO's objects are smaller than a pixel
+                masks.append(mask)
+                classes.append(category)
+        # An instance keeps its label where a crowd region lies over it.
+        masks = np.stack(masks) if masks else np.zeros((0, *size), bool)
+        return self.make(image, picture, masks, classes, crowd & ~masks.any(axis=0), rng)
+
+
+class Semantic(Generic):
+    """Class maps: 8-bit PNGs of contiguous classes, 255 where nothing is labelled. The categories
+    are those of the panoptic file."""
+
+    def index_images(self, content: dict) -> None:
+        self.is_thing = [False] * len(self.names)  # a class is one region
+        where = f"{self.annotations}: annotation"
+        labelled = {
+            take(record, "image_id", (int, str), where)
+            for record in take(content, "annotations", list, str(self.annotations))
+        }
+        for number, image in self.image_records.items():
+            if number in labelled:
+                self.records.append(image)
+            else:
+                self.left_out["images without segments"] += 1
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        image = self.records[index]
+        picture, size, name = self.open_image(image)
+        path = self.masks / name
+        classes = read_class_map(path, size)
+        present = np.unique(classes[classes != 255]).tolist()
+        if present and present[-1] >= len(self.names):
+            raise ValueError(f"{path}: class {present[-1]}, but there are {len(self.names)}")
+        masks = classes == np.array(present, np.uint8)[:, None, None]
+        return self.make(image, picture, masks, present, classes == 255, rng)

@@ -1,0 +1,375 @@
+"""Grounded conversation (GranD-f) and what is asked by visual prompts (COCO-Interactive, COCO-VGD).
+
+Legend: T targets, G visual prompts, H W image size.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from xsam.formats import (
+    decode_mask,
+    dilate,
+    expect,
+    first_file,
+    read_image,
+    read_json,
+    rle_area,
+    take,
+    take_flag,
+    take_size,
+)
+from xsam.prompts import ask, check_words, clean_name, reply
+from xsam.samples import Dataset, Sample, by_id
+from xsam.sources import PROMPT_RADII, PROMPT_TYPES
+
+# ---- grounded conversation -----------------------------------------------------------------------
+
+
+@dataclass
+class Caption:
+    """A caption and its grounded spans: (start, end) in characters and a segmentation each."""
+
+    image_id: int | str
+    paths: list[Path]  # where the image may lie
+    size: tuple[int, int] | None  # where the file tells it
+    text: str
+    spans: list[tuple[int, int, dict | list]]
+    ignored: list  # segmentations of regions without a label
+
+
+class Gcg(Dataset):
+    """GranD-f for training. Each subclass reads one of its layouts; overlapping and touching spans
+    are dropped, the first in the text staying (as published)."""
+
+    def index(self) -> None:
+        for caption in self.captions():
+            kept, end = [], -1
+            for span in sorted(caption.spans, key=lambda span: span[:2]):
+                if not 0 <= span[0] < span[1] <= len(caption.text):
+                    self.left_out["spans outside their caption"] += 1
+                elif span[0] <= end:
+                    self.left_out["overlapping or touching spans"] += 1
+                else:
+                    kept.append(span)
+                    end = span[1]
+            if kept:
+                self.records.append(dataclasses.replace(caption, spans=kept))
+            else:
+                self.left_out["captions without a span"] += 1
+
+    def captions(self) -> Iterator[Caption]:
+        raise NotImplementedError
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        caption = self.records[index]
+        where = f"{self.annotations}: image {caption.image_id}"
+        picture = read_image(first_file(caption.paths), caption.size)
+        size = picture.height, picture.width
+        masks = [decode_mask(shape, size, where) for _, _, shape in caption.spans]
+        ignored = [decode_mask(shape, size, where, True) for shape in caption.ignored]
+        text, names = caption.text, [caption.text[start:end] for start, end, _ in caption.spans]
+        check_words(text, where)
+        for start, end, _ in reversed(caption.spans):
+            text = f"{text[:start]}<p>{text[start:end]}</p>{text[end:]}"
+        question = ask("gcg", [], rng, self.phrasings)
+        answer = reply("gcg", rng, self.phrasings, caption=text)
+        return Sample(
+            sample_id=f"{self.name}/{caption.image_id}",
+            task="gcg",
+            image=picture,
+            turns=[(question, answer)],
+            masks=np.stack(masks),
+            labels=np.arange(len(masks)),
+            ignore=np.any(ignored, axis=0) if ignored else None,
+            names=names,
+        )
+
+    def records_of(self, content: list) -> Iterator[tuple[dict, str]]:
+        for place, record in enumerate(content):
+            yield record, f"{self.annotations}: record {place}"
+
+
+def clean_caption(text: str) -> str:
+    """Without the quotes that wrap some captions, in lower case: what the offsets count in."""
+    text = text.strip().strip('"').strip()
+    lowered = text.lower()
+    return lowered if len(lowered) == len(text) else text  # a few letters change their length
+
+
+def _size_if_told(record: dict, where: str) -> tuple[int, int] | None:
+    return take_size(record, where) if record.get("height") or record.get("width") else None
+
+
+class GcgGrounded(Gcg):
+    """Human annotated and OpenPSG: {phrase: spans and RLEs}; a phrase's RLEs are united. OpenPSG
+    names its images with or without their COCO folder."""
+
+    def captions(self) -> Iterator[Caption]:
+        for record, where in self.records_of(read_json(self.annotations, list)):
+            with self.record():
+                name = take(record, "file_name", str, where)
+                spans = []
+                for phrase, grounding in take(record, "groundings", dict, where).items():
+                    at = f"{where}: {phrase!r}"
+                    span = take(grounding, "token_positives", list, at)
+                    if len(span) != 2:
+                        raise ValueError(f"{at}: its span has {len(span)} numbers, not 2")
+                    start, end = (expect(number, int, at) for number in span)
+                    spans.append((start, end, take(grounding, "rle_masks", list, at)))
+                folders = [self.images / folder for folder in ("", "train2017", "val2017")]
+                yield Caption(
+                    image_id=take(record, "image_id", (int, str), where),
+                    paths=[folder / name for folder in folders],
+                    size=_size_if_told(record, where),
+                    text=clean_caption(take(record, "caption", str, where)),
+                    spans=spans,
+                    ignored=[],
+                )
+
+
+class GcgRefs(Gcg):
+    """RefCOCOg: a list of {key: record}; a sentence's span is its first occurrence in the caption,
+    and one that does not occur is left out."""
+
+    def captions(self) -> Iterator[Caption]:
+        for entry, where in self.records_of(read_json(self.annotations, list)):
+            with self.record():
+                if len(expect(entry, dict, where)) != 1:
+                    raise ValueError(f"{where}: has {len(entry)} keys, expected one")
+                key, record = next(iter(entry.items()))
+                text = clean_caption(take(record, "caption", str, where))
+                spans = []
+                for ref in take(record, "refs", list, where):
+                    phrase = clean_caption(take(ref, "sentence", str, where))
+                    start = text.find(phrase) if phrase else -1
+                    if start < 0:
+                        self.left_out["phrases that their caption lacks"] += 1
+                        continue
+                    shape = take(ref, "segmentation", (list, dict), where)
+                    spans.append((start, start + len(phrase), shape))
+                yield Caption(
+                    image_id=record.get("image_id", key),
+                    paths=[self.images / take(record, "img_file_name", str, where)],
+                    size=_size_if_told(record, where),
+                    text=text,
+                    spans=spans,
+                    ignored=[],
+                )
+
+
+class GcgFlickr(Gcg):
+    """Flickr30k: COCO's layout with a caption for each image entry; of an annotation's spans the
+    first is meant. Captions under three words or without annotations are left out."""
+
+    def captions(self) -> Iterator[Caption]:
+        content, where = read_json(self.annotations, dict), str(self.annotations)
+        images = by_id(take(content, "images", list, where), f"{where}: images")
+        by_image = defaultdict(list)
+        for record in take(content, "annotations", list, where):
+            with self.record():
+                number = take(record, "image_id", (int, str), f"{where}: annotation")
+                if number not in images:
+                    raise ValueError(f"{where}: annotation of image {number}, which it lacks")
+                by_image[number].append(record)
+        for number, image in images.items():
+            at = f"{where}: image {number}"
+            with self.record():
+                text = clean_caption(take(image, "caption", str, at))
+                if len(text.split()) < 3:
+                    self.left_out["captions under three words"] += 1
+                    continue
+                spans, ignored = [], []
+                for record in by_image[number]:
+                    shape = take(record, "sam_mask", dict, at)
+                    if take_flag(record, "ignore", at):
+                        ignored.append(shape)
+                        continue
+                    positions = take(record, "tokens_positive", list, at)
+                    span = expect(positions[0] if positions else None, list, f"{at}: a span")
+                    if len(span) != 2:
+                        raise ValueError(f"{at}: a span has {len(span)} numbers, not 2")
+                    start, end = (expect(each, int, f"{at}: a span") for each in span)
+                    spans.append((start, end, shape))
+                yield Caption(
+                    image_id=number,
+                    paths=[self.images / take(image, "file_name", str, at)],
+                    size=take_size(image, at),
+                    text=text,
+                    spans=spans,
+                    ignored=ignored,
+                )
+
+
+class GcgScored(Dataset):
+    """GranD-f validation and test: masks in one file, captions in another. The masks are of no
+    phrase in particular, so all have the one name "object"."""
+
+    def index(self) -> None:
+        masks, captions = read_json(self.annotations, dict), read_json(self.instances, dict)
+        where = str(self.annotations)
+        images = by_id(take(masks, "images", list, where), f"{where}: images")
+        shapes = defaultdict(list)
+        for record in take(masks, "annotations", list, where):
+            with self.record():
+                number = take(record, "image_id", (str, int), f"{where}: annotation")
+                if number not in images:
+                    raise ValueError(f"{where}: annotation of image {number}, which it lacks")
+                at = f"{where}: image {number}"
+                shapes[number].append(take(record, "segmentation", (dict, list), at))
+        texts = {}
+        for record in take(captions, "annotations", list, str(self.instances)):
+            with self.record():
+                at = f"{self.instances}: annotation"
+                number = take(record, "image_id", (str, int), at)
+                at = f"{at} of image {number}"
+                texts[number] = check_words(take(record, "caption", str, at), at)
+        for number, image in images.items():
+            if number not in texts:
+                self.problems.append(f"{where}: image {number} has no caption in {self.instances}")
+            elif shapes[number]:
+                self.records.append((image, texts[number], shapes[number]))
+            else:
+                self.left_out["images without masks"] += 1
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        image, text, shapes = self.records[index]
+        where = f"{self.annotations}: image {image['id']}"
+        size = take_size(image, where)
+        picture = read_image(self.images / f"{image['id']}.jpg", size)
+        return Sample(
+            sample_id=f"{self.name}/{image['id']}",
+            task="gcg",
+            image=picture,
+            turns=[(ask("gcg", [], rng, self.phrasings), text)],
+            masks=np.stack([decode_mask(shape, size, where) for shape in shapes]),
+            labels=np.zeros(len(shapes), np.int64),
+            names=["object"],
+        )
+
+
+# ---- interactive and visual grounding ------------------------------------------------------------
+
+
+class VisualPrompts(Dataset):
+    """COCO-Interactive (PSALM's file) and COCO-VGD: COCO annotations with four prompt masks each.
+
+    Interactive asks for the one object that the prompt marks: in training one object of an image,
+    drawn; in evaluation one sample for each object that has the prompt. VGD shows one object of
+    each category present and asks for all of these categories. `source.prompt` is the kind of
+    prompt, "" a random one of those that are not empty. PSALM's file stores points and scribbles
+    one pixel wide and has crowd regions, which are asked for in evaluation only.
+    """
+
+    def index(self) -> None:
+        self.category_names = {}
+        if self.source.instances:
+            content = read_json(self.instances, dict)
+            where = f"{self.instances}: categories"
+            categories = by_id(take(content, "categories", list, str(self.instances)), where)
+            self.category_names = {
+                number: check_words(clean_name(take(category, "name", str, where)), where)
+                for number, category in categories.items()
+            }
+        for place, record in enumerate(read_json(self.annotations, list)):
+            with self.record():
+                self.index_image(record, f"{self.annotations}: record {place}")
+
+    def index_image(self, record: dict, where: str) -> None:
+        is_stored_thin = isinstance(record, dict) and "anns" in record
+        image = take(record, "image_info", dict, where)
+        file_name = take(record, "image" if is_stored_thin else "image_file", str, where)
+        size = take_size(image, where)
+        number = take(image, "id", (int, str), where)
+        annotations = []
+        for raw in take(record, "anns" if is_stored_thin else "annotations", list, where):
+            at = f"{self.annotations}: annotation {take(raw, 'id', (int, str), where)}"
+            holder, suffix = raw, "_visual_prompt_mask"
+            if not is_stored_thin:
+                holder, suffix = take(raw, "visual_prompts", dict, at), "_visual_prompt"
+            prompts = {}
+            for kind in PROMPT_TYPES:
+                rle = take(holder, f"{kind}{suffix}", dict, at)
+                # Reading every RLE would take minutes; an empty one is a single run, so short.
+                is_short = len(take(rle, "counts", (list, str), f"{at}: {kind}")) < 8
+                if not is_short or rle_area(rle, size, f"{at}: {kind}"):
+                    prompts[kind] = rle
+            category = take(raw, "category_id", int, at)
+            take_flag(raw, "iscrowd", at)
+            if self.source.instances and category not in self.category_names:
+                raise ValueError(f"{at}: category {category} is not in {self.instances}")
+            annotations.append((raw, category, prompts, at))
+        entry = (file_name, number, size, is_stored_thin)
+        self.add(entry, annotations)
+
+    def add(self, entry: tuple, annotations: list) -> None:
+        """The records of one image."""
+        kind, is_training = self.source.prompt, self.source.split == "train"
+        if self.source.task == "interactive" and is_training:
+            single = [each for each in annotations if not each[0].get("iscrowd")]
+            self.left_out["crowd regions"] += len(annotations) - len(single)
+            annotations = single
+        usable = [each for each in annotations if (kind in each[2] if kind else each[2])]
+        kept = usable
+        if self.source.task == "vgd":  # one object shows all of its category
+            shown = {category for _, category, _, _ in usable}
+            kept = [each for each in annotations if is_training or each[1] in shown]
+        self.left_out["objects that no prompt shows"] += len(annotations) - len(kept)
+        if not usable:
+            self.left_out["images without a prompt"] += 1
+        elif self.source.task == "interactive" and not is_training:
+            self.records += [(*entry, [each]) for each in usable]
+        else:
+            self.records.append((*entry, kept))
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        file_name, number, size, is_stored_thin, annotations = self.records[index]
+        picture = read_image(self.images / file_name, size)
+        is_interactive = self.source.task == "interactive"
+        if is_interactive:
+            annotations = [annotations[rng.integers(len(annotations))]]
+        groups = defaultdict(list)  # of a name, the objects and their masks
+        for each in sorted(annotations, key=lambda each: each[1]):
+            shape = take(each[0], "segmentation", (dict, list), each[3])
+            mask = decode_mask(shape, size, each[3], may_be_empty=not is_interactive)
+            if mask.any():  # a few of COCO's objects are smaller than a pixel
+                name = "object" if is_interactive else self.category_names[each[1]]
+                groups[name].append((each, mask))
+        if not groups:
+            raise ValueError(f"{self.annotations}: image {number}: no object has a pixel")
+        names = list(groups)
+        if self.source.split == "train":
+            names = rng.permutation(names).tolist()
+        regions = [
+            self.region([each for each, _ in groups[name]], size, is_stored_thin, rng)
+            for name in names
+        ]
+        counts = [len(groups[name]) for name in names]
+        return Sample(
+            sample_id=f"{self.name}/{number}/{index}",
+            task=self.source.task,
+            image=picture,
+            turns=[self.turn(["<region>"] * len(names), rng)],
+            masks=np.stack([mask for name in names for _, mask in groups[name]]),
+            labels=np.repeat(np.arange(len(names)), counts),
+            names=names,
+            regions=np.stack(regions),
+        )
+
+    def region(
+        self, group: list, size: tuple[int, int], is_stored_thin: bool, rng: np.random.Generator
+    ) -> np.ndarray:
+        """A random prompt for one of the objects of `group`, bool [H, W]; empty where none of them
+        has such a prompt."""
+        kind = self.source.prompt
+        usable = [each for each in group if (kind in each[2] if kind else each[2])]
+        if not usable:
+            return np.zeros(size, bool)
+        _, _, prompts, where = usable[rng.integers(len(usable))]
+        kind = kind or list(prompts)[rng.integers(len(prompts))]
+        region = decode_mask(prompts[kind], size, where)
+        return dilate(region, PROMPT_RADII.get(kind, 0)) if is_stored_thin else region

@@ -1,0 +1,127 @@
+"""What a dataset gives: `Sample`s, one record each at the image's own size; and what all readers of
+datasets have in common.
+
+Opening a dataset reads its annotations and says what it leaves out and what is wrong; `sample` then
+reads one image with its masks and draws the words. Everything random comes from the generator that
+is passed in. Legend: T targets, G visual prompts, H W image size.
+"""
+
+import contextlib
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from xsam.formats import (
+    take,
+)
+from xsam.prompts import PHRASINGS, ask, reply
+from xsam.sources import Source, locate
+
+
+@dataclass
+class Sample:
+    """One record, at the image's own size."""
+
+    sample_id: str
+    task: str
+    image: Image.Image
+    turns: list[tuple[str, str | None]]  # (question, answer); an answer of None is for the model
+    masks: np.ndarray  # bool [T, H, W]
+    labels: np.ndarray  # int64 [T], index into names
+    ignore: np.ndarray | None = None  # bool [H, W], pixels without a label
+    names: list[str] = field(default_factory=list)  # the classes or phrases, in prompt order
+    regions: np.ndarray | None = None  # bool [G, H, W], a visual prompt for each <region>
+
+
+class Packed:
+    """Records as bytes in one array. Loader processes share it; Python objects they would copy as
+    soon as they look at them, which for COCO is gigabytes a process."""
+
+    def __init__(self, contents: list[bytes]):
+        """`contents` are pickles that this process made."""
+        self.ends = np.cumsum([0] + [len(content) for content in contents])
+        self.content = np.frombuffer(b"".join(contents), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int):
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return pickle.loads(self.content[self.ends[index] : self.ends[index + 1]])
+
+
+class Dataset:
+    """What the readers have in common. A subclass fills `records` in `index` and makes a `Sample`
+    of one in `sample`.
+
+    `left_out` counts what the format's rules drop; `problems` has a message for each record that
+    breaks them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        root: Path,
+        all_classes: bool = False,
+        phrasings: dict = PHRASINGS,
+    ):
+        self.name, self.source, self.all_classes = name, source, all_classes
+        self.phrasings = phrasings
+        self.annotations, self.images = (
+            locate(root, source.annotations),
+            locate(root, source.images),
+        )
+        self.masks, self.instances = locate(root, source.masks), locate(root, source.instances)
+        self.records: list | Packed = []
+        self.left_out: Counter[str] = Counter()
+        self.problems: list[str] = []
+        self.index()
+        contents = []
+        for place, record in enumerate(self.records):
+            with self.record():
+                try:
+                    contents.append(pickle.dumps(record, protocol=5))
+                except RecursionError as error:
+                    where = f"{self.annotations}: sample {place}"
+                    raise ValueError(f"{where}: is nested too deeply") from error
+        self.records = Packed(contents)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def index(self) -> None:
+        raise NotImplementedError
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """Record `index`, its words drawn from `rng`. Raises ValueError that names the record."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        """Keeps the message of a record that cannot be read, and goes on with the next."""
+        try:
+            yield
+        except ValueError as error:
+            self.problems.append(str(error))
+
+    def turn(self, names: list[str], rng: np.random.Generator, kind: str = "answers"):
+        """A random question about `names` and a random answer."""
+        question = ask(self.source.task, names, rng, self.phrasings)
+        return question, reply(self.source.task, rng, self.phrasings, kind)
+
+
+def by_id(records: list, where: str, kinds: tuple[type, ...] = (int, str)) -> dict:
+    """{id: record}, in order of the ids, which must differ."""
+    pairs = [(take(record, "id", kinds, where), record) for record in records]
+    table = dict(sorted(pairs, key=lambda pair: (isinstance(pair[0], str), pair[0])))
+    if len(table) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"{where}: id {twice} is there more than once")
+    return table
