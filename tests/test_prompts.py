@@ -10,11 +10,13 @@ import pytest
 
 from xsam.config import SPECIAL_TOKENS
 from xsam.prompts import (
+    OPTION_REQUEST,
     PER_PHRASE_TASKS,
     PHRASINGS,
     PLACEHOLDERS,
     ask,
     check_words,
+    choice_question,
     clean_name,
     find_phrases,
     join_phrases,
@@ -182,6 +184,13 @@ def test_join_phrases():
     assert join_phrases([]) == ""
 
 
+def test_choice_questions():
+    options = {"A": "a ring", "C": "a star"}
+    lines = ["Look up.", "What is it?", "A. a ring", "C. a star", OPTION_REQUEST]
+    assert choice_question("What is it?", options, "Look up.") == "\n".join(lines)
+    assert choice_question("What is it?", {}) == "What is it?"
+
+
 @pytest.mark.parametrize(
     ("answer", "phrases"),
     [
@@ -208,6 +217,12 @@ def test_words_with_a_token_of_the_prompt_format_are_refused(token):
     assert check_words("a < b and seg", "record 3") == "a < b and seg"
     with pytest.raises(ValueError, match=f"record 3: contains {token}"):
         check_words(f"the {token} here", "record 3")
+
+
+def test_half_a_character_is_refused():
+    assert check_words("café 🙂", "record 3") == "café 🙂"
+    with pytest.raises(ValueError, match="record 3: holds a lone surrogate"):
+        check_words(json.loads('"\\ud83d"'), "record 3")
 
 
 @pytest.mark.parametrize(

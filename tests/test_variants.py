@@ -374,7 +374,7 @@ def train_step(model: Segmentor | XSAM, number: int, batches: list[Batch]) -> No
     if number == 2:
         read = under(read, *PROJECTORS)
     either = {name for name in read if KEY_BIAS.search(name)}
-    if task == "refer":
+    if task in ("refer", "reason", "interactive"):  # one mask for each <SEG>
         either |= under(read, MASK_MLPS)
 
     model.train()

@@ -133,7 +133,7 @@ class Processor:
                 return sample
             except Refusal:
                 absent = np.setdiff1d(np.arange(len(sample.names)), sample.labels)
-                if not len(absent):
+                if len(absent) < 1 + (len(absent) == len(sample.names)):  # one name has to stay
                     raise
                 goes = absent[len(absent) // 2 :]
                 sample = keep_names(sample, np.setdiff1d(np.arange(len(sample.names)), goes))
@@ -195,12 +195,8 @@ class Processor:
         regions = sample.regions if sample.regions is not None else ()
         points: list[Tensor | None] = []
         for region in regions:
-            pixels = placement.place_points(np.argwhere(region))
-            if len(pixels):
-                chosen = rng.choice(len(pixels), count, replace=len(pixels) < count)
-                points.append(torch.from_numpy(pixels[chosen] / placement.size).float())
-            else:
-                points.append(None)
+            drawn = placement.draw_points(region, count, rng)
+            points.append(torch.from_numpy(drawn).float() if len(drawn) else None)
         if points and all(each is None for each in points):
             raise Refusal(f"{sample.sample_id}: no visual prompt has a pixel on the canvas")
         return points
@@ -392,7 +388,8 @@ class Mixture(torch.utils.data.Dataset):
         another of its dataset, drawn, and its reason goes with that. Without `skip_bad` the error
         of a bad one is what comes back: a data loader would bury what it says."""
         dataset, index, left_out = self.datasets[draw.dataset], draw.index, []
-        rng = np.random.default_rng([self.seed, draw.epoch, draw.dataset, draw.place])
+        # Not place 0: numpy takes a last 0 for none, which is the generator of the epoch's shuffle.
+        rng = np.random.default_rng([self.seed, draw.epoch, draw.dataset, draw.place + 1])
         while len(left_out) < MOST_REPLACEMENTS:
             try:
                 sample = dataset.sample(index, rng)

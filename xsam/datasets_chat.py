@@ -63,7 +63,8 @@ class Llava(Dataset):
         for turn in take(record, "conversations", list, where):
             speakers.append(take(turn, "from", str, where))
             texts.append(take(turn, "value", str, where).replace("<image>", "").strip())
-            check_words(texts[-1], where, tokens=("<region>",))
+            if texts[-1]:  # a question may be the image alone
+                check_words(texts[-1], where, tokens=("<region>", "<SEG>"))
             if speakers[-1] not in ("human", "gpt"):
                 raise ValueError(f"{where}: turn from {speakers[-1]!r}; expected human or gpt")
         if speakers[:1] == ["gpt"]:

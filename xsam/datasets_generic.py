@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from xsam.formats import (
+    SEGMENT_IDS,
     decode_mask,
     num_bad_rings,
     read_class_map,
@@ -44,8 +45,6 @@ class Generic(Dataset):
         for number, category in categories.items():
             at = f"{where}: category {number}"
             self.names.append(check_words(clean_name(take(category, "name", str, at)), at))
-            if not self.names[-1]:
-                raise ValueError(f"{at}: its name is empty")
             self.is_thing.append(take_flag(category, "isthing", at, self.are_things))
         self.image_records = by_id(take(content, "images", list, where), f"{where}: images")
         self.index_images(content)
@@ -142,14 +141,16 @@ class Panoptic(Generic):
             raise ValueError(
                 f"{self.annotations}: image {image['id']}: a segment id is there twice"
             )
+        if not 0 <= min(numbers) <= max(numbers) < len(SEGMENT_IDS):
+            raise ValueError(f"{self.annotations}: image {image['id']}: a segment id is no colour")
+        table = np.zeros(len(SEGMENT_IDS), np.int32)  # the pages that are not used cost nothing
+        table[numbers] = np.arange(len(numbers))
         ids = read_segment_ids(path, size)
-        order = np.argsort(numbers)
-        found = np.searchsorted(numbers, ids, sorter=order).clip(max=len(order) - 1)
-        owner = order[found]
-        is_unknown = np.array(numbers)[owner] != ids
+        owner = table[ids]
+        is_unknown = (owner == 0) & (ids != 0)
         if is_unknown.any():
             raise ValueError(f"{path}: segment id {ids[is_unknown][0]} is not in its segments_info")
-        return picture, owner.astype(np.int32), segments
+        return picture, owner, segments
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         picture, owner, segments = self.read(index)
@@ -215,10 +216,10 @@ class Semantic(Generic):
     def index_images(self, content: dict) -> None:
         self.is_thing = [False] * len(self.names)  # a class is one region
         where = f"{self.annotations}: annotation"
-        labelled = {
-            take(record, "image_id", (int, str), where)
-            for record in take(content, "annotations", list, str(self.annotations))
-        }
+        labelled = set()
+        for record in take(content, "annotations", list, str(self.annotations)):
+            with self.record():
+                labelled.add(take(record, "image_id", (int, str), where))
         for number, image in self.image_records.items():
             if number in labelled:
                 self.records.append(image)

@@ -70,7 +70,7 @@ class Gcg(Dataset):
         where = f"{self.annotations}: image {caption.image_id}"
         picture = read_image(first_file(caption.paths), caption.size)
         size = picture.height, picture.width
-        masks = [decode_mask(shape, size, where) for _, _, shape in caption.spans]
+        masks = np.stack([decode_mask(shape, size, where) for _, _, shape in caption.spans])
         ignored = [decode_mask(shape, size, where, True) for shape in caption.ignored]
         text, names = caption.text, [caption.text[start:end] for start, end, _ in caption.spans]
         check_words(text, where)
@@ -83,9 +83,10 @@ class Gcg(Dataset):
             task="gcg",
             image=picture,
             turns=[(question, answer)],
-            masks=np.stack(masks),
+            masks=masks,
             labels=np.arange(len(masks)),
-            ignore=np.any(ignored, axis=0) if ignored else None,
+            # A phrase keeps its label where an ignored region lies over it.
+            ignore=np.any(ignored, axis=0) & ~masks.any(axis=0) if ignored else None,
             names=names,
         )
 
@@ -227,6 +228,9 @@ class GcgScored(Dataset):
                 at = f"{self.instances}: annotation"
                 number = take(record, "image_id", (str, int), at)
                 at = f"{at} of image {number}"
+                if number in texts:
+                    self.left_out["further captions of an image"] += 1
+                    continue
                 texts[number] = check_words(take(record, "caption", str, at), at)
         for number, image in images.items():
             if number not in texts:

@@ -99,9 +99,7 @@ class RefCoco(Referring):
         numbers = take(ref, "ann_id", (int, list), where)
         if numbers == []:
             raise ValueError(f"{where}: 'ann_id' is empty; [-1] says that there is no such thing")
-        numbers = (
-            [] if numbers in (-1, [-1]) else numbers if isinstance(numbers, list) else [numbers]
-        )
+        numbers = [] if numbers == [-1] else numbers if isinstance(numbers, list) else [numbers]
         for number in numbers:
             if expect(number, int, where) not in self.annotation_records:
                 raise ValueError(f"{where}: annotation {number} is not in {self.instances}")
@@ -291,6 +289,7 @@ def paint_shapes(
         ImageDraw.Draw(canvas).polygon(corners, fill=1, outline=1)
         painted.append((255 if is_ignored else 1, np.asarray(canvas)))
     labels = np.zeros(size, np.uint8)
-    for value, mask in sorted(painted, key=lambda each: -int(each[1].sum())):
+    # Of equal ones LISA paints the later first.
+    for value, mask in sorted(painted, key=lambda each: each[1].sum())[::-1]:
         labels[mask] = value
     return labels

@@ -287,30 +287,58 @@ class Placement:
         columns = (
             (np.arange(self.visible[1]) + self.left + 0.5) * self.original[1] / self.resized[1]
         )
-        visible = values.take(rows.astype(int), axis=-2).take(columns.astype(int), axis=-1)
+        shown = (rows.astype(int), -2), (columns.astype(int), -1)
+        visible = values
+        for places, axis in shown if self.resized < self.original else shown[::-1]:
+            visible = visible.take(places, axis)  # rows are whole lines of memory: the longer copy
         canvas = np.full((*values.shape[:-2], self.size, self.size), fill, values.dtype)
         canvas[..., : self.visible[0], : self.visible[1]] = visible
         return canvas
 
-    def place_points(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels [N, 2] (row, column) of the original image as pixels of the canvas, float; those
-        that the canvas does not show are left out."""
-        scale = np.array(self.resized) / self.original
-        placed = (pixels + 0.5) * scale - 0.5 - (self.top, self.left)
-        inside = (placed > -0.5) & (placed < np.array(self.visible) - 0.5)
-        return placed[inside.all(axis=1)].clip(min=0)
+    def draw_points(self, mask: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+        """`count` random pixels of a mask, bool [H, W] of the original image, that the canvas
+        shows: where they lie on it as (row, column) in 0..1, [count, 2]. With repetition where
+        there are fewer; [0, 2] where there is none."""
+        axes = []
+        for side, resized, start, shown in zip(
+            self.original, self.resized, (self.top, self.left), self.visible, strict=True
+        ):
+            place = (np.arange(side) + 0.5) * (resized / side) - 0.5 - start
+            axes.append(np.where((place > -0.5) & (place < shown - 0.5), place.clip(min=0), -1))
+        rows, columns = axes
+        inside = np.flatnonzero(mask & (rows >= 0)[:, None] & (columns >= 0))
+        if not len(inside):
+            return np.zeros((0, 2))
+        chosen = inside[rng.choice(len(inside), count, replace=len(inside) < count)]
+        row, column = np.divmod(chosen, mask.shape[1])
+        return np.stack([rows[row], columns[column]], axis=1) / self.size
 
 
 def seg_pixels(image: Image.Image, placement: Placement) -> Tensor:
     """RGB image to the segmentation encoder's input: float [3, S, S], normalised, padding zero."""
-    height, width = placement.resized
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    bottom, right = placement.top + placement.visible[0], placement.left + placement.visible[1]
-    pixels = np.asarray(resized, np.float32)[placement.top : bottom, placement.left : right]
-    pixels = (pixels - np.float32(SEG_MEAN)) / np.float32(SEG_STD)
-    canvas = torch.zeros(3, placement.size, placement.size)
-    canvas[:, : pixels.shape[0], : pixels.shape[1]] = torch.from_numpy(pixels).permute(2, 0, 1)
-    return canvas
+    rows, columns = placement.visible
+    box = None  # of the original image, where the canvas does not show all of it
+    if (rows, columns) != placement.resized:
+        y, x = np.array(placement.original) / placement.resized
+        right, bottom = (placement.left + columns) * x, (placement.top + rows) * y
+        box = (
+            placement.left * x,
+            placement.top * y,
+            min(right, image.width),
+            min(bottom, image.height),
+        )
+    resized = image.resize((columns, rows), Image.Resampling.BILINEAR, box)
+    canvas = np.zeros((3, placement.size, placement.size), np.float32)
+    shown = canvas[:, :rows, :columns]
+    shown[:] = np.asarray(resized).transpose(2, 0, 1)
+    _normalise(shown, SEG_MEAN, SEG_STD)
+    return torch.from_numpy(canvas)
+
+
+def _normalise(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Channels first [3, H, W], in place."""
+    pixels -= np.float32(mean)[:, None, None]
+    pixels /= np.float32(std)[:, None, None]
 
 
 def image_pixels(
@@ -323,6 +351,8 @@ def image_pixels(
     """RGB image to the image encoder's input: squashed to float [3, size, size], normalised with
     mean and deviation of pixels in 0..1 (default: SigLIP's)."""
     resized = image.resize((size, size), Image.Resampling[resample.upper()])
-    pixels = np.asarray(resized, np.float32) / np.float32(255)
-    pixels = (pixels - np.float32(mean)) / np.float32(std)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    pixels = np.empty((3, size, size), np.float32)
+    pixels[:] = np.asarray(resized).transpose(2, 0, 1)
+    pixels /= np.float32(255)
+    _normalise(pixels, mean, std)
+    return torch.from_numpy(pixels)

@@ -139,6 +139,7 @@ def _shorten(value: Any) -> str:
 
 # ---- images --------------------------------------------------------------------------------------
 
+SEGMENT_IDS = range(2**24)  # three channels of eight bits, red the lowest
 # What Pillow's decoders raise on damaged bytes.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -170,8 +171,8 @@ def read_image_size(path: Path) -> tuple[int, int]:
 
 def read_segment_ids(path: Path, size: tuple[int, int]) -> np.ndarray:
     """A COCO panoptic PNG as segment ids, int32 [H, W]; 0 is void."""
-    colours = np.asarray(_open_png(path, size).convert("RGB"), np.int32)
-    return colours[..., 0] + 256 * colours[..., 1] + 65536 * colours[..., 2]
+    colours = np.asarray(_open_png(path, size).convert("RGBA"))
+    return (colours.view("<u4")[..., 0] & 0xFFFFFF).astype(np.int32)
 
 
 def read_class_map(path: Path, size: tuple[int, int]) -> np.ndarray:

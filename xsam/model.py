@@ -418,7 +418,7 @@ def predict(
         if not categories:
             raise ValueError("this model knows no categories of its own: name things or stuff")
         names, is_thing = map(list, zip(*categories, strict=True))
-    for words in [*texts, *names]:
+    for words in [*filter(None, texts), *names]:  # panoptic takes no text
         check_words(words, "a text or a name")
     samples = []
     for picture, words in zip(images, texts, strict=True):

@@ -159,7 +159,9 @@ def find_phrases(answer: str) -> list[str]:
 def check_words(
     text: str, where: str, tokens: tuple[str, ...] = (*SPECIAL_TOKENS, *PLACEHOLDERS)
 ) -> str:
-    """`text`, which must not hold `tokens` of the prompt format, nor half a character."""
+    """`text`, which must not be empty, nor hold `tokens` of the prompt format or half a letter."""
+    if not text.strip():
+        raise ValueError(f"{where}: is empty")
     for token in tokens:
         if token in text:
             raise ValueError(f"{where}: contains {token}, which belongs to the prompt format")
