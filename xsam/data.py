@@ -63,7 +63,7 @@ class Batch:
     targets: list[Targets]  # one per decoder run
     run_seeds: list[int]  # one per decoder run: where the criterion's points come from
     placements: list[Placement]  # one per image
-    samples: list[Sample]
+    samples: list[Sample]  # of a Mixture without pictures and masks
     left_out: list[str]  # why other records are not in it: refused, or bad with --skip-bad
 
     def to(self, device: torch.device) -> "Batch":
@@ -122,18 +122,16 @@ class Processor:
             )
         return ids, labels
 
-    def shorten(self, sample: Sample) -> Sample:
-        """The sample, if need be without some of the classes that it does not show: the only words
-        that can go without an answer or a <SEG>."""
-        if sample.task != "generic":
-            return sample
+    def shorten(self, sample: Sample) -> tuple[Sample, tuple[list[int], list[int]]]:
+        """The sample, if need be without some of the classes that it does not show (the only words
+        that can go without an answer or a <SEG>), and its ids and labels."""
         while True:
             try:
-                self.tokenize(sample)
-                return sample
+                return sample, self.tokenize(sample)
             except Refusal:
                 absent = np.setdiff1d(np.arange(len(sample.names)), sample.labels)
-                if len(absent) < 1 + (len(absent) == len(sample.names)):  # one name has to stay
+                least = int(len(absent) == len(sample.names))  # one name has to stay
+                if sample.task != "generic" or len(absent) <= least:
                     raise
                 goes = absent[len(absent) // 2 :]
                 sample = keep_names(sample, np.setdiff1d(np.arange(len(sample.names)), goes))
@@ -161,8 +159,9 @@ class Processor:
     ) -> dict:
         """One sample's tensors. With a `stage` its augmentation is drawn from `rng`."""
         placement = self.place(sample, stage, rng)
-        if self.tokenizer is not None and stage is not None:
-            sample = self.shorten(sample)
+        if self.tokenizer is not None:
+            may_shorten = stage is not None
+            sample, words = self.shorten(sample) if may_shorten else (sample, self.tokenize(sample))
         encoded = {
             "sample": sample,
             "placement": placement,
@@ -180,7 +179,7 @@ class Processor:
                     model.image_std,
                     model.image_resample,
                 )
-            encoded["ids"], encoded["labels"] = self.tokenize(sample)
+            encoded["ids"], encoded["labels"] = words
             encoded["region_points"] = self.region_points(sample, placement, rng)
         return encoded
 
@@ -325,10 +324,21 @@ def repeat_factors(sizes: list[int], threshold: float) -> list[float]:
     return [max(1.0, math.sqrt(threshold * total / size)) for size in sizes]
 
 
+def share_batches(sizes: list[int], factors: list[float], batch_size: int) -> list[int]:
+    """Batches of each dataset in an epoch, at least one: the whole batches of its share size·factor
+    of the epoch, and one more where the largest fractions are left."""
+    shares = np.array(sizes) * factors / batch_size
+    total = max(1, round(shares.sum()))
+    shares *= total / shares.sum()
+    counts = np.floor(shares).astype(int)
+    counts[np.argsort(counts - shares, kind="stable")[: total - counts.sum()]] += 1
+    return np.maximum(counts, 1).tolist()
+
+
 class Mixture(torch.utils.data.Dataset):
     """The datasets of a stage, resampled; every global batch comes from one of them.
 
-    A dataset of n samples and factor r fills round(n·r / batch) batches of an epoch, at least one:
+    A dataset of n samples and factor r fills about n·r / batch batches of an epoch, at least one:
     all of it floor(r) times, then a random part. What is short of a whole batch is left for another
     epoch's shuffle.
     """
@@ -346,10 +356,7 @@ class Mixture(torch.utils.data.Dataset):
         self.global_batch_size = stage.global_batch_size
         sizes = [len(dataset) for dataset in datasets]
         self.factors = repeat_factors(sizes, stage.repeat_threshold)
-        self.num_batches = [
-            max(1, round(size * factor / self.global_batch_size))
-            for size, factor in zip(sizes, self.factors, strict=True)
-        ]
+        self.num_batches = share_batches(sizes, self.factors, self.global_batch_size)
 
     def __len__(self) -> int:
         """Global batches of an epoch."""
@@ -404,9 +411,17 @@ class Mixture(torch.utils.data.Dataset):
         return ValueError(f"{len(left_out)} samples in a row cannot be used, first {left_out[0]}")
 
     def collate(self, items: list[dict | ValueError]) -> Batch | ValueError:
-        """The batch of encoded samples, or the first error among them."""
-        errors = (item for item in items if isinstance(item, ValueError))
-        return next(errors, None) or self.processor.collate(items)
+        """The batch of encoded samples, or the first error among them. The samples lose their
+        pictures and masks, which no loss reads: megabytes less from each loader process."""
+        for item in items:
+            if isinstance(item, ValueError):
+                return item
+        batch = self.processor.collate(items)
+        batch.samples = [
+            dataclasses.replace(sample, image=None, masks=None, ignore=None, regions=None)
+            for sample in batch.samples
+        ]
+        return batch
 
 
 # ---- command line --------------------------------------------------------------------------------
