@@ -46,8 +46,8 @@ class Generic(Dataset):
             at = f"{where}: category {number}"
             self.names.append(check_words(clean_name(take(category, "name", str, at)), at))
             self.is_thing.append(take_flag(category, "isthing", at, self.are_things))
-        self.image_records = by_id(take(content, "images", list, where), f"{where}: images")
-        self.index_images(content)
+        images = by_id(take(content, "images", list, where), f"{where}: images")
+        self.index_images(content, images)
 
     @property
     def categories(self) -> tuple[dict, ...]:
@@ -55,7 +55,7 @@ class Generic(Dataset):
         pairs = zip(self.names, self.is_thing, strict=True)
         return tuple({"name": name, "is_thing": is_thing} for name, is_thing in pairs)
 
-    def index_images(self, content: dict) -> None:
+    def index_images(self, content: dict, images: dict[int | str, dict]) -> None:
         raise NotImplementedError
 
     def open_image(self, image: dict) -> tuple[Image.Image, tuple[int, int], str]:
@@ -105,19 +105,19 @@ class Panoptic(Generic):
     """COCO panoptic: every segment of an image and its class. Crowd regions and void carry no
     label. The PNG has the name of the image."""
 
-    def index_images(self, content: dict) -> None:
+    def index_images(self, content: dict, images: dict[int | str, dict]) -> None:
         where = str(self.annotations)
         segments = {}
         for record in take(content, "annotations", list, where):
             with self.record():
                 number = take(record, "image_id", (int, str), f"{where}: annotation")
                 at = f"{where}: image {number}"
-                if number not in self.image_records:
+                if number not in images:
                     raise ValueError(f"{at}: has segments but is not in its images")
                 if number in segments:
                     raise ValueError(f"{at}: is annotated more than once")
                 segments[number] = take(record, "segments_info", list, at)
-        for number, image in self.image_records.items():
+        for number, image in images.items():
             if segments.get(number):
                 self.records.append((image, segments[number]))
             else:
@@ -168,7 +168,7 @@ class Instances(Generic):
     """COCO instances: polygons or RLE. Crowd regions carry no label, all else that is not an
     instance is background. Images without a single instance are left out."""
 
-    def index_images(self, content: dict) -> None:
+    def index_images(self, content: dict, images: dict[int | str, dict]) -> None:
         where = str(self.annotations)
         by_image, seen = defaultdict(list), set()
         for record in take(content, "annotations", list, where):
@@ -179,12 +179,12 @@ class Instances(Generic):
                     raise ValueError(f"{at}: is there more than once")
                 seen.add(annotation_id)
                 number = take(record, "image_id", (int, str), at)
-                if number not in self.image_records:
+                if number not in images:
                     raise ValueError(f"{at}: image {number} is not in its images")
                 take_flag(record, "iscrowd", at)
                 self.left_out["invalid rings"] += num_bad_rings(record.get("segmentation"))
                 by_image[number].append(record)
-        for number, image in self.image_records.items():
+        for number, image in images.items():
             if any(not record.get("iscrowd") for record in by_image[number]):
                 self.records.append((image, by_image[number]))
             else:
@@ -213,14 +213,14 @@ class Semantic(Generic):
     """Class maps: 8-bit PNGs of contiguous classes, 255 where nothing is labelled. The categories
     are those of the panoptic file."""
 
-    def index_images(self, content: dict) -> None:
+    def index_images(self, content: dict, images: dict[int | str, dict]) -> None:
         self.is_thing = [False] * len(self.names)  # a class is one region
         where = f"{self.annotations}: annotation"
         labelled = set()
         for record in take(content, "annotations", list, str(self.annotations)):
             with self.record():
                 labelled.add(take(record, "image_id", (int, str), where))
-        for number, image in self.image_records.items():
+        for number, image in images.items():
             if number in labelled:
                 self.records.append(image)
             else:

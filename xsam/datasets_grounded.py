@@ -170,13 +170,7 @@ class GcgFlickr(Gcg):
     def captions(self) -> Iterator[Caption]:
         content, where = read_json(self.annotations, dict), str(self.annotations)
         images = by_id(take(content, "images", list, where), f"{where}: images")
-        by_image = defaultdict(list)
-        for record in take(content, "annotations", list, where):
-            with self.record():
-                number = take(record, "image_id", (int, str), f"{where}: annotation")
-                if number not in images:
-                    raise ValueError(f"{where}: annotation of image {number}, which it lacks")
-                by_image[number].append(record)
+        by_image = self.group_by_image(content, images)
         for number, image in images.items():
             at = f"{where}: image {number}"
             with self.record():
@@ -214,15 +208,7 @@ class GcgScored(Dataset):
         masks, captions = read_json(self.annotations, dict), read_json(self.instances, dict)
         where = str(self.annotations)
         images = by_id(take(masks, "images", list, where), f"{where}: images")
-        shapes = defaultdict(list)
-        for record in take(masks, "annotations", list, where):
-            with self.record():
-                number = take(record, "image_id", (str, int), f"{where}: annotation")
-                if number not in images:
-                    raise ValueError(f"{where}: annotation of image {number}, which it lacks")
-                at = f"{where}: image {number}"
-                shapes[number].append(take(record, "segmentation", (dict, list), at))
-        texts = {}
+        by_image, texts = self.group_by_image(masks, images), {}
         for record in take(captions, "annotations", list, str(self.instances)):
             with self.record():
                 at = f"{self.instances}: annotation"
@@ -235,16 +221,17 @@ class GcgScored(Dataset):
         for number, image in images.items():
             if number not in texts:
                 self.problems.append(f"{where}: image {number} has no caption in {self.instances}")
-            elif shapes[number]:
-                self.records.append((image, texts[number], shapes[number]))
+            elif by_image[number]:
+                self.records.append((image, texts[number], by_image[number]))
             else:
                 self.left_out["images without masks"] += 1
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        image, text, shapes = self.records[index]
+        image, text, annotations = self.records[index]
         where = f"{self.annotations}: image {image['id']}"
         size = take_size(image, where)
         picture = read_image(self.images / f"{image['id']}.jpg", size)
+        shapes = [take(record, "segmentation", (dict, list), where) for record in annotations]
         return Sample(
             sample_id=f"{self.name}/{image['id']}",
             task="gcg",

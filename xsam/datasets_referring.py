@@ -25,7 +25,7 @@ from xsam.formats import (
     take_size,
 )
 from xsam.prompts import check_words
-from xsam.samples import Dataset, Sample, by_id
+from xsam.samples import Dataset, Packed, Sample, by_id, pack
 
 MAX_TURNS = 8  # referred objects of one training conversation
 
@@ -72,38 +72,42 @@ class RefCoco(Referring):
     def index(self) -> None:
         where = str(self.instances)
         content = read_json(self.instances, dict)
-        self.image_records = by_id(take(content, "images", list, where), f"{where}: images")
-        records = take(content, "annotations", list, where)
-        self.annotation_records = by_id(records, f"{where}: annotations")
+        images = by_id(take(content, "images", list, where), f"{where}: images")
+        annotations = by_id(take(content, "annotations", list, where), f"{where}: annotations")
         by_image, split_of = defaultdict(list), {}
         for place, ref in enumerate(read_refs(self.annotations)):
             with self.record():
-                image_id, split, object_ = self.read_ref(ref, f"{self.annotations}: ref {place}")
+                where = f"{self.annotations}: ref {place}"
+                image_id, split, object_ = self.read_ref(ref, images, annotations, where)
                 split_of.setdefault(image_id, split)
                 by_image[image_id].append(object_)
-        for image_id in sorted(by_image):
-            if split_of[image_id] == self.source.split:
-                self.index_image(image_id, by_image[image_id])
+        chosen = {i: by_image[i] for i in sorted(by_image) if split_of[i] == self.source.split}
         # The files hold four times as many annotations as are referred to.
-        used = {number for _, pairs in self.records for numbers, _ in pairs for number in numbers}
-        self.annotation_records = {number: self.annotation_records[number] for number in used}
+        used = sorted({n for objects in chosen.values() for numbers, _ in objects for n in numbers})
+        self.objects = Packed([pack(annotations[n], f"{self.instances}: {n}") for n in used])
+        places = {number: place for place, number in enumerate(used)}
+        for image_id, objects in chosen.items():
+            placed = [([places[n] for n in numbers], texts) for numbers, texts in objects]
+            self.index_image(images[image_id], placed)
 
-    def read_ref(self, ref: dict, where: str) -> tuple[int, str, tuple[list[int], list[str]]]:
+    def read_ref(
+        self, ref: dict, images: dict, annotations: dict, where: str
+    ) -> tuple[int, str, tuple[list[int], list[str]]]:
         """Image, split, and the object: annotation ids (none: there is no such thing) and its
         sentences in lower case, sorted, each once."""
         if isinstance(ref, dict) and "ref_id" in ref:
             where = f"{self.annotations}: ref {ref['ref_id']}"
         image_id = take(ref, "image_id", int, where)
-        if image_id not in self.image_records:
+        if image_id not in images:
             raise ValueError(f"{where}: image {image_id} is not in {self.instances}")
         numbers = take(ref, "ann_id", (int, list), where)
         if numbers == []:
             raise ValueError(f"{where}: 'ann_id' is empty; [-1] says that there is no such thing")
         numbers = [] if numbers == [-1] else numbers if isinstance(numbers, list) else [numbers]
         for number in numbers:
-            if expect(number, int, where) not in self.annotation_records:
+            if expect(number, int, where) not in annotations:
                 raise ValueError(f"{where}: annotation {number} is not in {self.instances}")
-            if self.annotation_records[number].get("image_id") != image_id:
+            if annotations[number].get("image_id") != image_id:
                 raise ValueError(f"{where}: annotation {number} is of another image")
         texts = {
             take(sentence, "sent", str, where).strip().lower()
@@ -115,31 +119,30 @@ class RefCoco(Referring):
             check_words(text, where)
         return image_id, take(ref, "split", str, where), (numbers, sorted(texts))
 
-    def index_image(self, image_id: int, objects: list[tuple[list[int], list[str]]]) -> None:
-        pairs = [[(numbers, sentence) for sentence in texts] for numbers, texts in objects]
+    def index_image(self, image: dict, objects: list[tuple[list[int], list[str]]]) -> None:
+        """The records of an image; an object is its places in `self.objects` and its sentences."""
+        pairs = [[(places, sentence) for sentence in texts] for places, texts in objects]
         if self.source.split != "train":
-            self.records += [(image_id, [pair]) for pair in itertools.chain(*pairs)]
+            self.records += [(image, [pair]) for pair in itertools.chain(*pairs)]
             return
         count = sum(len(sentences) for sentences in pairs)
         for combination in itertools.islice(itertools.product(*pairs), count):
             for start in range(0, len(combination), MAX_TURNS):
-                self.records.append((image_id, combination[start : start + MAX_TURNS]))
+                self.records.append((image, combination[start : start + MAX_TURNS]))
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        image_id, pairs = self.records[index]
-        where = f"{self.instances}: image {image_id}"
-        image = self.image_records[image_id]
+        image, pairs = self.records[index]
+        where = f"{self.instances}: image {image['id']}"
         size = take_size(image, where)
         picture = read_image(self.images / take(image, "file_name", str, where), size)
         objects = []
-        for numbers, sentence in pairs:
-            masks = [self.mask(number, size) for number in numbers]
+        for places, sentence in pairs:
+            masks = [self.mask(self.objects[place], size) for place in places]
             objects.append((sentence, np.any(masks, axis=0) if masks else None))
-        return self.make(f"{self.name}/{image_id}/{index}", picture, objects, rng)
+        return self.make(f"{self.name}/{image['id']}/{index}", picture, objects, rng)
 
-    def mask(self, number: int, size: tuple[int, int]) -> np.ndarray:
-        where = f"{self.instances}: annotation {number}"
-        annotation = self.annotation_records[number]
+    def mask(self, annotation: dict, size: tuple[int, int]) -> np.ndarray:
+        where = f"{self.instances}: annotation {annotation['id']}"
         return decode_mask(take(annotation, "segmentation", (dict, list), where), size, where)
 
 

@@ -8,7 +8,7 @@ is passed in. Legend: T targets, G visual prompts, H W image size.
 
 import contextlib
 import pickle
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,12 +38,20 @@ class Sample:
     regions: np.ndarray | None = None  # bool [G, H, W], a visual prompt for each <region>
 
 
+def pack(record, where: str) -> bytes:
+    """A record for `Packed`. Raises ValueError where it is nested too deeply for a pickle."""
+    try:
+        return pickle.dumps(record, protocol=5)
+    except RecursionError as error:
+        raise ValueError(f"{where}: is nested too deeply") from error
+
+
 class Packed:
     """Records as bytes in one array. Loader processes share it; Python objects they would copy as
     soon as they look at them, which for COCO is gigabytes a process."""
 
     def __init__(self, contents: list[bytes]):
-        """`contents` are pickles that this process made."""
+        """`contents` come from `pack` in this process: no other pickle is read."""
         self.ends = np.cumsum([0] + [len(content) for content in contents])
         self.content = np.frombuffer(b"".join(contents), np.uint8)
 
@@ -86,11 +94,7 @@ class Dataset:
         contents = []
         for place, record in enumerate(self.records):
             with self.record():
-                try:
-                    contents.append(pickle.dumps(record, protocol=5))
-                except RecursionError as error:
-                    where = f"{self.annotations}: sample {place}"
-                    raise ValueError(f"{where}: is nested too deeply") from error
+                contents.append(pack(record, f"{self.annotations}: sample {place}"))
         self.records = Packed(contents)
 
     def __len__(self) -> int:
@@ -110,6 +114,17 @@ class Dataset:
             yield
         except ValueError as error:
             self.problems.append(str(error))
+
+    def group_by_image(self, content: dict, images: dict) -> dict[int | str, list[dict]]:
+        """The annotations of a COCO file by image; one of an image that it lacks is a problem."""
+        where, groups = str(self.annotations), defaultdict(list)
+        for record in take(content, "annotations", list, where):
+            with self.record():
+                number = take(record, "image_id", (int, str), f"{where}: annotation")
+                if number not in images:
+                    raise ValueError(f"{where}: annotation of image {number}, which it lacks")
+                groups[number].append(record)
+        return groups
 
     def turn(self, names: list[str], rng: np.random.Generator, kind: str = "answers"):
         """A random question about `names` and a random answer."""
