@@ -191,7 +191,7 @@ def test_instances_cover_the_panoptic_pixels(world, scenes, name):
 def test_interactive_prompts_lie_on_their_objects(world, scenes, name):
     source = SOURCES[name]
     entries = read(world / source.annotations)
-    assert len(entries) == (NUM_TRAIN // 2 if name == "coco_interactive" else NUM_VAL)
+    assert len(entries) == (NUM_TRAIN if name == "coco_interactive" else NUM_VAL) // 2
     for entry in entries:
         assert (locate(world, source.images) / entry["image"]).exists()
         scene = scenes[entry["image_info"]["id"]]

@@ -236,7 +236,7 @@ def write_world(data: Path, num_train: int = 1600, num_val: int = 64, seed: int 
         _write_gcg(root, train)
         _write_gcg_scored(root, "gcg_val", val[: math.ceil(num_val / 2)])
         _write_gcg_scored(root, "gcg_test", val[math.ceil(num_val / 2) :])
-        for split, drawings in (("train", _eighths(train, 0, 4)), ("val", val)):
+        for split, drawings in (("train", _eighths(train, 0, 4)), ("val", _eighths(val, 0, 4))):
             _write_interactive(root, split, drawings)
             _write_vgd(root, split, drawings, seed)
         _write_ade20k(root, {"training": train[:4], "validation": val})
