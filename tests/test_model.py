@@ -302,6 +302,21 @@ def test_a_batch_without_targets_trains(model, processor, config, world, names):
     assert ("segmentor.decoder.queries_features.weight" in unread) == (not names)
 
 
+def test_a_batch_of_nothing_that_is_there_trains(model, processor, config, world):
+    """gRefCOCO: the losses have the names of other ranks, the segmentor's gradient is zero."""
+    (sample,) = training_samples(world, "refer", 1)
+    sample.turns = [(asked, "There is no such thing.") for asked, _ in sample.turns]
+    sample.masks, sample.labels = sample.masks[:0], sample.labels[:0]
+    model = copy.deepcopy(model).train()
+    batch = training_batch(processor, [sample])
+    losses = micro_batch_losses(model, batch, Normalisers(1.0, 1.0, 1.0), config)
+    assert {name for name, loss in losses.items() if loss == 0} == {"class", "mask", "dice"}
+    assert losses["text"] > 0
+    sum(losses.values()).backward()
+    assert all((p.grad == 0).all() for p in model.segmentor.decoder.parameters())
+    assert model.llm.model.get_input_embeddings().weight.grad.any()
+
+
 # ---- the original image --------------------------------------------------------------------------
 
 

@@ -232,6 +232,12 @@ class XSAM(nn.Module):
         if batch.task == "chat":
             return Outputs(None, token_loss)
         predictions = self.segment(batch.task, hidden_states, states, batch.input_ids)
+        if predictions is None and self.training:
+            # Nothing that is asked for is there. The segmentor takes part with a gradient of zero,
+            # as it does on the ranks, and in the micro-batches, that find something.
+            idle = (self.segmentor, self.llm_projector, self.background_embedding)
+            parameters = [p for part in idle for p in part.parameters() if p.requires_grad]
+            token_loss = token_loss + 0 * sum(parameter.sum() for parameter in parameters)
         return Outputs(predictions, token_loss)
 
     def segment(

@@ -467,17 +467,20 @@ def micro_batch_losses(
     device = batch.seg_pixels.device
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         outputs = model(batch)
-    losses = {}
+    weights = {
+        "class": config.loss.class_weight,
+        "mask": config.loss.mask_weight,
+        "dice": config.loss.dice_weight,
+    }
+    # Every rank has the same names, also where no phrase of its batch is in the image.
+    losses = (
+        {} if batch.task == "chat" else {name: torch.zeros((), device=device) for name in weights}
+    )
     if outputs.predictions is not None:
         generators = [torch.Generator(device).manual_seed(seed) for seed in batch.run_seeds]
         parts = segmentation_losses(
             outputs.predictions, batch.targets, generators, normalisers, config.loss
         )
-        weights = {
-            "class": config.loss.class_weight,
-            "mask": config.loss.mask_weight,
-            "dice": config.loss.dice_weight,
-        }
         losses = {name: weights[name] * loss for name, loss in parts.items()}
     if outputs.token_loss is not None:
         losses["text"] = outputs.token_loss / normalisers.tokens
