@@ -379,7 +379,7 @@ def toy() -> Config:
         "reasonseg",
         "coco_interactive",
     )
-    three.max_steps = 1100
+    three.max_steps = 1300
     three.repeat_threshold = 0.5  # the sets are small, and RefCOCO's combinations many
     for stage in config.stages.values():
         stage.global_batch_size, stage.micro_batch_size = 8, 4

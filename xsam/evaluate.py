@@ -1,6 +1,6 @@
 """Scores a checkpoint on every task.
 
-    torchrun --nproc_per_node 2 xsam/evaluate.py --checkpoint runs/toy/stage3/step_1100 --data DIR
+    torchrun --nproc_per_node 2 xsam/evaluate.py --checkpoint runs/toy/stage3/step_1300 --data DIR
 
 Each rank scores its share and gives back one small record per sample; the records are put in the
 dataset's order before they are summed, so any number of processes prints the same figures.
@@ -349,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="xsam/evaluate.py",
         description="Scores a checkpoint on the validation sets; runs under torchrun or alone.",
-        epilog="example: python xsam/evaluate.py --checkpoint runs/toy/stage3/step_1100 "
+        epilog="example: python xsam/evaluate.py --checkpoint runs/toy/stage3/step_1300 "
         "--data runs/toy/world/data --tasks panoptic",
     )
     add_checkpoint_flags(parser)

@@ -1,6 +1,6 @@
 """One image and one request to a picture, JSON and an answer.
 
-    python -m xsam.predict panoptic --checkpoint runs/toy/stage3/step_1100 --image drawing.jpg
+    python -m xsam.predict panoptic --checkpoint runs/toy/stage3/step_1300 --image drawing.jpg
     python -m xsam.predict refer "the red circle" --checkpoint DIR --image drawing.jpg
 
 Writes OUT.png (masks, outlines, labels) and OUT.json (COCO RLE), beside the image unless --out says
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m xsam.predict",
         description="Segments an image, or answers a question about it.",
         epilog='example: python -m xsam.predict refer "the red circle" --image drawing.jpg '
-        "--checkpoint runs/toy/stage3/step_1100",
+        "--checkpoint runs/toy/stage3/step_1300",
     )
     parser.add_argument("task", choices=("panoptic", "refer", "chat"))
     parser.add_argument("text", nargs="?", default="", help="the phrase or the question")
