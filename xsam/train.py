@@ -555,7 +555,8 @@ def draw_prediction(sample: Sample, prediction: Prediction) -> Image.Image:
     """Ground truth beside prediction; what is shown to the model beside both."""
     question = textwrap.shorten(sample.turns[0][0], 200, placeholder=" …")
     if sample.task == "chat":
-        return draw.side_by_side([sample.image], [f"{question}\n{prediction.answer}"])
+        picture = draw.draw_segments(sample.image, sample.masks, [])
+        return draw.side_by_side([picture], [f"{question}\n{prediction.answer}"])
     labels = [sample.names[label] for label in sample.labels]
     # Of visual grounding every pair of query and class is predicted, most with next to no score.
     found = prediction.draw(min_score=0.3 if sample.task == "vgd" else 0.0)
