@@ -279,12 +279,12 @@ TASKS = {
 def evaluate(
     model: Segmentor | XSAM, task: str, data: Path, num_kept: int = 0
 ) -> tuple[dict[str, float], list[tuple[int, Sample, Prediction]]]:
-    """Scores of one task over all ranks, and of this rank's first `num_kept` samples their index,
-    ground truth and prediction."""
+    """Scores of one task over all ranks, and of this rank's first `num_kept` samples of its first
+    set the index, ground truth and prediction."""
     scores, kept = {}, []
     for suffix, name in TASKS[task].datasets.items():
         dataset = open_dataset(name, data, all_classes=True)
-        found, of_set = evaluate_dataset(model, task, dataset, num_kept - len(kept))
+        found, of_set = evaluate_dataset(model, task, dataset, 0 if scores else num_kept)
         scores |= {f"{metric}{suffix}": figure for metric, figure in found.items()}
         kept += of_set
     return scores, kept
