@@ -51,7 +51,8 @@ class Report:
         return "ok" if self.num_samples else "empty"
 
 
-_DATASET: Dataset | None = None  # of a worker
+_DATASET: Dataset | None = None  # of a worker, and the seed it draws with
+_SEED = 0
 
 
 def _start(dataset: Dataset, seed: int) -> None:

@@ -30,6 +30,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from xsam.formats import (
+    bounding_box,
     decode_mask,
     dilate,
     encode_mask,
@@ -63,7 +64,7 @@ def visual_prompts(
     prompts = {kind: np.zeros(mask.shape, bool) for kind in PROMPT_TYPES}
     if not mask.any():
         return prompts
-    left, top, width, height = _bbox(mask)
+    left, top, width, height = bounding_box(mask)
     labels, _ = ndimage.label(mask[top : top + height, left : left + width], np.ones((3, 3)))
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
         component = labels[rows, columns] == number  # [h, w]
@@ -135,13 +136,6 @@ def _unite(prompt: np.ndarray, patch: np.ndarray, corner: np.ndarray) -> None:
     into |= patch[max(-top, 0) :, max(-left, 0) :][: into.shape[0], : into.shape[1]]
 
 
-def _bbox(mask: np.ndarray) -> list[int]:
-    """COCO's [x, y, width, height] of a mask that is not empty."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    x, y = int(columns[0]), int(rows[0])
-    return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
-
-
 # ---- pool and outputs ----------------------------------------------------------------------------
 
 
@@ -166,7 +160,7 @@ def _refuse_existing(*targets: Path) -> None:
 
 
 @contextlib.contextmanager
-def _complete(*targets: Path) -> Iterator[list[Path]]:
+def complete(*targets: Path) -> Iterator[list[Path]]:
     """Names to write under; they become `targets` where the block ends well, else they go."""
     _refuse_existing(*targets)
     for target in targets:
@@ -242,7 +236,7 @@ def build_vgd(
     out; returns how many, and prints it. The prompts depend on the seed and the ids alone.
     """
     counts = Counter(images=0, annotations=0, crowd=0, bad_rings=0, invalid=0, empty_images=0)
-    with _complete(Path(out)) as (partial,), partial.open("w", encoding="utf-8") as file:
+    with complete(Path(out)) as (partial,), partial.open("w", encoding="utf-8") as file:
         jobs, categories = _read_coco(Path(instances))
         make = functools.partial(_vgd_record, seed=seed, categories=set(categories))
         file.write("[")  # record by record: all of them need more memory than a laptop has
@@ -298,7 +292,7 @@ def build_coco_semantic(
     A pixel is the rank of its category's id, IGNORED where there is no segment; crowd is written
     like any other segment. Images without an annotation get no PNG; returns and prints how many.
     """
-    with _complete(Path(out)) as (partial,):
+    with complete(Path(out)) as (partial,):
         jobs, categories = _read_coco(Path(panoptic))
         if len(categories) > IGNORED:
             raise ValueError(f"{panoptic}: {len(categories)} categories, 8 bits hold {IGNORED}")
@@ -428,7 +422,7 @@ def _convert_split(
     if not stems:
         raise FileNotFoundError(f"{folder / 'images' / split}: holds no .jpg; unpack it again")
     images, annotations, instances = [], [], []
-    with _complete(*_ade_outputs(folder, split)) as partials:
+    with complete(*_ade_outputs(folder, split)) as partials:
         *folders, panoptic_file, instance_file = partials
         for each in folders:
             each.mkdir()
@@ -467,7 +461,7 @@ def _ade_image(
     segments, instances = [], []
     for segment_id, (category, mask) in enumerate([*stuff, *objects], start=1):
         ids[mask] = segment_id
-        about = dict(category_id=category, area=int(mask.sum()), bbox=_bbox(mask), iscrowd=0)
+        about = dict(category_id=category, area=int(mask.sum()), bbox=bounding_box(mask), iscrowd=0)
         segments.append(dict(id=segment_id) | about)
         if segment_id > len(stuff):
             instances.append(dict(image_id=stem) | about | dict(segmentation=encode_mask(mask)))

@@ -23,8 +23,7 @@ from xsam.formats import (
     take_flag,
     take_size,
 )
-from xsam.prompts import check_words, clean_name
-from xsam.samples import Dataset, Sample, by_id
+from xsam.samples import Dataset, Sample, by_id, read_categories
 
 
 class Generic(Dataset):
@@ -34,18 +33,16 @@ class Generic(Dataset):
     present and a random number of others, shuffled.
     """
 
-    are_things = True  # where the categories do not say
-
     def index(self) -> None:
         content = read_json(self.annotations, dict)
         where = str(self.annotations)
-        categories = by_id(take(content, "categories", list, where), f"{where}: categories", (int,))
+        categories = read_categories(content, where)
         self.category_index = {number: index for index, number in enumerate(categories)}
-        self.names, self.is_thing = [], []
-        for number, category in categories.items():
-            at = f"{where}: category {number}"
-            self.names.append(check_words(clean_name(take(category, "name", str, at)), at))
-            self.is_thing.append(take_flag(category, "isthing", at, self.are_things))
+        self.names = [category["name"] for category in categories.values()]
+        self.is_thing = [
+            take_flag(category, "isthing", f"{where}: category {number}", default=True)
+            for number, category in categories.items()
+        ]
         images = by_id(take(content, "images", list, where), f"{where}: images")
         self.index_images(content, images)
 

@@ -23,8 +23,8 @@ from xsam.formats import (
     take_flag,
     take_size,
 )
-from xsam.prompts import ask, check_words, clean_name, reply
-from xsam.samples import Dataset, Sample, by_id
+from xsam.prompts import ask, check_words, reply
+from xsam.samples import Dataset, Sample, by_id, read_categories
 from xsam.sources import PROMPT_RADII, PROMPT_TYPES
 
 # ---- grounded conversation -----------------------------------------------------------------------
@@ -106,6 +106,14 @@ def _size_if_told(record: dict, where: str) -> tuple[int, int] | None:
     return take_size(record, where) if record.get("height") or record.get("width") else None
 
 
+def _span(span: list | None, where: str) -> tuple[int, int]:
+    """Start and end of a phrase, in characters."""
+    if len(expect(span, list, f"{where}: a span")) != 2:
+        raise ValueError(f"{where}: a span has {len(span)} numbers, not 2")
+    start, end = (expect(number, int, f"{where}: a span") for number in span)
+    return start, end
+
+
 class GcgGrounded(Gcg):
     """Human annotated and OpenPSG: {phrase: spans and RLEs}; a phrase's RLEs are united. OpenPSG
     names its images with or without their COCO folder."""
@@ -117,10 +125,7 @@ class GcgGrounded(Gcg):
                 spans = []
                 for phrase, grounding in take(record, "groundings", dict, where).items():
                     at = f"{where}: {phrase!r}"
-                    span = take(grounding, "token_positives", list, at)
-                    if len(span) != 2:
-                        raise ValueError(f"{at}: its span has {len(span)} numbers, not 2")
-                    start, end = (expect(number, int, at) for number in span)
+                    start, end = _span(take(grounding, "token_positives", list, at), at)
                     spans.append((start, end, take(grounding, "rle_masks", list, at)))
                 folders = [self.images / folder for folder in ("", "train2017", "val2017")]
                 yield Caption(
@@ -185,11 +190,7 @@ class GcgFlickr(Gcg):
                         ignored.append(shape)
                         continue
                     positions = take(record, "tokens_positive", list, at)
-                    span = expect(positions[0] if positions else None, list, f"{at}: a span")
-                    if len(span) != 2:
-                        raise ValueError(f"{at}: a span has {len(span)} numbers, not 2")
-                    start, end = (expect(each, int, f"{at}: a span") for each in span)
-                    spans.append((start, end, shape))
+                    spans.append((*_span(positions[0] if positions else None, at), shape))
                 yield Caption(
                     image_id=number,
                     paths=[self.images / take(image, "file_name", str, at)],
@@ -259,13 +260,8 @@ class VisualPrompts(Dataset):
     def index(self) -> None:
         self.category_names = {}
         if self.source.instances:
-            content = read_json(self.instances, dict)
-            where = f"{self.instances}: categories"
-            categories = by_id(take(content, "categories", list, str(self.instances)), where)
-            self.category_names = {
-                number: check_words(clean_name(take(category, "name", str, where)), where)
-                for number, category in categories.items()
-            }
+            categories = read_categories(read_json(self.instances, dict), str(self.instances))
+            self.category_names = {number: each["name"] for number, each in categories.items()}
         for place, record in enumerate(read_json(self.annotations, list)):
             with self.record():
                 self.index_image(record, f"{self.annotations}: record {place}")

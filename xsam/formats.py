@@ -271,6 +271,13 @@ def encode_mask(mask: np.ndarray) -> dict:
     return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
 
 
+def bounding_box(mask: np.ndarray) -> list[int]:
+    """COCO's [x, y, width, height] of a mask that is not empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    x, y = int(columns[0]), int(rows[0])
+    return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
+
+
 def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list:
     """A polygon whose corners are numbers and no farther outside the image than it is large."""
     try:

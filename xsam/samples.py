@@ -19,7 +19,7 @@ from PIL import Image
 from xsam.formats import (
     take,
 )
-from xsam.prompts import PHRASINGS, ask, reply
+from xsam.prompts import PHRASINGS, ask, check_words, clean_name, reply
 from xsam.sources import Source, locate
 
 
@@ -48,7 +48,7 @@ def pack(record, where: str) -> bytes:
 
 class Packed:
     """Records as bytes in one array. Loader processes share it; Python objects they would copy as
-    soon as they look at them, which for COCO is gigabytes a process."""
+    soon as they look at them, each process all of COCO."""
 
     def __init__(self, contents: list[bytes]):
         """`contents` come from `pack` in this process: no other pickle is read."""
@@ -130,6 +130,16 @@ class Dataset:
         """A random question about `names` and a random answer."""
         question = ask(self.source.task, names, rng, self.phrasings)
         return question, reply(self.source.task, rng, self.phrasings, kind)
+
+
+def read_categories(content: dict, where: str) -> dict[int, dict]:
+    """The categories of a COCO file in order of id, their names as prompts have them."""
+    categories = by_id(take(content, "categories", list, where), f"{where}: categories", (int,))
+    for number, category in categories.items():
+        at = f"{where}: category {number}"
+        name = check_words(clean_name(take(category, "name", str, at)), at)
+        categories[number] = category | {"name": name}
+    return categories
 
 
 def by_id(records: list, where: str, kinds: tuple[type, ...] = (int, str)) -> dict:

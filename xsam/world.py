@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import pickle
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +25,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from xsam.convert import build_coco_semantic, build_vgd, convert_ade20k, visual_prompts
-from xsam.formats import encode_mask
+from xsam.convert import build_coco_semantic, build_vgd, complete, convert_ade20k, visual_prompts
+from xsam.formats import bounding_box, encode_mask
 from xsam.prompts import choice_question
 from xsam.scenes import (
     FACTS,
@@ -61,14 +60,9 @@ WRITERS += ("gcg", "interactive", "benchmark", "vqa")
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder that takes its name only once it is complete, so a killed writer leaves no half."""
-    target = Path(target)
-    if target.exists():
-        raise FileExistsError(f"{target} exists already: delete it or name another folder")
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.rename(target)
+    with complete(Path(target)) as (partial,):
+        partial.mkdir()
+        yield partial
 
 
 def _write(path: Path, content: bytes | str | list | dict) -> None:
@@ -104,10 +98,7 @@ def categories(only_things: bool = False) -> list[dict]:
 
 def _measures(mask: np.ndarray) -> dict:
     """COCO's area and box [x, y, width, height]."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    x, y = int(columns[0]), int(rows[0])
-    box = [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
-    return dict(area=int(mask.sum()), bbox=box)
+    return dict(area=int(mask.sum()), bbox=bounding_box(mask))
 
 
 def _segment_record(segment: Segment, mask: np.ndarray) -> dict:
