@@ -217,9 +217,15 @@ class Config:
     categories: tuple[dict, ...] = ()  # {"name", "is_thing"} of the generic data, from training
     phrasings: str = ""  # a JSON file of questions and answers in place of ours (prompts.py)
     seed: int = 0
-    num_workers: int = 4
-    save_every: int = 1000
-    keep_checkpoints: int = 2
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and gradients in training
+    recompute: bool = True  # activation checkpointing: a block keeps its input alone for backward
+    num_workers: int = 4  # processes that load data, for each rank
+    save_every: int = 1000  # steps
+    keep_checkpoints: int = 2  # of each stage
+    max_skipped_steps: int = 20  # steps without a finite loss or gradient that a stage may have
+    validate_every: int = 0  # steps between validations within a stage; 0: none
+    num_validation: int = 64  # samples of each set that such a validation scores
+    peak_tflops: float = 0.0  # of one GPU in bfloat16, for the utilisation; 0: by the GPU's name
     eval_batch_size: int = 8
     max_new_tokens: int = 256
     score_threshold: float = 0.8  # panoptic: queries below it are dropped
@@ -337,6 +343,7 @@ def toy() -> Config:
     config.loss.num_points = 512
     config.loss.class_weight = 4.0  # shapes are learned later than masks
     config.score_threshold, config.overlap_threshold = 0.25, 0.6
+    config.dtype, config.recompute = "float32", False  # small enough to need neither
     config.num_workers = 0
     config.save_every = 200
     config.eval_batch_size = 16

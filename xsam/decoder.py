@@ -67,24 +67,25 @@ class DeformableAttention(nn.Module):
         B, N, C = x.shape
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
         queries = x + positions
-        offsets = self.sampling_offsets(queries).view(B, N, heads, levels, points, 2)
+        # In bfloat16 a place on a grid of 128 could be half a cell off: places stay in float32.
+        offsets = self.sampling_offsets(queries).view(B, N, heads, levels, points, 2).float()
         weights = self.attention_weights(queries).view(B, N, heads, levels * points).softmax(-1)
         weights = weights.unflatten(-1, (levels, points))
         sizes = torch.tensor([(w, h) for h, w in shapes], device=x.device, dtype=offsets.dtype)
-        locations = references[:, None, None, None].to(offsets) + offsets / sizes[:, None]
+        locations = references[:, None, None, None] + offsets / sizes[:, None]
         grids = (
             (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)
         )  # [levels, B·heads, N, points, 2]
 
-        values = self.value_proj(x).view(B, N, heads, C // heads).permute(0, 2, 3, 1)
+        values = self.value_proj(x).float().view(B, N, heads, C // heads).permute(0, 2, 3, 1)
         values = values.flatten(0, 1).split([h * w for h, w in shapes], dim=-1)
         weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :, None]  # as grids, and channels
         x = 0
         for value, grid, weight, shape in zip(values, grids, weights, shapes, strict=True):
             # One level at a time: the samples of all at once, weighted, are the largest tensors.
-            value, grid = value.unflatten(-1, shape), grid.to(value.dtype)
+            value = value.unflatten(-1, shape)
             x = x + (F.grid_sample(value, grid, align_corners=False) * weight).sum(-1)
-        return self.output_proj(x.view(B, C, N).transpose(1, 2))
+        return self.output_proj(x.view(B, C, N).transpose(1, 2).to(queries.dtype))
 
 
 class PixelDecoderLayer(nn.Module):

@@ -7,6 +7,7 @@ Legend: B images, R decoder runs, P phrases, Q queries, K classes, C channels, V
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +17,31 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from xsam.config import SPECIAL_TOKENS, Config, ModelConfig, xsam
-from xsam.connector import Projector, SegmentationConnector, pixel_shuffle, sample_regions
+from xsam.connector import (
+    ConvBranch,
+    Projector,
+    SegmentationConnector,
+    pixel_shuffle,
+    sample_regions,
+)
 from xsam.data import Batch, Processor
 from xsam.decoder import (
     CosineClassHead,
+    DecoderLayer,
     LinearClassHead,
     MaskedAttentionDecoder,
     PixelDecoder,
+    PixelDecoderLayer,
     Predictions,
     SamMaskDecoder,
+    TwoWayLayer,
 )
-from xsam.encoders import ImageEncoder, SamEncoder, SwinEncoder
+from xsam.encoders import Block, ImageEncoder, SamEncoder, SwinEncoder
 from xsam.llm import IGNORE_LABEL, LanguageModel, add_special_tokens
 from xsam.postprocess import (
     Prediction,
@@ -65,6 +77,25 @@ class Outputs:
 
     predictions: Predictions | None  # None where nothing is segmented
     token_loss: Tensor | None  # summed over the labelled tokens; None in stage 1
+
+
+# What the parts repeat; the last is the layer of every model of transformers.
+BLOCKS = (
+    Block,
+    ConvBranch,
+    PixelDecoderLayer,
+    DecoderLayer,
+    TwoWayLayer,
+    GradientCheckpointingLayer,
+)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """From now on every block keeps nothing but its input for the backward pass, and runs again in
+    it (Chen et al. 2016): the same gradients for a third more work."""
+    for module in model.modules():
+        if isinstance(module, BLOCKS):
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def build_seg_encoder(config: ModelConfig) -> SamEncoder | SwinEncoder:
