@@ -4,7 +4,13 @@ torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without them there is one process
 is the identity.
 """
 
+import contextlib
 import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -42,13 +48,13 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Sum of each named number over the ranks, which must all give the same names."""
+def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Mean of each named number over the ranks, which must all give the same names."""
     if not dist.is_initialized():
         return values
     tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
-    return dict(zip(values, tensor.tolist(), strict=True))
+    return dict(zip(values, (tensor / world_size()).tolist(), strict=True))
 
 
 def gather(items: list) -> list:
@@ -58,3 +64,85 @@ def gather(items: list) -> list:
     gathered: list = [None] * world_size()
     dist.all_gather_object(gathered, items)
     return [item for part in gathered for item in part]
+
+
+@contextlib.contextmanager
+def together(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """One of these `errors` inside, on any rank, becomes an OSError on all of them."""
+    failure = None
+    try:
+        yield
+    except errors as error:
+        failure = error
+    failed = gather([f"rank {rank()}: {failure}"] if failure else [])
+    if failed:
+        raise OSError(f"{what}: {'; '.join(failed)}") from failure
+
+
+# ---- who is still there --------------------------------------------------------------------------
+
+
+BEAT_SECONDS, LOST_SECONDS = 3.0, 40.0
+
+
+@contextlib.contextmanager
+def heartbeat() -> Iterator[None]:
+    """Ends this process, with the cause, where another rank shows no sign of life any more.
+
+    torchrun looks after the ranks of its own machine. One that is lost on another machine, or with
+    it, would leave the rest in a collective until that times out. So a thread of each rank counts
+    in the job's store and looks whether the others do.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    dist.barrier()  # from here on silence means something
+    is_over, is_well = threading.Event(), threading.Event()
+    thread = threading.Thread(target=_beat, args=(is_over, is_well), daemon=True)
+    thread.start()
+    try:
+        yield
+        is_well.set()  # not after an error: the others may be waiting for this rank
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _beat(is_over: threading.Event, is_well: threading.Event) -> None:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    name = f"{socket.gethostname()}, process {os.getpid()}"
+    count, last_contact = 0, time.monotonic()
+    heard = dict.fromkeys(range(world_size()), ("", last_contact))  # what, and when it was new
+    while not is_over.wait(BEAT_SECONDS):
+        now, count = time.monotonic(), count + 1
+        try:
+            store.set(f"beat/{rank()}", f"{count} {name}")
+            for other, (before, _) in heard.items():
+                key = f"beat/{other}"
+                said = store.get(key).decode() if store.check([key]) else ""
+                if said == "over" or said != before:
+                    heard[other] = said, now
+            last_contact = now
+        except dist.DistError as error:
+            if now - last_contact > LOST_SECONDS:
+                _give_up(f"the job's store at {address} is gone ({error})")
+        for other, (said, when) in heard.items():
+            if now - when > LOST_SECONDS:
+                who = said.partition(" ")[2] or "which never gave one"
+                _give_up(f"rank {other} ({who}) gave no sign of life for {LOST_SECONDS:.0f} s")
+    if is_well.is_set():
+        with contextlib.suppress(dist.DistError):  # the others may be gone already, and it too
+            store.set(f"beat/{rank()}", "over")
+
+
+def is_loss_of_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone: NCCL has an error of its own for
+    that, gloo words."""
+    words = "Connection closed by peer", "Connection reset by peer"
+    return isinstance(error, dist.DistBackendError) or any(each in str(error) for each in words)
+
+
+def _give_up(cause: str) -> None:
+    print(f"xsam: rank {rank()} ends: {cause}", file=sys.stderr, flush=True)
+    os._exit(1)  # the main thread may be inside a collective, where no exception reaches it

@@ -277,26 +277,36 @@ TASKS = {
 
 
 def evaluate(
-    model: Segmentor | XSAM, task: str, data: Path, num_kept: int = 0
+    model: Segmentor | XSAM,
+    task: str,
+    data: Path,
+    num_kept: int = 0,
+    num_samples: int | None = None,
 ) -> tuple[dict[str, float], list[tuple[int, Sample, Prediction]]]:
     """Scores of one task over all ranks, and of this rank's first `num_kept` samples of its first
-    set the index, ground truth and prediction."""
+    set the index, ground truth and prediction. `num_samples`: of each set the first ones alone."""
     scores, kept = {}, []
     for suffix, name in TASKS[task].datasets.items():
         dataset = open_dataset(name, data, all_classes=True)
-        found, of_set = evaluate_dataset(model, task, dataset, 0 if scores else num_kept)
+        found, of_set = evaluate_dataset(
+            model, task, dataset, 0 if scores else num_kept, num_samples
+        )
         scores |= {f"{metric}{suffix}": figure for metric, figure in found.items()}
         kept += of_set
     return scores, kept
 
 
 def evaluate_dataset(
-    model: Segmentor | XSAM, task: str, dataset: Dataset, num_kept: int = 0
+    model: Segmentor | XSAM,
+    task: str,
+    dataset: Dataset,
+    num_kept: int = 0,
+    num_samples: int | None = None,
 ) -> tuple[dict[str, float], list[tuple[int, Sample, Prediction]]]:
     """The same for one of the task's sets."""
     is_thing = dataset.is_thing if isinstance(dataset, Generic) else None
     rank, world_size = distributed.rank(), distributed.world_size()
-    indices = list(range(rank, len(dataset), world_size))
+    indices = list(range(len(dataset)))[rank:num_samples:world_size]
     size = model.settings.eval_batch_size
     records, kept = [], []
     bar = tqdm(total=len(indices), desc=f"evaluate {dataset.name}", disable=rank != 0)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from xsam.checkpoints import latest_checkpoint, read_header, write_header
 from xsam.config import SPECIAL_TOKENS, Config, ModelConfig, xsam
 from xsam.connector import (
     ConvBranch,
@@ -58,16 +59,13 @@ from xsam.weights import (
     SHARD_BYTES,
     complete_architecture,
     disk_name,
-    latest_checkpoint,
     list_tensors,
     load_tensors,
     own_tensors,
     parameters_on_meta,
-    read_header,
     read_published,
     read_tokenizer,
     save_model,
-    write_header,
 )
 
 

@@ -5,7 +5,8 @@
 
 Works without torchrun as one process. Writes OUT/stageN/step_M checkpoints, OUT/metrics.jsonl with
 a line a step, OUT/curves.png, and for a configuration with validation data OUT/results.json,
-OUT/results.md and OUT/pictures. `--resume` goes on from the last checkpoint (paper section 4).
+OUT/results.md and OUT/pictures. SIGTERM and Ctrl-C save before they end it; `--resume` goes on from
+the last checkpoint, on any number of processes (paper section 4). `--plan` says what a run needs.
 """
 
 import sys
@@ -17,7 +18,7 @@ if __name__ == "__main__":  # a script's own folder must not shadow other packag
 import argparse
 import json
 import os
-import textwrap
+import signal
 import time
 
 from xsam.config import CONFIGS, Config, add_config_flags, apply_flags, stage_folder
@@ -62,21 +63,24 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print parameters, memory per GPU, steps and time of the run, and exit; needs no data",
+    )
+    parser.add_argument("--gpus", type=int, default=8, help="of --plan (8)")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=80.0, metavar="GB", help="of each, for --plan (80)"
+    )
+    parser.add_argument(
+        "--images-per-second", type=float, metavar="X", help="of all GPUs, measured, for --plan"
+    )
+    parser.add_argument(
         "--skip-bad", action="store_true", help="train without bad records; they are counted"
     )
     add_config_flags(parser)
     flags = vars(parser.parse_args(arguments))
-    own = (
-        "stage",
-        "config",
-        "data",
-        "weights",
-        "out",
-        "init",
-        "allow_missing",
-        "resume",
-        "skip_bad",
-    )
+    own = ("stage", "config", "data", "weights", "out", "init", "allow_missing", "resume")
+    own += ("skip_bad", "plan", "gpus", "gpu_memory", "images_per_second")
     options = argparse.Namespace(**{name: flags.pop(name) for name in own})
     options.stages = [1, 2, 3] if options.stage == "all" else [int(options.stage)]
     options.out = options.out or Path("runs") / options.config
@@ -122,7 +126,7 @@ def preflight(options: argparse.Namespace, config: Config) -> str:
         lines = [f"xsam/train.py: {len(missing)} missing; put each where it belongs:"]
         lines += [f"  {path}\n      {about}" for path, about in missing]
         return "\n".join(lines)
-    started = [n for n in options.stages if (stage_folder(options.out, n) / "latest").exists()]
+    started = [n for n in options.stages if any(stage_folder(options.out, n).glob("step_*"))]
     if started and not options.resume:
         return (
             f"xsam/train.py: {stage_folder(options.out, started[0])} holds checkpoints already; "
@@ -131,63 +135,82 @@ def preflight(options: argparse.Namespace, config: Config) -> str:
     return ""
 
 
-def leave(message: str) -> None:
-    """Exits with status 2; of several ranks the first prints, and dies first, so that torchrun
-    does not end it before it has spoken."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(message, file=sys.stderr, flush=True)
-    else:
+def complain(message: str) -> None:
+    """Prints an error. What all ranks have met is said by the first, which dies of it and by that
+    ends the others (torchrun does) before they repeat it."""
+    if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(5)
+    print(message, file=sys.stderr, flush=True)
+
+
+def leave(message: str) -> None:
+    complain(message)
     sys.exit(2)
 
 
 if __name__ == "__main__":
     OPTIONS, CONFIG = parse(sys.argv[1:])
-    if MESSAGE := preflight(OPTIONS, CONFIG):
+    if MESSAGE := "" if OPTIONS.plan else preflight(OPTIONS, CONFIG):
         leave(MESSAGE)
 
+import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
-from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from xsam import distributed, draw, toy
-from xsam.config import Stage
+from xsam import distributed, monitor, plan, toy
+from xsam.checkpoints import (
+    check_checkpoint,
+    latest_checkpoint,
+    list_states,
+    load_trained,
+    point_latest,
+    save_checkpoint,
+)
 from xsam.data import Batch, Mixture, Processor
 from xsam.datasets import open_dataset
 from xsam.datasets_generic import Generic
 from xsam.encoders import ImageEncoder
-from xsam.evaluate import evaluate, table
 from xsam.llm import LanguageModel
 from xsam.losses import Normalisers, count_targets, segmentation_losses
-from xsam.model import XSAM, Segmentor
-from xsam.postprocess import Prediction
+from xsam.model import XSAM, Segmentor, checkpoint_activations
+from xsam.optimizer import (
+    build_optimizer,
+    fill_states,
+    freeze,
+    gradient_norms,
+    schedule,
+    state_tensors,
+    update,
+)
 from xsam.prompts import read_phrasings
-from xsam.samples import Sample
 from xsam.weights import (
-    TRAINING_FILE,
     Stored,
-    check_checkpoint,
     complete_architecture,
     disk_name,
-    latest_checkpoint,
     list_tensors,
     load_folder,
     load_tensors,
-    load_trained,
     parameters_on_meta,
     part_name,
     read_tokenizer,
-    save_checkpoint,
 )
 
-MOST_REASONS = 20  # printed by a rank for samples that are left out
-UNTRAINED = "untrained"  # the column of results before the first step
+
+class Stopped(Exception):
+    """The run was asked to end, and has saved; `signal` asked for it."""
+
+    def __init__(self, signal: int, message: str):
+        super().__init__(message)
+        self.signal = signal
+
 
 # ---- where a stage begins ------------------------------------------------------------------------
 
@@ -196,12 +219,13 @@ def pretrained_model(
     stage: int, config: Config, weights: Path, report: Callable[[str], None] = print
 ) -> Segmentor | XSAM:
     """A stage's model with the public weights: the segmentation encoder in stage 1, then image
-    encoder and language model; all else is random. `report` is told what was loaded."""
-    names = config.model
+    encoder and language model; all else is random. Parameters are of `config.dtype`. `report` is
+    told what was loaded."""
+    names, dtype = config.model, getattr(torch, config.dtype)
     if stage == 1:
         model = Segmentor(config)
         report(load_folder(model.encoder, "seg_encoder", weights / names.seg_encoder))
-        return model
+        return cast_parameters(model, dtype)
     parts = {}
     for part, kind in (("image_encoder", ImageEncoder), ("llm", LanguageModel)):
         folder = weights / getattr(names, part)
@@ -210,12 +234,19 @@ def pretrained_model(
         complete_architecture(names, part, folder)
         with parameters_on_meta():
             parts[part] = kind(getattr(names, f"{part}_config"))
-        report(load_folder(parts[part], part, folder, dtype=torch.float32))
+        report(load_folder(parts[part], part, folder, dtype=dtype))
     model = XSAM(config, **parts)
     rows = names.llm_config["vocab_size"]
     model.set_tokenizer(read_tokenizer(weights / names.llm))
     if names.llm_config["vocab_size"] != rows:
         report(f"vocabulary: {rows} rows grown to {names.llm_config['vocab_size']}")
+    return cast_parameters(model, dtype)
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Parameters alone: a buffer may be a table of angles, which bfloat16 would bend."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -252,46 +283,75 @@ def without_class_head(stored: dict[str, Stored]) -> dict[str, Stored]:
     return {name: at for name, at in stored.items() if not disk_name(name).startswith(linear)}
 
 
-# ---- the optimizer's side of a stage -------------------------------------------------------------
+# ---- the objective -------------------------------------------------------------------------------
 
 
-def learning_rate(name: str, stage: Stage) -> float:
-    """Peak learning rate of a parameter: that of the longest module path it lies under; 0 is
-    frozen."""
-    paths = [
-        path for path in stage.learning_rates if f"{name}.".startswith(f"{path}." * bool(path))
-    ]
-    return stage.learning_rates[max(paths, key=len)]
+class Objective(nn.Module):
+    """The model and its criterion: what DistributedDataParallel wraps."""
+
+    def __init__(self, model: Segmentor | XSAM, config: Config):
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, batch: Batch | None, normalisers: Normalisers | None) -> dict[str, Tensor]:
+        """Weighted losses of one micro-batch; over a step's micro-batches and ranks they add up.
+        Without a batch: something that every trained parameter has a part in but the first (DDP
+        warns where it has to look for unused ones and finds none)."""
+        if batch is None:
+            trained = [each for each in self.model.parameters() if each.requires_grad]
+            return {"all": sum(each.sum() for each in trained[1:])}
+        device, weights = batch.seg_pixels.device, self.config.loss
+        is_mixed = device.type == "cuda" or self.config.dtype != "float32"
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
+            outputs = self.model(batch)
+        losses = {}
+        if batch.task != "chat":  # every rank has the same names, also where nothing is found
+            losses = {name: torch.zeros((), device=device) for name in ("class", "mask", "dice")}
+        if outputs.predictions is not None:
+            generators = [torch.Generator(device).manual_seed(seed) for seed in batch.run_seeds]
+            parts = segmentation_losses(
+                outputs.predictions, batch.targets, generators, normalisers, weights
+            )
+            losses = {name: getattr(weights, f"{name}_weight") * x for name, x in parts.items()}
+        if outputs.token_loss is not None:
+            losses["text"] = outputs.token_loss / normalisers.tokens
+        return losses
 
 
-def build_optimizer(model: nn.Module, stage: Stage, prefix: str) -> torch.optim.AdamW:
-    """Freezes what has rate 0; a group for each rate, with and without weight decay (vectors, such
-    as biases and norms, have none).
+def distribute(objective: Objective) -> nn.Module:
+    """The objective with its gradients averaged over the ranks, where there are several.
 
-    `prefix` is put before each name: stage 1 trains a bare segmentor.
+    Gradients are views of the buffers that are sent, so they are there once. The first backward
+    pass makes them so; one that accumulates before it would hold a second copy.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        rate = learning_rate(prefix + name, stage)
-        parameter.requires_grad_(rate > 0)
-        if rate > 0:
-            decay = stage.weight_decay if parameter.dim() > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
-            for (rate, decay), parameters in groups.items()
-        ],
-        betas=(0.9, 0.999),
-    )
+    if distributed.world_size() == 1:
+        return objective
+    with warnings.catch_warnings():  # broadcast_buffers has another name from torch 2.13 on
+        warnings.simplefilter("ignore", FutureWarning)
+        ddp = DistributedDataParallel(
+            objective,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=True,  # chat has no use for the decoder, nothing for SAM's neck
+        )
+    ddp(None, None)["all"].backward()
+    for parameter in ddp.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    return ddp
 
 
-def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate: a linear rise, then half a cosine down to zero."""
-    warmup = max(1, round(num_steps * warmup_ratio))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+def step_normalisers(batches: list[Batch], config: Config, device: torch.device) -> Normalisers:
+    """Targets, class weights and answer tokens of the whole step, as a mean over ranks."""
+    totals = {"masks": 0.0, "class_weight": 0.0, "tokens": 0.0}
+    for batch in batches:
+        counts = [len(target.labels) for target in batch.targets]
+        for name, value in count_targets(counts, config.model.num_queries, config.loss).items():
+            totals[name] += value
+        if batch.labels is not None:
+            totals["tokens"] += int((batch.labels[:, 1:] >= 0).sum())
+    totals = distributed.mean_over_ranks(totals, device)
+    return Normalisers(**{name: max(value, 1e-6) for name, value in totals.items()})
 
 
 # ---- a stage -------------------------------------------------------------------------------------
@@ -299,106 +359,129 @@ def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
 
 def train_stage(
     number: int, config: Config, options: argparse.Namespace, device: torch.device
-) -> nn.Module:
-    """Trains one stage to its end and returns its model."""
+) -> Segmentor | XSAM:
+    """Trains one stage to its end and returns its model. Raises Stopped where a signal asked for an
+    end, FloatingPointError where too many steps had no finite loss or gradient."""
     stage, out = config.stages[number], stage_folder(options.out, number)
     rank, world_size = distributed.rank(), distributed.world_size()
-    is_main = rank == 0
-    say = print if is_main else lambda *_: None
+    say = print if rank == 0 else lambda *_: None
 
-    # ---- model
-    torch.manual_seed(config.seed + number)
-    model = pretrained_model(number, config, options.weights, say)
-    for earlier in stage.starts_from:
-        say(load_earlier_stage(model, earlier, options.out))
-    for path in options.init if number == options.stages[0] else []:
-        say(load_init(model, path, tuple(options.allow_missing)))
+    # ---- model, and where it goes on
+    model = starting_model(number, config, options, say)
+    checkpoint = latest_checkpoint(out) if options.resume else None
+    first_step = num_skipped = 0
+    if checkpoint is not None:
+        first_step, num_skipped = load_progress(model, checkpoint, config, number, say)
     model.to(device)
-    optimizer = build_optimizer(model, stage, "segmentor." if number == 1 else "")
+    freeze(model, stage, model.prefix)
+    if config.recompute:
+        checkpoint_activations(model)
+    objective = distribute(Objective(model, config))
+    optimizer = build_optimizer(model, stage, model.prefix)
+    if checkpoint is not None:
+        fill_states(optimizer, model, model.prefix, list_states(checkpoint))
+        say(f"resumed from {checkpoint}")
+    flops, peak_tflops = plan.FlopCount(config, number), plan.peak_tflops(config, device)
 
     # ---- data
-    processor = Processor(config, model.tokenizer)
-    mixture = open_mixture(number, config, options, processor, say)
+    mixture = open_mixture(number, config, options, Processor(config, model.tokenizer), say)
     num_steps = stage.max_steps or math.ceil(len(mixture) * stage.epochs)
     accumulation = stage.global_batch_size // (stage.micro_batch_size * world_size)
     say(f"\n---- stage {number}: {num_steps} steps of {stage.global_batch_size} samples")
     say(f"{world_size} processes x {stage.micro_batch_size} samples x {accumulation} accumulated")
-
-    # ---- resume
-    first_step = 0
-    checkpoint = latest_checkpoint(out) if options.resume else None
-    if checkpoint is not None:
-        first_step = check_checkpoint(checkpoint, config, number)["step"]
-        say(load_trained(model, checkpoint))
-        training = torch.load(checkpoint / TRAINING_FILE, map_location=device, weights_only=True)
-        optimizer.load_state_dict(training["optimizer"])
-        say(f"resumed from {checkpoint}")
-    if is_main:
-        drop_metrics(options.out / "metrics.jsonl", number, first_step)
-
-    # ---- loop
-    ddp = model
-    if world_size > 1:
-        # Chat uses no decoder, nothing uses SAM's neck or the image encoder's last layer.
-        ddp = DistributedDataParallel(model, find_unused_parameters=True)
-    ddp.train()
     loader = DataLoader(
         mixture,
         batch_sampler=mixture.micro_batches(first_step, rank, world_size),
         collate_fn=mixture.collate,
         num_workers=config.num_workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
     )
+
+    # ---- loop
     batches = iter(loader) if first_step < num_steps else iter(())
-    bar = tqdm(
-        range(first_step, num_steps), f"stage {number}", num_steps, initial=first_step,
-        disable=not is_main, unit="step", dynamic_ncols=True,
-    )  # fmt: skip
-    num_left_out = 0  # of this rank
-    for step in bar:
-        started = time.perf_counter()
-        micro_batches = [next_batch(batches) for _ in range(accumulation)]
-        normalisers = step_normalisers(micro_batches, config, device)
-        waited = time.perf_counter() - started
+    seen = monitor.Monitor(options.out, number, num_steps, first_step, device, peak_tflops)
+    with contextlib.closing(seen), noted_signals() as signals, distributed.heartbeat():
+        for step in seen:
+            started = time.perf_counter()
+            micro_batches = [next_batch(batches) for _ in range(accumulation)]
+            waited = time.perf_counter() - started
+            normalisers = step_normalisers(micro_batches, config, device)
 
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * schedule(step, num_steps, stage.warmup_ratio)
-        totals: dict[str, float] = {}
-        for index, batch in enumerate(micro_batches):
-            if world_size > 1:
-                ddp.require_backward_grad_sync = index == accumulation - 1
-            losses = micro_batch_losses(ddp, batch.to(device), normalisers, config)
-            sum(losses.values()).backward()
-            for name, loss in losses.items():
-                totals[name] = totals.get(name, 0.0) + float(loss.detach())
-            report_left_out(batch, num_left_out)
-            num_left_out += len(batch.left_out)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), stage.clip_norm)
-        totals = distributed.sum_over_ranks(totals, device)
-        totals = {name: total / world_size for name, total in totals.items()}
-        check_finite(step, sum(totals.values()), grad_norm, micro_batches)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            # ---- forward and backward
+            losses: list[dict[str, Tensor]] = []
+            for index, batch in enumerate(micro_batches):
+                seed_by(config.seed, number, step, rank + index * world_size)
+                objective.require_backward_grad_sync = index == accumulation - 1  # DDP looks at it
+                parts = objective(batch.to(device), normalisers)
+                sum(parts.values()).backward()
+                losses.append({name: part.detach() for name, part in parts.items()})
 
-        seconds = time.perf_counter() - started
-        if is_main:
-            record = {"stage": number, "step": step, "task": micro_batches[0].task}
-            record |= {"loss": sum(totals.values())} | totals
-            record |= {"grad_norm": float(grad_norm), "lr": optimizer.param_groups[-1]["lr"]}
-            record |= {"images_per_second": stage.global_batch_size / seconds}
-            record |= {"data_seconds": waited, "memory_gb": peak_memory(device)}
-            with (options.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            bar.write(step_line(record))
-        is_last = step + 1 == num_steps
-        if is_main and ((step + 1) % config.save_every == 0 or is_last):
-            training = {"optimizer": optimizer.state_dict()}
-            save_checkpoint(out, model, config, model.tokenizer, number, step + 1, training)
-    counts = distributed.sum_over_ranks({"left_out": float(num_left_out)}, device)
-    if counts["left_out"]:
-        say(f"{counts['left_out']:.0f} samples were left out, refused or bad, and others drawn")
-    distributed.barrier()  # no rank may look for a checkpoint that is still being written
+            # ---- update, on all ranks or on none
+            norms = gradient_norms(model)
+            costs = {"flops": sum(map(flops.of, micro_batches)), "data_seconds": waited}
+            costs["signals"] = len(signals)
+            figures = add_up(losses, norms, micro_batches, costs, device)
+            figures["lr"] = set_rate(optimizer, schedule(step, num_steps, stage.warmup_ratio))
+            if math.isfinite(figures["loss"] + figures["grad_norm"]):
+                update(optimizer, norms, stage.clip_norm)
+            else:
+                num_skipped += 1
+                report_skipped(step, losses, micro_batches, num_skipped, config)
+            optimizer.zero_grad(set_to_none=False)  # they stay views of what DDP sends
+
+            # ---- what is seen, and what is kept
+            is_asked, is_last = figures.pop("signals") > 0, step + 1 == num_steps
+            figures |= {"seconds": time.perf_counter() - started, "skipped": num_skipped}
+            seen.step(step, micro_batches, figures)
+            if is_last or is_asked or (step + 1) % config.save_every == 0:
+                states = state_tensors(optimizer, model, model.prefix)
+                about = config, model.tokenizer, number, step + 1
+                saved = save_checkpoint(out, model, *about, states, num_skipped)
+            if is_asked:
+                raise Stopped(max(signals, default=signal.SIGTERM), f"saved {saved}")
+            if config.validate_every and (step + 1) % config.validate_every == 0 and not is_last:
+                seen.validate(step, model, options.data)
     return model
+
+
+def starting_model(
+    number: int, config: Config, options: argparse.Namespace, report: Callable[[str], None]
+) -> Segmentor | XSAM:
+    """A stage's model before its first step: public weights, and what the earlier stages or --init
+    bring. The same on every rank."""
+    torch.manual_seed(config.seed + number)
+    model = pretrained_model(number, config, options.weights, report)
+    for earlier in config.stages[number].starts_from:
+        report(load_earlier_stage(model, earlier, options.out))
+    for path in options.init if number == options.stages[0] else []:
+        report(load_init(model, path, tuple(options.allow_missing)))
+    return model
+
+
+def load_progress(
+    model: Segmentor | XSAM,
+    checkpoint: Path,
+    config: Config,
+    number: int,
+    report: Callable[[str], None],
+) -> tuple[int, int]:
+    """The weights of a checkpoint; its step, and how many before it were skipped."""
+    header = check_checkpoint(checkpoint, config, number)
+    report(load_trained(model, checkpoint))
+    if distributed.rank() == 0:
+        point_latest(checkpoint)
+    then, now = header["config"].stages[number], config.stages[number]
+    changed = [
+        f"{name} was {value!r}, is {getattr(now, name)!r}"
+        for name, value in vars(then).items()
+        if value != getattr(now, name)
+    ]
+    if header["config"].seed != config.seed:
+        changed.append(f"seed was {header['config'].seed}, is {config.seed}")
+    if changed:
+        report(f"goes on as another run than it was: {'; '.join(changed)}")
+    return header["step"], header["skipped"]
 
 
 def open_mixture(
@@ -440,163 +523,88 @@ def next_batch(batches: Iterator[Batch | ValueError]) -> Batch:
     return batch
 
 
-def report_left_out(batch: Batch, num_before: int) -> None:
-    """Says why records are not in a batch, for the first few; the end of the stage counts all."""
-    for reason in batch.left_out[: max(0, MOST_REASONS - num_before)]:
-        tqdm.write(f"left out: {reason}")
+def seed_by(*place: int) -> None:
+    """What is drawn at random in a micro-batch depends on its place in the run alone: nothing has
+    to be saved for it, and another number of ranks draws the same."""
+    torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
 
-def step_normalisers(batches: list[Batch], config: Config, device: torch.device) -> Normalisers:
-    """Targets, class weights and answer tokens of the whole step, as a mean over ranks."""
-    totals = {"masks": 0.0, "class_weight": 0.0, "tokens": 0.0}
-    for batch in batches:
-        counts = [len(target.labels) for target in batch.targets]
-        for name, value in count_targets(counts, config.model.num_queries, config.loss).items():
-            totals[name] += value
-        if batch.labels is not None:
-            totals["tokens"] += int((batch.labels[:, 1:] >= 0).sum())
-    totals = distributed.sum_over_ranks(totals, device)
-    share = distributed.world_size()
-    return Normalisers(**{name: max(value / share, 1e-6) for name, value in totals.items()})
+def set_rate(optimizer: torch.optim.Optimizer, share: float) -> float:
+    """Gives each group its share of its peak learning rate; returns the highest."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * share
+    return max(group["lr"] for group in optimizer.param_groups)
 
 
-def micro_batch_losses(
-    model: nn.Module, batch: Batch, normalisers: Normalisers, config: Config
-) -> dict[str, torch.Tensor]:
-    """Weighted losses of one micro-batch; over a step's micro-batches and ranks they add up."""
-    device = batch.seg_pixels.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        outputs = model(batch)
-    weights = {
-        "class": config.loss.class_weight,
-        "mask": config.loss.mask_weight,
-        "dice": config.loss.dice_weight,
+def add_up(
+    losses: list[dict[str, Tensor]],
+    norms: dict[nn.Parameter, float],
+    batches: list[Batch],
+    costs: dict[str, float],
+    device: torch.device,
+) -> dict[str, float]:
+    """A step's losses, together and by name, the norm of its gradient, its images, tokens and
+    left-out samples on all ranks, and the mean of the ranks' `costs`."""
+    counts = {
+        "images": sum(len(batch.samples) for batch in batches),
+        "tokens": sum(int(b.attention_mask.sum()) for b in batches if b.attention_mask is not None),
+        "left_out": sum(len(batch.left_out) for batch in batches),
     }
-    # Every rank has the same names, also where no phrase of its batch is in the image.
-    losses = (
-        {} if batch.task == "chat" else {name: torch.zeros((), device=device) for name in weights}
-    )
-    if outputs.predictions is not None:
-        generators = [torch.Generator(device).manual_seed(seed) for seed in batch.run_seeds]
-        parts = segmentation_losses(
-            outputs.predictions, batch.targets, generators, normalisers, config.loss
-        )
-        losses = {name: weights[name] * loss for name, loss in parts.items()}
-    if outputs.token_loss is not None:
-        losses["text"] = outputs.token_loss / normalisers.tokens
-    return losses
+    stacked = torch.stack([torch.stack(list(parts.values())) for parts in losses])
+    named = dict(zip(losses[0], stacked.sum(dim=0).tolist(), strict=True))
+    means = distributed.mean_over_ranks(named | counts | costs, device)
+    figures = {"loss": sum(means[name] for name in named)} | {name: means[name] for name in named}
+    figures["grad_norm"] = math.hypot(*norms.values())
+    figures |= {name: round(means[name] * distributed.world_size()) for name in counts}
+    return figures | {name: means[name] for name in costs}
 
 
-def check_finite(step: int, loss: float, grad_norm: torch.Tensor, batches: list[Batch]) -> None:
-    if not math.isfinite(loss) or not torch.isfinite(grad_norm):
-        names = [sample.sample_id for batch in batches for sample in batch.samples]
-        raise FloatingPointError(
-            f"step {step}: loss {loss}, gradient norm {float(grad_norm)}; its samples are "
-            + ", ".join(names)
-        )
-
-
-# ---- what a person sees --------------------------------------------------------------------------
-
-
-def step_line(record: dict) -> str:
-    names = [name for name in ("class", "mask", "dice", "text") if name in record]
-    losses = " ".join(f"{name} {record[name]:.3f}" for name in names)
-    return (
-        f"stage {record['stage']} step {record['step']} {record['task']}: "
-        f"loss {record['loss']:.3f} ({losses}) norm {record['grad_norm']:.2f} "
-        f"lr {record['lr']:.1e} {record['images_per_second']:.1f} images/s "
-        f"data {record['data_seconds']:.2f} s memory {record['memory_gb']:.1f} GB"
-    )
-
-
-def peak_memory(device: torch.device) -> float:
-    """Peak memory of this process in GB: of the GPU where there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak / 1e6
-
-
-def drop_metrics(path: Path, stage: int, step: int) -> None:
-    """Forgets the lines that a resumed run is going to write again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that a killed run was writing
-        if (record["stage"], record["step"]) < (stage, step):
-            kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
-
-
-def draw_metrics(out: Path) -> None:
-    """OUT/curves.png: the losses of each stage."""
-    charts = []
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    for number in sorted({record["stage"] for record in records}):
-        of_stage = [record for record in records if record["stage"] == number]
-        series = {}
-        for name in ("loss", "class", "mask", "dice", "text"):
-            points = [(record["step"], record[name]) for record in of_stage if name in record]
-            if points:
-                series[name] = tuple(map(list, zip(*points, strict=True)))
-        charts.append(draw.draw_curves(series, f"stage {number}", log_scale=True))
-    draw.stack(charts).save(out / "curves.png")
-
-
-def draw_prediction(sample: Sample, prediction: Prediction) -> Image.Image:
-    """Ground truth beside prediction; what is shown to the model beside both."""
-    question = textwrap.shorten(sample.turns[0][0], 200, placeholder=" …")
-    if sample.task == "chat":
-        picture = draw.draw_segments(sample.image, sample.masks, [])
-        return draw.side_by_side([picture], [f"{question}\n{prediction.answer}"])
-    labels = [sample.names[label] for label in sample.labels]
-    # Of visual grounding every pair of query and class is predicted, most with next to no score.
-    found = prediction.draw(min_score=0.3 if sample.task == "vgd" else 0.0)
-    pictures = [draw.draw_segments(sample.image, sample.masks, labels), found]
-    titles = [f"ground truth: {question}", f"prediction {prediction.answer}".strip()]
-    if sample.regions is not None:
-        shown = sample.names[: len(sample.regions)]
-        pictures.insert(0, draw.draw_segments(sample.image, sample.regions, shown))
-        titles.insert(0, "shown")
-    return draw.side_by_side(pictures, titles)
-
-
-def score(column: str, model: Segmentor | XSAM, options: argparse.Namespace) -> None:
-    """Evaluates `model`, adds the column to OUT/results.json and results.md, draws pictures."""
-    tasks = model.settings.eval_tasks if isinstance(model, XSAM) else ("panoptic",)
-    results = read_results(options.out)
-    results[column] = {}
-    pictures = options.out / "pictures"
-    pictures.mkdir(exist_ok=True)
-    for task in tasks:
-        count = math.ceil(model.settings.num_pictures / distributed.world_size())
-        count = 0 if column == UNTRAINED else count
-        results[column][task], kept = evaluate(model, task, options.data, num_kept=count)
-        for index, sample, prediction in kept:
-            name = f"{column.replace(' ', '')}_{task}_{index:05d}.png"
-            draw_prediction(sample, prediction).save(pictures / name)
+def report_skipped(
+    step: int,
+    losses: list[dict[str, Tensor]],
+    batches: list[Batch],
+    num_skipped: int,
+    config: Config,
+) -> None:
+    """Names the samples of a step that changed nothing: those of the micro-batches, of all ranks,
+    whose loss is not finite, or all where only the gradient is not. Raises FloatingPointError past
+    the limit."""
+    culprits, others = [], []
+    for parts, batch in zip(losses, batches, strict=True):
+        is_sound = math.isfinite(float(sum(parts.values())))
+        (others if is_sound else culprits).extend(sample.sample_id for sample in batch.samples)
+    culprits, others = distributed.gather(culprits), distributed.gather(others)
+    what = "its loss is not finite" if culprits else "its loss is finite, its gradient is not"
+    message = f"step {step} is skipped, {what}; samples: {', '.join(culprits or others)}"
+    if num_skipped > config.max_skipped_steps:
+        limit = f"max_skipped_steps is {config.max_skipped_steps}"
+        raise FloatingPointError(f"{num_skipped} steps were skipped, {limit}; the last: {message}")
     if distributed.rank() == 0:
-        # The last column's figures stand at the top level: {"panoptic": {"PQ": …}, …}.
-        document = results[column] | {"columns": results}
-        path = options.out / "results.json"
-        path.write_text(json.dumps(document, indent=1), encoding="utf-8")
-        text = table(results)
-        (options.out / "results.md").write_text(text + "\n", encoding="utf-8")
-        print(f"\n{text}", flush=True)
-    distributed.barrier()
+        tqdm.write(f"{message} ({num_skipped} so far)")
 
 
-def read_results(out: Path) -> dict:
-    path = out / "results.json"
-    return json.loads(path.read_text(encoding="utf-8"))["columns"] if path.is_file() else {}
+# ---- signals -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C do not end the process inside, but come into the list that it yields."""
+    noted: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: noted.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(_: int) -> None:
+    """In a process that loads data: a signal to all processes is for those that train."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -616,25 +624,43 @@ def run(options: argparse.Namespace, config: Config) -> None:
         toy.write_weights(options.weights, config.model, seed=config.seed)
     distributed.barrier()
 
-    if config.eval_tasks and UNTRAINED not in read_results(options.out):
+    if config.eval_tasks and monitor.UNTRAINED not in monitor.read_results(options.out):
         torch.manual_seed(config.seed)
         model = pretrained_model(options.stages[-1], config, options.weights, lambda _: None)
-        score(UNTRAINED, model.to(device), options)
+        monitor.score(monitor.UNTRAINED, model.to(device), options.out, options.data)
     for number in options.stages:
         model = train_stage(number, config, options, device)
-        if config.eval_tasks and number != 2 and f"stage {number}" not in read_results(options.out):
-            score(f"stage {number}", model, options)
+        column = f"stage {number}"
+        if config.eval_tasks and number != 2 and column not in monitor.read_results(options.out):
+            monitor.score(column, model, options.out, options.data)
     if distributed.rank() == 0:
-        draw_metrics(options.out)
+        monitor.draw_metrics(options.out)
         print(f"\nwrote {options.out}")
 
 
 def main(options: argparse.Namespace, config: Config) -> int:
     try:
-        run(options, config)
-    except (ValueError, FloatingPointError) as error:
-        print(f"xsam/train.py: {error}", file=sys.stderr, flush=True)
+        if options.plan:
+            limits = options.gpus, options.gpu_memory, options.images_per_second
+            print(plan.report(config, options.stages, *limits, options.data))
+        else:
+            run(options, config)
+    except Stopped as stopped:
+        if distributed.rank() == 0:
+            name = signal.Signals(stopped.signal).name
+            print(f"xsam/train.py: {name}: {stopped}; go on with --resume", file=sys.stderr)
+        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        complain("xsam/train.py: interrupted, not in the middle of a stage")
+        return 128 + signal.SIGINT
+    except (ValueError, FloatingPointError, OSError) as error:
+        complain(f"xsam/train.py: {error}")
         return 2
+    except RuntimeError as error:
+        if not distributed.is_loss_of_a_rank(error):
+            raise
+        complain(f"xsam/train.py: rank {distributed.rank()} lost contact with another: {error}")
+        return 1
     finally:
         distributed.finish()
     return 0

@@ -4,18 +4,12 @@ On disk every tensor has one name, that of the published checkpoints; `NAMES` is
 is strict: whatever is missing, unexpected or of another shape is listed, and nothing is loaded.
 Files are looked through first and then read memory-mapped, a few tensors at a time, straight into
 parameters that may still be on the meta device: the host never holds the weights twice.
-
-A training checkpoint is a folder `step_N` with the model, `config.json` (stage, step and the whole
-configuration), the tokenizer and `training.pt` (optimizer). It is written under another name and
-renamed, so a folder that can be seen is whole.
 """
 
 import contextlib
 import json
-import os
 import pickle
 import re
-import shutil
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -28,18 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from xsam.config import Config, ModelConfig
+from xsam.config import ModelConfig
 from xsam.encoders import resize_positions, transformers_config
 
-MODEL_FILE, CONFIG_FILE, TRAINING_FILE, LATEST_FILE = (
-    "model.safetensors",
-    "config.json",
-    "training.pt",
-    "latest",
-)
+MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 SHARD_BYTES = 5 * 10**9  # largest file written
 MAPPED_BYTES = 16 * 2**20  # of a file read before it is opened anew
-LANGUAGE_FIELDS = ("image_", "llm", "max_text", "num_region", "region_", "logit_")  # not in stage 1
 
 # ---- names ---------------------------------------------------------------------------------------
 
@@ -460,31 +448,41 @@ def read_published(stored: dict[str, Stored], path: Path) -> tuple[int, str, dic
     return stage, "current", {}
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def save_tensors(
+    folder: Path, stem: str, tensors: dict[str, Tensor], max_shard_bytes: int = SHARD_BYTES
+) -> dict[str, str]:
+    """Tensors under the names given, in STEM.safetensors or, above the limit, in several files.
+    Only one file's worth is copied to the host at a time. Returns the file of each name."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    placed = {}
+    for number, names in enumerate(shards):
+        part = f"-{number + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = folder / f"{stem}{part}.safetensors"
+        on_host = {name: tensors[name].detach().cpu().contiguous() for name in names}
+        save_file(on_host, file, metadata={"format": "pt"})
+        placed |= dict.fromkeys(names, file.name)
+    return placed
 
 
 def save_model(
     folder: Path, state: dict[str, Tensor], prefix: str = "", max_shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Tensors, under their names on disk, as model.safetensors or, above the limit, as several
-    files and an index. Only one file's worth is copied to the host at a time."""
-    shards: list[list[str]] = [[]]
-    size = total = 0
-    for name, tensor in state.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    placed = {}
-    for number, names in enumerate(shards):
-        stem, suffix = MODEL_FILE.split(".")
-        file = f"{stem}-{number + 1:05d}-of-{len(shards):05d}.{suffix}"
-        file = MODEL_FILE if len(shards) == 1 else file
-        tensors = {disk_name(prefix + name): state[name].cpu().contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        placed |= dict.fromkeys(tensors, file)
-    if len(shards) > 1:
+    """A model's tensors under their names on disk, as model.safetensors or, above the limit, as
+    several files and an index."""
+    tensors = {disk_name(prefix + name): tensor for name, tensor in state.items()}
+    placed = save_tensors(folder, MODEL_FILE.split(".")[0], tensors, max_shard_bytes)
+    if len(set(placed.values())) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         text = json.dumps(index, indent=1)
         (folder / f"{MODEL_FILE}.index.json").write_text(text, encoding="utf-8")
@@ -496,101 +494,3 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     twice = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     twice -= {name for name, _ in model.named_parameters()}
     return {name: tensor for name, tensor in state.items() if name not in twice}
-
-
-def write_header(folder: Path, config: Config, stage: int, step: int) -> None:
-    header = {"stage": stage, "step": step, "config": config.to_dict()}
-    (folder / CONFIG_FILE).write_text(json.dumps(header, indent=1), encoding="utf-8")
-
-
-def save_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase | None,
-    stage: int,
-    step: int,
-    training: dict,
-) -> Path:
-    """Writes folder/step_N with what the stage trains and points `latest` at it.
-
-    Stage 2 writes the projectors alone: all else is as the folders it began with have it.
-    """
-    target = folder / f"step_{step}"
-    temporary = folder / f".step_{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    state = own_tensors(model)
-    if stage == 2:
-        trained = {name for name, value in model.named_parameters() if value.requires_grad}
-        state = {name: tensor for name, tensor in state.items() if name in trained}
-    save_model(temporary, state, model.prefix)
-    torch.save(training, temporary / TRAINING_FILE)
-    write_header(temporary, config, stage, step)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-
-    pointer = folder / f".{LATEST_FILE}.tmp"
-    pointer.write_text(target.name, encoding="utf-8")
-    os.replace(pointer, folder / LATEST_FILE)
-    kept = sorted(folder.glob("step_*"), key=lambda path: int(path.name.split("_")[1]))
-    for old in kept[: -config.keep_checkpoints]:
-        shutil.rmtree(old)
-    return target
-
-
-def load_trained(model: nn.Module, folder: Path) -> str:
-    """What `save_checkpoint` wrote, over what the model holds."""
-    only = ()
-    if read_header(folder)["stage"] == 2:
-        parameters = model.named_parameters()
-        only = tuple(disk_name(name) for name, value in parameters if value.requires_grad)
-    return load_tensors(model, list_tensors(folder), folder, model.prefix, only=only)
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage's folder, None where there is none."""
-    pointer = folder / LATEST_FILE
-    if not pointer.is_file():
-        return None
-    return folder / pointer.read_text(encoding="utf-8").strip()
-
-
-def read_header(folder: Path) -> dict:
-    """{"stage", "step", "config"} of a checkpoint. Raises ValueError where it is none."""
-    header = None
-    try:
-        header = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        return {
-            "stage": int(header["stage"]),
-            "step": int(header["step"]),
-            "config": Config.from_dict(header["config"]),
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = repr(error)
-        if isinstance(header, dict) and "model_type" in header:
-            reason = f"a Hugging Face folder of a {header['model_type']} model, a part at most"
-        raise ValueError(f"{folder}: not a checkpoint of this library ({reason})") from error
-
-
-def check_checkpoint(folder: Path, config: Config, stage: int) -> dict:
-    """The checkpoint's header, if it is of this stage and this model. Raises ValueError if not."""
-    header = read_header(folder)
-    if header["stage"] != stage:
-        raise ValueError(
-            f"{folder}: a checkpoint of stage {header['stage']}, needed is stage {stage}"
-        )
-    theirs, ours = header["config"].model, config.model
-    different = [
-        f"{name} is {value!r}, here {getattr(ours, name)!r}"
-        for name, value in vars(theirs).items()
-        if value != getattr(ours, name) and not (stage == 1 and name.startswith(LANGUAGE_FIELDS))
-    ]
-    if different:
-        raise ValueError(
-            f"{folder}: a checkpoint of the preset {header['config'].name!r} with another model: "
-            + "; ".join(different[:5])
-        )
-    return header

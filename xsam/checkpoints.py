@@ -1,0 +1,232 @@
+"""What a training run leaves to go on from, or to ask: whole folders or none.
+
+A checkpoint is a folder `step_N` with the model's weights, the optimizer's states as each rank kept
+them (any number of ranks reads them), the tokenizer and `config.json`: stage, step, the whole
+configuration and every other file with its size. It is written by all ranks under another name,
+flushed to the disk and renamed, so a folder with that name is whole whenever a run is killed, and
+what fails while writing leaves the one before. `latest` names the newest, for people and scripts.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from xsam import distributed
+from xsam.config import Config
+from xsam.weights import (
+    CONFIG_FILE,
+    Stored,
+    disk_name,
+    list_tensors,
+    load_tensors,
+    own_tensors,
+    save_model,
+    save_tensors,
+)
+
+LATEST_FILE = "latest"
+STATES_FILE = "optimizer"  # what the names of the files with the optimizer's states begin with
+STATES_BYTES = 10**9  # largest of them
+LANGUAGE_FIELDS = ("image_", "llm", "max_text", "num_region", "region_", "logit_")  # not in stage 1
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase | None,
+    stage: int,
+    step: int,
+    states: dict[str, Tensor],
+    num_skipped: int = 0,
+) -> Path:
+    """Writes folder/step_N with what the stage trains, points `latest` at it and keeps the newest
+    `config.keep_checkpoints`. All ranks call it; each writes its own optimizer `states`.
+
+    Stage 2 writes the projectors alone: all else is as the folders it began with have it. Raises
+    OSError on every rank where one could not write; then all is as it was before.
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    target, temporary = folder / f"step_{step}", folder / f".step_{step}.tmp"
+    failed = f"{target} could not be written", OSError, SafetensorError
+    try:
+        with distributed.together(*failed):
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        with distributed.together(*failed):
+            stem = f"{STATES_FILE}-{rank + 1:05d}-of-{world_size:05d}"
+            save_tensors(temporary, stem, states, STATES_BYTES)
+            if rank == 0:
+                save_model(temporary, _trained(model, stage), model.prefix)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(temporary)
+            for path in temporary.glob(f"{stem}*"):
+                _flush(path)
+        with distributed.together(*failed):
+            if rank == 0:
+                files = {path.name: path.stat().st_size for path in _files(temporary)}
+                write_header(temporary, config, stage, step, num_skipped, files)
+                for path in (*_files(temporary), temporary):
+                    _flush(path)
+                _replace(temporary, target)
+    except OSError:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if rank == 0:
+        point_latest(target)
+        for old in _steps(folder)[: -config.keep_checkpoints]:
+            _remove(old)
+    distributed.barrier()  # no rank may look for a checkpoint that is not there yet
+    return target
+
+
+def write_header(
+    folder: Path,
+    config: Config,
+    stage: int,
+    step: int,
+    num_skipped: int = 0,
+    files: dict[str, int] | None = None,
+) -> None:
+    """config.json of a checkpoint; `files` are the others, with their sizes in bytes."""
+    header = {"stage": stage, "step": step, "skipped": num_skipped, "files": files or {}}
+    text = json.dumps(header | {"config": config.to_dict()}, indent=1)
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def point_latest(checkpoint: Path) -> None:
+    """Makes the file `latest` beside a checkpoint name it."""
+    pointer = checkpoint.parent / f".{LATEST_FILE}.tmp"
+    pointer.write_text(checkpoint.name, encoding="utf-8")
+    _flush(pointer)
+    os.replace(pointer, checkpoint.parent / LATEST_FILE)
+    _flush(checkpoint.parent)
+
+
+def _trained(model: nn.Module, stage: int) -> dict[str, Tensor]:
+    """What the checkpoint of a stage holds of the model."""
+    state = own_tensors(model)
+    if stage != 2:
+        return state
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    return {name: tensor for name, tensor in state.items() if name in trained}
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the list of a folder's files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    if target.exists():
+        _remove(target)
+    temporary.rename(target)
+    _flush(target.parent)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint; one that is half gone does not bear its name."""
+    going = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(going, ignore_errors=True)
+    checkpoint.rename(going)
+    shutil.rmtree(going)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints of a stage, the newest last."""
+    found = [path for path in folder.glob("step_*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a stage's folder, None where there is none. A run that was killed
+    between writing it and pointing `latest` at it has it all the same."""
+    return (_steps(folder) or [None])[-1]
+
+
+def load_trained(model: nn.Module, folder: Path) -> str:
+    """What `save_checkpoint` wrote, over what the model holds."""
+    only = ()
+    if read_header(folder)["stage"] == 2:
+        parameters = model.named_parameters()
+        only = tuple(disk_name(name) for name, value in parameters if value.requires_grad)
+    return load_tensors(model, list_tensors(folder), folder, model.prefix, only=only)
+
+
+def list_states(folder: Path) -> dict[str, Stored]:
+    """Where the optimizer's states lie in a checkpoint, of all ranks that wrote it. Raises
+    ValueError where a file of the checkpoint is missing or has not the size it was written with."""
+    for name, size in read_header(folder)["files"].items():
+        file = folder / name
+        found = f"{file.stat().st_size:,} bytes" if file.is_file() else "missing"
+        if found != f"{size:,} bytes":
+            raise ValueError(
+                f"{file}: {found}, was written with {size:,} bytes; copy it again, or remove "
+                f"{folder} to go on from the checkpoint before"
+            )
+    found = {}
+    for file in sorted(folder.glob(f"{STATES_FILE}-*.safetensors")):
+        found |= list_tensors(file)
+    return found
+
+
+def read_header(folder: Path) -> dict:
+    """{"stage", "step", "skipped", "files", "config"} of a checkpoint. Raises ValueError where it
+    is none."""
+    header = None
+    try:
+        header = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return {
+            "stage": int(header["stage"]),
+            "step": int(header["step"]),
+            "skipped": int(header.get("skipped", 0)),
+            "files": dict(header.get("files", {})),
+            "config": Config.from_dict(header["config"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = repr(error)
+        if isinstance(header, dict) and "model_type" in header:
+            reason = f"a Hugging Face folder of a {header['model_type']} model, a part at most"
+        raise ValueError(f"{folder}: not a checkpoint of this library ({reason})") from error
+
+
+def check_checkpoint(folder: Path, config: Config, stage: int) -> dict:
+    """The checkpoint's header, if it is of this stage and this model. Raises ValueError if not."""
+    header = read_header(folder)
+    if header["stage"] != stage:
+        raise ValueError(
+            f"{folder}: a checkpoint of stage {header['stage']}, needed is stage {stage}"
+        )
+    theirs, ours = header["config"].model, config.model
+    different = [
+        f"{name} is {value!r}, here {getattr(ours, name)!r}"
+        for name, value in vars(theirs).items()
+        if value != getattr(ours, name) and not (stage == 1 and name.startswith(LANGUAGE_FIELDS))
+    ]
+    if different:
+        raise ValueError(
+            f"{folder}: a checkpoint of the preset {header['config'].name!r} with another model: "
+            + "; ".join(different[:5])
+        )
+    return header

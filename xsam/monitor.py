@@ -1,0 +1,277 @@
+"""What a person sees of a training run: a line a step, curves, scores and pictures.
+
+All of it lies in the run's folder: metrics.jsonl with a record for each step and each validation,
+curves.png, results.json and results.md, pictures/, and tensorboard/ where that package is there.
+"""
+
+import importlib.util
+import json
+import math
+import sys
+import textwrap
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from xsam import distributed, draw
+from xsam.data import Batch
+from xsam.evaluate import evaluate, table
+from xsam.model import XSAM, Segmentor
+from xsam.postprocess import Prediction
+from xsam.samples import Sample
+
+METRICS_FILE, CURVES_FILE, RESULTS_FILE = "metrics.jsonl", "curves.png", "results.json"
+LOSSES = ("class", "mask", "dice", "text")
+MOST_REASONS = 20  # printed by a rank for samples that are left out
+WATCHED_STEPS = 50  # over which a slow loader is noticed
+SLOW_SHARE = 0.2  # of the time spent waiting for data that is worth a warning
+UNTRAINED = "untrained"  # the column of results before the first step
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+class Monitor:
+    """The steps of a stage under a progress bar, and what is recorded of them. On other ranks than
+    the first it records nothing."""
+
+    def __init__(
+        self,
+        out: Path,
+        stage: int,
+        num_steps: int,
+        first_step: int,
+        device: torch.device,
+        peak_tflops: float | None,
+    ):
+        """Forgets what an interrupted run recorded from `first_step` on. `peak_tflops` of one
+        device, None where it is not known."""
+        self.out, self.stage, self.is_on = out, stage, distributed.rank() == 0
+        self.device, self.peak_tflops = device, peak_tflops
+        self.bar = tqdm(
+            range(first_step, num_steps), f"stage {stage}", num_steps, initial=first_step,
+            disable=not self.is_on, unit="step", dynamic_ncols=True,
+        )  # fmt: skip
+        self.recent: deque[tuple[float, float]] = deque(maxlen=WATCHED_STEPS)
+        self.num_reasons = self.num_left_out = 0  # of this rank, of all
+        self.board = None
+        if self.is_on:
+            drop_metrics(out / METRICS_FILE, stage, first_step)
+            if importlib.util.find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+
+                folder = out / "tensorboard" / f"stage{stage}"
+                self.board = SummaryWriter(str(folder), purge_step=first_step)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.bar)
+
+    def step(self, step: int, batches: list[Batch], figures: dict[str, float]) -> None:
+        """Records a step of these micro-batches: `figures` are its losses, norm and rate, and what
+        it cost, of all ranks: "images", "tokens", "left_out", of one: "flops", "seconds", …"""
+        reasons = [reason for batch in batches for reason in batch.left_out]
+        for reason in reasons[: max(0, MOST_REASONS - self.num_reasons)]:
+            tqdm.write(f"left out: {reason}")
+        self.num_reasons += len(reasons)
+        self.num_left_out += figures["left_out"]
+        if not self.is_on:
+            return
+        record = {"stage": self.stage, "step": step, "task": batches[0].task} | figures
+        seconds = record["seconds"]
+        for name in ("images", "tokens"):
+            record[f"{name}_per_second"] = record.pop(name) / seconds
+        record["tflops"] = record.pop("flops") / seconds / 1e12  # of one device
+        if self.peak_tflops:
+            record["mfu"] = record["tflops"] / self.peak_tflops
+        record["memory_gb"] = peak_memory(self.device)
+        self._write(record)
+        tqdm.write(step_line(record))
+        self._watch_data(record["data_seconds"], seconds)
+
+    def _watch_data(self, waited: float, seconds: float) -> None:
+        """A warning where the last steps went into waiting for the loader."""
+        self.recent.append((waited, seconds))
+        waited, seconds = map(sum, zip(*self.recent, strict=True))
+        if len(self.recent) == WATCHED_STEPS and waited > SLOW_SHARE * seconds:
+            tqdm.write(
+                f"slow data: {waited / seconds:.0%} of the last {WATCHED_STEPS} steps went into "
+                "waiting for it; raise --num_workers, or put the data on a faster disk"
+            )
+            self.recent.clear()
+
+    def validate(self, step: int, model: Segmentor | XSAM, data: Path) -> None:
+        """Scores the first samples of every set of the tasks; every rank takes part."""
+        count = model.settings.num_validation
+        prefix = f"stage{self.stage}_step{step + 1}"
+        scores = score_tasks(model, self.out, data, prefix, model.settings.num_pictures, count)
+        model.train()
+        figures = {f"{task} {name}": x for task, row in scores.items() for name, x in row.items()}
+        self._write({"stage": self.stage, "step": step, "validation": figures})
+        if self.is_on:
+            shown = ", ".join(f"{name} {figure:.1f}" for name, figure in figures.items())
+            tqdm.write(f"stage {self.stage} step {step}, {count} samples of each set: {shown}")
+            draw_metrics(self.out)
+
+    def _write(self, record: dict) -> None:
+        if not self.is_on:
+            return
+        with (self.out / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_without_nan(record)) + "\n")
+        if self.board is not None:
+            for name, value in (record | record.get("validation", {})).items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.is_on and self.num_left_out:
+            print(f"{self.num_left_out} samples were left out, refused or bad, and others drawn")
+        if self.board is not None:
+            self.board.close()
+
+
+def step_line(record: dict) -> str:
+    """A step's record for the eye."""
+    losses = " ".join(f"{name} {record[name]:.3f}" for name in LOSSES if name in record)
+    mfu = f" MFU {record['mfu']:.1%}" if "mfu" in record else ""
+    tokens = record["tokens_per_second"]
+    return (
+        f"stage {record['stage']} step {record['step']} {record['task']}: "
+        f"loss {record['loss']:.3f} ({losses}) norm {record['grad_norm']:.2f} "
+        f"lr {record['lr']:.1e} {record['images_per_second']:.1f} images/s "
+        f"{f'{tokens:.0f} tokens/s ' * (tokens > 0)}data {record['data_seconds']:.2f} s "
+        f"memory {record['memory_gb']:.1f} GB {record['tflops']:.3g} TFLOP/s{mfu}"
+    )
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this process in GB: of the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak / 1e6
+
+
+def _without_nan(record: dict) -> dict:
+    """JSON has no word for what is not finite."""
+    is_lost = lambda value: isinstance(value, float) and not math.isfinite(value)  # noqa: E731
+    return {name: None if is_lost(value) else value for name, value in record.items()}
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; a line that a killed run was writing is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def drop_metrics(path: Path, stage: int, step: int) -> None:
+    """Forgets the lines that a resumed run is going to write again."""
+    if not path.is_file():
+        return
+    records = read_metrics(path)
+    kept = [record for record in records if (record["stage"], record["step"]) < (stage, step)]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def draw_metrics(out: Path) -> None:
+    """OUT/curves.png: losses of each stage and, where there were validations, what they scored."""
+    charts = []
+    records = read_metrics(out / METRICS_FILE)
+    for number in sorted({record["stage"] for record in records}):
+        of_stage = [record for record in records if record["stage"] == number]
+        losses = _series(of_stage, ("loss", *LOSSES))
+        charts.append(draw.draw_curves(losses, f"stage {number}", log_scale=True))
+        scores = [
+            each["validation"] | {"step": each["step"]} for each in of_stage if "validation" in each
+        ]
+        if scores:
+            names = [name for name in scores[0] if name != "step"]
+            charts.append(draw.draw_curves(_series(scores, names), f"stage {number}, validation"))
+    draw.stack(charts).save(out / CURVES_FILE)
+
+
+def _series(records: list[dict], names: Iterable[str]) -> dict[str, tuple[list, list]]:
+    """Name to (steps, values), of the names that are there."""
+    series = {}
+    for name in names:
+        points = [(each["step"], each[name]) for each in records if each.get(name) is not None]
+        if points:
+            series[name] = tuple(map(list, zip(*points, strict=True)))
+    return series
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+def score(column: str, model: Segmentor | XSAM, out: Path, data: Path) -> None:
+    """Evaluates `model`, adds the column to OUT/results.json and results.md, draws pictures."""
+    results = read_results(out)
+    num_pictures = 0 if column == UNTRAINED else model.settings.num_pictures
+    results[column] = score_tasks(model, out, data, column.replace(" ", ""), num_pictures)
+    if distributed.rank() == 0:
+        # The last column's figures stand at the top level: {"panoptic": {"PQ": …}, …}.
+        document = results[column] | {"columns": results}
+        (out / RESULTS_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        text = table(results)
+        (out / "results.md").write_text(text + "\n", encoding="utf-8")
+        print(f"\n{text}", flush=True)
+    distributed.barrier()
+
+
+def score_tasks(
+    model: Segmentor | XSAM,
+    out: Path,
+    data: Path,
+    prefix: str,
+    num_pictures: int,
+    num_samples: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Scores of the tasks that the configuration names, {task: {metric: figure}}, and pictures of
+    each task, whose names begin with `prefix`. `num_samples` None: all of them."""
+    tasks = model.settings.eval_tasks if isinstance(model, XSAM) else ("panoptic",)
+    pictures = out / "pictures"
+    pictures.mkdir(exist_ok=True)
+    count = math.ceil(num_pictures / distributed.world_size())
+    scores = {}
+    for task in tasks:
+        scores[task], kept = evaluate(model, task, data, count, num_samples)
+        for index, sample, prediction in kept:
+            name = f"{prefix}_{task}_{index:05d}.png"
+            draw_prediction(sample, prediction).save(pictures / name)
+    return scores
+
+
+def read_results(out: Path) -> dict:
+    """{column: {task: {metric: figure}}} of OUT/results.json; empty where there is none."""
+    path = out / RESULTS_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["columns"] if path.is_file() else {}
+
+
+def draw_prediction(sample: Sample, prediction: Prediction) -> Image.Image:
+    """Ground truth beside prediction; what is shown to the model beside both."""
+    question = textwrap.shorten(sample.turns[0][0], 200, placeholder=" …")
+    if sample.task == "chat":
+        picture = draw.draw_segments(sample.image, sample.masks, [])
+        return draw.side_by_side([picture], [f"{question}\n{prediction.answer}"])
+    labels = [sample.names[label] for label in sample.labels]
+    # Of visual grounding every pair of query and class is predicted, most with next to no score.
+    found = prediction.draw(min_score=0.3 if sample.task == "vgd" else 0.0)
+    pictures = [draw.draw_segments(sample.image, sample.masks, labels), found]
+    titles = [f"ground truth: {question}", f"prediction {prediction.answer}".strip()]
+    if sample.regions is not None:
+        shown = sample.names[: len(sample.regions)]
+        pictures.insert(0, draw.draw_segments(sample.image, sample.regions, shown))
+        titles.insert(0, "shown")
+    return draw.side_by_side(pictures, titles)

@@ -1,0 +1,198 @@
+"""From gradients to new weights: learning rates, their schedule, AdamW on float32 master weights,
+sharded over the ranks, and its states on disk.
+
+Weights and gradients are bfloat16 in training. Their 8 bits cannot hold a step of the size of the
+learning rate, so the optimizer keeps each weight once more, in float32, beside the two moments of
+AdamW (Loshchilov and Hutter 2019): 12 bytes a parameter. Every rank keeps them for its share of the
+parameters alone, updates these and sends them to the others: stage 1 of ZeRO (Rajbhandari et al.
+2020), by torch's ZeroRedundancyOptimizer. What else was measured is in LOG.md.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from xsam import distributed
+from xsam.config import Stage
+from xsam.weights import Stored, disk_name, read_tensors
+
+# ---- learning rates ------------------------------------------------------------------------------
+
+
+def learning_rate(name: str, stage: Stage) -> float:
+    """Peak learning rate of a parameter: that of the longest module path it lies under; 0 is
+    frozen."""
+    paths = [
+        path for path in stage.learning_rates if f"{name}.".startswith(f"{path}." * bool(path))
+    ]
+    return stage.learning_rates[max(paths, key=len)]
+
+
+def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
+    """Share of the peak learning rate: a linear rise, then half a cosine down to zero."""
+    warmup = max(1, round(num_steps * warmup_ratio))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+
+
+# ---- the update ----------------------------------------------------------------------------------
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW that adds its steps to float32 masters and rounds them to the parameters.
+
+    A parameter that is float32 is its own master. States are made at a parameter's first step, so
+    what is never used costs none.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    def start(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The states of a parameter before its first step."""
+        state = self.state[parameter]
+        if parameter.dtype != torch.float32:
+            state["master"] = parameter.detach().float()
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+        state["step"] = torch.zeros((), device=parameter.device)
+        return state
+
+    @torch.no_grad()
+    def step(self, scale: float = 1.0, unused: frozenset[nn.Parameter] = frozenset()) -> None:
+        """An update by `scale` times the gradients; those of `unused` stay as they are, moments
+        too. The float32 copy of a gradient is made for one parameter at a time."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None or parameter in unused:
+                    continue
+                state = self.state[parameter] or self.start(parameter)
+                master = state.get("master", parameter)
+                adamw(
+                    [master],
+                    [parameter.grad.float() * scale],
+                    [state["exp_avg"]],
+                    [state["exp_avg_sq"]],
+                    [],
+                    [state["step"]],
+                    fused=True,
+                    amsgrad=False,
+                    maximize=False,
+                    beta1=beta1,
+                    beta2=beta2,
+                    eps=group["eps"],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                )
+                if master is not parameter:
+                    parameter.copy_(master)
+
+
+def freeze(model: nn.Module, stage: Stage, prefix: str) -> None:
+    """Parameters without a learning rate get no gradient. `prefix` is put before each name: stage 1
+    trains a bare segmentor."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learning_rate(prefix + name, stage) > 0)
+
+
+def parameter_groups(model: nn.Module, stage: Stage, prefix: str) -> list[dict]:
+    """What is not frozen, grouped by learning rate, with and without weight decay: vectors, such as
+    biases and norms, have none."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = learning_rate(prefix + name, stage)
+            decay = stage.weight_decay if parameter.dim() > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+def build_optimizer(model: nn.Module, stage: Stage, prefix: str) -> torch.optim.Optimizer:
+    """The stage's optimizer; with several ranks its states are sharded."""
+    groups = parameter_groups(model, stage, prefix)
+    if distributed.world_size() == 1:
+        return MasterAdamW(groups)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # compiles things for a second
+
+    # Parameters become views of one buffer for each rank: a broadcast each, not one a parameter.
+    return ZeroRedundancyOptimizer(groups, MasterAdamW, parameters_as_bucket_view=True)
+
+
+@torch.no_grad()
+def gradient_norms(model: nn.Module) -> dict[nn.Parameter, float]:
+    """L2 norm of each parameter's gradient, in float32 whatever the gradient's type. After DDP's
+    all-reduce every rank has the same."""
+    parameters = [each for each in model.parameters() if each.grad is not None]
+    # Row by row first: one sum of 10⁷ squares in float32 is a third of a percent off.
+    rows = [torch.linalg.vector_norm(each.grad, dim=-1, dtype=torch.float32) for each in parameters]
+    norms = torch.stack([torch.linalg.vector_norm(row) for row in rows])
+    return dict(zip(parameters, norms.tolist(), strict=True))
+
+
+def update(
+    optimizer: torch.optim.Optimizer, norms: dict[nn.Parameter, float], clip_norm: float
+) -> None:
+    """A step clipped by the norm of all gradients together. A parameter with a gradient of exactly
+    zero had no part in the step (chat has no use for the decoder): it is left alone."""
+    total = math.hypot(*norms.values())
+    unused = frozenset(parameter for parameter, norm in norms.items() if norm == 0)
+    optimizer.step(scale=min(1.0, clip_norm / (total + 1e-6)), unused=unused)
+
+
+# ---- states on disk ------------------------------------------------------------------------------
+
+
+def own_shard(optimizer: torch.optim.Optimizer) -> MasterAdamW:
+    """The part of the optimizer that this rank keeps."""
+    return optimizer if isinstance(optimizer, MasterAdamW) else optimizer.optim
+
+
+def state_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, prefix: str
+) -> dict[str, Tensor]:
+    """This rank's states under the names that they have on disk: "<parameter>:exp_avg", …"""
+    shard = own_shard(optimizer)
+    return {
+        f"{disk_name(prefix + name)}:{kind}": state
+        for name, parameter in model.named_parameters()
+        if parameter in shard.state
+        for kind, state in shard.state[parameter].items()
+    }
+
+
+@torch.no_grad()
+def fill_states(
+    optimizer: torch.optim.Optimizer, model: nn.Module, prefix: str, stored: dict[str, Stored]
+) -> None:
+    """Fills this rank's states from files that any number of ranks wrote. A parameter of which none
+    is stored had no step yet. Raises ValueError that names what is missing or of another shape."""
+    shard = own_shard(optimizer)
+    mine = {parameter for group in shard.param_groups for parameter in group["params"]}
+    wanted = {}
+    for name, parameter in model.named_parameters():
+        on_disk = disk_name(prefix + name)
+        if parameter not in mine or f"{on_disk}:step" not in stored:
+            continue
+        for kind, state in shard.start(parameter).items():
+            entry = stored.get(f"{on_disk}:{kind}")
+            if entry is None or entry.shape != tuple(state.shape):
+                found = "nothing" if entry is None else f"{list(entry.shape)} in {entry.file}"
+                raise ValueError(f"{on_disk}:{kind} should be {list(state.shape)}, found {found}")
+            wanted[entry] = state
+    for entry, values in read_tensors(list(wanted)):
+        wanted[entry].copy_(values)

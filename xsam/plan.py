@@ -1,0 +1,479 @@
+"""What a run needs before it is started: memory of a GPU, disk, steps, time; and the floating point
+operations of a batch, for the utilisation in the training log.
+
+    python xsam/train.py --plan --stage 3 --gpus 8 --gpu-memory 80
+
+Needs no weights, data or GPU. What is alive in a step is measured on shapes (`simulation.py`); what
+is assumed stands below and is printed as such. A GB is 10^9 bytes.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from xsam.config import Config
+from xsam.data import Batch, Processor, repeat_factors, share_batches
+from xsam.datasets import open_dataset
+from xsam.encoders import Block
+from xsam.prompts import PER_PHRASE_TASKS
+from xsam.simulation import MOST_TARGETS, Activations, Simulation, build, example_batch, parts
+from xsam.sources import find_source, locate
+from xsam.weights import parameters_on_meta
+
+CONTEXT_BYTES = 2e9  # assumed: CUDA context, workspaces of its libraries, buffers of NCCL
+FRAGMENTATION = 0.1  # assumed, of the activations: what the allocator holds and nothing uses
+MOST_PHRASES = 8  # of a referring sample (datasets_referring.MAX_TURNS)
+ASSUMED_UTILISATION, ASSUMED_TFLOPS = 0.4, 312.0  # of an A100
+
+# Dense TFLOP/s in bfloat16 (V100: float16) by a part of the GPU's name; the first that fits.
+PEAK_TFLOPS = {"B200": 2250.0, "H100 PCIe": 756.0, "H100": 989.0, "H800": 989.0, "H200": 989.0}
+PEAK_TFLOPS |= {"A100": 312.0, "A800": 312.0, "L40S": 362.0, "A6000": 155.0, "4090": 165.0}
+PEAK_TFLOPS |= {"V100": 125.0}
+
+# Training samples as our readers count them. The paper counts 301 K for RefCOCO/+/g, shared out by
+# their expressions here (120,624, 120,191, 80,512); 40,688 of LLaVA-1.5's 665,298 have no image.
+PUBLISHED_SIZES = {"coco_panoptic": 118287, "coco_vgd": 117266, "reasonseg": 239}
+PUBLISHED_SIZES |= {"llava_pretrain": 558128, "llava_instruct": 624610}
+PUBLISHED_SIZES |= {"refcoco": 113000, "refcoco+": 112600, "refcocog": 75400}
+PUBLISHED_SIZES |= {"gcg_grandf": 1000, "gcg_refcocog": 19000, "gcg_psg": 28000}
+PUBLISHED_SIZES |= {"gcg_flickr": 148000}
+
+# Assumed of a usual sample of each task: text tokens, those of them in answers, decoder runs.
+USUAL = {"generic": (600, 6, 1), "chat": (300, 150, 0), "refer": (150, 40, 3), "vgd": (60, 6, 1)}
+USUAL |= {"reason": (80, 30, 1), "gcg": (80, 50, 1), "interactive": (30, 6, 1)}
+
+
+# ---- floating point operations -------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts the floating point operations of what runs inside, by torch's table."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        cost = flop_registry.get(func.overloadpacket)
+        self.total += cost(*args, **(kwargs or {}), out_val=output) if cost else 0
+        return output
+
+
+class FlopCount:
+    """Model FLOPs of a stage's batches: forward and backward without recomputation, a multiply-add
+    as two.
+
+    Forward ones are counted on the meta device. The backward pass is twice as much where a part is
+    trained, as much where a gradient passes through to one that is, and nothing elsewhere.
+    Attention counts all pairs of positions, padded and hidden ones too. Left out, together below a
+    hundredth: criterion, class scores, projected phrases, regions, reading at points.
+    """
+
+    def __init__(self, config: Config, stage: int):
+        with parameters_on_meta():
+            model = build(config, stage)
+        model.to("meta", torch.float32)
+        boxes, operations = parts(model), Operations()
+        self.costs: dict[str, float] = dict.fromkeys(boxes, 0)  # of an image, a run or a token
+        for name, box in boxes.items():
+
+            def before(*_, name=name) -> None:
+                self.costs[name] -= operations.total
+
+            def after(*_, name=name) -> None:
+                self.costs[name] += operations.total
+
+            box.register_forward_pre_hook(before)
+            box.register_forward_hook(after)
+        lengths, totals = (128, 256), []
+        with torch.device("meta"), torch.no_grad(), operations:
+            batch = example_batch(config, stage, "generic", 1, lengths[1], 1, 1)
+            if stage == 1:
+                model(batch)
+            else:
+                embeddings, hidden_states = model.encode(batch)
+                for length in lengths:  # a mask of pairs: one of positions would want values
+                    pairs = torch.ones(1, 1, length, length, dtype=torch.bool)
+                    states = model.llm(embeddings[:, :length], pairs)
+                    totals.append(self.costs["language model"] - sum(totals))
+                boxes["vocabulary head"](states[:, :1])
+                condition = torch.empty(1, 1, config.model.decoder_dim)
+                scores = condition, torch.zeros(1, 1, dtype=torch.bool)
+                model.segmentor.decode(hidden_states, batch.image_index, condition[0], *scores)
+        self.costs["segmentation encoder"] -= bias_flops(boxes["segmentation encoder"])
+        is_below = False  # is anything trained that comes before
+        for name, box in boxes.items():
+            is_trained = any(each.requires_grad for each in box.parameters())
+            factor = 3 if is_trained else 1 + is_below
+            is_below |= is_trained
+            self.costs[name] *= factor
+            if name == "language model":
+                # All positions cost the same, but for the attention between each two of them.
+                short, long = (
+                    total / length for total, length in zip(totals, lengths, strict=True)
+                )
+                self.of_pair = factor * (long - short) / (lengths[1] - lengths[0])
+                self.of_position = factor * short - self.of_pair * lengths[0]
+
+    def count(self, size: int, num_positions: int, num_answer: int, num_runs: int) -> float:
+        """FLOPs of `size` samples padded to num_positions; answer tokens and runs of them all."""
+        times = {"mask decoder": num_runs, "vocabulary head": num_answer, "language model": 0}
+        times |= dict.fromkeys(("connector", "pixel decoder"), size * (num_runs > 0))
+        times |= dict.fromkeys(("llm projector", "class head"), 0)
+        total = sum(cost * times.get(name, size) for name, cost in self.costs.items())
+        if num_positions:
+            total += size * num_positions * (self.of_position + self.of_pair * num_positions)
+        return float(total)
+
+    def of(self, batch: Batch) -> float:
+        size, num_runs = len(batch.seg_pixels), len(batch.image_index)
+        if batch.input_ids is None:
+            return self.count(size, 0, 0, num_runs)
+        num_answer = int((batch.labels[:, 1:] >= 0).sum())
+        return self.count(size, batch.input_ids.shape[1], num_answer, num_runs)
+
+
+def bias_flops(encoder: nn.Module) -> int:
+    """What SAM's encoder spends on an image beyond the model: `encoders.Attention` makes queries,
+    keys and values longer, where a bias would do."""
+    total = 0
+    for block in encoder.modules():
+        if isinstance(block, Block):
+            grid = math.isqrt(encoder.pos_embed[0, ..., 0].numel())
+            side = block.window_size or grid
+            windows = math.ceil(grid / side) ** 2
+            total += windows * block.attn.num_heads * side**4 * 2 * (2 * side) * 2
+    return total
+
+
+def peak_tflops(config: Config, device: torch.device) -> float | None:
+    """Dense bfloat16 TFLOP/s of a GPU: the configuration's, else by its name; None: not known."""
+    if config.peak_tflops:
+        return config.peak_tflops
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+def count_steps(config: Config, number: int, data: Path | None) -> tuple[int, dict[str, float]]:
+    """Steps of a stage, and the share of its batches that each task has, as training samples them.
+
+    Datasets under `data` are counted; others have their published sizes. Raises ValueError where
+    neither is known and no max_steps is set.
+    """
+    stage, sizes = config.stages[number], []
+    for name in stage.datasets:
+        path = find_source(name).annotations
+        if data is not None and locate(data, path).exists():
+            sizes.append(len(open_dataset(name, data, number == 1)))
+        elif name in PUBLISHED_SIZES:
+            sizes.append(PUBLISHED_SIZES[name])
+        elif stage.max_steps:
+            sizes.append(stage.global_batch_size)  # its share is a guess, of a sum that is known
+        else:
+            raise ValueError(
+                f"stage {number}: the size of {name} is not known; have it under --data, or say "
+                "--max_steps"
+            )
+    factors = repeat_factors(sizes, stage.repeat_threshold)
+    batches = share_batches(sizes, factors, stage.global_batch_size)
+    shares: dict[str, float] = {}
+    for name, count in zip(stage.datasets, batches, strict=True):
+        task = find_source(name).task
+        shares[task] = shares.get(task, 0.0) + count / sum(batches)
+    return stage.max_steps or math.ceil(sum(batches) * stage.epochs), shares
+
+
+def check_split(config: Config, number: int, gpus: int, micro_batch_size: int) -> int:
+    """How many micro-batches are accumulated. Raises ValueError where they make no global batch."""
+    whole = config.stages[number].global_batch_size
+    if whole % gpus:
+        near = max(count for count in range(1, gpus) if whole % count == 0)
+        raise ValueError(
+            f"stage {number}: {gpus} GPUs do not divide global_batch_size {whole}; take {near}, or "
+            f"--global_batch_size {math.ceil(whole / gpus) * gpus}"
+        )
+    if whole // gpus % micro_batch_size:
+        fit = max(n for n in range(1, micro_batch_size) if whole // gpus % n == 0)
+        raise ValueError(
+            f"stage {number}: micro_batch_size {micro_batch_size} does not divide the "
+            f"{whole // gpus} samples of a GPU ({whole} / {gpus}); take --micro_batch_size {fit}"
+        )
+    return whole // gpus // micro_batch_size
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """What a stage takes; memory is in bytes, of the fullest GPU."""
+
+    config: Config
+    stage: int
+    gpus: int
+    micro_batch_size: int
+    accumulation: int
+    parameters: dict[str, tuple[int, int]]  # of each part, and of "all": all, trained
+    num_used: int  # trained ones that a loss depends on: others never have states
+    num_shared: int  # of these the fullest GPU's, with ZeRO
+    weight_bytes: int  # of one parameter
+    state_bytes: int  # of one parameter: moments, and a master where the weight is bfloat16
+    update: int  # alive in the optimizer's step, when no activations are
+    longest: list[Activations]  # with the longest text, for each kind of task; the largest first
+    usual: Activations  # of the same task as longest[0]
+    num_steps: int
+    checkpoint: int
+    flops: float  # of the mean sample
+
+    @property
+    def weights(self) -> int:
+        return self.weight_bytes * self.parameters["all"][0]
+
+    @property
+    def gradients(self) -> int:
+        return self.weight_bytes * self.parameters["all"][1]
+
+    @property
+    def states(self) -> int:
+        return self.state_bytes * self.num_shared
+
+    @property
+    def fixed(self) -> float:
+        """All but the activations."""
+        return self.weights + self.gradients + self.states + CONTEXT_BYTES
+
+    def peak(self, activations: Activations | None = None) -> float:
+        """With the longest batch, unless another is given."""
+        activations = activations or self.longest[0]
+        return self.fixed + max(activations.peak * (1 + FRAGMENTATION), self.update)
+
+
+def fullest_share(sizes: list[int], gpus: int) -> int:
+    """Parameters of the fullest GPU where each tensor, the largest first, goes to the emptiest."""
+    shares = [0] * gpus
+    for size in sorted(sizes, reverse=True):
+        shares[shares.index(min(shares))] += size
+    return max(shares)
+
+
+def largest_samples(config: Config, number: int) -> dict[str, tuple[int, int, int]]:
+    """Of each kind of task of a stage the largest sample, as in USUAL."""
+    if number == 1:
+        return {"generic": (0, 0, 1)}
+    text = config.model.max_text_length
+    tasks = {find_source(name).task for name in config.stages[number].datasets}
+    samples = {}
+    if tasks - {"chat", *PER_PHRASE_TASKS}:
+        samples["generic"] = text, text // 8, 1
+    if "chat" in tasks:
+        samples["chat"] = text, text, 0
+    if tasks & set(PER_PHRASE_TASKS):
+        samples["refer"] = text, text // 8, MOST_PHRASES
+    return samples
+
+
+def make_plan(
+    config: Config,
+    number: int,
+    gpus: int,
+    micro_batch_size: int | None = None,
+    data: Path | None = None,
+) -> Plan:
+    """The plan of stage `number`; micro_batch_size None: the stage's. Raises ValueError where the
+    numbers do not divide each other or the steps cannot be counted."""
+    size = micro_batch_size or config.stages[number].micro_batch_size
+    accumulation = check_split(config, number, gpus, size)
+    num_steps, shares = count_steps(config, number, data)
+    text_limit = config.model.max_text_length if number > 1 else 0
+    usual = {
+        task: (min(text, text_limit), min(answer, text_limit), runs)
+        for task, (text, answer, runs) in USUAL.items()
+    }
+    simulation = Simulation(config, number)
+    samples = largest_samples(config, number)
+    longest = [simulation.step(task, size, *samples[task]) for task in samples]
+    longest.sort(key=lambda each: -each.peak)
+    task = longest[0].task
+
+    counts, seen = {}, set()  # a parameter that two parts share is the first one's
+    for name, part in {**parts(simulation.model), "others": simulation.model}.items():
+        own = [each for each in part.parameters() if each not in seen]
+        seen.update(own)
+        trained = sum(each.numel() for each in own if each.requires_grad)
+        counts[name] = sum(each.numel() for each in own), trained
+    counts = {name: count for name, count in counts.items() if count[0]}
+    num_all, num_trained = map(sum, zip(*counts.values(), strict=True))
+    counts["all"] = num_all, num_trained
+    used = [p.numel() for p in seen & simulation.used if p.requires_grad]
+    width = torch.finfo(getattr(torch, config.dtype)).bits // 8
+    state_bytes = 8 if width == 4 else 12
+
+    flops = FlopCount(config, number)
+    num_visual = Processor(config, None).num_visual_tokens if number > 1 else 0
+    per_sample = 0.0
+    for kind, share in shares.items():
+        text, answer, runs = usual[kind]
+        per_sample += share * flops.count(1, num_visual + text, answer, runs)
+    return Plan(
+        config=config,
+        stage=number,
+        gpus=gpus,
+        micro_batch_size=size,
+        accumulation=accumulation,
+        parameters=counts,
+        num_used=sum(used),
+        num_shared=fullest_share(used, gpus),
+        weight_bytes=width,
+        state_bytes=state_bytes,
+        update=(4 if width == 4 else 8) * max(used),  # a gradient in float32, and it scaled
+        longest=longest,
+        usual=simulation.step(task, size, *usual[task]),
+        num_steps=num_steps,
+        checkpoint=width * (num_trained if number == 2 else num_all) + state_bytes * sum(used),
+        flops=per_sample,
+    )
+
+
+def largest_micro_batch(
+    config: Config, number: int, gpus: int, gpu_memory_gb: float, plan: Plan | None = None
+) -> int:
+    """The largest micro-batch that divides a GPU's samples and fits with the longest text. Raises
+    ValueError, with what would fit, where not even one sample does.
+
+    Starts at `plan`, by default that of the largest such micro-batch up to the stage's own. Above
+    it activations are taken as proportional to the samples, which is never too little.
+    """
+    check_split(config, number, gpus, 1)
+    stage, limit = config.stages[number], gpu_memory_gb * 1e9
+    share = stage.global_batch_size // gpus
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    if plan is None:
+        size = max(size for size in sizes if size <= stage.micro_batch_size)
+        plan = make_plan(config, number, gpus, size)
+    while plan.peak() > limit:
+        smaller = [size for size in sizes if size < plan.micro_batch_size]
+        if not smaller:
+            raise ValueError(what_would_fit(plan, limit))
+        plan = make_plan(config, number, gpus, smaller[-1])
+    of_one = plan.longest[0].peak * (1 + FRAGMENTATION) / plan.micro_batch_size
+    return max(s for s in sizes if s <= plan.micro_batch_size or plan.fixed + s * of_one <= limit)
+
+
+def what_would_fit(plan: Plan, limit: float) -> str:
+    """Why one sample does not fit on a GPU of `limit` bytes, and what would."""
+    whole, others = plan.config.stages[plan.stage].global_batch_size, plan.peak() - plan.states
+    mends = [
+        f"{gpus} GPUs, which share the optimizer's states"
+        for gpus in range(plan.gpus + 1, whole + 1)
+        if whole % gpus == 0 and others + plan.states * plan.gpus / gpus <= limit
+    ][:1]
+    mends += [] if plan.config.recompute else ["--recompute true"]
+    mends += ["a smaller --max_text_length"] if plan.stage > 1 else []
+    mends += [f"GPUs of {math.ceil(plan.peak() / 1e9)} GB"]
+    return (
+        f"one sample takes {plan.peak() / 1e9:.1f} GB on {plan.gpus} GPUs, "
+        f"{plan.fixed / 1e9:.1f} GB of it whatever the batch; {limit / 1e9:g} are there. What "
+        f"would fit: {'; or '.join(mends)}"
+    )
+
+
+# ---- for people ----------------------------------------------------------------------------------
+
+
+def format_plan(plan: Plan, images_per_second: float | None = None) -> str:
+    """The plan as text, with its arithmetic. Time is at a measured throughput of all GPUs, or at an
+    assumed utilisation."""
+    whole = plan.config.stages[plan.stage].global_batch_size
+    num_all, num_trained = plan.parameters["all"]
+    lines = [
+        f"stage {plan.stage} of {plan.config.name}: {whole} samples a step = {plan.gpus} GPUs x "
+        f"micro-batches of {plan.micro_batch_size} x {plan.accumulation} accumulated",
+        f"\n  {'parameters, million':<26}{'all':>10}{'trained':>10}",
+    ]
+    for name, (count, trained) in plan.parameters.items():
+        lines.append(f"  {name:<26}{count / 1e6:>10.2f}{trained / 1e6:>10.2f}")
+
+    def row(name: str, reckoning: str, size: float) -> None:
+        lines.append(f"  {name:<12}{reckoning:<72}{size / 1e9:>8.2f}")
+
+    def sample(each: Activations) -> str:
+        of_text = f" of {each.num_positions} positions" if each.num_positions else ""
+        return f"{each.task}, {each.size} samples{of_text}"
+
+    kinds = "two moments" if plan.state_bytes == 8 else "master weight, two moments"
+    lines.append(f"\n  {'memory of a GPU':<84}{'GB':>8}")
+    row("weights", f"{num_all / 1e9:.4f} B x {plan.weight_bytes} bytes", plan.weights)
+    row("gradients", f"{num_trained / 1e9:.4f} B x {plan.weight_bytes} bytes", plan.gradients)
+    shared = f"{plan.num_used / 1e9:.4f} B used / {plan.gpus}: at most {plan.num_shared / 1e9:.4f}"
+    row("optimizer", f"{shared} B x {plan.state_bytes} bytes ({kinds})", plan.states)
+    row("context", "assumed: CUDA, workspaces of its libraries, NCCL", CONTEXT_BYTES)
+    longest = plan.longest[0]
+    row("activations", f"of the longest batch ({sample(longest)}):", longest.peak)
+    for name, size in longest.kept.items():
+        if abs(size) > 0.002 * longest.peak:
+            lines.append(f"{'':<18}{name:<26}{size / 1e9:>8.2f}")
+    row("allocator", f"assumed: {FRAGMENTATION:.0%} of that", FRAGMENTATION * longest.peak)
+    row("peak", "the sum", plan.peak())
+    for each in plan.longest[1:]:
+        row("", f"with {sample(each)}", plan.peak(each))
+    row("", f"with a usual batch ({sample(plan.usual)})", plan.peak(plan.usual))
+    row("update", "float32 copies of the largest gradient; no activations then", plan.update)
+
+    samples, source = plan.num_steps * whole, "as given"
+    if images_per_second is None:
+        tflops = plan.config.peak_tflops or ASSUMED_TFLOPS
+        images_per_second = plan.gpus * ASSUMED_UTILISATION * tflops * 1e12 / plan.flops
+        source = f"ASSUMED: {ASSUMED_UTILISATION:.0%} of {tflops:g} TFLOP/s on {plan.gpus} GPUs"
+    kept = plan.config.keep_checkpoints
+    lines += [
+        f"\n  checkpoint  {plan.checkpoint / 1e9:.2f} GB on disk; {kept} kept and one in the "
+        f"making: {(kept + 1) * plan.checkpoint / 1e9:.1f} GB",
+        f"  operations  {plan.flops / 1e12:.2f} TFLOP a sample (mean of the tasks, usual lengths), "
+        f"{plan.flops * whole / 1e15:.3f} PFLOP a step; recomputation not counted",
+        f"  steps       {plan.num_steps:,} x {whole} = {samples:,} samples",
+        f"  time        {samples:,} samples / {images_per_second:.3g} images/s = "
+        f"{samples / images_per_second / 3600:.1f} h ({source})",
+    ]
+    return "\n".join(lines)
+
+
+def report(
+    config: Config,
+    stages: list[int],
+    gpus: int,
+    gpu_memory: float,
+    images_per_second: float | None = None,
+    data: Path | None = None,
+) -> str:
+    """What `--plan` prints: the plan of each stage, and the micro-batch that fits into GPUs of
+    `gpu_memory` GB. Raises ValueError where the numbers do not divide each other."""
+    texts = []
+    for number in stages:
+        plan = make_plan(config, number, gpus, data=data)
+        try:
+            best = largest_micro_batch(config, number, gpus, gpu_memory, plan)
+            advice = f"the largest that fits: --micro_batch_size {best}"
+        except ValueError as error:
+            advice = str(error)
+        verdict = "fits" if plan.peak() <= gpu_memory * 1e9 else "DOES NOT FIT"
+        texts += [
+            format_plan(plan, images_per_second),
+            f"  verdict     micro-batches of {plan.micro_batch_size}: {plan.peak() / 1e9:.1f} GB "
+            f"{verdict} into {gpu_memory:g} GB; {advice}",
+            "",
+        ]
+    return "\n".join(texts) + (
+        f"GB are 10^9 bytes, of GPUs too: one sold as 80 GB has 85, which are to spare. Longest "
+        f"batch: {config.model.max_text_length} text tokens in every sample; {MOST_TARGETS} masks "
+        f"an image, {MOST_PHRASES} phrases a referring sample.\nSizes of datasets that are not "
+        "under the data root are the published ones."
+    )
