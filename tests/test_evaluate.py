@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from xsam import distributed
+from xsam.checkpoints import save_checkpoint
 from xsam.datasets import open_dataset
 from xsam.evaluate import (
     PROTOCOLS,
@@ -33,7 +34,6 @@ from xsam.evaluate import (
 )
 from xsam.postprocess import Prediction
 from xsam.samples import Sample
-from xsam.weights import save_checkpoint
 
 # ---- panoptic quality ----------------------------------------------------------------------------
 

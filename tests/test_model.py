@@ -22,10 +22,9 @@ from xsam.encoders import Placement
 from xsam.evaluate import question
 from xsam.llm import IMAGE_TOKEN, REGION_TOKEN
 from xsam.losses import Normalisers
-from xsam.model import XSAM, Segmentor, answer, predict
+from xsam.model import XSAM, Objective, Segmentor, answer, checkpoint_activations, predict
 from xsam.postprocess import Prediction, original_logits, read_panoptic, read_phrases
 from xsam.samples import Sample
-from xsam.train import micro_batch_losses
 
 DATASETS = {
     "generic": "coco_panoptic",
@@ -237,7 +236,7 @@ def without_gradient(model: nn.Module, batch: Batch, settings: Config) -> set[st
         for parameter in model.parameters():
             # Some start at zero and so hold back the gradient of others.
             parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
-    losses = micro_batch_losses(model, batch, Normalisers(1.0, 1.0, 1.0), settings)
+    losses = Objective(model, settings)(batch, Normalisers(1.0, 1.0, 1.0))
     assert all(torch.isfinite(loss) for loss in losses.values())
     sum(losses.values()).backward()
     return {
@@ -309,7 +308,7 @@ def test_a_batch_of_nothing_that_is_there_trains(model, processor, config, world
     sample.masks, sample.labels = sample.masks[:0], sample.labels[:0]
     model = copy.deepcopy(model).train()
     batch = training_batch(processor, [sample])
-    losses = micro_batch_losses(model, batch, Normalisers(1.0, 1.0, 1.0), config)
+    losses = Objective(model, config)(batch, Normalisers(1.0, 1.0, 1.0))
     assert {name for name, loss in losses.items() if loss == 0} == {"class", "mask", "dice"}
     assert losses["text"] > 0
     sum(losses.values()).backward()
@@ -599,3 +598,36 @@ def test_a_region_token_is_the_mean_of_the_tokens_under_its_prompt(model, proces
         assert torch.allclose(vector, expected, atol=1e-5)
     # The conditions exist as for names: one class a region, and the background.
     assert model(batch).predictions.class_logits.shape[-1] == 3
+
+
+# ---- activation checkpointing --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["chat", "generic", "refer"])
+def test_blocks_that_run_again_give_the_same_gradients(world, model, processor, task):
+    """And keep less: what autograd saves is counted while the forward pass runs."""
+    dataset = open_dataset(DATASETS[task], world / "data")
+    samples = [dataset.sample(index, np.random.default_rng(index)) for index in range(2)]
+    gradients, saved_bytes = [], []
+    for is_recomputed in (False, True):
+        copied = copy.deepcopy(model).train()
+        if is_recomputed:
+            checkpoint_activations(copied)
+        saved: dict[int, int] = {}
+
+        def keep(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        objective = Objective(copied, copied.settings)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            batch = training_batch(processor, samples)
+            losses = objective(batch, Normalisers(1.0, 1.0, 1.0))
+        sum(losses.values()).backward()
+        gradients.append({name: each.grad for name, each in copied.named_parameters()})
+        saved_bytes.append(sum(saved.values()))
+    assert sum(value is not None for value in gradients[0].values()) > 100
+    for name, value in gradients[0].items():
+        other = gradients[1][name]
+        assert (value is None) == (other is None) and (value is None or torch.equal(value, other))
+    assert saved_bytes[1] < saved_bytes[0]

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from xsam.checkpoints import save_checkpoint
 from xsam.predict import main
-from xsam.weights import MODEL_FILE, save_checkpoint
+from xsam.weights import MODEL_FILE
 
 SIZE = 90, 60  # width and height of the picture
 

@@ -1,19 +1,14 @@
-"""The training command as a user runs it: errors, one process against two, kill and resume."""
+"""The training command as a user runs it: errors, one process against two. What happens to it from
+outside is in test_faults.py."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
-
-from xsam.config import Stage, toy
-from xsam.train import build_optimizer, drop_metrics, learning_rate, pretrained_model, schedule
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "xsam" / "train.py")
@@ -153,62 +148,3 @@ def test_two_processes_train_as_one(world, tmp_path):
         assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
         assert len(one) == len(two) == 20
         assert two[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-3)
-
-
-def test_killed_and_resumed_equals_uninterrupted(world, tmp_path):
-    flags = ["--max_steps", 9, "--save_every", 3]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert train(*toy_flags(world, whole, 1), *flags).returncode == 0
-
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = command(*toy_flags(world, killed, 1), *flags)
-    process = subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
-    while not (killed / "metrics.jsonl").exists() or len(metrics(killed, 1)) < 5:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    reached = (killed / "stage1/latest").read_text()
-    assert reached in ("step_3", "step_6")  # in the middle
-
-    result = train(*toy_flags(world, killed, 1), *flags, "--resume")
-    assert result.returncode == 0 and f"resumed from {killed / 'stage1' / reached}" in result.stdout
-    one, two = (load_file(out / "stage1/step_9/model.safetensors") for out in (whole, killed))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    losses = [[record["loss"] for record in metrics(out, 1)] for out in (whole, killed)]
-    assert losses[0] == losses[1]
-
-
-# ---- parts ---------------------------------------------------------------------------------------
-
-
-def test_learning_rate_goes_by_the_longest_prefix_and_zero_freezes(world):
-    config = toy()
-    model = pretrained_model(3, config, world / "weights")
-    stage = Stage(learning_rates={"": 1e-3, "llm": 0.0, "segmentor.encoder": 2e-4}, datasets=())
-    assert learning_rate("segmentor.encoder.pos_embed", stage) == 2e-4
-    assert learning_rate("segmentor.decoder.x", stage) == 1e-3
-    optimizer = build_optimizer(model, stage, "")
-    assert not any(parameter.requires_grad for parameter in model.llm.parameters())
-    grouped = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    assert len(grouped) == len(trainable)
-    assert grouped[id(model.segmentor.encoder.pos_embed)]["peak_lr"] == 2e-4
-    assert grouped[id(model.llm_projector.model[0].bias)]["weight_decay"] == 0
-    assert grouped[id(model.llm_projector.model[0].weight)]["weight_decay"] == stage.weight_decay
-
-
-def test_schedule_rises_to_the_peak_and_falls_to_zero():
-    factors = [schedule(step, 100, 0.03) for step in range(101)]
-    assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
-    assert max(factors) == 1.0 and factors[100] == pytest.approx(0.0)
-    assert factors[3:] == sorted(factors[3:], reverse=True)
-
-
-def test_drop_metrics_keeps_what_comes_before(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    records = [{"stage": stage, "step": step} for stage in (1, 2) for step in range(4)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"stage": 2, "st')
-    drop_metrics(path, 2, 1)
-    assert list(map(json.loads, path.read_text().splitlines())) == records[:5]

@@ -36,24 +36,23 @@ from transformers import (
     SwinConfig,
 )
 
+from xsam.checkpoints import load_trained, save_checkpoint
 from xsam.config import ARCHITECTURES, Config, ModelConfig, apply_flags, toy, xsam
 from xsam.data import Batch, Mixture, Processor
 from xsam.datasets import open_dataset
 from xsam.datasets_generic import Generic
 from xsam.encoders import ImageEncoder, SwinEncoder
 from xsam.llm import REGION_TOKEN, LanguageModel
-from xsam.model import XSAM, Segmentor
+from xsam.model import XSAM, Objective, Segmentor
+from xsam.optimizer import build_optimizer, freeze
 from xsam.postprocess import Prediction
 from xsam.samples import Sample
 from xsam.train import (
-    build_optimizer,
     load_earlier_stage,
-    micro_batch_losses,
     parse,
     pretrained_model,
     step_normalisers,
 )
-from xsam.weights import load_trained, save_checkpoint
 
 # ---- folders as the hub has them -----------------------------------------------------------------
 
@@ -251,6 +250,27 @@ def test_a_folder_means_what_transformers_means_by_it(weights, name):
         assert (tables[0].weight is tables[1].weight) == (name == "qwen3")
 
 
+@pytest.mark.parametrize(("stage", "llm"), [(1, "phi3"), (3, "phi3"), (3, "qwen3")])
+def test_parameters_alone_are_of_the_training_dtype(weights, stage, llm):
+    """bfloat16 would bend the angles of the language model's positions."""
+    models = []
+    for dtype in ("float32", "bfloat16"):
+        config = tiny(llm=llm)
+        config.dtype = dtype
+        torch.manual_seed(0)
+        models.append(pretrained_model(stage, config, weights, silent))
+        assert {parameter.dtype for parameter in models[-1].parameters()} == {getattr(torch, dtype)}
+    for name, parameter in models[1].named_parameters():
+        assert torch.equal(parameter, models[0].get_parameter(name).bfloat16())
+    buffers = dict(models[1].named_buffers())
+    for name, buffer in models[0].named_buffers():
+        assert buffers[name].dtype == buffer.dtype and torch.equal(buffers[name], buffer)
+    if stage == 3:
+        (angles,) = {name for name in buffers if name.endswith("rotary_emb.inv_freq")}
+        assert buffers[angles].dtype == torch.float32
+        assert not torch.equal(buffers[angles], buffers[angles].bfloat16().float())
+
+
 def test_a_vocabulary_that_outgrows_its_table_grows_it(weights):
     """As that of Vicuna does; what the folder holds stays as it is."""
     config = tiny(llm="llama")
@@ -289,7 +309,7 @@ def test_a_stage_with_a_frozen_part_is_resumed(weights, tmp_path, frozen):
     config.stages[3].learning_rates = {"": 1e-3, frozen: 0.0}
     model, other = (pretrained_model(3, config, weights, silent) for _ in range(2))
     for each in (model, other):
-        build_optimizer(each, config.stages[3], "")
+        freeze(each, config.stages[3], "")
     trainable = {name for name, value in model.named_parameters() if value.requires_grad}
     names = {name for name, _ in model.named_parameters()}
     assert trainable == names - under(names, f"{frozen}.")
@@ -367,6 +387,7 @@ def train_step(model: Segmentor | XSAM, number: int, batches: list[Batch]) -> No
     and not `unread` gets a gradient and moves."""
     config, stage = model.settings, model.settings.stages[number]
     task, prefix = batches[0].task, "segmentor." if number == 1 else ""
+    freeze(model, stage, prefix)
     optimizer = build_optimizer(model, stage, prefix)
     parameters = {prefix + name: parameter for name, parameter in model.named_parameters()}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -382,7 +403,7 @@ def train_step(model: Segmentor | XSAM, number: int, batches: list[Batch]) -> No
     expected = set() if task == "chat" else {"class", "mask", "dice"}
     expected |= {"text"} if number > 1 else set()
     for batch in batches:
-        losses = micro_batch_losses(model, batch, normalisers, config)
+        losses = Objective(model, config)(batch, normalisers)
         assert set(losses) == expected
         assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
         sum(losses.values()).backward()

@@ -12,6 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -60,7 +61,7 @@ def save_checkpoint(
     try:
         with distributed.together(*failed):
             if rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
+                _clear(folder)
                 temporary.mkdir(parents=True)
         with distributed.together(*failed):
             stem = f"{STATES_FILE}-{rank + 1:05d}-of-{world_size:05d}"
@@ -68,12 +69,15 @@ def save_checkpoint(
             if rank == 0:
                 save_model(temporary, _trained(model, stage), model.prefix)
                 if tokenizer is not None:
-                    tokenizer.save_pretrained(temporary)
+                    _save_tokenizer(tokenizer, temporary)
             for path in temporary.glob(f"{stem}*"):
                 _flush(path)
         with distributed.together(*failed):
             if rank == 0:
-                files = {path.name: path.stat().st_size for path in _files(temporary)}
+                files = {
+                    path.relative_to(temporary).as_posix(): path.stat().st_size
+                    for path in _files(temporary)
+                }
                 write_header(temporary, config, stage, step, num_skipped, files)
                 for path in (*_files(temporary), temporary):
                     _flush(path)
@@ -82,12 +86,26 @@ def save_checkpoint(
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if rank == 0:
-        point_latest(target)
-        for old in _steps(folder)[: -config.keep_checkpoints]:
-            _remove(old)
-    distributed.barrier()  # no rank may look for a checkpoint that is not there yet
+    # No rank goes on before: it may look for a checkpoint that is not there yet.
+    with distributed.together(f"{target} is written, but `latest` or an older one is not", OSError):
+        if rank == 0:
+            point_latest(target)
+            for old in _steps(folder)[: -config.keep_checkpoints]:
+                _remove(old)
     return target
+
+
+def check_space(folder: Path, model: nn.Module, stage: int) -> str:
+    """What a checkpoint takes and the disk of `folder`, which exists, has left, as a line. Raises
+    OSError where it has not enough for one."""
+    trained = [each for each in model.parameters() if each.requires_grad]
+    needed = sum(tensor.nbytes for tensor in _trained(model, stage).values())
+    needed += sum(each.numel() * (8 if each.dtype == torch.float32 else 12) for each in trained)
+    free = shutil.disk_usage(folder).free
+    line = f"a checkpoint takes {needed / 1e9:.3g} GB; {folder} has {free / 1e9:.3g} GB left"
+    if needed > free:
+        raise OSError(f"{line}: make room, or choose another --out")
+    return line
 
 
 def write_header(
@@ -120,6 +138,20 @@ def _trained(model: nn.Module, stage: int) -> dict[str, Tensor]:
         return state
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     return {name: tensor for name, tensor in state.items() if name in trained}
+
+
+def _clear(folder: Path) -> None:
+    """Deletes what runs left that were killed while they wrote or deleted a checkpoint."""
+    for kind in ("tmp", "old"):
+        for path in folder.glob(f".step_*.{kind}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises no other of a full disk
+        raise OSError(f"the tokenizer: {error}") from error
 
 
 def _files(folder: Path) -> list[Path]:

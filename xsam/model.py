@@ -1,4 +1,4 @@
-"""X-SAM: the parts joined, trained by `forward`, asked by `infer`, and read out as masks.
+"""X-SAM: the parts joined, trained by `Objective`, asked by `infer`, and read out as masks.
 
 The whole diagram (paper section 3, figure 2). `Segmentor` alone is the model of stage 1; `XSAM`
 adds the image encoder and the language model, whose condition and <SEG> states steer the segmentor.
@@ -44,6 +44,7 @@ from xsam.decoder import (
 )
 from xsam.encoders import Block, ImageEncoder, SamEncoder, SwinEncoder
 from xsam.llm import IGNORE_LABEL, LanguageModel, add_special_tokens
+from xsam.losses import Normalisers, segmentation_losses
 from xsam.postprocess import (
     Prediction,
     read_instances,
@@ -75,25 +76,6 @@ class Outputs:
 
     predictions: Predictions | None  # None where nothing is segmented
     token_loss: Tensor | None  # summed over the labelled tokens; None in stage 1
-
-
-# What the parts repeat; the last is the layer of every model of transformers.
-BLOCKS = (
-    Block,
-    ConvBranch,
-    PixelDecoderLayer,
-    DecoderLayer,
-    TwoWayLayer,
-    GradientCheckpointingLayer,
-)
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """From now on every block keeps nothing but its input for the backward pass, and runs again in
-    it (Chen et al. 2016): the same gradients for a third more work."""
-    for module in model.modules():
-        if isinstance(module, BLOCKS):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def build_seg_encoder(config: ModelConfig) -> SamEncoder | SwinEncoder:
@@ -369,6 +351,60 @@ class XSAM(nn.Module):
         above `max_shard_bytes`, config.json and the tokenizer. Raises ValueError where the folder
         holds something already."""
         save_pretrained(self, Path(folder), max_shard_bytes)
+
+
+# ---- what is trained -----------------------------------------------------------------------------
+
+
+class Objective(nn.Module):
+    """The model and its criterion: what DistributedDataParallel wraps."""
+
+    def __init__(self, model: Segmentor | XSAM, config: Config):
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, batch: Batch | None, normalisers: Normalisers | None) -> dict[str, Tensor]:
+        """Weighted losses of one micro-batch; over a step's micro-batches and ranks they add up.
+        Without a batch: something that every trained parameter has a part in but the first (DDP
+        warns where it has to look for unused ones and finds none)."""
+        if batch is None:
+            trained = [each for each in self.model.parameters() if each.requires_grad]
+            return {"all": sum(each.sum() for each in trained[1:])}
+        device, weights = batch.seg_pixels.device, self.config.loss
+        is_mixed = device.type == "cuda" or self.config.dtype != "float32"
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
+            outputs = self.model(batch)
+        losses = {}
+        if batch.task != "chat":  # every rank has the same names, also where nothing is found
+            losses = {name: torch.zeros((), device=device) for name in ("class", "mask", "dice")}
+        if outputs.predictions is not None:
+            generators = [torch.Generator(device).manual_seed(seed) for seed in batch.run_seeds]
+            parts = segmentation_losses(
+                outputs.predictions, batch.targets, generators, normalisers, weights
+            )
+            losses = {name: getattr(weights, f"{name}_weight") * x for name, x in parts.items()}
+        if outputs.token_loss is not None:
+            losses["text"] = outputs.token_loss / normalisers.tokens
+        return losses
+
+
+# What the parts repeat; the last is the layer of every model of transformers.
+BLOCKS = (
+    Block,
+    ConvBranch,
+    PixelDecoderLayer,
+    DecoderLayer,
+    TwoWayLayer,
+    GradientCheckpointingLayer,
+)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """From now on every block keeps nothing but its input for the backward pass, and runs again in
+    it (Chen et al. 2016): the same gradients for a third more work."""
+    for module in model.modules():
+        if isinstance(module, BLOCKS):
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 # ---- asking -------------------------------------------------------------------------------------

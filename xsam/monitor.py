@@ -157,10 +157,18 @@ def peak_memory(device: torch.device) -> float:
     return peak / 1e9 if sys.platform == "darwin" else peak / 1e6
 
 
-def _without_nan(record: dict) -> dict:
-    """JSON has no word for what is not finite."""
-    is_lost = lambda value: isinstance(value, float) and not math.isfinite(value)  # noqa: E731
-    return {name: None if is_lost(value) else value for name, value in record.items()}
+def _without_nan(value):
+    """JSON has no word for what is not finite: null."""
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file with this text, or as it was, whenever the run is killed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -180,9 +188,7 @@ def drop_metrics(path: Path, stage: int, step: int) -> None:
         return
     records = read_metrics(path)
     kept = [record for record in records if (record["stage"], record["step"]) < (stage, step)]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def draw_metrics(out: Path) -> None:
@@ -223,9 +229,9 @@ def score(column: str, model: Segmentor | XSAM, out: Path, data: Path) -> None:
     if distributed.rank() == 0:
         # The last column's figures stand at the top level: {"panoptic": {"PQ": …}, …}.
         document = results[column] | {"columns": results}
-        (out / RESULTS_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        write_whole(out / RESULTS_FILE, json.dumps(document, indent=1))
         text = table(results)
-        (out / "results.md").write_text(text + "\n", encoding="utf-8")
+        write_whole(out / "results.md", text + "\n")
         print(f"\n{text}", flush=True)
     distributed.barrier()
 

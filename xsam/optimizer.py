@@ -183,10 +183,10 @@ def fill_states(
     is stored had no step yet. Raises ValueError that names what is missing or of another shape."""
     shard = own_shard(optimizer)
     mine = {parameter for group in shard.param_groups for parameter in group["params"]}
-    wanted = {}
+    stepped, wanted = {name.rpartition(":")[0] for name in stored}, {}
     for name, parameter in model.named_parameters():
         on_disk = disk_name(prefix + name)
-        if parameter not in mine or f"{on_disk}:step" not in stored:
+        if parameter not in mine or on_disk not in stepped:
             continue
         for kind, state in shard.start(parameter).items():
             entry = stored.get(f"{on_disk}:{kind}")

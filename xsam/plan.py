@@ -8,6 +8,7 @@ is assumed stands below and is printed as such. A GB is 10^9 bytes.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,15 +112,17 @@ class FlopCount:
         for name, box in boxes.items():
             is_trained = any(each.requires_grad for each in box.parameters())
             factor = 3 if is_trained else 1 + is_below
-            is_below |= is_trained
             self.costs[name] *= factor
             if name == "language model":
-                # All positions cost the same, but for the attention between each two of them.
+                # All positions cost the same, but for the attention between each two of them, whose
+                # backward pass is twice its forward one with frozen weights too.
                 short, long = (
                     total / length for total, length in zip(totals, lengths, strict=True)
                 )
-                self.of_pair = factor * (long - short) / (lengths[1] - lengths[0])
-                self.of_position = factor * short - self.of_pair * lengths[0]
+                of_pair = (long - short) / (lengths[1] - lengths[0])
+                self.of_position = factor * (short - of_pair * lengths[0])
+                self.of_pair = (3 if is_trained or is_below else 1) * of_pair
+            is_below |= is_trained
 
     def count(self, size: int, num_positions: int, num_answer: int, num_runs: int) -> float:
         """FLOPs of `size` samples padded to num_positions; answer tokens and runs of them all."""
@@ -195,6 +198,8 @@ def count_steps(config: Config, number: int, data: Path | None) -> tuple[int, di
 def check_split(config: Config, number: int, gpus: int, micro_batch_size: int) -> int:
     """How many micro-batches are accumulated. Raises ValueError where they make no global batch."""
     whole = config.stages[number].global_batch_size
+    if min(gpus, micro_batch_size) < 1:
+        raise ValueError(f"{gpus} GPUs with micro-batches of {micro_batch_size}: both start at 1")
     if whole % gpus:
         near = max(count for count in range(1, gpus) if whole % count == 0)
         raise ValueError(
@@ -227,7 +232,7 @@ class Plan:
     num_shared: int  # of these the fullest GPU's, with ZeRO
     weight_bytes: int  # of one parameter
     state_bytes: int  # of one parameter: moments, and a master where the weight is bfloat16
-    update: int  # alive in the optimizer's step, when no activations are
+    update: int  # a gradient in float32, and it scaled: alive when no activations are
     longest: list[Activations]  # with the longest text, for each kind of task; the largest first
     usual: Activations  # of the same task as longest[0]
     num_steps: int
@@ -257,12 +262,16 @@ class Plan:
         return self.fixed + max(activations.peak * (1 + FRAGMENTATION), self.update)
 
 
-def fullest_share(sizes: list[int], gpus: int) -> int:
-    """Parameters of the fullest GPU where each tensor, the largest first, goes to the emptiest."""
-    shares = [0] * gpus
-    for size in sorted(sizes, reverse=True):
-        shares[shares.index(min(shares))] += size
-    return max(shares)
+def fullest_share(parameters: Iterable[nn.Parameter], gpus: int) -> list[nn.Parameter]:
+    """What the GPU with the most to update has, where each parameter, the largest first, goes to
+    the one with the least; so does torch's ZeroRedundancyOptimizer."""
+    shares: list[list[nn.Parameter]] = [[] for _ in range(gpus)]
+    sizes = [0] * gpus
+    for parameter in sorted(parameters, key=lambda each: -each.numel()):
+        emptiest = sizes.index(min(sizes))
+        shares[emptiest].append(parameter)
+        sizes[emptiest] += parameter.numel()
+    return shares[sizes.index(max(sizes))]
 
 
 def largest_samples(config: Config, number: int) -> dict[str, tuple[int, int, int]]:
@@ -290,6 +299,13 @@ def make_plan(
 ) -> Plan:
     """The plan of stage `number`; micro_batch_size None: the stage's. Raises ValueError where the
     numbers do not divide each other or the steps cannot be counted."""
+    for part in ("image_encoder", "llm") if number > 1 else ():
+        name = getattr(config.model, part)
+        if name != "none" and not getattr(config.model, f"{part}_config"):
+            raise ValueError(
+                f"the architecture of {name} is read from its folder: to plan it, give the "
+                f"values of its config.json as --{part}_config"
+            )
     size = micro_batch_size or config.stages[number].micro_batch_size
     accumulation = check_split(config, number, gpus, size)
     num_steps, shares = count_steps(config, number, data)
@@ -313,7 +329,10 @@ def make_plan(
     counts = {name: count for name, count in counts.items() if count[0]}
     num_all, num_trained = map(sum, zip(*counts.values(), strict=True))
     counts["all"] = num_all, num_trained
-    used = [p.numel() for p in seen & simulation.used if p.requires_grad]
+    used = [each for each in seen & simulation.used if each.requires_grad]
+    num_used, num_shared = (
+        sum(each.numel() for each in some) for some in (used, fullest_share(used, gpus))
+    )
     width = torch.finfo(getattr(torch, config.dtype)).bits // 8
     state_bytes = 8 if width == 4 else 12
 
@@ -330,15 +349,15 @@ def make_plan(
         micro_batch_size=size,
         accumulation=accumulation,
         parameters=counts,
-        num_used=sum(used),
-        num_shared=fullest_share(used, gpus),
+        num_used=num_used,
+        num_shared=num_shared,
         weight_bytes=width,
         state_bytes=state_bytes,
-        update=(4 if width == 4 else 8) * max(used),  # a gradient in float32, and it scaled
+        update=(4 if width == 4 else 8) * max(each.numel() for each in used),
         longest=longest,
         usual=simulation.step(task, size, *usual[task]),
         num_steps=num_steps,
-        checkpoint=width * (num_trained if number == 2 else num_all) + state_bytes * sum(used),
+        checkpoint=width * (num_trained if number == 2 else num_all) + state_bytes * num_used,
         flops=per_sample,
     )
 
@@ -376,8 +395,9 @@ def what_would_fit(plan: Plan, limit: float) -> str:
         for gpus in range(plan.gpus + 1, whole + 1)
         if whole % gpus == 0 and others + plan.states * plan.gpus / gpus <= limit
     ][:1]
-    mends += [] if plan.config.recompute else ["--recompute true"]
-    mends += ["a smaller --max_text_length"] if plan.stage > 1 else []
+    if plan.fixed < limit:  # activations can help
+        mends += [] if plan.config.recompute else ["--recompute true"]
+        mends += ["a smaller --max_text_length"] if plan.stage > 1 else []
     mends += [f"GPUs of {math.ceil(plan.peak() / 1e9)} GB"]
     return (
         f"one sample takes {plan.peak() / 1e9:.1f} GB on {plan.gpus} GPUs, "
@@ -400,6 +420,8 @@ def format_plan(plan: Plan, images_per_second: float | None = None) -> str:
         f"\n  {'parameters, million':<26}{'all':>10}{'trained':>10}",
     ]
     for name, (count, trained) in plan.parameters.items():
+        if count < 5e3 and plan.parameters["all"][0] > 1e6:
+            continue  # a scale, an embedding
         lines.append(f"  {name:<26}{count / 1e6:>10.2f}{trained / 1e6:>10.2f}")
 
     def row(name: str, reckoning: str, size: float) -> None:

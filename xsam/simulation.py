@@ -24,10 +24,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from xsam import losses
 from xsam.config import Config
 from xsam.data import Batch, Processor
-from xsam.decoder import TwoWayLayer
+from xsam.decoder import SamMaskDecoder
+from xsam.encoders import SwinEncoder
 from xsam.llm import IGNORE_LABEL, IMAGE_TOKEN
-from xsam.losses import Normalisers, Targets, segmentation_losses
-from xsam.model import BLOCKS, XSAM, Segmentor, checkpoint_activations
+from xsam.losses import Normalisers, Targets
+from xsam.model import BLOCKS, XSAM, Objective, Segmentor, checkpoint_activations
 from xsam.optimizer import freeze
 from xsam.prompts import PER_PHRASE_TASKS
 from xsam.weights import parameters_on_meta
@@ -105,20 +106,9 @@ def build(config: Config, stage: int) -> Segmentor | XSAM:
     return model.train()
 
 
-def batch_loss(model: nn.Module, batch: Batch, config: Config) -> Tensor:
-    """The loss of a micro-batch as training has it, but for the weights of its terms."""
-    device = batch.seg_pixels.device
-    with torch.autocast(device.type, torch.bfloat16):
-        outputs = model(batch)
-    loss = torch.zeros((), device=device) if outputs.token_loss is None else outputs.token_loss
-    if outputs.predictions is not None:
-        generators = [torch.Generator(device).manual_seed(seed) for seed in batch.run_seeds]
-        ones = Normalisers(1.0, 1.0, 1.0)
-        terms = segmentation_losses(
-            outputs.predictions, batch.targets, generators, ones, config.loss
-        )
-        loss = loss + sum(terms.values())
-    return loss
+def batch_loss(model: Segmentor | XSAM, batch: Batch, config: Config) -> Tensor:
+    """The loss of a micro-batch as training has it."""
+    return sum(Objective(model, config)(batch, Normalisers(1.0, 1.0, 1.0)).values())
 
 
 # ---- running on shapes ---------------------------------------------------------------------------
@@ -195,11 +185,13 @@ class StandIn(torch.autograd.Function):
 def stand_in_for_repeated(model: nn.Module) -> set[nn.Module]:
     """Replaces all but the last two of a list's blocks of one kind and shape: where their backward
     passes run, all the others are still alive. Returns the blocks replaced."""
+    two_outputs = (SwinEncoder, SamMaskDecoder)
+    left = {m for each in model.modules() if isinstance(each, two_outputs) for m in each.modules()}
     replaced = set()
     for blocks in (each for each in model.modules() if isinstance(each, nn.ModuleList)):
         kinds: dict[tuple, list[nn.Module]] = {}
         for block in blocks:
-            if isinstance(block, BLOCKS) and not isinstance(block, TwoWayLayer):  # two outputs
+            if isinstance(block, BLOCKS) and block not in left:
                 shapes = tuple(parameter.shape for parameter in block.parameters())
                 kinds.setdefault((type(block), shapes), []).append(block)
         replaced |= {block for same in kinds.values() for block in same[:-2]}
@@ -245,7 +237,7 @@ class Activations:
     size: int  # of the micro-batch
     num_positions: int  # of a sample, visual tokens included; 0 in stage 1
     peak: int
-    kept: dict[str, int]  # by part, at the end of the forward pass; the backward pass adds the rest
+    kept: dict[str, int]  # by part, till the backward pass; the last is all else at the peak
 
 
 class Simulation:
@@ -304,7 +296,7 @@ class Simulation:
             torch.autograd.backward(loss)
         for handle in handles:
             handle.remove()
-        kept["backward pass"] = meter.peak - sum(kept.values())
+        kept["passing, at the peak"] = meter.peak - sum(kept.values())
         num_positions = 0 if batch.input_ids is None else batch.input_ids.shape[1]
         return Activations(task, size, num_positions, meter.peak, kept)
 

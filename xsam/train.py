@@ -168,6 +168,7 @@ from tqdm import tqdm
 from xsam import distributed, monitor, plan, toy
 from xsam.checkpoints import (
     check_checkpoint,
+    check_space,
     latest_checkpoint,
     list_states,
     load_trained,
@@ -179,8 +180,8 @@ from xsam.datasets import open_dataset
 from xsam.datasets_generic import Generic
 from xsam.encoders import ImageEncoder
 from xsam.llm import LanguageModel
-from xsam.losses import Normalisers, count_targets, segmentation_losses
-from xsam.model import XSAM, Segmentor, checkpoint_activations
+from xsam.losses import Normalisers, count_targets
+from xsam.model import XSAM, Objective, Segmentor, checkpoint_activations
 from xsam.optimizer import (
     build_optimizer,
     fill_states,
@@ -283,39 +284,7 @@ def without_class_head(stored: dict[str, Stored]) -> dict[str, Stored]:
     return {name: at for name, at in stored.items() if not disk_name(name).startswith(linear)}
 
 
-# ---- the objective -------------------------------------------------------------------------------
-
-
-class Objective(nn.Module):
-    """The model and its criterion: what DistributedDataParallel wraps."""
-
-    def __init__(self, model: Segmentor | XSAM, config: Config):
-        super().__init__()
-        self.model, self.config = model, config
-
-    def forward(self, batch: Batch | None, normalisers: Normalisers | None) -> dict[str, Tensor]:
-        """Weighted losses of one micro-batch; over a step's micro-batches and ranks they add up.
-        Without a batch: something that every trained parameter has a part in but the first (DDP
-        warns where it has to look for unused ones and finds none)."""
-        if batch is None:
-            trained = [each for each in self.model.parameters() if each.requires_grad]
-            return {"all": sum(each.sum() for each in trained[1:])}
-        device, weights = batch.seg_pixels.device, self.config.loss
-        is_mixed = device.type == "cuda" or self.config.dtype != "float32"
-        with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
-            outputs = self.model(batch)
-        losses = {}
-        if batch.task != "chat":  # every rank has the same names, also where nothing is found
-            losses = {name: torch.zeros((), device=device) for name in ("class", "mask", "dice")}
-        if outputs.predictions is not None:
-            generators = [torch.Generator(device).manual_seed(seed) for seed in batch.run_seeds]
-            parts = segmentation_losses(
-                outputs.predictions, batch.targets, generators, normalisers, weights
-            )
-            losses = {name: getattr(weights, f"{name}_weight") * x for name, x in parts.items()}
-        if outputs.token_loss is not None:
-            losses["text"] = outputs.token_loss / normalisers.tokens
-        return losses
+# ---- many ranks ----------------------------------------------------------------------------------
 
 
 def distribute(objective: Objective) -> nn.Module:
@@ -381,6 +350,7 @@ def train_stage(
     if checkpoint is not None:
         fill_states(optimizer, model, model.prefix, list_states(checkpoint))
         say(f"resumed from {checkpoint}")
+    say(check_space(options.out, model, number))
     flops, peak_tflops = plan.FlopCount(config, number), plan.peak_tflops(config, device)
 
     # ---- data
@@ -614,8 +584,8 @@ def run(options: argparse.Namespace, config: Config) -> None:
     device = distributed.start()
     if distributed.rank() == 0:
         options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / "config.json"
-        path.write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+        text = json.dumps(config.to_dict(), indent=1)
+        monitor.write_whole(options.out / "config.json", text)
     # Two ranks make the toy world and its weights side by side; transformers writes on the first.
     last_rank = distributed.world_size() - 1
     if options.makes_data and not options.data.exists() and distributed.rank() == min(1, last_rank):

@@ -1,0 +1,317 @@
+"""The plan against what happens: a real training step under torch's profiler, real optimizer
+states, torch's own sharding, closed formulas of the operations.
+
+pytest tests/test_plan.py
+"""
+
+import copy
+import math
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.profiler import profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
+
+from xsam import plan as planning
+from xsam.config import Config, toy, xsam
+from xsam.data import Mixture, Processor
+from xsam.datasets import open_dataset
+from xsam.model import checkpoint_activations
+from xsam.optimizer import build_optimizer, gradient_norms, state_tensors, update
+from xsam.plan import (
+    FlopCount,
+    count_steps,
+    format_plan,
+    fullest_share,
+    largest_micro_batch,
+    largest_samples,
+    make_plan,
+    peak_tflops,
+    report,
+)
+from xsam.simulation import Simulation, batch_loss, build, example_batch, parts, without_values
+from xsam.weights import parameters_on_meta
+
+SAMPLES = {"generic": (300, 6, 1), "chat": (300, 300, 0), "refer": (80, 40, 3)}
+IMAGES = {"generic": (0, 0, 1)}  # of stage 1
+
+
+def middling(recompute: bool = True, **changes) -> Config:
+    """Large enough that activations outweigh the rest; every kind of block is there three times.
+    `changes` are fields of the model."""
+    config = toy()
+    config.dtype, config.recompute = "bfloat16", recompute
+    model = config.model
+    model.seg_image_size, model.seg_depth, model.connector_layers = 192, 7, (4, 6, 7)
+    model.seg_global_blocks, model.pixel_decoder_layers = (2, 4, 6), 3
+    model.image_encoder_config |= dict(num_hidden_layers=5)
+    model.llm_config |= dict(hidden_size=192, intermediate_size=384, num_hidden_layers=4)
+    for name, value in changes.items():
+        setattr(model, name, value)
+    return config
+
+
+def real_peak(config: Config, stage: int, *sizes, is_cuda: bool = False) -> int:
+    """Most bytes alive at once in a step, beyond weights and gradients, by the allocator's book."""
+    torch.manual_seed(0)
+    model = build(copy.deepcopy(config), stage).to(getattr(torch, config.dtype))
+    if config.recompute:
+        checkpoint_activations(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    with profile(profile_memory=True) as profiler:
+        batch = example_batch(config, stage, *sizes)
+        if is_cuda:
+            with without_values(is_cuda):
+                batch_loss(model, batch, config).backward()
+        else:
+            batch_loss(model, batch, config).backward()
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        live += change.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "task", "size", "recompute", "is_cuda"),
+    [
+        (1, "generic", 2, True, False),
+        (2, "chat", 4, True, False),
+        (3, "generic", 1, True, False),
+        (3, "generic", 2, False, False),
+        (3, "chat", 4, True, False),
+        (3, "refer", 2, True, False),
+        (3, "chat", 2, True, True),
+    ],
+)
+def test_a_simulated_step_takes_what_the_real_one_takes(stage, task, size, recompute, is_cuda):
+    config = middling(recompute)
+    sizes = (task, size, *(IMAGES if stage == 1 else SAMPLES)[task])
+    planned = Simulation(config, stage, is_cuda).step(*sizes)
+    real = real_peak(config, stage, *sizes, is_cuda=is_cuda)
+    print(f"planned {planned.peak / 1e6:.2f} MB, real {real / 1e6:.2f} MB: {planned.kept}")
+    assert planned.peak == pytest.approx(real, rel=0.02)
+    assert sum(planned.kept.values()) == planned.peak
+
+
+QWEN = dict(model_type="qwen3", num_key_value_heads=2, head_dim=48, tie_word_embeddings=True)
+SWIN = dict(model_type="swin", embed_dim=16, depths=[1, 1, 4, 1], num_heads=[1, 2, 2, 4])
+SWIN |= dict(window_size=4, image_size=192)
+CLIP = dict(model_type="clip_vision_model", hidden_size=64, num_hidden_layers=4)
+CLIP |= dict(num_attention_heads=2, intermediate_size=128, patch_size=16, image_size=96)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(llm_config=middling().model.llm_config | QWEN),
+        dict(seg_backbone_config=SWIN, seg_patch_size=16, seg_dim=64),
+        dict(image_encoder_config=CLIP, connector="linear"),
+        dict(image_encoder="none", connector_scales=(1.0,), connector_layers=(7,)),
+        dict(decoder="sam", decoder_dim=32, decoder_layers=2),
+    ],
+    ids=["qwen3", "swin", "clip", "one-scale", "sam"],
+)
+def test_variants_take_what_they_really_take(changes):
+    config = middling(**changes)
+    sizes = ("generic", 2, *SAMPLES["generic"])
+    planned = Simulation(config, 3, is_cuda=False).step(*sizes)
+    assert planned.peak == pytest.approx(real_peak(config, 3, *sizes), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16"), (3, "bfloat16")]
+)
+def test_states_are_those_that_a_step_leaves(stage, dtype):
+    config = toy()
+    config.dtype = dtype
+    config.stages[3].datasets = ("coco_panoptic", "llava_instruct")
+    planned = make_plan(config, stage, gpus=1, micro_batch_size=1)
+    torch.manual_seed(0)
+    model = build(copy.deepcopy(config), stage).to(getattr(torch, dtype))
+    optimizer = build_optimizer(model, config.stages[stage], model.prefix)
+    for task, sizes in largest_samples(config, stage).items():
+        batch_loss(model, example_batch(config, stage, task, 1, *sizes), config).backward()
+    update(optimizer, gradient_norms(model), 1.0)
+    states = state_tensors(optimizer, model, model.prefix)
+    # A bias of keys moves no softmax: some of them have a gradient of zero in a first step.
+    real = sum(each.nbytes for each in states.values() if each.dim())
+    assert planned.states == pytest.approx(real, rel=1e-3) and planned.states >= real
+    assert planned.weights == sum(each.nbytes for each in model.parameters())
+    gradients = [each.grad for each in model.parameters() if each.requires_grad]
+    assert planned.gradients >= sum(each.nbytes for each in gradients if each is not None)
+
+
+def test_the_fullest_share_is_that_of_torchs_sharding():
+    """At the full size, in a group of eight of which seven do not exist."""
+    with parameters_on_meta():
+        model = build(xsam(), 3)
+    parameters = list(model.parameters())
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        optimizer = ZeroRedundancyOptimizer(parameters, torch.optim.SGD, lr=1.0)
+        shares = [
+            sum(each.numel() for group in groups for each in group["params"])
+            for groups in optimizer._partition_parameters()
+        ]
+    finally:
+        dist.destroy_process_group()
+    assert sum(each.numel() for each in fullest_share(parameters, 8)) == max(shares)
+    assert max(shares) == pytest.approx(4624555009 / 8, rel=0.01)
+
+
+def test_the_full_preset_on_eight_gpus():
+    """The arithmetic of a plan, from the parameters that the paper's parts have."""
+    config = xsam()
+    config.stages[3].datasets = ("llava_instruct",)  # soon told; has no use for the decoder
+    planned = make_plan(config, 3, gpus=8, micro_batch_size=1)
+    assert planned.parameters["all"] == (4624555009, 4624555009)
+    assert planned.parameters["language model"][0] == 3821079552
+    assert planned.weights == planned.gradients == 2 * 4624555009
+    assert planned.states == pytest.approx(12 * 4624555009 / 8, rel=0.02)
+    assert planned.accumulation == 8
+    assert planned.checkpoint == pytest.approx(14 * 4624555009, rel=0.02)
+    assert 27e9 < planned.peak() < 40e9
+    text = format_plan(planned, images_per_second=10.0)
+    assert re.search(r"weights +4\.6246 B x 2 bytes +9\.25\n", text)
+    assert f"{planned.num_steps * 64 / 10 / 3600:.1f} h (as given)" in text
+    assert "ASSUMED: 40%" in format_plan(planned)
+
+
+# ---- what fits -----------------------------------------------------------------------------------
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not():
+    config = middling()
+    config.stages[2].global_batch_size, config.stages[2].micro_batch_size = 32, 1
+    planned = make_plan(config, 2, gpus=2, micro_batch_size=4)
+    room = planned.peak() / 1e9
+    best = largest_micro_batch(config, 2, 2, room)
+    assert best in (2, 4)  # proportion is a little too much, never too little
+    assert largest_micro_batch(config, 2, 2, room, planned) == 4
+    assert largest_micro_batch(config, 2, 2, room - 1e-4, planned) == 2
+    assert largest_micro_batch(config, 2, 2, 1000.0) == 16
+
+
+def test_what_does_not_fit_is_told_what_would(monkeypatch):
+    config = middling()
+    config.stages[3].datasets = ("llava_instruct",)
+    monkeypatch.setattr(planning, "CONTEXT_BYTES", 0.0)
+    one = make_plan(config, 3, gpus=1, micro_batch_size=1)
+    with pytest.raises(ValueError, match=r"one sample takes .*would fit: GPUs of 1 GB"):
+        largest_micro_batch(config, 3, 1, 0.01)
+    room = (one.peak() - 0.6 * one.states) / 1e9
+    with pytest.raises(ValueError, match=r"4 GPUs, which share the optimizer's states"):
+        largest_micro_batch(config, 3, 1, room)
+
+
+def test_counts_that_do_not_divide_are_refused_with_a_mend():
+    with pytest.raises(ValueError, match=r"6 GPUs do not divide .* 64; take 4, or .*size 66"):
+        make_plan(xsam(), 3, gpus=6)
+    with pytest.raises(ValueError, match=r"take --micro_batch_size 2"):
+        make_plan(xsam(), 3, gpus=32)
+    with pytest.raises(ValueError, match=r"0 GPUs"):
+        make_plan(xsam(), 3, gpus=0)
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+def test_steps_are_those_of_the_mixture(world, config):
+    config.stages[3].max_steps, config.stages[3].epochs = 0, 1.5
+    stage, data = config.stages[3], world / "data"
+    datasets = [open_dataset(name, data) for name in stage.datasets]
+    mixture = Mixture(datasets, Processor(config, None), stage, seed=0)
+    num_steps, shares = count_steps(config, 3, data)
+    assert num_steps == math.ceil(len(mixture) * 1.5)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["chat"] == pytest.approx(mixture.num_batches[0] / len(mixture))
+
+
+def test_steps_of_the_published_datasets():
+    config = xsam()
+    assert count_steps(config, 1, None)[0] == 36 * round(118287 / 64)
+    assert count_steps(config, 2, None) == (round(558128 / 256), {"chat": 1.0})
+    assert count_steps(config, 3, None)[0] > 1.2e6 / 64
+    config.stages[3].datasets += ("grefcoco",)
+    with pytest.raises(ValueError, match=r"size of grefcoco is not known; .*max_steps"):
+        count_steps(config, 3, None)
+    config.stages[3].max_steps = 5
+    assert count_steps(config, 3, None)[0] == 5
+
+
+# ---- operations ----------------------------------------------------------------------------------
+
+
+def test_operations_equal_the_closed_formulas():
+    """Twice a weight for each token, and four widths for each pair of positions."""
+    count, model = FlopCount(xsam(), 3), xsam().model
+    dim, mlp, depth = 3072, 8192, 32
+    assert count.of_position == 3 * 2 * depth * (4 * dim**2 + 3 * dim * mlp)
+    assert count.of_pair == 3 * 4 * depth * dim
+    assert count.costs["vocabulary head"] == 3 * 2 * dim * 32064
+    patches, dim, mlp, depth = 27**2, 1152, 4304, 27
+    layer = 2 * patches * (4 * dim**2 + 2 * dim * mlp) + 4 * patches**2 * dim
+    patch = 2 * patches * dim * 3 * 14**2
+    # The pooling head beyond the tokens that we read is run, but small.
+    assert count.costs["image encoder"] == pytest.approx(3 * (depth * layer + patch), rel=0.01)
+    dim, patches, windows = model.seg_dim, 64**2, 5**2 * 14**2  # windows are padded to 70 x 70
+    block = 2 * patches * 2 * dim * model.seg_mlp_dim
+    local = block + 2 * windows * 4 * dim**2 + 4 * windows * 14**2 * dim
+    whole = block + 2 * patches * 4 * dim**2 + 4 * patches**2 * dim
+    total = 20 * local + 4 * whole + 2 * patches * dim * 3 * 16**2
+    # What it adds for relative positions is a product of each query with a row and a column.
+    assert count.costs["segmentation encoder"] == pytest.approx(3 * total, rel=0.015)
+    assert count.costs["segmentation encoder"] >= 3 * total
+
+
+@pytest.mark.parametrize(
+    ("stage", "task"), [(1, "generic"), (2, "chat"), (3, "chat"), (3, "refer")]
+)
+def test_operations_are_those_of_a_real_step(stage, task):
+    """Forward and backward, counted as they run: the factors of the backward pass are right."""
+    config = middling(recompute=False)
+    config.dtype = "float32"
+    config.loss.num_points = 16  # the criterion is not counted
+    torch.manual_seed(0)
+    model = build(copy.deepcopy(config), stage)
+    batch = example_batch(config, stage, task, 2, *(IMAGES if stage == 1 else SAMPLES)[task])
+    math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, math_only:
+        batch_loss(model, batch, config).backward()
+    real = counter.get_total_flops()
+    encoder = parts(model)["segmentation encoder"]
+    is_trained = config.stages[stage].learning_rates.get("segmentor.encoder", 0) > 0
+    real -= 2 * (3 if is_trained else 1) * planning.bias_flops(encoder)
+    assert FlopCount(config, stage).of(batch) == pytest.approx(real, rel=0.08)
+
+
+def test_peaks_by_name(config, monkeypatch):
+    cuda = torch.device("cuda")
+    names = {"NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756}
+    names |= {"NVIDIA RTX A6000": 155, "Quadro of nobody": None}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert peak_tflops(config, cuda) == peak
+    assert peak_tflops(config, torch.device("cpu")) is None
+    config.peak_tflops = 7.0
+    assert peak_tflops(config, cuda) == 7.0
+
+
+def test_the_report_tells_a_person(config):
+    text = report(config, [1, 2], gpus=2, gpu_memory=8.0)
+    assert text.count("fits into 8 GB; the largest that fits: --micro_batch_size 4") == 2
+    assert "stage 2 of toy: 8 samples a step = 2 GPUs x micro-batches of 4 x 1" in text
+    with pytest.raises(ValueError, match="is read from its folder"):
+        config.model.llm_config = {}
+        report(config, [2], gpus=2, gpu_memory=8.0)
