@@ -417,7 +417,7 @@ def test_a_rank_that_stands_still_ends_the_others(world, tmp_path, stopped):
 
 
 def sample_sequence(mixture: Mixture, world_size: int, num_micro_batches: int) -> list[tuple]:
-    """(dataset, record) of the samples of two epochs' global batches, in the ranks' order."""
+    """What is drawn from global batch 5 on, a micro-batch of each rank in turn."""
     ranks = [mixture.micro_batches(5, rank, world_size) for rank in range(world_size)]
     return [
         (draw.dataset, draw.index, draw.epoch, draw.place)

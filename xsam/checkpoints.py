@@ -184,7 +184,7 @@ def _remove(checkpoint: Path) -> None:
 
 def _steps(folder: Path) -> list[Path]:
     """The checkpoints of a stage, the newest last."""
-    found = [path for path in folder.glob("step_*") if path.name[5:].isdecimal()]
+    found = [path for path in folder.glob("step_*") if path.name[5:].isdecimal() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
@@ -220,6 +220,11 @@ def list_states(folder: Path) -> dict[str, Stored]:
     found = {}
     for file in sorted(folder.glob(f"{STATES_FILE}-*.safetensors")):
         found |= list_tensors(file)
+    if not found:
+        raise ValueError(
+            f"{folder}: no {STATES_FILE}-*.safetensors in it; without the optimizer's states it "
+            "can be asked, or given to --init, but not resumed"
+        )
     return found
 
 

@@ -153,10 +153,10 @@ if __name__ == "__main__":
     if MESSAGE := "" if OPTIONS.plan else preflight(OPTIONS, CONFIG):
         leave(MESSAGE)
 
-import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 
 import numpy as np
 import torch
@@ -369,12 +369,12 @@ def train_stage(
     )
 
     # ---- loop
-    batches = iter(loader) if first_step < num_steps else iter(())
     seen = monitor.Monitor(options.out, number, num_steps, first_step, device, peak_tflops)
-    with contextlib.closing(seen), noted_signals() as signals, distributed.heartbeat():
+    batches = draw_batches(loader)
+    with noted_signals() as signals, closing(seen), closing(batches), distributed.heartbeat():
         for step in seen:
             started = time.perf_counter()
-            micro_batches = [next_batch(batches) for _ in range(accumulation)]
+            micro_batches = [next(batches) for _ in range(accumulation)]
             waited = time.perf_counter() - started
             normalisers = step_normalisers(micro_batches, config, device)
 
@@ -485,12 +485,13 @@ def open_mixture(
     return mixture
 
 
-def next_batch(batches: Iterator[Batch | ValueError]) -> Batch:
-    """The next micro-batch; a bad record, which the loader hands on, ends the run."""
-    batch = next(batches)
-    if isinstance(batch, ValueError):
-        raise batch
-    return batch
+def draw_batches(loader: DataLoader) -> Iterator[Batch]:
+    """The loader's micro-batches; a bad record, which it hands on, ends the run. Closing this ends
+    the loader's processes, which do not listen to signals."""
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
 
 
 def seed_by(*place: int) -> None:
@@ -556,7 +557,7 @@ def report_skipped(
 # ---- signals -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
+@contextmanager
 def noted_signals() -> Iterator[list[int]]:
     """SIGTERM and Ctrl-C do not end the process inside, but come into the list that it yields."""
     noted: list[int] = []
