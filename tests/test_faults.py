@@ -202,7 +202,7 @@ def test_killed_at_any_operation_of_saving_leaves_whole_checkpoints(tmp_path, co
             save_step(folder, config, later)
         assert latest_checkpoint(folder).name == "step_4"
         assert (folder / "latest").read_text() == "step_4"
-        assert not list(folder.glob(".step_[34]*"))
+        assert not list(folder.glob(".*"))  # what the kill left
     else:
         raise AssertionError("saving does not end")
     assert reached == sorted(reached) and set(reached) == {2, 3} and len(reached) > 10

@@ -116,6 +116,10 @@ def _beat(is_over: threading.Event, is_well: threading.Event) -> None:
     heard = dict.fromkeys(range(world_size()), ("", last_contact))  # what, and when it was new
     while not is_over.wait(BEAT_SECONDS):
         now, count = time.monotonic(), count + 1
+        # A store whose machine has no power answers nothing, not even with an error.
+        silence = threading.Timer(LOST_SECONDS, _give_up, [f"the store at {address} is silent"])
+        silence.daemon = True
+        silence.start()
         try:
             store.set(f"beat/{rank()}", f"{count} {name}")
             for other, (before, _) in heard.items():
@@ -126,7 +130,9 @@ def _beat(is_over: threading.Event, is_well: threading.Event) -> None:
             last_contact = now
         except dist.DistError as error:
             if now - last_contact > LOST_SECONDS:
-                _give_up(f"the job's store at {address} is gone ({error})")
+                _give_up(f"the store at {address} is gone ({error})")
+        finally:
+            silence.cancel()
         for other, (said, when) in heard.items():
             if now - when > LOST_SECONDS:
                 who = said.partition(" ")[2] or "which never gave one"
