@@ -261,7 +261,7 @@ def xsam() -> Config:
                 datasets=("llava_pretrain",),
                 starts_from=(1,),
                 global_batch_size=256,
-                micro_batch_size=32,
+                micro_batch_size=16,
                 weight_decay=0.0,
             ),
             3: Stage(
