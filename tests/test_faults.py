@@ -469,6 +469,22 @@ def test_resumed_on_more_and_fewer_ranks(world, tmp_path):
         assert [len(files) for files in of_each] == [3, world_size + 1]
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_later_stage_goes_on(world, tmp_path, stage):
+    """Stage 2 saves its projectors alone, and stage 3 all, on one process."""
+    flags = [*SMALL, "--max_steps", 4, "--save_every", 2]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert here(*toy_flags(world, whole, stage, *flags)) == 0
+    folder = f"stage{stage}/step_2"
+    shutil.copytree(whole / folder, cut / folder)
+    shutil.copy(whole / "metrics.jsonl", cut)
+    assert here(*toy_flags(world, cut, stage, *flags, "--resume")) == 0
+    assert tensor_files(whole, 4, stage) == tensor_files(cut, 4, stage)
+    kept = ("step", "task", "loss", "grad_norm", "lr")
+    rows = [[{name: row[name] for name in kept} for row in metrics(each)] for each in (whole, cut)]
+    assert rows[0] == rows[1] and len(rows[0]) == 4
+
+
 # ---- steps without a number ----------------------------------------------------------------------
 
 

@@ -359,9 +359,10 @@ class XSAM(nn.Module):
 class Objective(nn.Module):
     """The model and its criterion: what DistributedDataParallel wraps."""
 
-    def __init__(self, model: Segmentor | XSAM, config: Config):
+    def __init__(self, model: Segmentor | XSAM, config: Config, is_cuda: bool = False):
+        """`is_cuda`: mixed precision as on a GPU, wherever the batch lies."""
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self.is_cuda = model, config, is_cuda
 
     def forward(self, batch: Batch | None, normalisers: Normalisers | None) -> dict[str, Tensor]:
         """Weighted losses of one micro-batch; over a step's micro-batches and ranks they add up.
@@ -371,7 +372,8 @@ class Objective(nn.Module):
             trained = [each for each in self.model.parameters() if each.requires_grad]
             return {"all": sum(each.sum() for each in trained[1:])}
         device, weights = batch.seg_pixels.device, self.config.loss
-        is_mixed = device.type == "cuda" or self.config.dtype != "float32"
+        is_cuda = self.is_cuda or device.type == "cuda"
+        is_mixed = is_cuda or self.config.dtype != "float32"
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
             outputs = self.model(batch)
         losses = {}

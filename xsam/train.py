@@ -342,7 +342,6 @@ def train_stage(
     if checkpoint is not None:
         first_step, num_skipped = load_progress(model, checkpoint, config, number, say)
     model.to(device)
-    freeze(model, stage, model.prefix)
     if config.recompute:
         checkpoint_activations(model)
     objective = distribute(Objective(model, config))
@@ -418,14 +417,15 @@ def train_stage(
 def starting_model(
     number: int, config: Config, options: argparse.Namespace, report: Callable[[str], None]
 ) -> Segmentor | XSAM:
-    """A stage's model before its first step: public weights, and what the earlier stages or --init
-    bring. The same on every rank."""
+    """A stage's model before its first step: public weights, what the earlier stages or --init
+    bring, and frozen what the stage does not train. The same on every rank."""
     torch.manual_seed(config.seed + number)
     model = pretrained_model(number, config, options.weights, report)
     for earlier in config.stages[number].starts_from:
         report(load_earlier_stage(model, earlier, options.out))
     for path in options.init if number == options.stages[0] else []:
         report(load_init(model, path, tuple(options.allow_missing)))
+    freeze(model, config.stages[number], model.prefix)
     return model
 
 
