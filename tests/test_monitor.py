@@ -158,6 +158,14 @@ def test_drop_metrics_keeps_what_comes_before(tmp_path, stage, step, count):
     assert [each.name for each in tmp_path.iterdir()] == [METRICS_FILE]
 
 
+def test_a_stage_that_is_over_leaves_the_lines_of_later_ones(tmp_path):
+    """`--stage all --resume` goes through it again."""
+    path = tmp_path / METRICS_FILE
+    write_lines(path, "")
+    Monitor(tmp_path, 1, 4, 4, CPU, None).close()
+    assert list(map(json.loads, path.read_text().splitlines())) == WHOLE
+
+
 def test_a_resumed_run_records_each_step_once(tmp_path):
     seen = start(tmp_path)
     for step in range(5):

@@ -59,7 +59,8 @@ class Monitor:
         self.num_reasons = self.num_left_out = 0  # of this rank, of all
         self.board = None
         if self.is_on:
-            drop_metrics(out / METRICS_FILE, stage, first_step)
+            if first_step < num_steps:  # of a stage that is over nothing is recorded again
+                drop_metrics(out / METRICS_FILE, stage, first_step)
             if importlib.util.find_spec("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
 
