@@ -1,15 +1,18 @@
-"""From logits to answers: masks at the original image's size, for every task.
+"""From probabilities to answers: masks at the original image's size, for every task.
 
 Behind `model.py` in the pipeline: `XSAM.infer` gives class and mask logits, these readers choose
-queries and resize what they chose (SPEC of each: paper section 4, evaluation). Legend: Q queries, K
-classes without background, N masks read, h w mask logits, H W original image.
+queries and resize what they chose, one mask at a time, so that what is at work fits a core's cache
+and memory stays near that of the result (rules: paper section 4, evaluation). Every reader takes
+`probabilities` float32 [Q, K+1], the last column that of no class, and `mask_logits` [Q, h, w] of
+the canvas, on any device. Legend: Q queries, K classes, N masks read, h w mask logits, H W original
+image.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
@@ -19,6 +22,9 @@ from xsam.encoders import Placement
 from xsam.formats import encode_mask
 
 Reading = tuple[np.ndarray, list[int], list[float]]  # masks bool [N, H, W], classes, scores
+Box = tuple[slice, slice]  # rows and columns of the original image
+
+BAND_VALUES = 2**22  # of float32 16 MB: near what caches hold, and few steps
 
 
 @dataclass
@@ -31,6 +37,7 @@ class Prediction:
     labels: list[str]
     scores: list[float]
     answer: str
+    num_prompts: int = 1  # that the list of names was asked in
 
     def draw(self, title: str = "", min_score: float = 0.0) -> Image.Image:
         """The masks scored `min_score` or more, with outlines and labels over the image."""
@@ -55,104 +62,301 @@ class Prediction:
         return {"answer": self.answer, "segments": segments}
 
 
+# ---- the original image --------------------------------------------------------------------------
+
+
+class Taps:
+    """Which two rows (or columns) of a mask each row of the original image lies between, and how
+    far from the first of them it is. Beyond the canvas its border goes on."""
+
+    def __init__(
+        self, side: int, resized: int, start: int, canvas: int, size: int, device: torch.device
+    ):
+        """An image's side, resized and shown from `start` on by the canvas, of which masks have
+        `size` rows."""
+        places = ((np.arange(side) + 0.5) * (resized / side) - start) * (size / canvas) - 0.5
+        places = places.clip(0, size - 1)
+        self.first = places.astype(np.int64)
+        self.second = np.minimum(self.first + 1, size - 1)
+        taps = self.first, self.second, (places - self.first).astype(np.float32)
+        self.tensors = [torch.from_numpy(each).to(device) for each in taps]
+
+    def reach(self, chosen: slice) -> slice:
+        """The rows of the mask that the chosen rows of the image, at least one, lie between."""
+        return slice(int(self.first[chosen.start]), int(self.second[chosen.stop - 1]) + 1)
+
+    def reached(self, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Start and stop of the image's rows that depend on any of the mask's rows first..last."""
+        return self.second.searchsorted(first), self.first.searchsorted(last, side="right")
+
+
+class OriginalReader:
+    """Reads masks [h, w] of a canvas bilinearly at the pixels of the original image. The padding
+    drops out, and no mask of the canvas's full size is made."""
+
+    def __init__(self, mask_logits: Tensor, placement: Placement):
+        """For masks of the size and on the device of mask_logits [N, h, w]."""
+        starts = placement.top, placement.left
+        sizes = zip(placement.original, placement.resized, starts, strict=True)
+        self.rows, self.columns = (
+            Taps(*of_image, placement.size, size, mask_logits.device)
+            for of_image, size in zip(sizes, mask_logits.shape[-2:], strict=True)
+        )
+
+    def __call__(self, mask_logits: Tensor, box: Box) -> Tensor:
+        """float32 logits [N, height, width] of a box, not empty, of the original image."""
+        reach = self.rows.reach(box[0])
+        masks = mask_logits[:, reach].float()
+        N, height, _ = masks.shape
+        masks = masks.flatten(0, 1)  # index_select has a fast way along two dimensions alone
+        first, second, weight = (each[box[1]] for each in self.columns.tensors)
+        masks = torch.lerp(masks.index_select(1, first), masks.index_select(1, second), weight)
+        masks = masks.unflatten(0, (N, height))
+        first, second, weight = (each[box[0]] for each in self.rows.tensors)
+        above, below = (masks.index_select(1, each - reach.start) for each in (first, second))
+        return torch.lerp(above, below, weight[:, None], out=above)
+
+
 def original_logits(mask_logits: Tensor, placement: Placement) -> Tensor:
     """Mask logits [N, h, w] of the canvas, read bilinearly at the pixels of the original image:
-    [N, H, W]. The padding drops out; no mask of the canvas's full size is made."""
-    axes = []
-    for original, resized in zip(placement.original, placement.resized, strict=True):
-        pixels = (torch.arange(original, device=mask_logits.device) + 0.5) * (resized / original)
-        axes.append(2 * pixels / placement.size - 1)
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1)
-    sampled = F.grid_sample(
-        mask_logits[None].float(), grid[None], padding_mode="border", align_corners=False
-    )
-    return sampled[0]
+    float32 [N, H, W]."""
+    read = OriginalReader(mask_logits, placement)
+    logits = mask_logits.new_empty((len(mask_logits), *placement.original), dtype=torch.float32)
+    for band in bands(placement, len(mask_logits)):
+        logits[:, band[0]] = read(mask_logits, band)
+    return logits
+
+
+def read_insides(mask_logits: Tensor, placement: Placement) -> Iterator[tuple[Box, Tensor]]:
+    """Of each mask [N, h, w] a box of the original image, outside of which no logit is positive,
+    and its logits there; the box of a mask that is nowhere positive is empty."""
+    read = OriginalReader(mask_logits, placement)
+    limits = []  # of rows, then of columns: start and stop of each mask
+    for taps, other in (read.rows, -1), (read.columns, -2):
+        is_positive = (mask_logits.amax(other) > 0).cpu().numpy()  # [N, h] or [N, w]
+        first = is_positive.argmax(1)
+        last = is_positive.shape[1] - 1 - is_positive[:, ::-1].argmax(1)
+        start, stop = taps.reached(first, last)
+        limits += [start, np.where(is_positive.any(1), stop, start)]
+    for number, (top, bottom, left, right) in enumerate(np.stack(limits, 1).tolist()):
+        if top < bottom and left < right:
+            box = slice(top, bottom), slice(left, right)
+            yield box, read(mask_logits[number : number + 1], box)[0]
+        else:
+            yield (slice(0, 0), slice(0, 0)), torch.zeros(0, 0, device=mask_logits.device)
+
+
+def bands(placement: Placement, depth: int) -> Iterator[Box]:
+    """The original image from top to bottom, in bands of rows that have about BAND_VALUES values
+    where each pixel has `depth` of them."""
+    height, width = placement.original
+    step = max(1, BAND_VALUES // max(1, depth * width))
+    for top in range(0, height, step):
+        yield slice(top, min(top + step, height)), slice(0, width)
+
+
+def split_map(numbers: np.ndarray, count: int) -> np.ndarray:
+    """The masks, bool [count, H, W], of 0..count-1 in a map [H, W]."""
+    masks = np.empty((count, *numbers.shape), bool)
+    for number, mask in enumerate(masks):
+        np.equal(numbers, number, out=mask)
+    return masks
+
+
+# ---- readers -------------------------------------------------------------------------------------
+
+
+def merge_parts(
+    parts: list[tuple[Tensor, Tensor]], places: list[list[int]], num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """One image asked in several prompts, each with some of the names, as if it were in one.
+
+    `parts` are the probabilities [Q, Kg+1] and mask logits [Q, h, w] of each prompt, `places` the
+    Kg indices of its names in the whole list. Returns probabilities [ΣQ, num_classes+1], zero for
+    the names that a query was not asked about, and mask logits [ΣQ, h, w].
+    """
+    merged = []
+    for (probabilities, _), indices in zip(parts, places, strict=True):
+        whole = probabilities.new_zeros(len(probabilities), num_classes + 1)
+        whole[:, [*indices, num_classes]] = probabilities
+        merged.append(whole)
+    return torch.cat(merged), torch.cat([mask_logits for _, mask_logits in parts])
 
 
 def read_panoptic(
-    class_logits: Tensor,
+    probabilities: Tensor,
     mask_logits: Tensor,
     placement: Placement,
     is_thing: list[bool],
     score_threshold: float,
     overlap_threshold: float,
 ) -> Reading:
-    """Panoptic reading of one run: class_logits [Q, K+1], mask_logits [Q, h, w].
+    """Panoptic reading: disjoint masks, by the rule of Mask2Former (Cheng et al. 2022).
 
-    Queries above the score threshold compete for each pixel with score times mask probability; a
-    segment of which too little stays visible is dropped; stuff of one class is fused. Returns
-    disjoint masks bool [N, H, W], their classes and scores.
+    Queries whose best column is a class, with a probability above the score threshold, compete for
+    each pixel with score times mask probability. A segment is what its query wins of the pixels
+    where its mask probability is at least a half. It is dropped where that is nothing, and where
+    what the query wins, at whatever mask probability, is less than the overlap threshold's share of
+    the pixels at a half or more. Segments of one class that `is_thing` does not list are fused,
+    with the score of the first.
     """
-    scores, categories = class_logits.float().softmax(-1).max(-1)
-    keep = (categories < class_logits.shape[-1] - 1) & (scores > score_threshold)
-    if not keep.any():
+    scores, categories = probabilities.max(-1)
+    is_kept = (categories < probabilities.shape[1] - 1) & (scores > score_threshold)
+    scores, categories, mask_logits = (each[is_kept] for each in (scores, categories, mask_logits))
+    count = len(scores)
+    if not count:
         return np.zeros((0, *placement.original), bool), [], []
-    scores, categories = scores[keep], categories[keep].tolist()
-    probabilities = original_logits(mask_logits[keep], placement).sigmoid()
-    winner = (scores[:, None, None] * probabilities).argmax(0)
-    masks, kept, stuff = [], [], {}
-    for index, category in enumerate(categories):
-        is_inside = probabilities[index] >= 0.5
-        mask = (winner == index) & is_inside
-        area, whole = int(mask.sum()), int(is_inside.sum())
-        if area == 0 or area < overlap_threshold * whole:
+    scores, categories = scores.tolist(), categories.tolist()
+    read = OriginalReader(mask_logits, placement)
+    whole = torch.zeros(count, dtype=torch.int64, device=mask_logits.device)
+    won, shown = np.zeros((2, count), np.int64)
+    segments = np.empty(placement.original, np.int16)  # which query a pixel shows; -1: none
+    for band in bands(placement, 4):  # a mask, the best so far and what compares them
+        size = segments[band].shape
+        best = mask_logits.new_full(size, -1, dtype=torch.float32)
+        winner = torch.zeros(size, dtype=torch.int16, device=mask_logits.device)
+        is_inside = torch.zeros(size, dtype=torch.bool, device=mask_logits.device)
+        for number, score in enumerate(scores):
+            mask = read(mask_logits[number : number + 1], band)[0].sigmoid_()
+            is_half = mask >= 0.5
+            whole[number] += is_half.count_nonzero()
+            is_better = mask.mul_(score) > best  # the first of equals wins
+            torch.maximum(best, mask, out=best)
+            # Later numbers are larger. `where` would say the same, at ten times the time on a CPU.
+            winner = torch.maximum(winner, is_better.to(torch.int16).mul_(number))
+            is_inside = (is_inside & ~is_better) | (is_half & is_better)
+        winner, is_inside = winner.cpu().numpy(), is_inside.cpu().numpy()
+        won += np.bincount(winner.ravel(), minlength=count)
+        shown += np.bincount(winner[is_inside], minlength=count)
+        segments[band] = np.where(is_inside, winner, -1)
+
+    # Where each query's segment is among the masks; -1: nowhere, and last for the pixels of none.
+    places = np.full(count + 1, -1, np.int16)
+    chosen, stuff = [], {}
+    areas = whole.tolist()
+    for number, category in enumerate(categories):
+        if shown[number] == 0 or won[number] / areas[number] < overlap_threshold:
             continue
-        mask = mask.cpu().numpy()
         if category in stuff:
-            masks[stuff[category]] |= mask
+            places[number] = stuff[category]
             continue
+        places[number] = len(chosen)
         if not is_thing[category]:
-            stuff[category] = len(masks)
-        masks.append(mask)
-        kept.append(index)
-    stacked = np.stack(masks) if masks else np.zeros((0, *placement.original), bool)
-    return stacked, [categories[index] for index in kept], [float(scores[i]) for i in kept]
+            stuff[category] = len(chosen)
+        chosen.append(number)
+    masks = split_map(places[segments], len(chosen))
+    return masks, [categories[number] for number in chosen], [scores[number] for number in chosen]
+
+
+def read_semantic(probabilities: Tensor, mask_logits: Tensor, placement: Placement) -> Reading:
+    """Semantic reading: each pixel is of the class with the largest sum over queries of class times
+    mask probability (Mask2Former, Cheng et al. 2022). A mask for each class that is present, in
+    the order of classes; its score is the mean of that sum over its pixels."""
+    Q, K = len(probabilities), probabilities.shape[1] - 1
+    if K == 0:
+        return np.zeros((0, *placement.original), bool), [], []
+    read = OriginalReader(mask_logits, placement)
+    weights = probabilities[:, :-1].T.contiguous()  # [K, Q]
+    classes = np.empty(placement.original, np.int64)
+    areas, sums = np.zeros((2, K))
+    for band in bands(placement, Q + K):
+        masks = read(mask_logits, band).sigmoid_().flatten(1)  # [Q, pixels]
+        best, category = (weights @ masks).max(0)
+        best, category = best.cpu().numpy(), category.cpu().numpy()
+        classes[band] = category.reshape(classes[band].shape)
+        areas += np.bincount(category, minlength=K)
+        sums += np.bincount(category, weights=best, minlength=K)
+    present = areas.nonzero()[0]
+    places = np.full(K, -1, np.int16)
+    places[present] = np.arange(len(present))
+    masks = split_map(places[classes], len(present))
+    return masks, present.tolist(), (sums[present] / areas[present]).tolist()
 
 
 def read_instances(
-    class_logits: Tensor, mask_logits: Tensor, placement: Placement, most: int = 200
+    probabilities: Tensor, mask_logits: Tensor, placement: Placement, most: int = 200
 ) -> Reading:
-    """Instance reading of one run, class_logits [Q, K+1]: the best (query, class) pairs, scored by
-    class probability times the mean probability inside the mask. Empty masks are left out."""
-    probabilities = class_logits.float().softmax(-1)[:, :-1]
-    K = probabilities.shape[1]
-    scores, chosen = probabilities.flatten().topk(min(most, probabilities.numel()))
-    queries, categories = chosen // max(K, 1), chosen % max(K, 1)
+    """Instance reading: the best `most` (query, class) pairs, by class probability times the mean
+    mask probability inside the mask, best first. Masks may overlap; empty ones are left out, and
+    so are pairs of probability zero, those of names that a query was not asked about."""
+    K = probabilities.shape[1] - 1
+    if K == 0:
+        return np.zeros((0, *placement.original), bool), [], []
+    scores = probabilities[:, :-1].flatten()
+    least = scores.topk(min(most, len(scores))).values[-1]
+    chosen = ((scores >= least) & (scores > 0)).nonzero()[:, 0]  # of equals the first are taken
+    scores, order = scores[chosen].sort(descending=True, stable=True)
+    scores, chosen = scores[:most], chosen[order[:most]]
+    queries, categories = chosen // K, chosen % K
     used, place = queries.unique(return_inverse=True)
-    inside = original_logits(mask_logits[used], placement).sigmoid()
-    masks = inside > 0.5
-    areas = masks.sum((1, 2))
-    quality = (inside * masks).sum((1, 2)) / areas.clamp(min=1)
-    is_kept = areas[place] > 0
-    scores, categories, place = ((each[is_kept]) for each in (scores, categories, place))
-    scores = scores * quality[place]
-    order = scores.argsort(descending=True, stable=True)
-    masks = masks.cpu().numpy()[place[order].cpu().numpy()]
-    return masks, categories[order].tolist(), scores[order].tolist()
+    boxes, insides, areas, qualities = [], [], [], []
+    for box, logits in read_insides(mask_logits[used], placement):
+        is_inside = logits > 0
+        area = is_inside.count_nonzero()
+        boxes.append(box)
+        insides.append(is_inside.cpu().numpy())
+        areas.append(area)
+        qualities.append(logits.sigmoid_().mul_(is_inside).sum() / area)
+    if not boxes:
+        return np.zeros((0, *placement.original), bool), [], []
+    is_kept = torch.stack(areas)[place] > 0
+    scores, categories, place = (each[is_kept] for each in (scores, categories, place))
+    scores, order = (scores * torch.stack(qualities)[place]).sort(descending=True, stable=True)
+    masks = np.zeros((len(order), *placement.original), bool)
+    for mask, number in zip(masks, place[order].tolist(), strict=True):
+        mask[boxes[number]] = insides[number]
+    return masks, categories[order].tolist(), scores.tolist()
 
 
-def read_phrases(class_logits: Tensor, mask_logits: Tensor, placement: Placement) -> Reading:
-    """Referring reading of one run, class_logits [Q, K+1]: for each phrase the mask of the query
-    that fits it best, bool [K, H, W], and its score."""
-    scores, best = class_logits.float().softmax(-1)[:, :-1].max(0)
-    masks = original_logits(mask_logits[best], placement) > 0
-    return masks.cpu().numpy(), list(range(len(best))), scores.tolist()
+def read_phrases(probabilities: Tensor, mask_logits: Tensor, placement: Placement) -> Reading:
+    """Referring reading: for each phrase the mask of the query that fits it best, [K, H, W], and
+    its score. A mask may be empty."""
+    scores, best = probabilities[:, :-1].max(0)
+    masks = np.zeros((len(best), *placement.original), bool)
+    for mask, (box, logits) in zip(masks, read_insides(mask_logits[best], placement), strict=True):
+        mask[box] = (logits > 0).cpu().numpy()
+    return masks, list(range(len(best))), scores.tolist()
+
+
+def read_union(
+    probabilities: Tensor,
+    mask_logits: Tensor,
+    placement: Placement,
+    score_threshold: float = 0.6,
+) -> Reading:
+    """Generalised referring reading (gRefCOCO, Liu et al. 2023): for each phrase all that the
+    queries at or above the threshold segment, [K, H, W], or what the best one does where there is
+    none above it. The score is the best query's."""
+    scores, best = probabilities[:, :-1].max(0)
+    is_chosen = probabilities[:, :-1] >= score_threshold  # [Q, K]
+    is_chosen[best, torch.arange(len(best), device=best.device)] = True
+    used = is_chosen.any(1).nonzero()[:, 0]
+    masks = np.zeros((len(best), *placement.original), bool)
+    insides = read_insides(mask_logits[used], placement)
+    for phrases, (box, logits) in zip(is_chosen[used].cpu().numpy(), insides, strict=True):
+        is_inside = (logits > 0).cpu().numpy()
+        for phrase in phrases.nonzero()[0]:
+            masks[phrase][box] |= is_inside
+    return masks, list(range(len(best))), scores.tolist()
 
 
 def read_interactive(
-    class_logits: Tensor,
+    probabilities: Tensor,
     mask_logits: Tensor,
     placement: Placement,
     region: np.ndarray,
     score_threshold: float = 0.5,
 ) -> Reading:
-    """Interactive reading of one run, class_logits [Q, 2]: among the instances above the threshold,
-    or the best one, that whose mask has the best IoU with the prompt `region`, bool [H, W]."""
-    masks, categories, scores = read_instances(class_logits, mask_logits, placement)
+    """Interactive reading, probabilities [Q, 2]: among the instances at or above the threshold, or
+    the best one, that whose mask has the best IoU with the prompt `region`, bool [H, W]."""
+    masks, categories, scores = read_instances(probabilities, mask_logits, placement)
     if not len(masks):
         return masks, categories, scores
-    candidates = [n for n, score in enumerate(scores) if score >= score_threshold] or [0]
-    overlap = (masks[candidates] & region).sum(axis=(1, 2))
-    ious = overlap / (masks[candidates] | region).sum(axis=(1, 2))
-    best = candidates[int(ious.argmax())]
+    ious = []
+    for mask, score in zip(masks, scores, strict=True):
+        if ious and score < score_threshold:
+            break  # the best come first
+        overlap = np.count_nonzero(mask & region)
+        ious.append(overlap / np.count_nonzero(mask | region))
+    best = int(np.argmax(ious))
     return masks[best][None], [categories[best]], [scores[best]]

@@ -1,0 +1,224 @@
+"""How long it takes to read an image's masks out, beside transformers' Mask2Former processor.
+
+    python benchmarks/postprocess.py
+
+One image of 480x640 as the full preset segments it: 200 queries, 133 classes, mask logits of a
+quarter of the 1024 canvas. Thirty queries are sure of a class and cover the picture with wavy
+blobs, small before large; the rest are of no class and weak. The peer gets the part of the logits
+that shows the image, and the same thresholds. Both run in turns; what is told is the median over
+the rounds, and how far the two agree.
+
+The rules are near each other, not the same (tests/test_postprocess.py says where they are): the
+peer resizes logits to 384x384 and what follows from them to the image, its panoptic segments keep
+pixels of a low mask probability, and its instance scores are of the small masks. Nothing is fused:
+behind a fused part the peer gives segments numbers that it has given before.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.models.mask2former.image_processing_pil_mask2former import (
+    Mask2FormerImageProcessorPil,
+)
+
+from xsam.encoders import Placement
+from xsam.postprocess import Reading, read_instances, read_panoptic, read_semantic
+
+SIZE, CANVAS, MASK_SIZE = (480, 640), 1024, 256
+NUM_QUERIES, NUM_CLASSES, NUM_SURE = 200, 133, 30
+SCORE_THRESHOLD, OVERLAP_THRESHOLD = 0.5, 0.8
+
+
+def model_outputs(seed: int, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class logits [Q, K+1] and mask logits [Q, h, w] as a trained model gives them."""
+    rng = np.random.default_rng(seed)
+    class_logits = rng.normal(size=(NUM_QUERIES, NUM_CLASSES + 1))
+    mask_logits = torch.empty(NUM_QUERIES, MASK_SIZE, MASK_SIZE)
+    rows, columns = torch.meshgrid(*[torch.arange(MASK_SIZE) + 0.5] * 2, indexing="ij")
+    shown = [side * MASK_SIZE / CANVAS for side in placement.resized]
+
+    def blob(radius: float) -> torch.Tensor:
+        """How far inside a wavy ellipse each place of the mask is."""
+        y, x = (rng.uniform(0, side) for side in shown)
+        noise = torch.from_numpy(rng.normal(size=(1, 1, 12, 12)).astype(np.float32))
+        waves = F.interpolate(noise, (MASK_SIZE, MASK_SIZE), mode="bicubic")[0, 0]
+        distance = torch.hypot((rows - y) / rng.uniform(0.7, 1.4), columns - x)
+        return radius * (1 + 0.1 * waves) - distance
+
+    # Sure queries share the picture: each has where it is the deepest, small ones before large.
+    depths = torch.stack([blob(radius) for radius in np.geomspace(110, 16, NUM_SURE)])
+    front = torch.full((MASK_SIZE, MASK_SIZE), -torch.inf)  # the best of the smaller ones
+    for query in reversed(range(NUM_SURE)):
+        mask_logits[query] = torch.minimum(depths[query], -front)
+        front = torch.maximum(front, depths[query])
+    mask_logits[:NUM_SURE] = mask_logits[:NUM_SURE].clamp(-12, 8)
+    for query in range(NUM_SURE):
+        class_logits[query, rng.integers(NUM_CLASSES)] += rng.uniform(8, 13)
+    for query in range(NUM_SURE, NUM_QUERIES):
+        class_logits[query, -1] += rng.uniform(7, 11)
+        mask_logits[query] = blob(rng.uniform(4, 30)).clamp(-12, rng.uniform(-4, 2))
+    order = torch.from_numpy(rng.permutation(NUM_QUERIES))
+    return torch.from_numpy(class_logits).float()[order], mask_logits[order]
+
+
+def alternate(calls: list[Callable], rounds: int) -> tuple[list, list[float]]:
+    """What each call gives, and the median of its seconds; the calls take turns."""
+    results = [call() for call in calls]
+    seconds = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, times in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return results, [statistics.median(times) for times in seconds]
+
+
+def class_map(masks: np.ndarray, classes: list[int]) -> np.ndarray:
+    """Disjoint masks as a map of classes, -1 where there is none."""
+    result = np.full(masks.shape[1:], -1)
+    for mask, category in zip(masks, classes, strict=True):
+        result[mask] = category
+    return result
+
+
+def agree_panoptic(ours: Reading, peer: dict) -> str:
+    masks, classes, _ = ours
+    segments = {each["id"]: each["label_id"] for each in peer["segments_info"]}
+    ids = peer["segmentation"].numpy()
+    theirs = class_map(np.stack([ids == number for number in segments]), list(segments.values()))
+    mine = class_map(masks, classes)
+    both = (mine >= 0) & (theirs >= 0)
+    return (
+        f"{(mine == theirs).mean():.2%} of pixels of equal class, "
+        f"{(mine == theirs)[both].mean():.2%} of those of a class in both; {len(classes)} segments "
+        f"and {len(segments)}, labels {'equal' if classes == list(segments.values()) else 'differ'}"
+    )
+
+
+def agree_semantic(ours: Reading, peer: torch.Tensor) -> str:
+    equal = class_map(ours[0], ours[1]) == peer.numpy()
+    return f"{equal.mean():.2%} of pixels of equal class; {len(ours[1])} classes"
+
+
+def agree_instances(ours: Reading, peer: dict) -> str:
+    """Instances of one class are paired by overlap, best scores first."""
+    masks, classes, scores = ours
+    theirs = peer["segmentation"].bool().numpy()
+    rows = list(zip(peer["segments_info"], theirs, strict=True))
+    ious, differences, free = [], [], set(range(len(rows)))
+    for mask, category, score in zip(masks, classes, scores, strict=True):
+        best, place = 0.0, None
+        for number in free:
+            if rows[number][0]["label_id"] == category:
+                other = rows[number][1]
+                iou = (mask & other).sum() / (mask | other).sum()
+                if iou > best:
+                    best, place = iou, number
+        if place is not None:
+            free.remove(place)
+            ious.append(best)
+            differences.append(abs(score - rows[place][0]["score"]))
+    return (
+        f"{len(masks)} instances and {len(rows)}, {len(ious)} of them with the same label and "
+        f"place, median IoU {np.median(ious):.4f}; scores differ by at most {max(differences):.4f}"
+    )
+
+
+def floors(probabilities: torch.Tensor, mask_logits: torch.Tensor, placement: Placement) -> dict:
+    """What each reading cannot do without: bytes read and written, and operations, in words.
+
+    A bilinear read is six operations (three lines between two values), a mask probability four
+    (exponential, sum, quotient, sign) where an exponential counts as one.
+    """
+    pixels, per_pixel = SIZE[0] * SIZE[1], 6 + 4
+    shown = np.prod([side * MASK_SIZE // CANVAS for side in placement.resized])
+    panoptic, _, _ = read_panoptic(
+        probabilities, mask_logits, placement, [True] * NUM_CLASSES, SCORE_THRESHOLD, 0.0
+    )
+    kept = int(
+        ((probabilities.max(1).values > SCORE_THRESHOLD) & (probabilities.argmax(1) < NUM_CLASSES))
+        .sum()
+        .item()
+    )
+    instances, _, _ = read_instances(probabilities, mask_logits, placement)
+    inside = int(instances.sum())
+    return {
+        "panoptic": (4 * kept * shown + panoptic.size, kept * pixels * (per_pixel + 2)),
+        "semantic": (
+            4 * NUM_QUERIES * shown + pixels,
+            NUM_QUERIES * pixels * (per_pixel + 2 * NUM_CLASSES),
+        ),
+        "instances": (4 * NUM_QUERIES * shown + inside, inside * (per_pixel + 1)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    placement = Placement.fit(SIZE, CANVAS)
+    class_logits, mask_logits = model_outputs(options.seed, placement)
+    height, width = (round(side * MASK_SIZE / CANVAS) for side in placement.resized)
+    outputs = SimpleNamespace(
+        class_queries_logits=class_logits[None],
+        masks_queries_logits=mask_logits[None, :, :height, :width].contiguous(),
+    )
+    processor, sizes = Mask2FormerImageProcessorPil(), [SIZE]
+    is_thing = [True] * NUM_CLASSES
+
+    def read(reader: Callable, *rest) -> Reading:
+        return reader(class_logits.softmax(-1), mask_logits, placement, *rest)
+
+    pairs = {
+        "panoptic": (
+            lambda: read(read_panoptic, is_thing, SCORE_THRESHOLD, OVERLAP_THRESHOLD),
+            lambda: processor.post_process_panoptic_segmentation(
+                outputs,
+                threshold=SCORE_THRESHOLD,
+                overlap_mask_area_threshold=OVERLAP_THRESHOLD,
+                label_ids_to_fuse=set(),
+                target_sizes=sizes,
+            )[0],
+            agree_panoptic,
+        ),
+        "semantic": (
+            lambda: read(read_semantic),
+            lambda: processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0],
+            agree_semantic,
+        ),
+        "instances": (
+            lambda: read(read_instances, NUM_QUERIES),
+            lambda: processor.post_process_instance_segmentation(
+                outputs, threshold=0.0, target_sizes=sizes, return_binary_maps=True
+            )[0],
+            agree_instances,
+        ),
+    }
+    needs = floors(class_logits.softmax(-1), mask_logits, placement)
+    print(f"{NUM_QUERIES} queries, {NUM_CLASSES} classes, {SIZE[0]}x{SIZE[1]}, ", end="")
+    print(f"{torch.get_num_threads()} threads, median of {options.rounds} rounds")
+    print("| reading | ours | transformers | times faster | floor |")
+    print("|---|---|---|---|---|")
+    told = []
+    with torch.no_grad():
+        for name, (ours, peer, agree) in pairs.items():
+            results, (own, other) = alternate([ours, peer], options.rounds)
+            bytes_moved, operations = needs[name]
+            print(
+                f"| {name} | {own * 1e3:.0f} ms | {other * 1e3:.0f} ms | {other / own:.1f} | "
+                f"{bytes_moved / 1e6:.0f} MB, {operations / 1e9:.2f} G operations |",
+                flush=True,
+            )
+            told.append(f"{name}: {agree(*results)}")
+    print("\n" + "\n".join(told))
+
+
+if __name__ == "__main__":
+    main()
