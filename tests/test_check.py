@@ -3,6 +3,7 @@
 pytest tests/test_check.py
 """
 
+import dataclasses
 import json
 import pickle
 import re
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xsam import check, data
+from xsam import check, data, draw
+from xsam.samples import Sample
 from xsam.sources import SOURCES
 
 ROOT_SETS = "coco_instance_val,refcoco_val,reasonseg_val,llava_instruct"
@@ -267,6 +269,36 @@ def test_pictures_are_drawn_of_each_set(root, own, tmp_path, capsys):
     for path in pictures:
         picture = np.asarray(Image.open(path))
         assert min(picture.shape[:2]) > 100 and picture.std() > 1
+
+
+def test_prompts_of_other_images_are_drawn_before_the_image(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def picture(height: int, width: int) -> Image.Image:
+        return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+    shown = {"cat": picture(20, 30), "dog": picture(50, 40)}
+    regions = [np.zeros((image.height, image.width), bool) for image in shown.values()]
+    for region in regions:
+        region[3:9, 3:9] = True
+    sample = Sample(
+        sample_id="vgd/1",
+        task="vgd",
+        image=picture(24, 32),
+        turns=[("Like <p><region></p>, <p><region></p>.", "Sure, <SEG>.")],
+        masks=np.ones((1, 24, 32), bool),
+        labels=np.zeros(1, np.int64),
+        names=list(shown),
+        regions=regions,
+        region_images=list(shown.values()),
+    )
+    names = sample.names
+    pictures = draw.draw_prompts(sample.image, regions, sample.region_images, names)
+    ratios = [each.width / each.height for each in pictures]
+    assert ratios == pytest.approx([30 / 20, 40 / 50, 32 / 24], rel=0.05)
+    alone = dataclasses.replace(sample, regions=np.ones((2, 24, 32), bool), region_images=None)
+    assert len(draw.draw_prompts(alone.image, alone.regions, None, names)) == 1
+    assert check.draw_sample(sample).width > check.draw_sample(alone).width
 
 
 def test_a_bad_record_is_not_drawn_and_stops_no_picture(root, tmp_path):

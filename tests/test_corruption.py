@@ -1189,7 +1189,7 @@ def check_words(sample: Sample, source: Source) -> None:
     elif sample.task == "reason":
         assert num_segs == [1] and phrases == [sample.names] and labels == [0]
     elif sample.task == "gcg" and source.format == "gcg_scored":
-        assert num_segs == [0] and set(labels) == {0}
+        assert num_segs == [0] and set(labels) == set(range(len(sample.names)))
     elif sample.task == "gcg":
         assert num_segs == [1] and labels == list(range(len(sample.names)))
         assert re.findall(r"<p>(.*?)</p>", answers[0], re.DOTALL) == sample.names

@@ -558,6 +558,67 @@ def test_a_prompt_that_the_crop_cuts_away_is_empty(processor):
         processor.region_points(visual({"cat": corner}), placement, rng())
 
 
+def across(sample: Sample, *shades: int) -> Sample:
+    """The sample with each prompt in an image of its own, of one shade."""
+    donors = [Image.new("RGB", sample.image.size, (shade,) * 3) for shade in shades]
+    return dataclasses.replace(sample, regions=list(sample.regions), region_images=donors)
+
+
+def test_images_that_show_a_prompt_follow_those_of_the_batch(processor):
+    """In whatever order samples come, of which some show their prompts themselves."""
+    one, other = box(5, 5, 9, 9), box(12, 20, 6, 6)
+    samples = [
+        across(visual({"cat": one, "dog": other}), 10, 20),
+        visual({"cat": other}),
+        across(visual({"bus": other}), 30),
+    ]
+    encoded = [processor.encode(sample) for sample in samples]
+    batch = processor.collate(encoded, pad_left=True)
+    assert batch.region_index.tolist() == [3, 4, 1, 5]
+    assert len(batch.image_pixels) == len(batch.input_ids) == len(batch.placements) == 3
+    placement = Placement.fit(SIZE, processor.config.model.seg_image_size)
+    height, width = placement.visible
+    for row, shade in enumerate((0, 0, 0, 10, 20, 30)):
+        pixels = unnormalised(batch.seg_pixels[row])[:, :height, :width]
+        assert (pixels - shade).abs().max() < 1
+    points = [each for item in encoded for each in item["region_points"]]
+    assert torch.equal(batch.region_points, torch.stack(points))
+
+
+def test_the_stage_changes_the_image_and_not_those_that_show_its_prompts(processor):
+    stage = Stage({}, (), scale_range=(2.0, 2.0), flip_probability=1.0)
+    corner = box(0, 0, 3, 3)
+    sample = across(visual({"cat": corner}), 10)
+    plain = processor.encode(across(visual({"cat": corner}), 10))
+    changed = processor.encode(sample, stage, rng(1))
+    assert changed["placement"] != plain["placement"]
+    assert torch.equal(changed["donor_pixels"][0], plain["donor_pixels"][0])
+    size = processor.config.model.seg_image_size
+    assert changed["region_points"][0].max() < 3 * size / SIZE[1] / size
+
+
+def test_a_prompt_that_its_donor_lacks_is_filled_and_a_lost_name_takes_its_donor_along(processor):
+    shown = box(5, 5, 9, 9)
+    samples = [
+        across(
+            visual({"cup": NOTHING, "dog": NOTHING, "cat": shown}, category_ids=[47, 18, 17]),
+            *(10, 20, 30),
+        ),
+        across(visual({"dog": shown}), 40),
+    ]
+    encoded = [processor.encode(sample) for sample in samples]
+    for _ in range(2):  # also of what was collated before
+        batch = processor.collate(encoded)
+        first, second = batch.samples
+        assert (first.names, second.names) == (["dog", "cat"], ["dog"])
+        shades = [image.getpixel((0, 0))[0] for image in first.region_images]
+        assert shades == [20, 30] and len(first.regions) == 2
+        assert (first.category_ids, second.category_ids) == ([18, 17], [])
+        read = [unnormalised(batch.seg_pixels[row])[0, 0, 0].item() for row in batch.region_index]
+        assert np.round(read).tolist() == [40, 30, 40]
+        assert len(batch.seg_pixels) == 2 + 2  # a donor that shows nothing is not looked at
+
+
 # ---- sampling ------------------------------------------------------------------------------------
 
 
@@ -865,6 +926,18 @@ def test_a_dataset_of_nothing_but_bad_records_ends(processor):
     (batch,) = load(mix, 1, num_workers=0)
     assert isinstance(batch, ValueError)
     assert re.match(rf"{MOST_REPLACEMENTS} samples in a row cannot be used.* record \d", str(batch))
+
+
+def test_a_batch_of_a_mixture_carries_no_pictures(processor):
+    class Across(Coded):
+        def sample(self, index: int, draw: np.random.Generator) -> Sample:
+            return across(super().sample(index, draw), 10, 20, 30)
+
+    (batch,) = load(mix_of(processor, Across()), 1, num_workers=0)
+    assert len(batch.seg_pixels) == 2 + 2 * 3 and len(batch.samples) == 2
+    for sample in batch.samples:
+        pictures = sample.image, sample.masks, sample.ignore, sample.regions, sample.region_images
+        assert pictures == (None,) * 5
 
 
 def test_an_empty_prompt_is_refused_and_another_sample_taken(processor):

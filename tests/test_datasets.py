@@ -123,8 +123,12 @@ def is_well_formed(sample: Sample) -> bool:
     assert "<image>" not in words and "{" not in words
     num_regions = 0 if sample.regions is None else len(sample.regions)
     assert words.count("<region>") == num_regions
-    if num_regions:
+    if sample.region_images is not None:
+        for image, region in zip(sample.region_images, sample.regions, strict=True):
+            assert region.dtype == bool and region.shape == (image.height, image.width)
+    elif num_regions:
         assert sample.regions.dtype == bool and sample.regions.shape[1:] == size
+    assert len(sample.category_ids) in (0, len(sample.names)) and sample.image_id != ""
     return True
 
 
@@ -278,10 +282,26 @@ def test_instances_of_polygons_and_rle_and_their_crowds(tmp_path):
     assert [shade_of(first), shade_of(second)] == [4, 20]
     assert first.labels.tolist() == [1] and (first.masks[0] == area((1, 1, 3, 4))).all()
     assert not first.ignore.any()
+    assert (first.image_id, second.image_id) == (4, 20)
+    assert second.category_ids == [1, 27, 90]
     toothbrush, person = area((2, 3, 6, 5), (10, 20, 4, 8)), area((12, 2, 7, 6))
     assert second.labels.tolist() == [2, 0]
     assert (second.masks == np.stack([toothbrush, person])).all()
     assert (second.ignore == (CROWD & ~toothbrush & ~person)).all()
+
+
+def test_instances_are_read_with_their_crowds_for_scoring(tmp_path):
+    write_instances(tmp_path)
+    path = tmp_path / COCO / "annotations/instances_train2017.json"
+    number = len(INSTANCES["annotations"])
+    thin = INSTANCES["annotations"][0] | {"id": 99, "segmentation": THIN}
+    edit(path, lambda content: content["annotations"].append(thin) or content)
+    dataset = open_dataset("coco_instance", tmp_path)
+    picture, objects = dataset.read(1)
+    assert picture.size == SIZE[::-1] and number == len(objects) + 1  # one is of the other image
+    expected = [(2, OBJECTS[1], False), (0, OBJECTS[2], False), (0, CROWD, True)]
+    for one, other in zip(objects, expected, strict=True):
+        assert (one[0], one[2]) == (other[0], other[2]) and (one[1] == other[1]).all()
 
 
 def test_instances_image_of_crowds_alone_is_left_out(tmp_path):
@@ -342,7 +362,10 @@ def test_semantic_maps_hold_contiguous_classes_and_255(tmp_path):
 
 def test_semantic_prompts_have_what_is_present(tmp_path):
     write_semantic(tmp_path)
-    sample = open_dataset("coco_semantic", tmp_path).sample(0, rng(3))
+    dataset = open_dataset("coco_semantic", tmp_path)
+    sample = dataset.sample(0, rng(3))
+    assert (dataset.read(0)[1] == CLASS_MAP).all() and dataset.read(0)[0].size == sample.image.size
+    assert [f"kind {number}" for number in sample.category_ids] == sample.names
     named = [sample.names[label] for label in sample.labels]
     assert named == [f"kind {CLASS_IDS[label]}" for label in (0, 79, 80, 132)]
 
@@ -715,7 +738,8 @@ def test_reasonseg_evaluation_has_one_sample_for_each_text(tmp_path, split):
     assert [s.names for s in samples] == [*([text.strip()] for text in TEXTS), ["the cup"]]
     assert [shade_of(sample) for sample in samples] == [1, 1, 1, 2]
     assert len({sample.sample_id for sample in samples}) == 4
-    assert [dataset.records[index][2] for index in range(4)] == [True] * 3 + [False]
+    assert [dataset.is_sentence(index) for index in range(4)] == [True] * 3 + [False]
+    assert [sample.image_id for sample in samples] == ["a", "a", "a", "b"]
     assert all(sample.turns[0][1] in PHRASINGS["reason"]["answers"] for sample in samples)
 
 
@@ -940,7 +964,7 @@ def test_gcg_flickr_ignored_masks_have_no_label(tmp_path):
 
 
 def write_scored(root: Path, split: str = "val") -> None:
-    """String ids, no "info"; of three images one has two masks, one none."""
+    """String ids, no "info"; of three images one has two masks, one none, all two phrases."""
     stems = ["sa_3", "sa_1", "sa_2"]
     images = [{"id": stem, "height": 24, "width": 32} for stem in stems]
     masks = [("sa_3", PARTS[0]), ("sa_1", PARTS[1]), ("sa_3", PARTS[2])]
@@ -966,7 +990,8 @@ def write_scored(root: Path, split: str = "val") -> None:
 def test_gcg_val_has_string_ids_and_no_info(tmp_path, split):
     write_scored(tmp_path, split)
     dataset = open_dataset(f"gcg_{split}", tmp_path)
-    assert +dataset.left_out == {"images without masks": 1}
+    of_none = "images whose phrases do not belong to their masks"
+    assert +dataset.left_out == {"images without masks": 1, of_none: 1}
     first, third = samples_of(dataset)
     assert is_well_formed(first) and is_well_formed(third)
     assert [shade_of(first), shade_of(third)] == [29, 30]
@@ -976,7 +1001,18 @@ def test_gcg_val_has_string_ids_and_no_info(tmp_path, split):
     ]
     assert third.turns[0][0] in PHRASINGS["gcg"]["questions"]
     assert (third.masks == np.stack([PARTS[0], PARTS[2]])).all()
-    assert (third.names, third.labels.tolist()) == (["object"], [0, 0])
+    assert (third.names, third.labels.tolist()) == (["x", "y"], [0, 1])
+    assert (first.names, first.labels.tolist()) == (["object"], [0])
+    assert (first.image_id, third.image_id) == ("sa_1", "sa_3")
+
+
+def test_gcg_val_captions_may_come_without_their_phrases(tmp_path):
+    write_scored(tmp_path)
+    path = tmp_path / GCG / "annotations/val_test/val_gcg_coco_caption_gt.json"
+    edit(path, without("annotations", 0, "labels"))
+    dataset = open_dataset("gcg_val", tmp_path)
+    assert dataset.left_out["images whose phrases do not belong to their masks"] == 2
+    assert dataset.sample(1, rng()).names == ["object"]
 
 
 # ---- COCO-Interactive ----------------------------------------------------------------------------
@@ -1160,6 +1196,70 @@ def test_vgd_evaluation_goes_by_category_with_one_kind_of_prompt(tmp_path, kind)
     assert dataset.left_out["images without a prompt"] == (kind != "box")
 
 
+LARGER = (40, 50)
+
+
+def write_cross_vgd(root: Path) -> None:
+    """Image 9 of a person and two toothbrushes; 4 of a backpack and a toothbrush; 6, a larger one,
+    of a person that has but a point and a box; 5 of a backpack without a point."""
+    write_vgd(root, "val")
+    corner = area((30, 40, 10, 10), size=LARGER)
+    prompts = {"point": corner, "box": corner} | dict.fromkeys(("scribble", "mask"), corner & False)
+    person = vgd_annotation(6, 1, packed(~corner))
+    person["visual_prompts"] = {f"{k}_visual_prompt": packed(mask) for k, mask in prompts.items()}
+    shape = packed(PARTS[0])
+    others = [
+        (4, SIZE, [vgd_annotation(4, 27, shape), vgd_annotation(5, 90, shape)]),
+        (6, LARGER, [person]),
+        (5, SIZE, [vgd_annotation(7, 27, shape, without=("point",))]),
+    ]
+    path = root / VGD / "annotations/img_vgdseg_coco_val.json"
+    content = json.loads(path.read_text())[:1]
+    for number, size, annotations in others:
+        image = coco_image(number) | {"height": size[0], "width": size[1]}
+        record = {"image_file": image["file_name"], "image_id": number, "image_info": image}
+        content.append(record | {"annotations": annotations})
+        write(root / COCO / "val2017" / image["file_name"], grey(number, size))
+    write(path, content)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [  # of an image, the categories that another one shows by this kind of prompt, and where
+        ("box", {9: {1: [6], 90: [4]}, 4: {27: [5], 90: [9]}, 6: {1: [9]}, 5: {27: [4]}}),
+        ("point", {9: {1: [6], 90: [4]}, 4: {90: [9]}, 6: {1: [9]}, 5: {27: [4]}}),
+        ("mask", {9: {90: [4]}, 4: {27: [5], 90: [9]}, 6: {1: [9]}, 5: {27: [4]}}),
+        ("scribble", {9: {90: [4]}, 4: {27: [5], 90: [9]}, 5: {27: [4]}}),
+    ],
+)
+def test_vgd_across_images_shows_each_category_in_another_image(tmp_path, kind, asked):
+    """Also one that the image itself has no prompt for; what no other image shows is not asked."""
+    write_cross_vgd(tmp_path)
+    dataset = open_dataset(f"coco_vgd_val_{kind}_cross", tmp_path)
+    objects = {9: [90, 1, 90], 4: [27, 90], 6: [1], 5: [27]}
+    found, drawn = {}, set()
+    for seed in range(20):
+        for sample in samples_of(dataset, seed):
+            assert is_well_formed(sample) and shade_of(sample) == sample.image_id
+            donors = [image.getpixel((0, 0))[0] for image in sample.region_images]
+            shown = zip(sample.category_ids, donors, strict=True)
+            found[sample.image_id] = {category: [donor] for category, donor in shown}
+            assert sample.names == [dataset.category_names[each] for each in sample.category_ids]
+            of_labels = [sample.category_ids[label] for label in sample.labels]
+            kept = [each for each in objects[sample.image_id] if each in sample.category_ids]
+            assert sorted(of_labels) == sorted(kept)
+            for donor, region in zip(donors, sample.regions, strict=True):
+                numbers = {9: (1, 2, 3), 4: (4, 5), 5: (7,), 6: ()}[donor]
+                is_of = [n for n in numbers if (region == shifted(kind, n)).all()]
+                assert region.any() and (len(is_of) == 1 or donor == 6)
+                drawn.update(is_of)
+    assert found == asked
+    num_asked = sum(c in asked.get(image, ()) for image, cs in objects.items() for c in cs)
+    assert dataset.left_out["objects that no other image shows"] == 7 - num_asked
+    assert dataset.left_out["images that no other image shows a category of"] == 4 - len(asked)
+    assert {1, 3} - drawn == ({3} if kind == "point" else set())  # any object of the donor
+
+
 def test_vgd_training_keeps_a_category_that_nothing_shows(tmp_path):
     """Another image of the batch may show it."""
     write_vgd(tmp_path)
@@ -1295,6 +1395,7 @@ def test_tsv_choices_yes_no_and_the_image_of_another_row(tmp_path):
     lines = ["Look\tup.", "Which is red?", "A. the left", "B. the right"]
     lines += ["Answer with the letter of the right option."]
     assert chosen.turns == [("\n".join(lines), "A")] and chosen.sample_id == "mmbench/241"
+    assert (asked.image_id, chosen.image_id) == ("7", "241")
 
 
 @pytest.mark.parametrize(
@@ -1320,6 +1421,38 @@ def test_tsv_image_by_path(tmp_path):
     write(tmp_path / "LMUData/images/MME/1.png", COLOURS)
     sample = open_dataset("mmbench", tmp_path).sample(0, rng())
     assert (np.asarray(sample.image) == COLOURS).all()
+
+
+# ---- how long a prompt is ------------------------------------------------------------------------
+
+
+def num_words(dataset: Dataset) -> list[int]:
+    return [dataset.num_words(index) for index in range(len(dataset))]
+
+
+def test_words_of_referring_and_reasoning_prompts_are_counted(tmp_path):
+    write_refs(tmp_path, [*TWO_REFS, *OF_VAL])
+    assert num_words(open_dataset("refcoco", tmp_path)) == [2 + 2, 3 + 2]
+    dataset = open_dataset("refcoco_val", tmp_path)
+    assert num_words(dataset) == [len(s.names[0].split()) for s in samples_of(dataset)] == [2, 3, 1]
+    for split in ("train", "val"):
+        write_reason(tmp_path, REASON, split)
+    counts = [len(text.split()) for text in TEXTS]
+    assert num_words(open_dataset("reasonseg_val", tmp_path)) == [*counts, 2]
+    assert num_words(open_dataset("reasonseg", tmp_path)) == [max(counts), 2]  # one will be drawn
+    write_own(tmp_path, OWN)
+    assert num_words(open_dataset("mine/refs.json", tmp_path)) == [2 + 3 + 2 + 2 + 2]
+
+
+def test_words_of_a_question_with_options_and_categories_of_visual_prompts_are_counted(tmp_path):
+    write_tsv(tmp_path, [CHOICE, CHOICE | {"index": 7, "A": "", "B": "", "hint": ""}])
+    assert num_words(open_dataset("mmbench", tmp_path)) == [3 + 2 + 2 + 2, 3]
+    write_vgd(tmp_path)
+    write_interactive(tmp_path, "val")
+    assert num_words(open_dataset("coco_vgd", tmp_path)) == [2, 1]
+    assert set(num_words(open_dataset("coco_interactive_val_box", tmp_path))) == {1}
+    write_panoptic(tmp_path)
+    assert num_words(open_dataset("coco_panoptic", tmp_path)) == [0, 0]  # all are alike
 
 
 # ---- a user's own --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import pickle
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from xsam import world as toy_world
+from xsam.datasets import open_dataset
 from xsam.prompts import clean_name
 from xsam.scenes import COLORS, RADII, RIDDLES, STUFF_IDS, THING_IDS, Scene, plural
 from xsam.sources import PROMPT_TYPES, SOURCES, locate
@@ -214,6 +215,16 @@ def test_vgd_has_the_instances_without_crowds(world, name):
     assert len(expected) < len(records)
 
 
+@pytest.mark.parametrize("kind", PROMPT_TYPES)
+def test_vgd_prompts_can_be_shown_across_images(world, kind):
+    dataset = open_dataset(f"coco_vgd_val_{kind}_cross", world)
+    assert len(dataset) > 1
+    for index in range(len(dataset)):
+        sample = dataset.sample(index, np.random.default_rng(index))
+        pixels = np.asarray(sample.image)
+        assert not any(np.array_equal(np.asarray(image), pixels) for image in sample.region_images)
+
+
 # ---- referring expressions -----------------------------------------------------------------------
 
 
@@ -266,8 +277,9 @@ def test_refs_are_plain_and_point_at_annotations(world, name):
     splits = {ref["image_id"]: ref["split"] for ref in refs}
     assert all(splits[ref["image_id"]] == ref["split"] for ref in refs)
     sources = [each for key, each in SOURCES.items() if key.split("_")[0] == name]
-    expected = {"train", "val"} if name == "refcoco" else {source.split for source in sources}
-    assert set(splits.values()) == expected
+    assert set(splits.values()) == {source.split for source in sources}
+    counts = Counter(splits[number] for number in splits)
+    assert counts["val"] >= max(counts["testA"], counts["testB"], counts["test"])
     for image in instances["images"]:
         assert (world / SOURCES[name].images / image["file_name"]).exists()
 
@@ -424,7 +436,8 @@ def test_chat_files(world):
 def test_benchmarks_ask_what_their_pictures_answer(world, drawings, name):
     csv.field_size_limit(2**24)
     rows = read_table(world / SOURCES[name].annotations)
-    assert 12 <= len(rows) <= 32 and len({row["index"] for row in rows}) == len(rows)
+    assert 12 <= len(rows) <= toy_world.NUM_ROWS
+    assert len({row["index"] for row in rows}) == len(rows)
     images = {row["index"]: row["image"] for row in rows}
     pictures = {drawing.jpeg: drawing.scene for drawing in drawings.values()}
     num_indices = 0
@@ -439,10 +452,13 @@ def test_benchmarks_ask_what_their_pictures_answer(world, drawings, name):
         assert len(options) == len(set(options)) and ("A" in row) == (answer in tuple("ABCD"))
         answer = row[answer] if options else answer
         words = question.split(" Please")[0].strip("?").split()
+        numbers = ["one", "two", "three", "four", "five"]
         if question.startswith("What color"):
             assert {each.color for each in things if each.category == words[-1]} == {answer}
         elif question.startswith("How many"):
-            assert len(things) == ["one", "two", "three", "four", "five"].index(answer) + 1
+            assert len(things) == numbers.index(answer) + 1
+        elif question.startswith("There are"):
+            assert answer == ("Yes" if words[2] == numbers[len(things) - 1] else "No")
         elif question.startswith("What is the background"):
             assert scene.background() == answer
         else:
@@ -452,10 +468,33 @@ def test_benchmarks_ask_what_their_pictures_answer(world, drawings, name):
     assert (num_indices > 0) == (name == "mmbench")
     if name == "mme":
         pairs = Counter((row["image_path"], row["category"]) for row in rows)
-        assert set(pairs.values()) == {2} and {row["category"] for row in rows} == {
-            "existence",
-            "color",
-        }
+        assert set(pairs.values()) == {2}
+    kinds = {"mme": {"existence", "color", "numerical_calculation"}, "pope": {"existence", "color"}}
+    if name in kinds:
+        assert {row["category"] for row in rows} == kinds[name]
+        answers = [row["answer"] for row in rows]
+        assert answers == ["Yes", "No"] * (len(rows) // 2)
+
+
+def test_mmbench_asks_with_the_options_in_every_order_of_a_circle(world):
+    """As the public table: copies of a question differ by a million, and show the first's image."""
+    csv.field_size_limit(2**24)
+    rows = read_table(world / SOURCES["mmbench"].annotations)
+    questions = defaultdict(list)
+    for row in rows:
+        questions[int(row["index"]) % 1_000_000].append(row)
+    assert sorted(questions) == list(range(len(questions))) and len(questions) > 5
+    for number, copies in questions.items():
+        options = [[row[letter] for letter in "ABCD" if row[letter]] for row in copies]
+        count = len(options[0])
+        indices = [number + turn * 1_000_000 for turn in range(count)]
+        assert [int(row["index"]) for row in copies] == indices
+        assert sorted(options) == sorted(options[0][k:] + options[0][:k] for k in range(count))
+        assert len({row[row["answer"]] for row in copies}) == 1
+        assert {row["answer"] for row in copies} == set("ABCD"[:count])
+        assert len({(row["question"], row["hint"], row["category"]) for row in copies}) == 1
+        assert all(len(row["image"]) < 64 for row in copies[1:])
+        assert len({row["image"] for row in copies[1:]}) == 1
 
 
 def test_every_color_and_shape_is_asked_for_somewhere():

@@ -5,7 +5,7 @@
 
 Reads every record as training would (or `--limit` of them, evenly spaced) and lists those that
 cannot be used. With `--show` it draws samples: the prompt at the left, with the visual prompts in
-the image, and the answer with its targets at the right.
+the image (or in others before it), and the answer with its targets at the right.
 """
 
 import argparse
@@ -165,9 +165,7 @@ def problems_text(reports: list[Report], most: int) -> str:
 
 def draw_sample(sample: Sample) -> Image.Image:
     """What is asked, with its visual prompts, beside what is answered, with its targets."""
-    size = sample.image.height, sample.image.width
-    regions = sample.regions if sample.regions is not None else np.zeros((0, *size), bool)
-    asked = draw.draw_segments(sample.image, regions, sample.names[: len(regions)])
+    asked = draw.draw_prompts(sample.image, sample.regions, sample.region_images, sample.names)
     masks, labels = sample.masks, [sample.names[label] for label in sample.labels]
     if sample.ignore is not None and sample.ignore.any():
         masks, labels = np.concatenate([masks, sample.ignore[None]]), [*labels, "(no label)"]
@@ -175,7 +173,8 @@ def draw_sample(sample: Sample) -> Image.Image:
     questions = " / ".join(question for question, _ in sample.turns)
     answers = " / ".join(answer for _, answer in sample.turns)
     titles = [textwrap.shorten(text, MOST_TITLE, placeholder=" …") for text in (questions, answers)]
-    return draw.side_by_side([asked, answered], [f"{sample.sample_id}\n{titles[0]}", titles[1]])
+    titles = [*[""] * (len(asked) - 1), f"{sample.sample_id}\n{titles[0]}", titles[1]]
+    return draw.side_by_side([*asked, answered], titles)
 
 
 def show(dataset: Dataset, count: int, out: Path, seed: int) -> list[Path]:

@@ -10,8 +10,8 @@ and a resumed run, see the same. As a command it checks and builds data:
     python -m xsam.data check --data datas --show 4
     python -m xsam.data vgd --instances instances_train2017.json --out img_vgdseg_coco_train.json
 
-Legend: B images of a batch, R decoder runs, T targets, G visual prompts, H W image size, S canvas
-side, N tokens, P points.
+Legend: B images of a batch, D donors (images that show a visual prompt for another), R decoder
+runs, T targets, G visual prompts, H W image size, S canvas side, N tokens, P points.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from xsam.losses import Targets
 from xsam.prompts import PER_PHRASE_TASKS, join_phrases
 from xsam.samples import Dataset, Sample
 
+PICTURES = ("image", "masks", "ignore", "regions", "region_images")  # fields of a Sample
 MOST_REPLACEMENTS = 100  # records in a row that may be left out before a run stops
 
 
@@ -51,13 +52,13 @@ class Batch:
     """What one forward pass reads (the first block) and what its losses need."""
 
     task: str
-    seg_pixels: Tensor  # [B, 3, S, S]
+    seg_pixels: Tensor  # [B + D, 3, S, S]: the images, then D others that show a visual prompt
     image_pixels: Tensor | None  # [B, 3, s, s]; None without image encoder
     input_ids: Tensor | None  # [B, N] with placeholders
     attention_mask: Tensor | None  # [B, N]
     labels: Tensor | None  # [B, N]
     region_points: Tensor | None  # [G, P, 2] (row, column) in 0..1, of each <region>
-    region_index: Tensor | None  # [G] image of each <region>
+    region_index: Tensor | None  # [G] row of seg_pixels that each <region> is read from
     image_index: Tensor  # [R] image of each decoder run
 
     targets: list[Targets]  # one per decoder run
@@ -96,18 +97,20 @@ class Processor:
     def place(self, sample: Sample, stage: Stage | None, rng: np.random.Generator | None):
         """Where the sample's image goes; augmented (scale, crop, flip) as the stage says. The flip
         is carried out on the sample."""
-        size = self.config.model.seg_image_size
-        shape = sample.image.height, sample.image.width
         if stage is None:
-            return Placement.fit(shape, size)
+            return self.fit(sample.image)
         if rng.random() < stage.flip_probability:
             sample.image = sample.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             sample.masks = sample.masks[:, :, ::-1]
-            for name in ("ignore", "regions"):
+            for name in ("ignore", "regions") if sample.region_images is None else ("ignore",):
                 if getattr(sample, name) is not None:
                     setattr(sample, name, getattr(sample, name)[..., ::-1])
         scale = rng.uniform(*stage.scale_range) if stage.scale_range else 1.0
-        return Placement.fit(shape, size, scale).crop(rng)
+        return self.fit(sample.image, scale).crop(rng)
+
+    def fit(self, image: Image.Image, scale: float = 1.0) -> Placement:
+        size = self.config.model.seg_image_size
+        return Placement.fit((image.height, image.width), size, scale)
 
     def tokenize(self, sample: Sample) -> tuple[list[int], list[int]]:
         """Ids and labels. Raises Refusal where they are too many."""
@@ -135,6 +138,25 @@ class Processor:
                     raise
                 goes = absent[len(absent) // 2 :]
                 sample = keep_names(sample, np.setdiff1d(np.arange(len(sample.names)), goes))
+
+    def split(self, sample: Sample) -> list[tuple[list[int], Sample]]:
+        """The sample asked in as few parts as its list of names fits into, of about as many names
+        each: their places in the list, and the sample about these alone. Raises Refusal where a
+        prompt is too long that has no list to split."""
+        places = np.arange(len(sample.names))
+        for count in range(1, max(len(places), 1) + 1):
+            pieces = [(list(range(len(places))), sample)]
+            if count > 1:
+                chunks = np.array_split(places, count)
+                pieces = [(chunk.tolist(), keep_names(sample, chunk)) for chunk in chunks]
+            try:
+                for _, piece in pieces if self.tokenizer is not None else ():
+                    self.tokenize(piece)
+                break
+            except Refusal:
+                if sample.task != "generic" or count == len(places):
+                    raise
+        return pieces
 
     def targets(self, sample: Sample, placement: Placement) -> Targets:
         """The sample's masks on the canvas; a mask that the crop cut away is dropped, but where
@@ -181,38 +203,54 @@ class Processor:
                 )
             encoded["ids"], encoded["labels"] = words
             encoded["region_points"] = self.region_points(sample, placement, rng)
+            donors = [seg_pixels(each, self.fit(each)) for each in sample.region_images or ()]
+            encoded["donor_pixels"] = donors or [None] * len(encoded["region_points"])
         return encoded
 
     def region_points(
         self, sample: Sample, placement: Placement, rng: np.random.Generator | None
     ) -> list[Tensor | None]:
-        """Where the region sampler reads each visual prompt: (row, column) in 0..1 of the canvas,
-        [P, 2], with repetition where a prompt has fewer pixels; None for one that is empty. Raises
-        Refusal where all are."""
+        """Where the region sampler reads each visual prompt: (row, column) in 0..1 of the canvas of
+        its image, [P, 2], with repetition where a prompt has fewer pixels; None for one that is
+        empty. Raises Refusal where all are."""
         rng = rng or np.random.default_rng(0)
         count = self.config.model.num_region_points
         regions = sample.regions if sample.regions is not None else ()
+        placements = [placement] * len(regions)
+        if sample.region_images is not None:  # they are shown whole
+            placements = [self.fit(image) for image in sample.region_images]
         points: list[Tensor | None] = []
-        for region in regions:
-            drawn = placement.draw_points(region, count, rng)
+        for region, where in zip(regions, placements, strict=True):
+            drawn = where.draw_points(region, count, rng)
             points.append(torch.from_numpy(drawn).float() if len(drawn) else None)
         if points and all(each is None for each in points):
             raise Refusal(f"{sample.sample_id}: no visual prompt has a pixel on the canvas")
         return points
 
-    def fill_regions(self, encoded: list[dict], may_borrow: bool) -> tuple[Tensor, Tensor]:
-        """Points [G, P, 2] of all visual prompts of a batch and the image [G] each is read from.
+    def fill_regions(
+        self, encoded: list[dict], may_borrow: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Points [G, P, 2] of all visual prompts of a batch, the row [G] of its `seg_pixels` that
+        each is read from, and what the donors add to those.
 
         An empty prompt is that of the same category in another image of the batch, if it
         `may_borrow`; a category that no image can show leaves its sample.
         """
+        donors: list[Tensor] = []
+        for row, item in enumerate(encoded):
+            item["region_rows"] = []
+            for points, pixels in zip(item["region_points"], item["donor_pixels"], strict=True):
+                is_elsewhere = points is not None and pixels is not None
+                item["region_rows"].append(len(encoded) + len(donors) if is_elsewhere else row)
+                donors += [pixels] if is_elsewhere else []
         found: dict[str, tuple[int, Tensor]] = {}
-        for row, item in enumerate(encoded if may_borrow else ()):
-            for name, points in zip(item["sample"].names, item["region_points"], strict=False):
+        for item in encoded if may_borrow else ():
+            columns = item["sample"].names, item["region_rows"], item["region_points"]
+            for name, row, points in zip(*columns, strict=False):
                 if points is not None:
                     found.setdefault(name, (row, points))
         all_points, rows = [torch.zeros(0, self.config.model.num_region_points, 2)], []
-        for row, item in enumerate(encoded):
+        for item in encoded:
             is_lost = [
                 points is None and name not in found
                 for name, points in zip(item["sample"].names, item["region_points"], strict=False)
@@ -222,23 +260,27 @@ class Processor:
                 item["sample"] = sample = keep_names(item["sample"], keep)
                 item["targets"] = self.targets(sample, item["placement"])
                 item["ids"], item["labels"] = self.tokenize(sample)
-                item["region_points"] = [item["region_points"][number] for number in keep]
-            for number, points in enumerate(item["region_points"]):
-                name = item["sample"].names[number]
-                donor, points = (row, points) if points is not None else found[name]
+                for name in ("region_rows", "region_points", "donor_pixels"):
+                    item[name] = [item[name][number] for number in keep]
+            pairs = zip(item["region_rows"], item["region_points"], strict=True)
+            for number, (row, points) in enumerate(pairs):
+                if points is None:
+                    row, points = found[item["sample"].names[number]]
                 all_points.append(points[None])
-                rows.append(donor)
-        return torch.cat(all_points), torch.tensor(rows, dtype=torch.long)
+                rows.append(row)
+        return torch.cat(all_points), torch.tensor(rows, dtype=torch.long), donors
 
     def collate(self, encoded: list[dict], pad_left: bool = False) -> Batch:
         """Encoded samples of one task to a batch. Generation wants its padding at the left."""
         task = encoded[0]["sample"].task
         ids = attention_mask = labels = images = points = region_index = None
+        pixels = [item["seg_pixels"] for item in encoded]
         if self.tokenizer is not None:
             if self.image_size:
                 images = torch.stack([item["image_pixels"] for item in encoded])
             # In training only: no answer may depend on the batch.
-            points, region_index = self.fill_regions(encoded, may_borrow=not pad_left)
+            points, region_index, donors = self.fill_regions(encoded, may_borrow=not pad_left)
+            pixels += donors
             pad_id = self.tokenizer.pad_token_id
             ids = _pad([item["ids"] for item in encoded], pad_id, pad_left)
             labels = _pad([item["labels"] for item in encoded], IGNORE_LABEL, pad_left)
@@ -264,7 +306,7 @@ class Processor:
             image_index += [row] * len(runs)
         return Batch(
             task=task,
-            seg_pixels=torch.stack([item["seg_pixels"] for item in encoded]),
+            seg_pixels=torch.stack(pixels),
             image_pixels=images,
             input_ids=ids,
             attention_mask=attention_mask,
@@ -286,6 +328,13 @@ def keep_names(sample: Sample, keep: np.ndarray) -> Sample:
     words = ["<region>"] * len(sample.names) if is_shown else sample.names
     question, answer = sample.turns[0]
     question = question.replace(join_phrases(words), join_phrases([words[i] for i in keep]))
+    regions, donors = sample.regions, sample.region_images
+    if isinstance(regions, list):
+        regions = [regions[i] for i in keep]
+    elif is_shown:
+        regions = regions[keep]
+    if donors is not None:
+        donors = [donors[i] for i in keep]
     is_kept = np.isin(sample.labels, keep)
     return dataclasses.replace(
         sample,
@@ -293,7 +342,9 @@ def keep_names(sample: Sample, keep: np.ndarray) -> Sample:
         masks=sample.masks[is_kept],
         labels=np.searchsorted(keep, sample.labels[is_kept]),
         names=[sample.names[i] for i in keep],
-        regions=sample.regions[keep] if is_shown else None,
+        category_ids=[sample.category_ids[i] for i in keep] if sample.category_ids else [],
+        regions=regions,
+        region_images=donors,
     )
 
 
@@ -418,8 +469,7 @@ class Mixture(torch.utils.data.Dataset):
                 return item
         batch = self.processor.collate(items)
         batch.samples = [
-            dataclasses.replace(sample, image=None, masks=None, ignore=None, regions=None)
-            for sample in batch.samples
+            dataclasses.replace(sample, **dict.fromkeys(PICTURES)) for sample in batch.samples
         ]
         return batch
 

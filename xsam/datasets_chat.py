@@ -47,6 +47,7 @@ class Llava(Dataset):
             turns=self.turns(record, where),
             masks=np.zeros((0, image.height, image.width), bool),
             labels=np.zeros(0, np.int64),
+            image_id=record["image"],
         )
 
     def find(self, name: str) -> Path:
@@ -105,6 +106,9 @@ class Benchmark(Dataset):
                     image = images[image]
                 self.records.append(row | {"image": image})
 
+    def key(self, index: int) -> str:
+        return self.records[index]["index"]
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         row = self.records[index]
         where = f"{self.annotations}: index {row['index']}"
@@ -119,8 +123,7 @@ class Benchmark(Dataset):
                 raise ValueError(f"{where}: its image cannot be read ({error})") from error
         else:
             image = read_image(self.annotations.parent / row["image_path"])
-        options = {letter: row.get(letter, "").strip() for letter in self.OPTIONS}
-        options = {letter: text for letter, text in options.items() if text}
+        options = self.options(row)
         answer = check_words(row["answer"].strip(), where)
         if options and answer not in options:
             raise ValueError(f"{where}: its answer {answer!r} is none of {list(options)}")
@@ -132,4 +135,14 @@ class Benchmark(Dataset):
             turns=[(check_words(question, where), answer)],
             masks=np.zeros((0, image.height, image.width), bool),
             labels=np.zeros(0, np.int64),
+            image_id=row["index"],
         )
+
+    def options(self, row: dict[str, str]) -> dict[str, str]:
+        """The options of a question by letter; none of one that is open."""
+        options = {letter: row.get(letter, "").strip() for letter in self.OPTIONS}
+        return {letter: text for letter, text in options.items() if text}
+
+    def num_words(self, index: int) -> int:
+        row = self.records[index]
+        return sum(len(row.get(key, "").split()) for key in ("question", "hint", *self.OPTIONS))

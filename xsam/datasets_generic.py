@@ -37,6 +37,7 @@ class Generic(Dataset):
         content = read_json(self.annotations, dict)
         where = str(self.annotations)
         categories = read_categories(content, where)
+        self.category_ids = list(categories)
         self.category_index = {number: index for index, number in enumerate(categories)}
         self.names = [category["name"] for category in categories.values()]
         self.is_thing = [
@@ -95,6 +96,8 @@ class Generic(Dataset):
             labels=np.array([place[category] for category in classes], np.int64),
             ignore=ignore,
             names=names,
+            category_ids=[self.category_ids[category] for category in prompt],
+            image_id=image["id"],
         )
 
 
@@ -119,6 +122,9 @@ class Panoptic(Generic):
                 self.records.append((image, segments[number]))
             else:
                 self.left_out["images without segments"] += 1
+
+    def key(self, index: int) -> int | str:
+        return self.records[index][0]["id"]
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray, list[dict]]:
         """Image, map [H, W] of 1 + the place of each pixel's segment (0 is void), and the segments,
@@ -187,23 +193,34 @@ class Instances(Generic):
             else:
                 self.left_out["images without instances"] += 1
 
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+    def key(self, index: int) -> int | str:
+        return self.records[index][0]["id"]
+
+    def read(self, index: int) -> tuple[Image.Image, list[tuple[int, np.ndarray, bool]]]:
+        """Image, and of each object that has a pixel (a few of COCO's have none) its contiguous
+        class, its mask, bool [H, W], and whether it is a crowd region."""
         image, annotations = self.records[index]
         picture, size, _ = self.open_image(image)
-        masks, classes, crowd = [], [], np.zeros(size, bool)
+        objects = []
         for annotation in annotations:
             where = f"{self.annotations}: annotation {annotation['id']}"
             category = self.category_of(annotation, where)
             shape = take(annotation, "segmentation", (dict, list), where)
             mask = decode_mask(shape, size, where, may_be_empty=True)
-            if annotation.get("iscrowd"):
-                crowd |= mask
-            elif mask.any():  # a few of COCO's objects are smaller than a pixel
-                masks.append(mask)
-                classes.append(category)
+            if mask.any():
+                objects.append((category, mask, bool(annotation.get("iscrowd"))))
+        return picture, objects
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        picture, objects = self.read(index)
+        size = picture.height, picture.width
+        classes = [category for category, _, is_crowd in objects if not is_crowd]
+        masks = np.array([mask for _, mask, is_crowd in objects if not is_crowd], bool)
+        crowd = np.array([mask for _, mask, is_crowd in objects if is_crowd], bool)
+        masks, crowd = masks.reshape(-1, *size), crowd.reshape(-1, *size).any(axis=0)
         # An instance keeps its label where a crowd region lies over it.
-        masks = np.stack(masks) if masks else np.zeros((0, *size), bool)
-        return self.make(image, picture, masks, classes, crowd & ~masks.any(axis=0), rng)
+        ignore = crowd & ~masks.any(axis=0)
+        return self.make(self.records[index][0], picture, masks, classes, ignore, rng)
 
 
 class Semantic(Generic):
@@ -223,13 +240,21 @@ class Semantic(Generic):
             else:
                 self.left_out["images without segments"] += 1
 
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        image = self.records[index]
-        picture, size, name = self.open_image(image)
+    def key(self, index: int) -> int | str:
+        return self.records[index]["id"]
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """Image and its class map, uint8 [H, W]."""
+        picture, size, name = self.open_image(self.records[index])
         path = self.masks / name
         classes = read_class_map(path, size)
+        largest = classes.max(initial=0, where=classes != 255)
+        if largest >= len(self.names):
+            raise ValueError(f"{path}: class {largest}, but there are {len(self.names)}")
+        return picture, classes
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        picture, classes = self.read(index)
         present = np.unique(classes[classes != 255]).tolist()
-        if present and present[-1] >= len(self.names):
-            raise ValueError(f"{path}: class {present[-1]}, but there are {len(self.names)}")
         masks = classes == np.array(present, np.uint8)[:, None, None]
-        return self.make(image, picture, masks, present, classes == 255, rng)
+        return self.make(self.records[index], picture, masks, present, classes == 255, rng)

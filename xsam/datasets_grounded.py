@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from xsam.formats import (
     decode_mask,
@@ -24,7 +25,7 @@ from xsam.formats import (
     take_size,
 )
 from xsam.prompts import ask, check_words, reply
-from xsam.samples import Dataset, Sample, by_id, read_categories
+from xsam.samples import Dataset, Packed, Sample, by_id, pack, read_categories
 from xsam.sources import PROMPT_RADII, PROMPT_TYPES
 
 # ---- grounded conversation -----------------------------------------------------------------------
@@ -88,6 +89,7 @@ class Gcg(Dataset):
             # A phrase keeps its label where an ignored region lies over it.
             ignore=np.any(ignored, axis=0) & ~masks.any(axis=0) if ignored else None,
             names=names,
+            image_id=caption.image_id,
         )
 
     def records_of(self, content: list) -> Iterator[tuple[dict, str]]:
@@ -202,14 +204,15 @@ class GcgFlickr(Gcg):
 
 
 class GcgScored(Dataset):
-    """GranD-f validation and test: masks in one file, captions in another. The masks are of no
-    phrase in particular, so all have the one name "object"."""
+    """GranD-f validation and test: masks in one file, captions and their phrases in another, in the
+    order of the masks. Masks of an image with another number of phrases are of none in particular,
+    so all have the one name "object"."""
 
     def index(self) -> None:
         masks, captions = read_json(self.annotations, dict), read_json(self.instances, dict)
         where = str(self.annotations)
         images = by_id(take(masks, "images", list, where), f"{where}: images")
-        by_image, texts = self.group_by_image(masks, images), {}
+        by_image, texts = self.group_by_image(masks, images), {}  # texts: caption and phrases
         for record in take(captions, "annotations", list, str(self.instances)):
             with self.record():
                 at = f"{self.instances}: annotation"
@@ -218,17 +221,30 @@ class GcgScored(Dataset):
                 if number in texts:
                     self.left_out["further captions of an image"] += 1
                     continue
-                texts[number] = check_words(take(record, "caption", str, at), at)
+                phrases = take(record, "labels", list, at) if "labels" in record else []
+                phrases = [check_words(expect(each, str, f"{at}: labels"), at) for each in phrases]
+                texts[number] = check_words(take(record, "caption", str, at), at), phrases
         for number, image in images.items():
             if number not in texts:
                 self.problems.append(f"{where}: image {number} has no caption in {self.instances}")
             elif by_image[number]:
-                self.records.append((image, texts[number], by_image[number]))
+                text, phrases = texts[number]
+                if len(phrases) != len(by_image[number]):
+                    self.left_out["images whose phrases do not belong to their masks"] += 1
+                    phrases = []
+                self.records.append((image, text, phrases, by_image[number]))
             else:
                 self.left_out["images without masks"] += 1
 
+    def key(self, index: int) -> int | str:
+        return self.records[index][0]["id"]
+
+    def captions(self, index: int) -> list[str]:
+        """The true captions of an image."""
+        return [self.records[index][1]]
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        image, text, annotations = self.records[index]
+        image, text, phrases, annotations = self.records[index]
         where = f"{self.annotations}: image {image['id']}"
         size = take_size(image, where)
         picture = read_image(self.images / f"{image['id']}.jpg", size)
@@ -239,8 +255,9 @@ class GcgScored(Dataset):
             image=picture,
             turns=[(ask("gcg", [], rng, self.phrasings), text)],
             masks=np.stack([decode_mask(shape, size, where) for shape in shapes]),
-            labels=np.zeros(len(shapes), np.int64),
-            names=["object"],
+            labels=np.arange(len(shapes)) if phrases else np.zeros(len(shapes), np.int64),
+            names=phrases or ["object"],
+            image_id=image["id"],
         )
 
 
@@ -255,6 +272,9 @@ class VisualPrompts(Dataset):
     each category present and asks for all of these categories. `source.prompt` is the kind of
     prompt, "" a random one of those that are not empty. PSALM's file stores points and scribbles
     one pixel wide and has crowd regions, which are asked for in evaluation only.
+
+    With `source.is_cross` VGD shows each category in another image of the set (paper figure 13),
+    and does not ask for one that no other image shows.
     """
 
     def index(self) -> None:
@@ -265,6 +285,8 @@ class VisualPrompts(Dataset):
         for place, record in enumerate(read_json(self.annotations, list)):
             with self.record():
                 self.index_image(record, f"{self.annotations}: record {place}")
+        if self.source.is_cross:
+            self.index_donors()
 
     def index_image(self, record: dict, where: str) -> None:
         is_stored_thin = isinstance(record, dict) and "anns" in record
@@ -291,17 +313,19 @@ class VisualPrompts(Dataset):
                 raise ValueError(f"{at}: category {category} is not in {self.instances}")
             annotations.append((raw, category, prompts, at))
         entry = (file_name, number, size, is_stored_thin)
-        self.add(entry, annotations)
+        if self.source.is_cross:
+            self.records.append((*entry, annotations))
+        else:
+            self.add(entry, annotations)
 
     def add(self, entry: tuple, annotations: list) -> None:
         """The records of one image."""
-        kind, is_training = self.source.prompt, self.source.split == "train"
+        is_training = self.source.split == "train"
         if self.source.task == "interactive" and is_training:
             single = [each for each in annotations if not each[0].get("iscrowd")]
             self.left_out["crowd regions"] += len(annotations) - len(single)
             annotations = single
-        usable = [each for each in annotations if (kind in each[2] if kind else each[2])]
-        kept = usable
+        kept = usable = self.with_prompt(annotations)
         if self.source.task == "vgd":  # one object shows all of its category
             shown = {category for _, category, _, _ in usable}
             kept = [each for each in annotations if is_training or each[1] in shown]
@@ -313,50 +337,98 @@ class VisualPrompts(Dataset):
         else:
             self.records.append((*entry, kept))
 
+    def with_prompt(self, annotations: list) -> list:
+        """Those that have a prompt of the kind that is asked with."""
+        kind = self.source.prompt
+        return [each for each in annotations if (kind in each[2] if kind else each[2])]
+
+    def index_donors(self) -> None:
+        """What shows each category, and of each image the objects that another image shows."""
+        donors, self.showing = defaultdict(list), defaultdict(list)  # the latter: ids of images
+        for *entry, annotations in self.records:
+            for _, category, prompts, where in self.with_prompt(annotations):
+                donor = (*entry, [({}, category, prompts, where)])
+                donors[category].append(pack(donor, where))
+                self.showing[category].append(entry[1])
+        self.donors = {category: Packed(contents) for category, contents in donors.items()}
+        images, self.records = self.records, []
+        for file_name, number, size, is_stored_thin, annotations in images:
+            kept = [each for each in annotations if any(n != number for n in self.showing[each[1]])]
+            self.left_out["objects that no other image shows"] += len(annotations) - len(kept)
+            if kept:
+                self.records.append((file_name, number, size, is_stored_thin, kept))
+            else:
+                self.left_out["images that no other image shows a category of"] += 1
+
+    def key(self, index: int) -> int | str:
+        _, number, _, _, annotations = self.records[index]
+        return annotations[0][0]["id"] if self.source.task == "interactive" else number
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         file_name, number, size, is_stored_thin, annotations = self.records[index]
         picture = read_image(self.images / file_name, size)
         is_interactive = self.source.task == "interactive"
         if is_interactive:
             annotations = [annotations[rng.integers(len(annotations))]]
-        groups = defaultdict(list)  # of a name, the objects and their masks
+        groups = defaultdict(list)  # of a category, the objects and their masks
         for each in sorted(annotations, key=lambda each: each[1]):
             shape = take(each[0], "segmentation", (dict, list), each[3])
             mask = decode_mask(shape, size, each[3], may_be_empty=not is_interactive)
             if mask.any():  # a few of COCO's objects are smaller than a pixel
-                name = "object" if is_interactive else self.category_names[each[1]]
-                groups[name].append((each, mask))
+                groups[each[1]].append((each, mask))
         if not groups:
             raise ValueError(f"{self.annotations}: image {number}: no object has a pixel")
-        names = list(groups)
+        shown = list(groups)
         if self.source.split == "train":
-            names = rng.permutation(names).tolist()
-        regions = [
-            self.region([each for each, _ in groups[name]], size, is_stored_thin, rng)
-            for name in names
-        ]
-        counts = [len(groups[name]) for name in names]
+            shown = rng.permutation(shown).tolist()
+        donors = None
+        if self.source.is_cross:
+            pairs = [self.region_elsewhere(category, number, rng) for category in shown]
+            donors, regions = map(list, zip(*pairs, strict=True))
+        else:
+            objects = [[each for each, _ in groups[category]] for category in shown]
+            regions = np.stack([self.region(each, size, is_stored_thin, rng) for each in objects])
+        counts = [len(groups[category]) for category in shown]
         return Sample(
             sample_id=f"{self.name}/{number}/{index}",
             task=self.source.task,
             image=picture,
-            turns=[self.turn(["<region>"] * len(names), rng)],
-            masks=np.stack([mask for name in names for _, mask in groups[name]]),
-            labels=np.repeat(np.arange(len(names)), counts),
-            names=names,
-            regions=np.stack(regions),
+            turns=[self.turn(["<region>"] * len(shown), rng)],
+            masks=np.stack([mask for category in shown for _, mask in groups[category]]),
+            labels=np.repeat(np.arange(len(shown)), counts),
+            names=["object"] if is_interactive else [self.category_names[each] for each in shown],
+            regions=regions,
+            region_images=donors,
+            category_ids=shown,
+            image_id=number,
         )
+
+    def num_words(self, index: int) -> int:
+        """Categories that are shown."""
+        if self.source.task == "interactive":
+            return 1
+        return len({category for _, category, _, _ in self.records[index][-1]})
 
     def region(
         self, group: list, size: tuple[int, int], is_stored_thin: bool, rng: np.random.Generator
     ) -> np.ndarray:
         """A random prompt for one of the objects of `group`, bool [H, W]; empty where none of them
         has such a prompt."""
-        kind = self.source.prompt
-        usable = [each for each in group if (kind in each[2] if kind else each[2])]
+        usable = self.with_prompt(group)
         if not usable:
             return np.zeros(size, bool)
         _, _, prompts, where = usable[rng.integers(len(usable))]
-        kind = kind or list(prompts)[rng.integers(len(prompts))]
+        kind = self.source.prompt or list(prompts)[rng.integers(len(prompts))]
         region = decode_mask(prompts[kind], size, where)
         return dilate(region, PROMPT_RADII.get(kind, 0)) if is_stored_thin else region
+
+    def region_elsewhere(
+        self, category: int, number: int | str, rng: np.random.Generator
+    ) -> tuple[Image.Image, np.ndarray]:
+        """An image other than `number` and the prompt of one of its objects of `category`, drawn
+        among all such objects."""
+        others = [place for place, image in enumerate(self.showing[category]) if image != number]
+        donor = self.donors[category][others[rng.integers(len(others))]]
+        file_name, _, size, is_stored_thin, group = donor
+        picture = read_image(self.images / file_name, size)
+        return picture, self.region(group, size, is_stored_thin, rng)

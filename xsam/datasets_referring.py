@@ -38,6 +38,7 @@ class Referring(Dataset):
     def make(
         self,
         sample_id: str,
+        image_id: int | str,
         picture: Image.Image,
         objects: list[tuple[str, np.ndarray | None]],
         rng: np.random.Generator,
@@ -57,6 +58,7 @@ class Referring(Dataset):
             masks=np.stack(masks) if masks else np.zeros((0, *size), bool),
             labels=np.flatnonzero([mask is not None for _, mask in objects]),
             names=names,
+            image_id=image_id,
         )
 
 
@@ -130,6 +132,9 @@ class RefCoco(Referring):
             for start in range(0, len(combination), MAX_TURNS):
                 self.records.append((image, combination[start : start + MAX_TURNS]))
 
+    def key(self, index: int) -> str:
+        return f"{self.records[index][0]['id']}/{index}"
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         image, pairs = self.records[index]
         where = f"{self.instances}: image {image['id']}"
@@ -139,7 +144,12 @@ class RefCoco(Referring):
         for places, sentence in pairs:
             masks = [self.mask(self.objects[place], size) for place in places]
             objects.append((sentence, np.any(masks, axis=0) if masks else None))
-        return self.make(f"{self.name}/{image['id']}/{index}", picture, objects, rng)
+        sample_id = f"{self.name}/{image['id']}/{index}"
+        return self.make(sample_id, image["id"], picture, objects, rng)
+
+    def num_words(self, index: int) -> int:
+        _, pairs = self.records[index]
+        return sum(len(sentence.split()) for _, sentence in pairs)
 
     def mask(self, annotation: dict, size: tuple[int, int]) -> np.ndarray:
         where = f"{self.instances}: annotation {annotation['id']}"
@@ -167,22 +177,35 @@ class OwnReferring(Referring):
                     chunk = pairs[start : start + MAX_TURNS]
                     self.records.append((where, record["image"], chunk))
 
+    def key(self, index: int) -> str:
+        return str(index)
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         where, name, pairs = self.records[index]
         picture = read_image(self.images / name)
         size = picture.height, picture.width
         objects = []
         for mask, texts in pairs:
-            texts = [texts] if isinstance(texts, str) else expect(texts, list, f"{where}: texts")
-            if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-                raise ValueError(f"{where}: a text is empty or no string")
+            texts = self.alternatives(texts, where)
             text = check_words(texts[rng.integers(len(texts))].strip(), where)
             if isinstance(mask, str):
                 mask = read_mask_image(self.images / mask, size)
             elif mask is not None:
                 mask = decode_mask(expect(mask, (dict, list), f"{where}: a mask"), size, where)
             objects.append((text, mask))
-        return self.make(f"{self.name}/{index}", picture, objects, rng)
+        return self.make(f"{self.name}/{index}", name, picture, objects, rng)
+
+    def num_words(self, index: int) -> int:
+        where, _, pairs = self.records[index]
+        chosen = [self.alternatives(texts, where) for _, texts in pairs]
+        return sum(max(len(text.split()) for text in texts) for texts in chosen)
+
+    def alternatives(self, texts: str | list[str], where: str) -> list[str]:
+        """The texts of one mask."""
+        texts = [texts] if isinstance(texts, str) else expect(texts, list, f"{where}: texts")
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"{where}: a text is empty or no string")
+        return texts
 
 
 # ---- reasoning -----------------------------------------------------------------------------------
@@ -242,6 +265,9 @@ class Reason(Dataset):
         size = read_image_size(path.with_suffix(".jpg"))
         return bool((paint_shapes(shapes, size, str(path)) == 1).any())
 
+    def key(self, index: int) -> str:
+        return f"{self.records[index][0]}/{index}"
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         stem, texts, _, shapes = self.records[index]
         path = self.annotations / f"{stem}.json"
@@ -263,7 +289,15 @@ class Reason(Dataset):
             labels=np.zeros(1, np.int64),
             ignore=labels == 255,
             names=[text],
+            image_id=stem,
         )
+
+    def num_words(self, index: int) -> int:
+        return max(len(text.split()) for text in self.records[index][1])
+
+    def is_sentence(self, index: int) -> bool:
+        """Whether the question is a long one, as the scores of the test split are told apart."""
+        return self.records[index][2]
 
 
 def _corners(shape: dict, where: str) -> list[tuple[int, int]]:

@@ -202,6 +202,26 @@ def draw_segments(
     return _add_title(picture, title)
 
 
+def draw_prompts(
+    image: Image.Image,
+    regions: np.ndarray | list[np.ndarray] | None,
+    region_images: list[Image.Image] | None,
+    labels: list[str],
+) -> list[Image.Image]:
+    """The image with its visual prompts bool [G, H, W], if any; or the images that show them, bool
+    [H', W'] each, then the image itself."""
+    nothing = np.zeros((0, image.height, image.width), bool)
+    if region_images is None:
+        is_alone = regions is None
+        return [draw_segments(image, nothing if is_alone else regions, [] if is_alone else labels)]
+    pictures = []
+    for number, donor in enumerate(region_images):
+        masks = np.zeros((number + 1, donor.height, donor.width), bool)
+        masks[number] = regions[number]  # in the colour of its number
+        pictures.append(draw_segments(donor, masks, labels[: number + 1]))
+    return [*pictures, draw_segments(image, nothing, [])]
+
+
 def side_by_side(pictures: list[Image.Image], titles: list[str]) -> Image.Image:
     """The pictures in a row on white, scaled to the height of the tallest, a title above each.
 

@@ -35,7 +35,11 @@ class Sample:
     labels: np.ndarray  # int64 [T], index into names
     ignore: np.ndarray | None = None  # bool [H, W], pixels without a label
     names: list[str] = field(default_factory=list)  # the classes or phrases, in prompt order
-    regions: np.ndarray | None = None  # bool [G, H, W], a visual prompt for each <region>
+    # A visual prompt for each <region>: bool [G, H, W], or a list of bool [H', W'] in other images.
+    regions: np.ndarray | list[np.ndarray] | None = None
+    region_images: list[Image.Image] | None = None  # these others; None: all are in `image`
+    category_ids: list[int] = field(default_factory=list)  # of the file, one for each name
+    image_id: int | str = ""  # of the file
 
 
 def pack(record, where: str) -> bytes:
@@ -103,9 +107,26 @@ class Dataset:
     def index(self) -> None:
         raise NotImplementedError
 
+    def key(self, index: int) -> int | str:
+        """What predictions for record `index` are filed under: the id of its image, or where an
+        image has several records an id of its own."""
+        raise NotImplementedError
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Record `index`, its words drawn from `rng`. Raises ValueError that names the record."""
         raise NotImplementedError
+
+    def num_words(self, index: int) -> int:
+        """How long the prompt of a record is, by a measure that reads no image: what differs from
+        one record to the next, in words or in categories."""
+        return 0
+
+    def question(self, index: int) -> Sample:
+        """Record `index` as evaluation asks it: its words are drawn from fixed numbers, its answers
+        left to the model."""
+        sample = self.sample(index, np.random.default_rng([0, index]))
+        sample.turns = [(asked, None) for asked, _ in sample.turns]
+        return sample
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:

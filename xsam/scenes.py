@@ -289,7 +289,11 @@ ANSWERS = {
     "count": ("number", NUMBERS),
     "background": ("stuff", [clean_name(name) for name in STUFF_IDS]),
 }
-CHECKS = {"existence": "Is there a {category}?", "color": "Is the {category} {color}?"}
+CHECKS = {
+    "existence": "Is there a {category}?",
+    "color": "Is the {category} {color}?",
+    "numerical_calculation": "There are {number} shapes. Is that right?",
+}
 
 
 class Riddle(NamedTuple):
@@ -517,4 +521,19 @@ def checks(rng: Generator, scene: Scene) -> list[tuple[str, str, str]]:
         true = colored[rng.integers(len(colored))]
         others = [color for color in COLORS if color != true["color"]]
         pairs.append(("color", true, true | {"color": others[rng.integers(len(others))]}))
-    return [(kind, *(CHECKS[kind].format(**each) for each in pair)) for kind, *pair in pairs]
+    return [_check(*each) for each in pairs]
+
+
+def count_checks(rng: Generator, scene: Scene) -> list[tuple[str, str, str]]:
+    """The same of how many things there are, where that is certain; the wrong number is next to
+    the right one."""
+    counts = [NUMBERS.index(values["number"]) for k, values in _certain(scene) if k == "count"]
+    pairs = [(count, (count - 1, count + 1)[rng.integers(2)] if count else 1) for count in counts]
+    return [
+        _check("numerical_calculation", *({"number": NUMBERS[count]} for count in pair))
+        for pair in pairs
+    ]
+
+
+def _check(kind: str, true: dict[str, str], false: dict[str, str]) -> tuple[str, str, str]:
+    return kind, CHECKS[kind].format(**true), CHECKS[kind].format(**false)

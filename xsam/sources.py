@@ -26,6 +26,7 @@ class Source:
     instances: str = ""  # masks or category names that are kept in a second file
     split: str = ""  # where one file holds several
     prompt: str = ""  # the visual prompt that is asked with; empty: a random one
+    is_cross: bool = False  # the visual prompts are shown in other images of the set
     about: str = ""
 
     def paths(self) -> list[str]:
@@ -169,7 +170,7 @@ def _interactive(split: str, prompt: str = "") -> Source:
     )
 
 
-def _vgd(split: str, prompt: str = "") -> Source:
+def _vgd(split: str, prompt: str = "", is_cross: bool = False) -> Source:
     return Source(
         task="vgd",
         format="visual_prompts",
@@ -178,6 +179,7 @@ def _vgd(split: str, prompt: str = "") -> Source:
         images=f"{_VGD}/coco2017/{split}2017",
         split=split,
         prompt=prompt,
+        is_cross=is_cross,
         about=f"COCO-VGD {split} (python -m xsam.data vgd makes one), COCO instances and images",
     )
 
@@ -248,6 +250,7 @@ SOURCES: dict[str, Source] = {
     "coco_vgd": _vgd("train"),
     **{f"coco_interactive_val_{kind}": _interactive("val", kind) for kind in PROMPT_TYPES},
     **{f"coco_vgd_val_{kind}": _vgd("val", kind) for kind in PROMPT_TYPES},
+    **{f"coco_vgd_val_{kind}_cross": _vgd("val", kind, True) for kind in PROMPT_TYPES},
     "llava_pretrain": _chat(
         "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
         "LLaVA-Pretrain/images",

@@ -40,6 +40,7 @@ from xsam.scenes import (
     caption_phrases,
     caption_turn,
     checks,
+    count_checks,
     dialogue,
     draw_scene,
     expressions,
@@ -218,7 +219,7 @@ def write_world(data: Path, num_train: int = 1600, num_val: int = 64, seed: int 
         # These four share each drawing's `rng`: their order is part of the bytes.
         _write_coco(root, "train", train)
         _write_coco(root, "val", val)
-        _write_refs(root, "refcoco", train + val, [each.split for each in train + val])
+        _write_refs(root, "refcoco", train + val, ["train"] * num_train + _scored_splits(val))
         _write_llava(root, train)
         _write_other_refs(root, train, val)
         _write_reasonseg(root, "reasonseg", _eighths(train, 0, 2))
@@ -229,7 +230,9 @@ def write_world(data: Path, num_train: int = 1600, num_val: int = 64, seed: int 
         _write_gcg_scored(root, "gcg_test", val[math.ceil(num_val / 2) :])
         for split, drawings in (("train", _eighths(train, 0, 4)), ("val", _eighths(val, 0, 4))):
             _write_interactive(root, split, drawings)
-            _write_vgd(root, split, drawings, seed)
+        _write_vgd(root, "train", _eighths(train, 0, 4), seed)
+        # Of few drawings all: a category has to be in two of them to be shown across images.
+        _write_vgd(root, "val", val[: max(len(val) // 2, 8)], seed)
         _write_ade20k(root, {"training": train[:4], "validation": val})
         _write_benchmarks(root, val)
 
@@ -329,10 +332,14 @@ def _write_other_refs(root: Path, train: list[Drawing], val: list[Drawing]) -> N
         few = _eighths(train, 0, 1)
         in_turn = [splits[index % len(splits)] for index in range(len(scored))]
         _write_refs(root, name, few + scored, ["train"] * len(few) + in_turn)
-    half, tests = _eighths(train, 0, 4), min(max(1, len(val) // 16), len(val) // 3)
-    splits = ["train"] * len(half) + ["val"] * (len(val) - 2 * tests)
-    splits += ["testA"] * tests + ["testB"] * tests
-    _write_refs(root, "grefcoco", half + val, splits)
+    half = _eighths(train, 0, 4)
+    _write_refs(root, "grefcoco", half + val, ["train"] * len(half) + _scored_splits(val))
+
+
+def _scored_splits(val: list[Drawing]) -> list[str]:
+    """val, but for the last few drawings, which are testA's and testB's."""
+    num_test = min(max(1, len(val) // 16), len(val) // 3)
+    return ["val"] * (len(val) - 2 * num_test) + ["testA"] * num_test + ["testB"] * num_test
 
 
 def _write_refs(root: Path, name: str, drawings: list[Drawing], splits: list[str]) -> None:
@@ -601,31 +608,60 @@ def _conversation(rng: Generator, turns: list[tuple[str, str]], has_image: bool 
 
 YES_OR_NO, HINT = "Please answer yes or no.", "Look at the picture."
 NUM_ROWS = 60  # of a benchmark, where there are as many questions
+COPY_STEP = 1_000_000  # from the index of a question of MMBench to that of its next copy
 
 
 def _write_benchmarks(root: Path, drawings: list[Drawing]) -> None:
     """Tables of questions: yes or no for MME and POPE, a word for GQA, else one of A to D."""
-    rows_of = {"mme": _check_rows, "pope": _check_rows, "gqa": _word_rows}
     names = [name for name, source in SOURCES.items() if source.format == "tsv"]
     for place, name in enumerate(tqdm(names, desc="benchmarks")):
-        rows: list[dict] = []
         first = 7 * place % len(drawings)  # each begins with other drawings
-        for drawing in drawings[first:] + drawings[:first]:
-            rng, index = drawing.generator("benchmark"), len(rows)
-            image = base64.b64encode(drawing.jpeg).decode()
-            for row in rows_of.get(name, _choice_rows)(rng, drawing, name):
-                rows.append(dict(index=len(rows), image=image) | row)
-                image = index if name == "mmbench" else image  # once, then the index of its row
+        rows = _benchmark_rows(name, drawings[first:] + drawings[:first])
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, list(rows[0]), delimiter="\t", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows[:NUM_ROWS])
+        writer.writerows(rows)
         _write(root / SOURCES[name].annotations, buffer.getvalue())
 
 
+def _benchmark_rows(name: str, drawings: list[Drawing]) -> list[dict]:
+    """The table, as many whole questions as fit in NUM_ROWS. MMBench has an image once, then the
+    index of its row, and asks again with the options in every other order of a circle."""
+    kinds = {"mme": _check_rows, "pope": _check_rows, "gqa": _word_rows}
+    rows: list[dict] = []
+    number = 0  # of the question
+    for drawing in drawings:
+        rng, first = drawing.generator("benchmark"), number
+        image = base64.b64encode(drawing.jpeg).decode()
+        for row in kinds.get(name, _choice_rows)(rng, drawing, name):
+            copies = [row, *_rotations(row)] if name == "mmbench" else [row]
+            if len(rows) + len(copies) > NUM_ROWS:
+                return rows
+            for turn, each in enumerate(copies):
+                rows.append(dict(index=number + turn * COPY_STEP, image=image) | each)
+                image = first if name == "mmbench" else image
+            number += 1
+    return rows
+
+
+def _rotations(row: dict) -> list[dict]:
+    """The question with its options moved on by one letter, two, and so on, but not all round."""
+    letters = [letter for letter in "ABCD" if row[letter]]
+    rotations = []
+    for turn in range(1, len(letters)):
+        moved = letters[turn:] + letters[:turn]  # the letter that each option gets
+        options = {new: row[old] for old, new in zip(letters, moved, strict=True)}
+        answer = moved[letters.index(row["answer"])]
+        rotations.append(row | options | dict(answer=answer))
+    return rotations
+
+
 def _check_rows(rng: Generator, drawing: Drawing, name: str) -> Iterator[dict]:
-    """Two questions of each kind; MME's table names the image, by which it pairs them."""
-    for kind, *questions in checks(rng, drawing.scene):
+    """Two questions of each kind, in MME's table also about numbers; it names the image, by which
+    it pairs them."""
+    kinds = checks(rng, drawing.scene)
+    kinds += count_checks(rng, drawing.scene) if name == "mme" else []
+    for kind, *questions in kinds:
         path = dict(image_path=f"{kind}/{drawing.image_id}.jpg") if name == "mme" else {}
         for question, answer in zip(questions, ("Yes", "No"), strict=True):
             yield path | dict(question=f"{question} {YES_OR_NO}", answer=answer, category=kind)
