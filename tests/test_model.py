@@ -9,7 +9,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import nn
@@ -18,12 +17,19 @@ from xsam.config import Config, xsam
 from xsam.connector import pixel_shuffle
 from xsam.data import Batch, Processor
 from xsam.datasets import open_dataset
-from xsam.encoders import Placement
-from xsam.evaluate import question
 from xsam.llm import IMAGE_TOKEN, REGION_TOKEN
 from xsam.losses import Normalisers
-from xsam.model import XSAM, Objective, Segmentor, answer, checkpoint_activations, predict
-from xsam.postprocess import Prediction, original_logits, read_panoptic, read_phrases
+from xsam.model import (
+    REQUESTS,
+    XSAM,
+    Objective,
+    Segmentor,
+    answer,
+    checkpoint_activations,
+    predict,
+    prepare,
+)
+from xsam.postprocess import Prediction
 from xsam.samples import Sample
 
 DATASETS = {
@@ -49,7 +55,13 @@ def training_batch(processor: Processor, samples: list[Sample]) -> Batch:
 
 def questions(world, task: str, count: int = 6) -> list[Sample]:
     dataset = open_dataset(ASKED[task], world / "data", all_classes=True)
-    return [question(dataset, index) for index in range(count)]
+    return [dataset.question(index) for index in range(count)]
+
+
+def respond(model: XSAM | Segmentor, samples: list[Sample]) -> list[Prediction]:
+    reading = {"generic": "panoptic", "chat": "nothing"}.get(samples[0].task, "phrases")
+    processor = Processor(model.settings, model.tokenizer)
+    return answer(model, prepare(processor, samples), reading, is_thing(model))
 
 
 def is_thing(model: XSAM | Segmentor) -> list[bool]:
@@ -198,11 +210,11 @@ def test_training_on_phrases_takes_those_of_the_whole_batch_as_classes(model, pr
 
 @pytest.mark.parametrize("task", ASKED)
 def test_inference_on_a_batch_is_inference_one_by_one(speaking_model, world, task):
-    samples, things = questions(world, task), is_thing(speaking_model)
-    together = answer(speaking_model, samples, things)
+    samples = questions(world, task)
+    together = respond(speaking_model, samples)
     assert any(len(prediction.masks) for prediction in together)
     for sample, prediction in zip(samples, together, strict=True):
-        (alone,) = answer(speaking_model, [sample], things)
+        (alone,) = respond(speaking_model, [sample])
         assert prediction.answer == alone.answer == "<SEG>"
         assert prediction.labels == alone.labels
         assert prediction.scores == pytest.approx(alone.scores, abs=1e-3)
@@ -316,120 +328,6 @@ def test_a_batch_of_nothing_that_is_there_trains(model, processor, config, world
     assert model.llm.model.get_input_embeddings().weight.grad.any()
 
 
-# ---- the original image --------------------------------------------------------------------------
-
-
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    return (a & b).sum() / (a | b).sum()
-
-
-@pytest.mark.parametrize("size", [(96, 160), (160, 90), (333, 500), (50, 37)])
-def test_a_mask_comes_back_from_the_canvas(size):
-    rows, columns = np.mgrid[: size[0], : size[1]]
-    masks = np.stack(
-        [
-            np.hypot(rows / size[0] - 0.5, columns / size[1] - 0.5) < 0.3,
-            (rows < 0.4 * size[0]) & (columns > 0.5 * size[1]),  # touches two edges
-            rows > 0.8 * size[0],
-        ]
-    )
-    placement = Placement.fit(size, 128)
-    on_canvas = torch.from_numpy(placement.place_map(masks)).float()
-    at_mask_size = F.interpolate(on_canvas[None], size=(32, 32), mode="area")[0]
-    back = (original_logits(at_mask_size * 2 - 1, placement) > 0).numpy()
-    assert back.shape == masks.shape
-    for mask, returned in zip(masks, back, strict=True):
-        assert iou(mask, returned) > 0.93
-
-
-def test_original_logits_are_the_resized_cropped_and_resized_ones():
-    """The published way by three steps, for a placement where each of them is exact."""
-    placement = Placement.fit((64, 96), 96)
-    logits = torch.randn(5, 24, 24, generator=torch.Generator().manual_seed(0))
-    whole = F.interpolate(logits[None], (96, 96), mode="bilinear", align_corners=False)[0]
-    assert torch.allclose(original_logits(logits, placement), whole[:, :64], atol=1e-5)
-
-
-# ---- panoptic reading ----------------------------------------------------------------------------
-
-PLACEMENT = Placement.fit((16, 32), 32)
-CANVAS = np.zeros((32, 32), bool)
-HIGH = 8.0  # of a logit
-
-
-def queries(*rows: tuple[int, float, slice, slice]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of (class of 0..2 or 3 for background, logit, rows, columns) on a canvas of 32."""
-    class_logits = torch.full((len(rows), 4), -HIGH)
-    mask_logits = torch.full((len(rows), 32, 32), -HIGH)
-    for index, (category, logit, vertical, horizontal) in enumerate(rows):
-        class_logits[index, category] = logit
-        mask_logits[index, vertical, horizontal] = HIGH
-    return class_logits, mask_logits
-
-
-THINGS = [True, True, False]  # the third class is stuff
-LEFT, RIGHT, ALL = slice(0, 16), slice(16, 32), slice(0, 32)
-
-
-def read(*rows, score_threshold: float = 0.8, overlap_threshold: float = 0.8):
-    thresholds = score_threshold, overlap_threshold
-    return read_panoptic(*queries(*rows), PLACEMENT, THINGS, *thresholds)
-
-
-def test_stuff_is_fused_and_things_are_kept_apart():
-    masks, categories, scores = read(
-        (2, HIGH, ALL, slice(0, 8)),
-        (0, HIGH, ALL, slice(8, 16)),
-        (2, HIGH, ALL, slice(24, 32)),
-        (0, HIGH, ALL, slice(16, 24)),
-    )
-    assert categories == [2, 0, 0] and len(scores) == 3
-    assert masks.shape == (3, 16, 32) and masks.dtype == bool
-    assert masks[0, :, :8].all() and masks[0, :, 24:].all() and not masks[0, :, 8:24].any()
-    assert masks[1, :, 8:16].all() and masks[2, :, 16:24].all()
-    assert (masks.sum(axis=0) == 1).all()
-
-
-def test_a_segment_mostly_hidden_is_dropped():
-    shown = (0, HIGH, ALL, slice(0, 20))
-    hidden = (1, 6.0, ALL, slice(5, 25))  # 5 of its 20 columns remain
-    assert read(shown, hidden)[1] == [0]
-    assert read(shown, hidden, overlap_threshold=0.2)[1] == [0, 1]
-
-
-def test_queries_below_the_threshold_and_background_say_nothing():
-    masks, categories, scores = read((0, -7.0, ALL, LEFT), (3, HIGH, ALL, RIGHT))
-    assert masks.shape == (0, 16, 32) and masks.dtype == bool and categories == scores == []
-    assert read((0, HIGH, ALL, slice(0, 0)))[1] == []  # an empty mask
-    assert read((0, HIGH, ALL, LEFT), (3, HIGH, ALL, RIGHT))[1] == [0]
-
-
-def test_a_segment_in_the_padding_alone_is_dropped():
-    """Of the canvas only the upper half shows the image."""
-    assert read((0, HIGH, slice(20, 32), ALL))[1] == []
-
-
-def test_panoptic_masks_never_overlap():
-    generator = torch.Generator().manual_seed(0)
-    class_logits = 4 * torch.randn(30, 4, generator=generator)
-    mask_logits = 4 * torch.randn(30, 8, 8, generator=generator)
-    mask_logits = F.interpolate(mask_logits[None], (32, 32), mode="bilinear")[0]
-    masks, categories, scores = read_panoptic(
-        class_logits, mask_logits, PLACEMENT, THINGS, 0.3, 0.0
-    )
-    assert len(masks) == len(categories) == len(scores) > 3
-    assert masks.sum(axis=0).max() == 1 and masks.any(axis=(1, 2)).all()
-    assert categories.count(2) <= 1 and min(scores) > 0.3
-
-
-def test_a_phrase_takes_the_query_that_fits_it_best():
-    class_logits = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 0.0]])
-    _, mask_logits = queries((0, 0, ALL, LEFT), (0, 0, ALL, RIGHT), (0, 0, ALL, ALL))
-    masks, categories, scores = read_phrases(class_logits, mask_logits, PLACEMENT)
-    assert categories == [0] and scores == pytest.approx([0.8808], abs=1e-4)
-    assert masks.shape == (1, 16, 32) and masks[0, :, 16:].all() and not masks[0, :, :16].any()
-
-
 # ---- what is asked -------------------------------------------------------------------------------
 
 
@@ -458,7 +356,7 @@ def say(model, monkeypatch):
 @pytest.mark.parametrize("task", ASKED)
 def test_an_answer_without_seg_has_no_masks(say, world, task):
     model = say("red", "ring")
-    for prediction in answer(model, questions(world, task), is_thing(model)):
+    for prediction in respond(model, questions(world, task)):
         assert prediction.masks.shape == (0, *prediction.image.size[::-1])
         assert prediction.labels == prediction.scores == prediction.categories == []
         assert prediction.answer == "red ring"
@@ -478,7 +376,7 @@ def test_an_answers_own_spans_change_nothing(say, processor, world, task, words)
     assert outputs.image_index.tolist() == [0, 1]
     assert outputs.class_logits.shape[-1] == len(samples[0].names) + 1
     assert torch.isfinite(outputs.class_logits).all()
-    for sample, prediction in zip(samples, answer(model, samples, is_thing(model)), strict=True):
+    for sample, prediction in zip(samples, respond(model, samples), strict=True):
         assert set(prediction.labels) <= set(sample.names)
 
 
@@ -494,6 +392,9 @@ def picture(height: int = 60, width: int = 100) -> Image.Image:
         ({"task": "refer"}, "refer needs a text"),
         ({"task": "chat"}, "chat needs a text"),
         ({"task": "refer", "text": ["a", "b"]}, "1 images but 2 texts"),
+        ({"task": "vgd"}, "vgd needs regions"),
+        ({"task": "interactive", "regions": [np.ones((2, 3), bool)]}, r"region of \(2, 3\)"),
+        ({"task": "interactive", "regions": [np.ones((60, 100), bool)] * 2}, "takes one region"),
     ],
 )
 def test_wrong_requests_are_refused(model, arguments, message):
@@ -505,10 +406,14 @@ def test_the_segmentor_segments_its_own_categories_only(segmentor):
     for arguments in (
         {"task": "chat", "text": "Hello"},
         {"task": "refer", "text": "ring"},
-        {"task": "panoptic", "things": ["ring"]},
+        {"task": "panoptic", "things": ["elephant"]},
     ):
         with pytest.raises(ValueError, match="stage-1 checkpoint"):
             predict(segmentor, picture(), **arguments)
+    own = [each["name"] for each in segmentor.settings.categories]
+    for task in ("panoptic", "instance", "semantic"):
+        assert set(predict(segmentor, picture(), task).labels) <= set(own)
+    assert set(predict(segmentor, picture(), "semantic", stuff=own[3:1:-1]).labels) <= set(own[2:4])
 
 
 def test_a_model_without_categories_says_so(model, monkeypatch):
@@ -544,6 +449,39 @@ def test_a_request_at_any_size_and_of_many_images(speaking_model):
     assert prediction.labels and set(prediction.labels) <= {"ring", "star", "dots"}
     assert prediction.labels == [["ring", "star", "dots"][i] for i in prediction.categories]
     assert model.predict(images[0], "chat", "Hello").masks.shape == (0, 60, 100)
+
+
+@pytest.mark.parametrize("task", REQUESTS)
+def test_every_request_is_answered_at_the_images_size(speaking_model, task):
+    region, donor = np.zeros((60, 100), bool), picture(80, 50)
+    region[10:30, 20:50] = True
+    arguments = {"text": "the red ring"} if task in ("chat", "refer", "reason") else {}
+    if task in ("interactive", "vgd"):
+        arguments = {"regions": [region]}
+    prediction = speaking_model.predict(picture(), task, **arguments)
+    assert prediction.masks.shape[1:] == (60, 100) and prediction.num_prompts == 1
+    assert len(prediction.masks) == len(prediction.labels) == len(prediction.scores)
+    if task == "semantic":  # every pixel has a class
+        assert (prediction.masks.sum(axis=0) == 1).all()
+    if task == "vgd":
+        others = [np.ones((80, 50), bool)] * 2
+        shown = speaking_model.predict(picture(), task, regions=others, region_image=donor)
+        assert set(shown.labels) == {"region 1", "region 2"}
+        assert shown.masks.shape[1:] == (60, 100)
+
+
+def test_names_beyond_one_prompt_are_asked_in_several(speaking_model, monkeypatch):
+    names = [f"{color} {shape}" for color in ("red", "green", "blue") for shape in ("ring", "star")]
+    monkeypatch.setattr(speaking_model.settings.model, "max_text_length", 320)
+    whole = speaking_model.predict(picture(), "semantic", stuff=names)
+    monkeypatch.setattr(speaking_model.settings.model, "max_text_length", 45)
+    split = speaking_model.predict(picture(), "semantic", stuff=names)
+    assert whole.num_prompts == 1 and split.num_prompts > 1
+    for prediction in (whole, split):
+        assert (prediction.masks.sum(axis=0) == 1).all()
+        assert prediction.labels == [names[place] for place in prediction.categories]
+    with pytest.raises(ValueError, match="max_text_length"):  # a text alone cannot be split
+        speaking_model.predict(picture(), "refer", " ".join(["ring"] * 60))
 
 
 def test_a_prediction_as_json_is_the_prediction():

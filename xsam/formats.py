@@ -191,6 +191,14 @@ def read_mask_image(path: Path, size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
+def read_region(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """A visual prompt that a person drew, bool [H, W]: where the image is brighter than 128."""
+    mask = np.asarray(_open_png(path, size).convert("L")) > 128
+    if not mask.any():
+        raise ValueError(f"{path}: has no pixel brighter than 128, so it points nowhere")
+    return mask
+
+
 def _open_png(path: Path, size: tuple[int, int]) -> Image.Image:
     """Where each pixel means something, nothing lossy will do."""
     try:
@@ -241,7 +249,7 @@ def decode_mask(
     rles, rings = [], []
     for part in parts:
         if isinstance(part, dict):
-            rles.append(_checked_rle(part, size, where))
+            rles.append(checked_rle(part, size, where))
         elif len(expect(part, list, f"{where}: a ring or RLE")) >= 6 and len(part) % 2 == 0:
             rings.append(_checked_ring(part, size, where))
     if rings:
@@ -262,7 +270,7 @@ def num_bad_rings(segmentation: dict | list) -> int:
 
 def rle_area(rle: dict, size: tuple[int, int], where: str) -> int:
     """Pixels inside an RLE that fits the image."""
-    return int(coco_mask.area(_checked_rle(rle, size, where)))
+    return int(coco_mask.area(checked_rle(rle, size, where)))
 
 
 def encode_mask(mask: np.ndarray) -> dict:
@@ -291,7 +299,7 @@ def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list:
     return ring
 
 
-def _checked_rle(rle: dict, size: tuple[int, int], where: str) -> dict:
+def checked_rle(rle: dict, size: tuple[int, int], where: str) -> dict:
     """An RLE as pycocotools takes it, whose runs fill the image exactly."""
     if take(rle, "size", list, where) != list(size):
         raise ValueError(

@@ -42,15 +42,19 @@ from xsam.decoder import (
     SamMaskDecoder,
     TwoWayLayer,
 )
-from xsam.encoders import Block, ImageEncoder, SamEncoder, SwinEncoder
+from xsam.encoders import Block, ImageEncoder, Placement, SamEncoder, SwinEncoder
 from xsam.llm import IGNORE_LABEL, LanguageModel, add_special_tokens
 from xsam.losses import Normalisers, segmentation_losses
 from xsam.postprocess import (
     Prediction,
+    Reading,
+    merge_parts,
     read_instances,
     read_interactive,
     read_panoptic,
     read_phrases,
+    read_semantic,
+    read_union,
 )
 from xsam.prompts import PER_PHRASE_TASKS, ask, check_words, find_phrases
 from xsam.samples import Sample
@@ -225,10 +229,13 @@ class XSAM(nn.Module):
 
     def encode(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Embeddings [B, N, C] of the batch's words, visual tokens and regions, and the hidden
-        states of the segmentation encoder. Image tokens come before segmentation tokens."""
-        hidden_states = self.segmentor.encoder(batch.seg_pixels)
-        grid = self.seg_projector(pixel_shuffle(hidden_states[-2], 0.5))  # [B, H, W, C]
-        visual_tokens = grid.flatten(1, 2)
+        states of the segmentation encoder for its images. Image tokens come before segmentation
+        tokens. An image that only shows a region for another passes the segmentation encoder."""
+        B = len(batch.input_ids)
+        hidden_states, *donors = map(self.segmentor.encoder, batch.seg_pixels.split(B))
+        shown = torch.cat([states[-2] for states in (hidden_states, *donors)])
+        grid = self.seg_projector(pixel_shuffle(shown, 0.5))  # [B + D, H, W, C]
+        visual_tokens = grid[:B].flatten(1, 2)
         if self.image_encoder is not None:
             image_tokens = self.image_projector(self.image_encoder(batch.image_pixels))
             visual_tokens = torch.cat([image_tokens, visual_tokens], dim=1)
@@ -411,49 +418,146 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 # ---- asking -------------------------------------------------------------------------------------
 
+# What is asked for, by the word of the command line: the task whose questions ask for it (of
+# `prompts.PHRASINGS`), and how its masks are read.
+REQUESTS = {
+    "chat": ("chat", "nothing"),
+    "panoptic": ("generic", "panoptic"),
+    "instance": ("generic", "instances"),
+    "semantic": ("generic", "semantic"),
+    "refer": ("refer", "phrases"),
+    "reason": ("reason", "phrases"),
+    "gcg": ("gcg", "phrases"),
+    "interactive": ("interactive", "interactive"),
+    "vgd": ("vgd", "instances"),
+}
+
+
+@dataclass
+class Part:
+    """One forward pass: rows of the samples asked, each about some of its names."""
+
+    batch: Batch
+    rows: list[int]
+    places: list[list[int]]  # of each row's names in its sample's
+
+
+@dataclass
+class Questions:
+    """Samples of one task, made ready for a model."""
+
+    samples: list[Sample]
+    parts: list[Part]  # more than one where a list of names does not fit one prompt
+
+
+def prepare(processor: Processor, samples: list[Sample]) -> Questions:
+    """Samples whose answers are left open, as batches. A generic prompt that is too long is asked
+    in several parts, whose classes are the sample's together."""
+    pieces = [processor.split(sample) for sample in samples]
+    parts = []
+    for number in range(max(map(len, pieces))):
+        rows = [row for row, each in enumerate(pieces) if number < len(each)]
+        encoded = [processor.encode(pieces[row][number][1]) for row in rows]
+        batch = processor.collate(encoded, pad_left=True)
+        places = []
+        for row, kept in zip(rows, batch.samples, strict=True):
+            place, piece = pieces[row][number]
+            if len(kept.names) < len(piece.names):  # a visual prompt without a pixel is not asked
+                place = [samples[row].names.index(name) for name in kept.names]
+            places.append(place)
+        parts.append(Part(batch, rows, places))
+    return Questions(samples, parts)
+
 
 @torch.no_grad()
 def answer(
-    model: Segmentor | XSAM, samples: list[Sample], is_thing: list[bool] | None = None
+    model: Segmentor | XSAM,
+    questions: Questions,
+    reading: str,
+    is_thing: list[bool] | None = None,
 ) -> list[Prediction]:
-    """Asks a model the questions of `samples`, all of one task, whose answers are left open.
+    """What a model says of `questions`, its masks taken by `reading` (REQUESTS; "union" for
+    expressions that may mean several objects).
 
-    `is_thing` tells for each class of a generic prompt whether its instances are kept apart. A
+    `is_thing` tells for each class of a panoptic prompt whether its instances are kept apart. A
     sample that the model answers without a <SEG> has no masks.
     """
     model.eval()
     settings = model.settings
-    processor = Processor(settings, model.tokenizer)
-    batch = processor.collate([processor.encode(sample) for sample in samples], pad_left=True)
     parameter = next(model.parameters())
     device, is_mixed = parameter.device, parameter.dtype != torch.float32
-    with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed or parameter.is_cuda):
-        answers, predictions = model.infer(batch.to(device), settings.max_new_tokens)
-    runs, mask_logits = {}, None
-    if predictions is not None:
-        runs = {row: run for run, row in enumerate(predictions.image_index.tolist())}
-        mask_logits = predictions.mask_logits()
+    texts = [""] * len(questions.samples)
+    found = [[] for _ in questions.samples]  # class probabilities, mask logits, places of names
+    placements = [None] * len(questions.samples)
+    for part in questions.parts:
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed or parameter.is_cuda):
+            answers, predictions = model.infer(part.batch.to(device), settings.max_new_tokens)
+        runs, mask_logits = {}, None
+        if predictions is not None:
+            runs = {row: run for run, row in enumerate(predictions.image_index.tolist())}
+            mask_logits = predictions.mask_logits()
+        for number, (row, text) in enumerate(zip(part.rows, answers, strict=True)):
+            texts[row], placements[row] = texts[row] or text, part.batch.placements[number]
+            if number not in runs:
+                continue
+            sample, places = part.batch.samples[number], part.places[number]
+            if sample.task == "gcg":
+                places = list(range(len(find_phrases(text))))
+            logits = predictions.class_logits[-1, runs[number]].float()
+            if isinstance(model, Segmentor):  # its classes are its own, however they are asked for
+                columns = _own_columns(model, sample)
+                probabilities = logits.softmax(-1)[:, [*columns, -1]]
+            else:  # padded to the longest prompt
+                logits = torch.cat([logits[:, : len(places)], logits[:, -1:]], dim=1)
+                probabilities = logits.softmax(-1)
+            found[row].append((probabilities, mask_logits[runs[number]], places))
     results = []
-    for row, (sample, text) in enumerate(zip(batch.samples, answers, strict=True)):
-        placement = batch.placements[row]
+    for row, (sample, text) in enumerate(zip(questions.samples, texts, strict=True)):
         names = find_phrases(text) if sample.task == "gcg" else sample.names
-        masks, categories, scores = np.zeros((0, *placement.original), bool), [], []
-        if row in runs:
-            logits = predictions.class_logits[-1, runs[row]]  # padded to the longest prompt
-            logits = torch.cat([logits[:, : len(names)], logits[:, -1:]], dim=1)
-            outputs = logits, mask_logits[runs[row]], placement
-            if sample.task == "generic":
-                thresholds = settings.score_threshold, settings.overlap_threshold
-                masks, categories, scores = read_panoptic(*outputs, is_thing, *thresholds)
-            elif sample.task == "vgd":
-                masks, categories, scores = read_instances(*outputs)
-            elif sample.task == "interactive":
-                masks, categories, scores = read_interactive(*outputs, sample.regions[0])
-            else:
-                masks, categories, scores = read_phrases(*outputs)
+        masks, categories, scores = _read(
+            reading, found[row], len(names), placements[row], sample, is_thing, settings
+        )
         labels = [names[category] for category in categories]
-        results.append(Prediction(sample.image, masks, categories, labels, scores, text))
+        prediction = Prediction(sample.image, masks, categories, labels, scores, text)
+        prediction.num_prompts = sum(row in part.rows for part in questions.parts)
+        results.append(prediction)
     return results
+
+
+def _own_columns(model: Segmentor, sample: Sample) -> list[int]:
+    """Which outputs of the linear head are the classes of a sample."""
+    own = [category["name"] for category in model.settings.categories]
+    if unknown := [name for name in sample.names if name not in own]:
+        raise ValueError(
+            f"a stage-1 checkpoint segments the {len(own)} categories that it was trained on; "
+            f"{unknown[0]!r} is none of them"
+        )
+    return [own.index(name) for name in sample.names]
+
+
+def _read(
+    reading: str,
+    found: list[tuple[Tensor, Tensor, list[int]]],
+    num_names: int,
+    placement: Placement,
+    sample: Sample,
+    is_thing: list[bool] | None,
+    settings: Config,
+) -> Reading:
+    """Masks at the image's size, their places among the names, and scores."""
+    if reading == "nothing" or not found or not num_names:
+        return np.zeros((0, *placement.original), bool), [], []
+    parts = [(probabilities, mask_logits) for probabilities, mask_logits, _ in found]
+    outputs = (*merge_parts(parts, [places for *_, places in found], num_names), placement)
+    if reading == "panoptic":
+        return read_panoptic(
+            *outputs, is_thing, settings.score_threshold, settings.overlap_threshold
+        )
+    if reading == "interactive":
+        return read_interactive(*outputs, sample.regions[0])
+    readers = {"instances": read_instances, "semantic": read_semantic}
+    readers |= {"phrases": read_phrases, "union": read_union}
+    return readers[reading](*outputs)
 
 
 def predict(
@@ -463,56 +567,79 @@ def predict(
     text: str | list[str] = "",
     things: list[str] | None = None,
     stuff: list[str] | None = None,
+    regions: list[np.ndarray] | None = None,
+    region_image: Image.Image | None = None,
 ) -> Prediction | list[Prediction]:
     """One request, or a list of images with the same one or a list of texts.
 
-    task "panoptic" segments the categories `things` and `stuff` (default: those the model was
-    trained on), "refer" what `text` refers to, "chat" answers `text`. Raises ValueError at another
-    task, a missing text, a text with tokens of the prompt format, or a task that needs a language
-    model where there is none.
+    task (REQUESTS): "panoptic", "instance" and "semantic" segment the categories `things` and
+    `stuff` (default: those the model was trained on; any number of names, asked in several prompts
+    where they do not fit one), "refer" and "reason" what `text` refers to or asks for, "gcg" what
+    the model says of the image, "interactive" and "vgd" what the `regions` mark, bool [H, W] each:
+    one object, or all objects of their kinds, which `region_image` may show in place of the image
+    itself; "chat" answers `text`. Raises ValueError at another task, a missing text or region, a
+    text with tokens of the prompt format, or a task that needs a language model where there is
+    none.
     """
-    if task not in ("panoptic", "refer", "chat"):
-        raise ValueError(f"unknown task {task!r}; known are panoptic, refer and chat")
-    is_segmentor = isinstance(model, Segmentor)
-    if is_segmentor and (task != "panoptic" or things or stuff):
-        raise ValueError("a stage-1 checkpoint segments its own categories only: use panoptic")
-    if task != "panoptic" and not text:
+    if task not in REQUESTS:
+        raise ValueError(f"unknown task {task!r}; known are {', '.join(REQUESTS)}")
+    kind, reading = REQUESTS[task]
+    if isinstance(model, Segmentor) and kind != "generic":
+        raise ValueError(f"a stage-1 checkpoint has no language model, which {task} needs")
+    if kind in ("chat", "refer", "reason") and not text:
         raise ValueError(f"task {task} needs a text")
+    if kind in ("interactive", "vgd") and not regions:
+        raise ValueError(f"task {task} needs regions")
+    if task == "interactive" and (len(regions) > 1 or region_image is not None):
+        raise ValueError("task interactive takes one region, of the image itself")
     images = image if isinstance(image, list) else [image]
     texts = text if isinstance(text, list) else [text] * len(images)
     if len(texts) != len(images):
         raise ValueError(f"{len(images)} images but {len(texts)} texts")
     names, is_thing = [], []
-    if task == "panoptic":
+    if kind == "generic":
         categories = [(name, True) for name in things or []] + [
             (name, False) for name in stuff or []
         ]
-        categories = categories or [(c["name"], c["is_thing"]) for c in model.settings.categories]
+        categories = categories or [
+            (each["name"], each["is_thing"])
+            for each in model.settings.categories
+            if each["is_thing"] or task != "instance"
+        ]
         if not categories:
             raise ValueError("this model knows no categories of its own: name things or stuff")
         names, is_thing = map(list, zip(*categories, strict=True))
-    for words in [*filter(None, texts), *names]:  # panoptic takes no text
+    for words in [*filter(None, texts), *names]:  # a generic request takes no text
         check_words(words, "a text or a name")
     samples = []
     for picture, words in zip(images, texts, strict=True):
         picture = picture.convert("RGB")
+        shape = (region_image or picture).size[::-1]
+        if wrong := [region.shape for region in regions or () if region.shape != shape]:
+            raise ValueError(f"a region of {wrong[0]} in an image of {shape} (height, width)")
         question, classes = words, []
-        if task == "panoptic":
-            question, classes = ask("generic", names), names
-        elif task == "refer":
-            question, classes = ask("refer", [words]), [words]
+        if kind == "generic":
+            question, classes = ask(kind, names), names
+        elif kind in ("refer", "reason"):
+            question, classes = ask(kind, [words]), [words]
+        elif kind != "chat":
+            classes = [f"region {number}" for number in range(1, len(regions or ()) + 1)]
+            question = ask(kind, ["<region>"] * len(classes))
         samples.append(
             Sample(
                 sample_id="request",
-                task="generic" if task == "panoptic" else task,
+                task=kind,
                 image=picture,
                 turns=[(question, None)],
                 masks=np.zeros((0, picture.height, picture.width), bool),
                 labels=np.zeros(0, np.int64),
                 names=classes,
+                regions=np.stack(regions) if regions and not region_image else regions,
+                region_images=[region_image] * len(classes) if region_image else None,
             )
         )
-    predictions = answer(model, samples, is_thing)
+    questions = prepare(Processor(model.settings, model.tokenizer), samples)
+    predictions = answer(model, questions, reading, is_thing)
     return predictions if isinstance(image, list) else predictions[0]
 
 

@@ -2,6 +2,8 @@
 
     python -m xsam.predict panoptic --checkpoint runs/toy/stage3/step_1300 --image drawing.jpg
     python -m xsam.predict refer "the red circle" --checkpoint DIR --image drawing.jpg
+    python -m xsam.predict instance --names names.txt --checkpoint DIR --image photo.jpg
+    python -m xsam.predict vgd --region cat.png --checkpoint DIR --image photo.jpg
 
 Writes OUT.png (masks, outlines, labels) and OUT.json (COCO RLE), beside the image unless --out says
 where.
@@ -15,8 +17,9 @@ from pathlib import Path
 import torch
 
 from xsam.config import add_checkpoint_flags
-from xsam.formats import read_image
-from xsam.model import load_checkpoint, predict
+from xsam.formats import read_image, read_region
+from xsam.model import REQUESTS, load_checkpoint, predict
+from xsam.prompts import read_names
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,12 +29,24 @@ def main(arguments: list[str] | None = None) -> int:
         epilog='example: python -m xsam.predict refer "the red circle" --image drawing.jpg '
         "--checkpoint runs/toy/stage3/step_1300",
     )
-    parser.add_argument("task", choices=("panoptic", "refer", "chat"))
+    parser.add_argument("task", choices=REQUESTS)
     parser.add_argument("text", nargs="?", default="", help="the phrase or the question")
     add_checkpoint_flags(parser)
     parser.add_argument("--image", type=Path, required=True)
-    parser.add_argument("--things", help="panoptic: names, comma-separated, instances kept apart")
-    parser.add_argument("--stuff", help="panoptic: names, comma-separated, one region each")
+    lists = "names of any number of classes: a,b,c, or a file with one a line"
+    parser.add_argument("--things", "--names", help=f"{lists}; instances are kept apart")
+    parser.add_argument("--stuff", help=f"{lists}; each is one region")
+    parser.add_argument(
+        "--region",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PNG",
+        help="interactive, vgd: an image that is bright where it points; may be repeated for vgd",
+    )
+    parser.add_argument(
+        "--region-image", type=Path, help="vgd: the image that the regions are in, if another"
+    )
     parser.add_argument("--out", type=Path, help="path without suffix (default: IMAGE_TASK)")
     options = parser.parse_args(arguments)
     try:
@@ -43,21 +58,33 @@ def main(arguments: list[str] | None = None) -> int:
             device="cuda" if torch.cuda.is_available() else "cpu",
             report=lambda line: print(line, file=sys.stderr),
         )
-        names = {
-            kind: [name.strip() for name in text.split(",")]
-            for kind, text in (("things", options.things), ("stuff", options.stuff))
-            if text
-        }
-        prediction = predict(model, image, options.task, options.text, **names)
+        lists = {"things": options.things, "stuff": options.stuff}
+        names = {kind: read_names(text) for kind, text in lists.items() if text}
+        shown = read_image(options.region_image) if options.region_image else None
+        size = (shown or image).height, (shown or image).width
+        regions = [read_region(path, size) for path in options.region]
+        prediction = predict(
+            model,
+            image,
+            options.task,
+            options.text,
+            **names,
+            regions=regions or None,
+            region_image=shown,
+        )
     except ValueError as error:
         print(f"xsam.predict: {error}", file=sys.stderr)
         return 2
+    if prediction.num_prompts > 1:
+        print(f"the names did not fit one prompt: asked in {prediction.num_prompts}, and merged")
     if prediction.answer:
         print(prediction.answer)
     if options.task != "chat":
         stem = options.out or options.image.with_name(f"{options.image.stem}_{options.task}")
         picture, document = (Path(f"{stem}{suffix}") for suffix in (".png", ".json"))
-        prediction.draw(options.text).save(picture)
+        # Of instances every pair of query and class is there, most with next to no score.
+        least = 0.3 if options.task in ("instance", "vgd") else 0.0
+        prediction.draw(options.text, min_score=least).save(picture)
         document.write_text(json.dumps(prediction.to_dict(), indent=1), encoding="utf-8")
         if prediction.answer and not len(prediction.masks):
             print("no <SEG> in the answer or nothing above the threshold: no masks")

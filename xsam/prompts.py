@@ -156,6 +156,13 @@ def find_phrases(answer: str) -> list[str]:
     return [phrase.strip() for phrase in re.findall(r"<p>((?:(?!<p>).)*?)</p>", answer, re.DOTALL)]
 
 
+def strip_marks(answer: str) -> str:
+    """An answer without the marks of its phrases and masks."""
+    for token in SPECIAL_TOKENS:
+        answer = answer.replace(token, " ")
+    return " ".join(answer.split())
+
+
 def check_words(
     text: str, where: str, tokens: tuple[str, ...] = (*SPECIAL_TOKENS, *PLACEHOLDERS)
 ) -> str:
@@ -168,6 +175,32 @@ def check_words(
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"{where}: holds a lone surrogate, which is no character")
     return text
+
+
+def read_names(text: str) -> list[str]:
+    """A list of class names: separated by commas, or the path of a file with one a line, where
+    "id:name,alias,…" stands for its name, and lines for the background or no class are skipped.
+
+    Raises ValueError where the list is empty, or a name holds a token of the prompt format.
+    """
+    path = Path(text)
+    if path.suffix or path.is_file():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read as a list of names ({error})") from error
+        names = []
+        for line in lines:
+            number, colon, aliases = line.partition(":")
+            is_numbered = colon and number.strip().isdecimal()
+            names.append(aliases.split(",")[0] if is_numbered else line)
+    else:
+        names = text.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    names = [name for name in names if name.lower() not in ("background", "invalid_class_id")]
+    if not names:
+        raise ValueError(f"{text!r}: no names in it")
+    return [check_words(name, f"name {name!r}") for name in names]
 
 
 def clean_name(name: str) -> str:
