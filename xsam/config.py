@@ -350,6 +350,8 @@ def toy() -> Config:
     config.max_new_tokens = 48
     config.eval_tasks = (
         "panoptic",
+        "instance",
+        "semantic",
         "openvocab",
         "refer",
         "grefer",
@@ -486,12 +488,12 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             )
 
 
-def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
     """Which checkpoint a command reads: the arguments of `xsam.model.load_checkpoint`."""
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        required=True,
+        required=is_required,
         metavar="PATH",
         help="a step_N folder, one of save_pretrained, or a published X-SAM checkpoint",
     )

@@ -1,11 +1,13 @@
-"""Scores a checkpoint on every task.
+"""Scores a checkpoint on every benchmark.
 
-    torchrun --nproc_per_node 2 xsam/evaluate.py --checkpoint runs/toy/stage3/step_1300 --data DIR
+    torchrun --nproc_per_node 8 xsam/evaluate.py --checkpoint runs/xsam/stage3 --data datas
+    python xsam/evaluate.py --from-predictions runs/xsam/stage3/step_9000/predictions --data datas
 
-Each rank scores its share and gives back one small record per sample; the records are put in the
-dataset's order before they are summed, so any number of processes prints the same figures.
-PQ follows Kirillov et al. 2019 as panopticapi counts it; cIoU is the sum of intersections over the
-sum of unions, gIoU the mean IoU of the expressions, an empty union counting 1.
+First the model is asked: what it says of each dataset is kept on disk as it comes
+(`predictions.py`), and a command that was interrupted goes on with the rest. Then the predictions
+are scored (`scoring.py`), whoever made them. Batches are made of a dataset's samples in one order,
+so that any number of processes, and a run that was interrupted, predict and score the same to the
+last digit.
 """
 
 import sys
@@ -15,392 +17,353 @@ if __name__ == "__main__":  # a script's own folder must not shadow other packag
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import contextlib
-import io
+import dataclasses
+import hashlib
+import itertools
 import json
-from collections import defaultdict
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from xsam import distributed
 from xsam.config import add_checkpoint_flags
+from xsam.data import Processor
 from xsam.datasets import open_dataset
-from xsam.datasets_generic import Generic, Panoptic
-from xsam.formats import encode_mask
-from xsam.model import XSAM, Segmentor, answer, load_checkpoint
-from xsam.postprocess import Prediction
-from xsam.samples import Dataset, Sample
-from xsam.sources import PROMPT_TYPES, SOURCES, locate
+from xsam.datasets_generic import Generic
+from xsam.model import XSAM, Questions, Segmentor, answer, load_checkpoint, prepare
+from xsam.predictions import (
+    Predictions,
+    Writer,
+    begin,
+    complete,
+    finished_records,
+    is_complete,
+    keys_of,
+    kind_of,
+)
+from xsam.prompts import read_names, read_phrasings
+from xsam.samples import Dataset
+from xsam.scoring import (
+    SEGMENTOR_TASKS,
+    TASKS,
+    Figures,
+    bert_embedder,
+    named,
+    score_dataset,
+    table,
+    task_of,
+)
+from xsam.sources import SOURCES, locate
 
-PROTOCOLS = {
-    "PQ": "panoptic quality, mean over classes; void and crowd not counted (panopticapi)",
-    "PQ_things": "the same over things",
-    "PQ_stuff": "the same over stuff",
-    "cIoU": "sum of intersections / sum of unions, one mask per phrase, ignored pixels not counted",
-    "gIoU": "mean IoU, one mask per phrase, empty union = 1",
-    "N_acc": "share of the phrases without a target that get no mask",
-    "T_acc": "share of the phrases with a target that get a mask",
-    "mIoU": "mean IoU of the true masks, paired greedily with the predicted; unpaired = 0",
-    "AP": "mask AP of the classes shown, IoU 0.50 to 0.95 (pycocotools)",
-    "AP50": "the same at IoU 0.50",
-    "accuracy": "share of answers equal to the true one, but for case and a full stop",
-}
+FOLDER = "predictions"  # of a run or a checkpoint
+
+# ---- asking --------------------------------------------------------------------------------------
 
 
-# ---- metrics -------------------------------------------------------------------------------------
+def reading_of(dataset: Dataset) -> str:
+    """How the masks of an answer are read (`model.answer`)."""
+    kind = kind_of(dataset)
+    if kind == "mask":
+        if dataset.source.task == "interactive":
+            return "interactive"
+        return "union" if dataset.name.startswith("grefcoco") else "phrases"
+    return {"grounded": "phrases", "answer": "nothing"}.get(kind, kind)
 
 
-def panoptic_matches(
-    dataset: Panoptic, index: int, sample: Sample, prediction: Prediction
-) -> list[tuple[str, int, float]]:
-    """One image's matches: ("tp", class, IoU), ("fn", class, 0.0) and ("fp", class, 0.0)."""
-    _, owner, segments = dataset.read(index)
-    truth = {place: (each["class"], each["iscrowd"]) for place, each in enumerate(segments, 1)}
-    numbers = np.arange(1, len(prediction.masks) + 1, dtype=np.int32)
-    guess = (prediction.masks * numbers[:, None, None]).sum(axis=0)
-    return match_segments(
-        owner, truth, guess, dict(zip(numbers, prediction.categories, strict=True))
+class _Loader(torch.utils.data.Dataset):
+    """Batches of questions by their place; an error is handed on as a value."""
+
+    def __init__(self, dataset: Dataset, batches: list[list[int]], processor: Processor):
+        self.dataset, self.batches, self.processor = dataset, batches, processor
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, place: int) -> Questions | ValueError:
+        try:
+            samples = [self.dataset.question(index) for index in self.batches[place]]
+            nothing = [np.zeros((0, *sample.masks.shape[1:]), bool) for sample in samples]
+            samples = [  # what is true is no business of the model's
+                dataclasses.replace(sample, masks=masks, labels=np.zeros(0, np.int64), ignore=None)
+                for sample, masks in zip(samples, nothing, strict=True)
+            ]
+            return prepare(self.processor, samples)
+        except ValueError as error:
+            return error
+
+
+def ask_dataset(
+    model: Segmentor | XSAM,
+    dataset: Dataset,
+    folder: Path,
+    num_samples: int | None = None,
+    label: str = "",
+) -> None:
+    """Asks the model about the (first) records of a set, as far as `folder` does not have its
+    answers yet; all ranks take part. Raises ValueError where the folder holds others."""
+    settings, kind, keys = model.settings, kind_of(dataset), keys_of(dataset, num_samples)
+    if distributed.rank() == 0:
+        begin(folder, kind, keys, made_by(model, dataset))
+    distributed.barrier()
+    if is_complete(folder):
+        return
+    size = settings.eval_batch_size
+    # Samples of about the same length share a batch; which ones does not depend on the ranks.
+    order = sorted(range(len(keys)), key=lambda index: (dataset.num_words(index), index))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    finished = finished_records(folder)
+    rest = [batch for batch in batches if not all(keys[index] in finished for index in batch)]
+    mine = rest[distributed.rank() :: distributed.world_size()]
+    distributed.barrier()  # every rank has seen what is finished before one adds to it
+    loader = DataLoader(
+        _Loader(dataset, mine, Processor(settings, model.tokenizer)),
+        batch_size=None,
+        num_workers=min(settings.num_workers, len(mine)),
     )
-
-
-def match_segments(
-    ids: np.ndarray,
-    truth: dict[int, tuple[int, bool]],
-    guessed_ids: np.ndarray,
-    guesses: dict[int, int],
-) -> list[tuple[str, int, float]]:
-    """True segment ids [H, W] with their (class, is crowd) against guessed ids with their class; 0
-    is void in both.
-
-    A pair matches where the classes agree and IoU > 0.5, void not counted in the union. A missed
-    crowd region is no error, nor is a guess that lies mostly on void or on a crowd of its class.
-    """
-    stacked = np.stack([ids.ravel(), guessed_ids.ravel()])
-    pairs, counts = np.unique(stacked, axis=1, return_counts=True)
-    overlap = {(int(a), int(b)): int(n) for (a, b), n in zip(pairs.T, counts, strict=True)}
-    true_area, guessed_area = defaultdict(int), defaultdict(int)
-    for (true, guess), area in overlap.items():
-        true_area[true] += area
-        guessed_area[guess] += area
-
-    records, found, explained = [], set(), set()
-    for (true, guess), area in overlap.items():
-        if true == 0 or guess == 0 or truth[true] != (guesses[guess], False):
-            continue
-        union = true_area[true] + guessed_area[guess] - area - overlap.get((0, guess), 0)
-        if area / union > 0.5:
-            records.append(("tp", guesses[guess], area / union))
-            found.add(true)
-            explained.add(guess)
-    for true, (category, is_crowd) in truth.items():
-        if true not in found and not is_crowd:
-            records.append(("fn", category, 0.0))
-    for guess, category in guesses.items():
-        if guess in explained or not guessed_area[guess]:
-            continue
-        excused = [true for true, kind in truth.items() if kind == (category, True)]
-        unlabelled = sum(overlap.get((true, guess), 0) for true in [0, *excused])
-        if unlabelled / guessed_area[guess] <= 0.5:
-            records.append(("fp", category, 0.0))
-    return records
-
-
-def mask_areas(
-    dataset: Dataset, index: int, sample: Sample, prediction: Prediction
-) -> tuple[int, int, bool, bool]:
-    """Intersection and union of what is meant and what is predicted, and whether each of the two
-    has a mask at all."""
-    truth, guess = sample.masks.any(axis=0), prediction.masks.any(axis=0)
-    is_counted = ~sample.ignore if sample.ignore is not None else np.ones_like(truth)
-    intersection, union = (truth & guess & is_counted).sum(), ((truth | guess) & is_counted).sum()
-    return int(intersection), int(union), bool(len(sample.masks)), bool(guess.any())
-
-
-def paired_ious(
-    dataset: Dataset, index: int, sample: Sample, prediction: Prediction
-) -> list[float]:
-    """IoU of each true mask with the predicted mask that it is paired with, the best pair first."""
-    truth, guess = (
-        masks.reshape(len(masks), masks[0].size if len(masks) else 0).astype(np.float32)
-        for masks in (sample.masks, prediction.masks)
+    is_thing = dataset.is_thing if isinstance(dataset, Generic) else None
+    reading, is_first = reading_of(dataset), distributed.rank() == 0
+    num_mine, num_before = sum(map(len, mine)), len(keys) - sum(map(len, rest))
+    bar = tqdm(
+        total=num_mine, desc=f"ask {label or dataset.name}", disable=not is_first, unit="image"
     )
-    if not len(truth) or not len(guess):
-        return [0.0] * len(truth)
-    overlap = truth @ guess.T
-    union = truth.sum(1)[:, None] + guess.sum(1) - overlap
-    ious, found = overlap / np.maximum(union, 1), [0.0] * len(truth)
-    for _ in range(min(ious.shape)):
-        row, column = np.unravel_index(ious.argmax(), ious.shape)
-        found[row] = float(ious[row, column])
-        ious[row], ious[:, column] = -1, -1
-    return found
+    if is_first and num_before:
+        tqdm.write(f"{folder}: {num_before} of {len(keys)} were asked before")
+    is_told = False
+    with Writer(folder, kind, distributed.rank()) as writer:
+        for batch, questions in zip(mine, loader, strict=True):
+            if isinstance(questions, ValueError):
+                raise questions
+            if is_first and not is_told and len(questions.parts) > 1:
+                is_told = True
+                tqdm.write(
+                    f"{dataset.name}: {len(questions.samples[0].names)} names do not fit one "
+                    f"prompt of {settings.model.max_text_length} tokens; they are asked in "
+                    f"{len(questions.parts)} parts, whose masks are merged"
+                )
+            predictions = answer(model, questions, reading, is_thing)
+            writer.write([keys[index] for index in batch], questions.samples, predictions)
+            bar.update(len(batch))
+    bar.close()
+    distributed.barrier()
+    if is_first:
+        complete(folder, kind, keys)
+    distributed.barrier()
 
 
-def instances(
-    dataset: Dataset, index: int, sample: Sample, prediction: Prediction
-) -> tuple[list[tuple], list[tuple]]:
-    """True (class name, RLE) and predicted (class name, RLE, score) of one image."""
-    truth = [
-        (sample.names[label], encode_mask(mask))
-        for label, mask in zip(sample.labels, sample.masks, strict=True)
-    ]
-    found = zip(prediction.labels, prediction.masks, prediction.scores, strict=True)
-    return truth, [(name, encode_mask(mask), score) for name, mask, score in found]
-
-
-def is_right(dataset: Dataset, index: int, sample: Sample, prediction: Prediction) -> bool:
-    """Whether the answer is the true one; of an option the letter counts."""
-    said, true = (
-        text.strip().rstrip(".").lower()
-        for text in (prediction.answer, dataset.records[index]["answer"])
-    )
-    return said == true
-
-
-def panoptic_quality(
-    records: list[tuple[str, int, float]], is_thing: list[bool]
-) -> dict[str, float]:
-    """PQ, PQ_things and PQ_stuff in percent; the mean is over classes that occur at all."""
-    counts = np.zeros((len(is_thing), 3))
-    iou = np.zeros(len(is_thing))
-    for kind, category, value in records:
-        counts[category, ("tp", "fp", "fn").index(kind)] += 1
-        iou[category] += value
-    divisor = counts @ [1, 0.5, 0.5]
-    quality = iou / np.maximum(divisor, 1)
-    things, occurs = np.array(is_thing), divisor > 0
-    scores = {}
-    for name, group in (
-        ("PQ", occurs),
-        ("PQ_things", occurs & things),
-        ("PQ_stuff", occurs & ~things),
-    ):
-        scores[name] = float(100 * quality[group].mean()) if group.any() else float("nan")
-    return scores
-
-
-def mask_quality(records: list[tuple[int, int, bool, bool]]) -> dict[str, float]:
-    """cIoU and gIoU in percent; where phrases without a target are among them also the shares of
-    both kinds that were told apart."""
-    intersection, union, is_there, is_found = np.array(records, np.float64).reshape(-1, 4).T
-    ious = np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
-    scores = {
-        "cIoU": float(100 * intersection.sum() / max(union.sum(), 1)),
-        "gIoU": float(100 * ious.mean()),
+def made_by(model: Segmentor | XSAM, dataset: Dataset) -> dict[str, str]:
+    """What predictions depend on, as digests."""
+    weights = hashlib.sha256()
+    for name, parameter in model.state_dict().items():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // 256)].float().cpu().numpy()
+        weights.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        weights.update(some.tobytes())
+    values = model.settings.to_dict()
+    names = ("model", "score_threshold", "overlap_threshold", "eval_batch_size", "max_new_tokens")
+    asked = {name: values[name] for name in names}
+    asked["phrasings"] = dataset.phrasings
+    asked["names"] = getattr(dataset, "names", [])
+    settings = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
+    return {
+        "dataset": dataset.name,
+        "weights": weights.hexdigest()[:16],
+        "settings": settings.hexdigest()[:16],
     }
-    if not is_there.all():
-        scores["N_acc"] = float(100 * (1 - is_found[is_there == 0]).mean())
-        scores["T_acc"] = float(100 * is_found[is_there == 1].mean())
-    return scores
 
 
-def average_precision(records: list[tuple[list[tuple], list[tuple]]]) -> dict[str, float]:
-    """AP and AP50 in percent of (truth, predictions) of each image, as `instances` gives them."""
-    names = sorted({item[0] for truth, found in records for item in [*truth, *found]})
-    number = {name: place for place, name in enumerate(names, 1)}
-    images, truths, found = [], [], []
-    for image, (true, predicted) in enumerate(records, 1):
-        sides = [rle["size"] for _, rle, *_ in [*true, *predicted]] or [(0, 0)]
-        images.append({"id": image, "height": sides[0][0], "width": sides[0][1]})
-        for name, rle in true:
-            area = int(coco_mask.area(rle))
-            item = {"image_id": image, "category_id": number[name], "segmentation": rle}
-            truths.append(item | {"id": len(truths) + 1, "iscrowd": 0, "area": area})
-        for name, rle, score in predicted:
-            item = {"image_id": image, "category_id": number[name], "segmentation": rle}
-            found.append(item | {"score": score})
-    if not found or not truths:
-        return {"AP": 0.0, "AP50": 0.0}
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = {
-            "images": images,
-            "categories": [{"id": each} for each in number.values()],
-            "annotations": truths,
-            "info": {},
-        }
-        coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(found), "segm")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return {"AP": float(100 * evaluation.stats[0]), "AP50": float(100 * evaluation.stats[1])}
-
-
-# ---- the tasks -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Task:
-    """Its sets, the record of one sample, and what the records of a set amount to."""
-
-    datasets: dict[str, str]  # a suffix for the metrics' names (may be empty) and the set
-    score: Callable[[Dataset, int, Sample, Prediction], Any]
-    summarise: Callable[..., dict[str, float]]
-
-
-def _ious(records: list[list[float]]) -> dict[str, float]:
-    return {"mIoU": float(100 * np.mean([iou for ious in records for iou in ious]))}
-
-
-def _share(records: list[bool]) -> dict[str, float]:
-    return {"accuracy": float(100 * np.mean(records))}
-
-
-TASKS = {
-    "panoptic": Task({"": "coco_panoptic_val"}, panoptic_matches, panoptic_quality),
-    "openvocab": Task({"": "ade20k_panoptic_val"}, panoptic_matches, panoptic_quality),
-    "refer": Task({"": "refcoco_val"}, mask_areas, mask_quality),
-    "grefer": Task({"": "grefcoco_val"}, mask_areas, mask_quality),
-    "reason": Task({"": "reasonseg_val"}, mask_areas, mask_quality),
-    "gcg": Task({"": "gcg_val"}, paired_ious, _ious),
-    "interactive": Task(
-        {f" {kind}": f"coco_interactive_val_{kind}" for kind in PROMPT_TYPES},
-        mask_areas,
-        mask_quality,
-    ),
-    "vgd": Task(
-        {f" {kind}": f"coco_vgd_val_{kind}" for kind in PROMPT_TYPES}, instances, average_precision
-    ),
-    "chat": Task({" POPE": "pope", " MMBench": "mmbench"}, is_right, _share),
-}
-
-
-# ---- a dataset through a model -------------------------------------------------------------------
+# ---- asking and scoring --------------------------------------------------------------------------
 
 
 def evaluate(
-    model: Segmentor | XSAM,
-    task: str,
+    model: Segmentor | XSAM | None,
+    names: list[str],
     data: Path,
-    num_kept: int = 0,
+    folder: Path,
     num_samples: int | None = None,
-) -> tuple[dict[str, float], list[tuple[int, Sample, Prediction]]]:
-    """Scores of one task over all ranks, and of this rank's first `num_kept` samples of its first
-    set the index, ground truth and prediction. `num_samples`: of each set the first ones alone."""
-    scores, kept = {}, []
-    for suffix, name in TASKS[task].datasets.items():
-        dataset = open_dataset(name, data, all_classes=True)
-        found, of_set = evaluate_dataset(
-            model, task, dataset, 0 if scores else num_kept, num_samples
+    words: list[str] | None = None,
+    embed: Callable | None = None,
+    kept: Callable[[str, Predictions], None] | None = None,
+) -> dict[str, dict[str, Figures]]:
+    """{task: {figure's name: figure}} of the sets `names`, on all ranks.
+
+    Predictions lie in `folder`, one folder for each set; the model is asked for those that are not
+    there, or without a model all have to be. `num_samples`: of each set the first ones alone.
+    `words`: other names for the classes of open vocabulary, in the order of their ids. `kept` is
+    called with the task and the predictions of each set.
+    """
+    results: dict[str, dict[str, Figures]] = {}
+    phrasings = read_phrasings(model.settings.phrasings if model is not None else "")
+    for number, name in enumerate(names, 1):
+        task, suffix = task_of(name)
+        label = f"{name} [{number}/{len(names)}]"
+        dataset = open_dataset(name, data, all_classes=True, phrasings=phrasings)
+        if words is not None and task == "openvocab":
+            rename(dataset, words)
+        if model is not None:
+            ask_dataset(model, dataset, folder / name, num_samples, label)
+        said = Predictions(folder / name, dataset, num_samples)
+        figures = score_dataset(said, embed, label)
+        results.setdefault(task, {}).update(named(figures, suffix))
+        if kept is not None:
+            kept(task, said)
+    return results
+
+
+def rename(dataset: Generic, words: list[str]) -> None:
+    """Asks for the classes of a set by other names."""
+    if len(words) != len(dataset.names):
+        raise ValueError(
+            f"{len(words)} names for the {len(dataset.names)} classes of {dataset.name}"
         )
-        scores |= {f"{metric}{suffix}": figure for metric, figure in found.items()}
-        kept += of_set
-    return scores, kept
-
-
-def evaluate_dataset(
-    model: Segmentor | XSAM,
-    task: str,
-    dataset: Dataset,
-    num_kept: int = 0,
-    num_samples: int | None = None,
-) -> tuple[dict[str, float], list[tuple[int, Sample, Prediction]]]:
-    """The same for one of the task's sets."""
-    is_thing = dataset.is_thing if isinstance(dataset, Generic) else None
-    rank, world_size = distributed.rank(), distributed.world_size()
-    indices = list(range(len(dataset)))[rank:num_samples:world_size]
-    size = model.settings.eval_batch_size
-    records, kept = [], []
-    bar = tqdm(total=len(indices), desc=f"evaluate {dataset.name}", disable=rank != 0)
-    for chunk in (indices[start : start + size] for start in range(0, len(indices), size)):
-        samples = [question(dataset, index) for index in chunk]
-        predictions = answer(model, samples, is_thing)
-        for index, sample, prediction in zip(chunk, samples, predictions, strict=True):
-            records.append((index, TASKS[task].score(dataset, index, sample, prediction)))
-            if len(kept) < num_kept:
-                kept.append((index, sample, prediction))
-        bar.update(len(chunk))
-    bar.close()
-    ordered = [record for _, record in sorted(distributed.gather(records), key=lambda r: r[0])]
-    if is_thing is None:
-        return TASKS[task].summarise(ordered), kept
-    return TASKS[task].summarise([match for image in ordered for match in image], is_thing), kept
-
-
-def question(dataset: Dataset, index: int) -> Sample:
-    """A sample with its answer left to the model; its phrasing is drawn from a fixed seed."""
-    sample = dataset.sample(index, np.random.default_rng([0, index]))
-    sample.turns = [(asked, None) for asked, _ in sample.turns]
-    return sample
+    dataset.names = words
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 
-def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Markdown table of {column: {task: {metric: figure}}}, the protocol beside each figure."""
-    columns = list(results)
-    rows = {
-        (task, metric): None
-        for scores in results.values()
-        for task in scores
-        for metric in scores[task]
-    }
-    lines = ["| task | metric | " + " | ".join(columns) + " | protocol |"]
-    lines.append("|" + "---|" * (len(columns) + 3))
-    for task, metric in rows:
-        figures = [results[column].get(task, {}).get(metric) for column in columns]
-        cells = ["–" if figure is None else f"{figure:.1f}" for figure in figures]
-        lines.append(
-            f"| {task} | {metric} | {' | '.join(cells)} | {PROTOCOLS[metric.split()[0]]} |"
-        )
-    return "\n".join(lines)
+def chosen_sets(tasks: str, is_segmentor: bool = False) -> list[str]:
+    """The sets of a comma-separated list of tasks and sets, or of "all". Raises ValueError at an
+    unknown one, or one that a stage-1 checkpoint cannot be asked."""
+    known = SEGMENTOR_TASKS if is_segmentor else tuple(TASKS)
+    of_task = {task: [name for _, name in TASKS[task].datasets] for task in TASKS}
+    names: list[str] = []
+    for word in known if tasks == "all" else tasks.split(","):
+        if word not in TASKS and word not in itertools.chain(*of_task.values()):
+            raise ValueError(f"unknown task {word}; known are {', '.join(TASKS)}, and their sets")
+        found = of_task.get(word, [word])
+        if is_segmentor and task_of(found[0])[0] not in known:
+            raise ValueError(
+                f"stage 1 has no language model; it is scored with --tasks {','.join(known)}"
+            )
+        names += [name for name in found if name not in names]
+    return names
+
+
+def check_paths(names: list[str], data: Path) -> None:
+    """Raises ValueError that lists what the sets lack on disk."""
+    paths = [locate(data, path) for name in names for path in SOURCES[name].paths()]
+    if missing := sorted({str(path) for path in paths if not path.exists()}):
+        raise ValueError(f"missing: {', '.join(missing)}; --tasks says what else to score")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="xsam/evaluate.py",
-        description="Scores a checkpoint on the validation sets; runs under torchrun or alone.",
+        description="Scores a checkpoint, or predictions, on the benchmarks; runs under torchrun "
+        "or alone. The same command goes on where it was interrupted.",
         epilog="example: python xsam/evaluate.py --checkpoint runs/toy/stage3/step_1300 "
-        "--data runs/toy/world/data --tasks panoptic",
+        "--data runs/toy/world/data --tasks panoptic,refcoco_val",
     )
-    add_checkpoint_flags(parser)
+    add_checkpoint_flags(parser, is_required=False)
     parser.add_argument("--data", type=Path, default=Path("datas"), help="data root")
+    parser.add_argument(
+        "--tasks", help=f"{', '.join(TASKS)}, sets of these, or all (default: all that can be)"
+    )
     parser.add_argument("--out", type=Path, help="where results go (default: the checkpoint)")
-    parser.add_argument("--tasks", default="all", help=f"{', '.join(TASKS)}, or all")
+    parser.add_argument(
+        "--from-predictions",
+        type=Path,
+        metavar="DIR",
+        help="score the predictions in DIR, a folder for each set, without a model",
+    )
+    parser.add_argument(
+        "--names",
+        metavar="LIST",
+        help="other names for the classes of open vocabulary: a,b,c, or a file with one a line",
+    )
+    parser.add_argument("--phrasings", metavar="FILE", help="questions of your own")
+    parser.add_argument(
+        "--bert", type=Path, metavar="DIR", help="bert-base-uncased: compares GCG's phrases"
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images of one forward pass")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N samples of each set")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="forget predictions that were made before"
+    )
     options = parser.parse_args(arguments)
-    tasks = list(TASKS) if options.tasks == "all" else options.tasks.split(",")
-    if unknown := [task for task in tasks if task not in TASKS]:
-        parser.error(f"unknown task {', '.join(unknown)}; known are {', '.join(TASKS)}")
-    names = [name for task in tasks for name in TASKS[task].datasets.values()]
-    paths = [locate(options.data, path) for name in names for path in SOURCES[name].paths()]
-    if missing := sorted({str(path) for path in paths if not path.exists()}):
-        parser.error("missing: " + ", ".join(missing))
-
+    if (options.checkpoint is None) == (options.from_predictions is None):
+        parser.error("give --checkpoint or --from-predictions")
+    for name in ("limit", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} has to be 1 or more")
+    try:  # a wrong name is told before anything is loaded
+        chosen_sets(options.tasks or "all")
+        words = read_names(options.names) if options.names else None
+        embed = bert_embedder(options.bert) if options.bert else None
+        if options.tasks and options.checkpoint:
+            check_paths(chosen_sets(options.tasks), options.data)
+    except ValueError as error:
+        parser.error(str(error))
     device = distributed.start()
     try:
-        model, stage = load_checkpoint(
-            options.checkpoint,
-            tokenizer=options.tokenizer,
-            allow_missing=tuple(options.allow_missing),
-            device=device,
-            report=print if distributed.rank() == 0 else lambda _: None,
-        )
-        if stage == 1 and tasks != ["panoptic"]:
-            raise ValueError("stage 1 has no language model; it is scored with --tasks panoptic")
-        results = {task: evaluate(model, task, options.data)[0] for task in tasks}
-        if distributed.rank() == 0:
-            checkpoint = options.checkpoint
-            out = options.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-            text = table({f"stage {stage}": results})
-            (out / "results.md").write_text(text + "\n", encoding="utf-8")
-            print(text)
+        run(options, device, words, embed)
     except ValueError as error:
         print(f"xsam/evaluate.py: {error}", file=sys.stderr)
         return 2
     finally:
         distributed.finish()
     return 0
+
+
+def run(
+    options: argparse.Namespace,
+    device: torch.device,
+    words: list[str] | None,
+    embed: Callable | None,
+) -> None:
+    """What the command line asks for."""
+    is_first = distributed.rank() == 0
+    if options.from_predictions is not None:
+        model, column = None, "predictions"
+        folder = options.from_predictions
+        if (folder / FOLDER).is_dir():
+            folder = folder / FOLDER
+        names = [name for name in chosen_sets("all") if (folder / name).is_dir()]
+        if options.tasks:
+            names = chosen_sets(options.tasks)
+        if not names:
+            raise ValueError(f"{folder}: has no folder of a set that is scored")
+        out = options.out or options.from_predictions
+    else:
+        model, stage = load_checkpoint(
+            options.checkpoint,
+            tokenizer=options.tokenizer,
+            allow_missing=tuple(options.allow_missing),
+            device=device,
+            report=print if is_first else lambda _: None,
+        )
+        column = f"stage {stage}"
+        names = chosen_sets(options.tasks or "all", is_segmentor=stage == 1)
+        settings = model.settings
+        settings.eval_batch_size = options.batch_size or settings.eval_batch_size
+        settings.phrasings = options.phrasings or settings.phrasings
+        if stage == 1 and not settings.categories:  # a published one: those of COCO
+            check_paths(["coco_panoptic_val"], options.data)
+            settings.categories = open_dataset("coco_panoptic_val", options.data).categories
+        checkpoint = options.checkpoint
+        out = options.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
+        folder = out / FOLDER
+        if options.overwrite and is_first:
+            for name in names:
+                shutil.rmtree(folder / name, ignore_errors=True)
+        distributed.barrier()
+    check_paths(names, options.data)
+    results = evaluate(model, names, options.data, folder, options.limit, words, embed)
+    if not is_first:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    note = f"The first {options.limit} samples of each set alone." if options.limit else ""
+    text = table({column: results}, note)
+    about = {"sets": names} | ({"first_samples": options.limit} if options.limit else {})
+    document = results | {"about": about}
+    (out / "results.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    (out / "results.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

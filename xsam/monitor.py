@@ -7,6 +7,7 @@ curves.png, results.json and results.md, pictures/, and tensorboard/ where that 
 import importlib.util
 import json
 import math
+import shutil
 import sys
 import textwrap
 from collections import deque
@@ -19,10 +20,12 @@ from tqdm import tqdm
 
 from xsam import distributed, draw
 from xsam.data import Batch
-from xsam.evaluate import evaluate, table
+from xsam.evaluate import FOLDER, evaluate
 from xsam.model import XSAM, Segmentor
 from xsam.postprocess import Prediction
+from xsam.predictions import Predictions
 from xsam.samples import Sample
+from xsam.scoring import SEGMENTOR_TASKS, TASKS, Figures, table
 
 METRICS_FILE, CURVES_FILE, RESULTS_FILE = "metrics.jsonl", "curves.png", "results.json"
 LOSSES = ("class", "mask", "dice", "text")
@@ -112,7 +115,8 @@ class Monitor:
         figures = {f"{task} {name}": x for task, row in scores.items() for name, x in row.items()}
         self._write({"stage": self.stage, "step": step, "validation": figures})
         if self.is_on:
-            shown = ", ".join(f"{name} {figure:.1f}" for name, figure in figures.items())
+            known = {name: figure for name, figure in figures.items() if figure is not None}
+            shown = ", ".join(f"{name} {figure:.1f}" for name, figure in known.items())
             tqdm.write(f"stage {self.stage} step {step}, {count} samples of each set: {shown}")
             draw_metrics(self.out)
 
@@ -244,20 +248,39 @@ def score_tasks(
     prefix: str,
     num_pictures: int,
     num_samples: int | None = None,
-) -> dict[str, dict[str, float]]:
-    """Scores of the tasks that the configuration names, {task: {metric: figure}}, and pictures of
-    each task, whose names begin with `prefix`. `num_samples` None: all of them."""
-    tasks = model.settings.eval_tasks if isinstance(model, XSAM) else ("panoptic",)
-    pictures = out / "pictures"
-    pictures.mkdir(exist_ok=True)
-    count = math.ceil(num_pictures / distributed.world_size())
-    scores = {}
-    for task in tasks:
-        scores[task], kept = evaluate(model, task, data, count, num_samples)
-        for index, sample, prediction in kept:
-            name = f"{prefix}_{task}_{index:05d}.png"
-            draw_prediction(sample, prediction).save(pictures / name)
-    return scores
+) -> dict[str, dict[str, Figures]]:
+    """Figures of the tasks that the configuration names, and pictures of the first set of each,
+    whose names begin with `prefix`. Predictions are kept in OUT/predictions/PREFIX, but those of
+    the first `num_samples` alone, which are not whole; None: all."""
+    tasks = [
+        task for task in model.settings.eval_tasks
+        if isinstance(model, XSAM) or task in SEGMENTOR_TASKS
+    ]  # fmt: skip
+    pictures, folder = out / "pictures", out / FOLDER / prefix
+    if distributed.rank() == 0:  # of other weights, if they are there
+        shutil.rmtree(folder, ignore_errors=True)
+        pictures.mkdir(exist_ok=True)
+    distributed.barrier()
+    drawn: set[str] = set()
+
+    def draw_some(task: str, said: Predictions) -> None:
+        if task in drawn:
+            return
+        drawn.add(task)
+        some = range(min(num_pictures, len(said.keys)))
+        for index in some[distributed.rank() :: distributed.world_size()]:
+            sample = said.dataset.question(index)
+            # Of instances every pair of query and class is there, most with next to no score.
+            least = 0.3 if said.kind == "instances" else 0.0
+            picture = draw_prediction(sample, said.prediction(index, sample), least)
+            picture.save(pictures / f"{prefix}_{task}_{index:05d}.png")
+
+    names = [name for task in tasks for _, name in TASKS[task].datasets]
+    figures = evaluate(model, names, data, folder, num_samples, kept=draw_some)
+    distributed.barrier()
+    if num_samples is not None and distributed.rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # without a task it is not there
+    return figures
 
 
 def read_results(out: Path) -> dict:
@@ -266,19 +289,18 @@ def read_results(out: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))["columns"] if path.is_file() else {}
 
 
-def draw_prediction(sample: Sample, prediction: Prediction) -> Image.Image:
+def draw_prediction(sample: Sample, prediction: Prediction, min_score: float = 0.0) -> Image.Image:
     """Ground truth beside prediction; what is shown to the model beside both."""
     question = textwrap.shorten(sample.turns[0][0], 200, placeholder=" …")
     if sample.task == "chat":
         picture = draw.draw_segments(sample.image, sample.masks, [])
         return draw.side_by_side([picture], [f"{question}\n{prediction.answer}"])
     labels = [sample.names[label] for label in sample.labels]
-    # Of visual grounding every pair of query and class is predicted, most with next to no score.
-    found = prediction.draw(min_score=0.3 if sample.task == "vgd" else 0.0)
+    found = prediction.draw(min_score=min_score)
     pictures = [draw.draw_segments(sample.image, sample.masks, labels), found]
     titles = [f"ground truth: {question}", f"prediction {prediction.answer}".strip()]
     if sample.regions is not None:
         shown = sample.names[: len(sample.regions)]
-        pictures.insert(0, draw.draw_segments(sample.image, sample.regions, shown))
-        titles.insert(0, "shown")
+        prompts = draw.draw_prompts(sample.image, sample.regions, sample.region_images, shown)
+        pictures, titles = prompts + pictures, ["shown"] * len(prompts) + titles
     return draw.side_by_side(pictures, titles)
