@@ -1,393 +1,603 @@
-"""Metrics against a recount of pixels, and a perfect answer through the whole evaluation.
+"""The command from a checkpoint or from predictions to the table: on one process and many, killed
+and begun again, and with whatever is wrong told.
 
 pytest tests/test_evaluate.py
 """
 
-import dataclasses
+import contextlib
+import copy
+import importlib.util
 import json
-import math
-import types
-from collections import Counter, defaultdict
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from faulty_train import ROOT, start_ranks
+from test_predictions import contents, edit, write_predictions
 
-from xsam import distributed
+from xsam import evaluate
 from xsam.checkpoints import save_checkpoint
+from xsam.data import Processor
 from xsam.datasets import open_dataset
-from xsam.evaluate import (
-    PROTOCOLS,
-    TASKS,
-    average_precision,
-    evaluate,
-    instances,
-    is_right,
-    main,
-    mask_areas,
-    mask_quality,
-    match_segments,
-    paired_ious,
-    panoptic_quality,
-    question,
-    table,
+from xsam.evaluate import ask_dataset, main
+from xsam.model import XSAM, answer, prepare
+from xsam.predictions import (
+    ABOUT_FILE,
+    PREDICTIONS_FILE,
+    UNFINISHED,
+    Predictions,
+    finished_records,
+    keys_of,
 )
-from xsam.postprocess import Prediction
 from xsam.samples import Sample
+from xsam.scoring import TASKS
+from xsam.sources import SOURCES, locate
 
-# ---- panoptic quality ----------------------------------------------------------------------------
+PATIENCE = 120  # seconds until a run hangs
+HAS_METEOR = bool(importlib.util.find_spec("pycocoevalcap") and shutil.which("java"))
 
 
-def grid(*rows: str) -> np.ndarray:
-    """A map of one-digit ids; a dot is void."""
-    return np.array([[0 if cell == "." else int(cell) for cell in row] for row in rows])
-
-
-def recount(ids, truth, guessed, guesses) -> list[tuple[str, int, float]]:
-    """The same records by Kirillov et al. 2019, section 4, from sets of pixels."""
-
-    def pixels(array, number) -> set:
-        return set(np.flatnonzero(array.ravel() == number).tolist())
-
-    void = pixels(ids, 0)
-    records, matched_truth, matched_guesses = [], set(), set()
-    for number, (category, is_crowd) in truth.items():
-        for other, guessed_category in guesses.items():
-            if is_crowd or category != guessed_category:
-                continue
-            one, two = pixels(ids, number), pixels(guessed, other) - void
-            if one | two and len(one & two) / len(one | two) > 0.5:
-                records.append(("tp", category, len(one & two) / len(one | two)))
-                matched_truth.add(number)
-                matched_guesses.add(other)
-    for number, (category, is_crowd) in truth.items():
-        if not is_crowd and number not in matched_truth:
-            records.append(("fn", category, 0.0))
-    for other, category in guesses.items():
-        region = pixels(guessed, other)
-        excused = set(void)
-        for number, kind in truth.items():
-            if kind == (category, True):
-                excused |= pixels(ids, number)
-        if region and other not in matched_guesses and len(region & excused) <= len(region) / 2:
-            records.append(("fp", category, 0.0))
-    return records
-
-
-def recounted_quality(records, is_thing) -> dict[str, float]:
-    per_class = defaultdict(list)
-    for kind, category, value in records:
-        per_class[category].append((kind, value))
-    quality = {}
-    for category, found in per_class.items():
-        kinds = Counter(kind for kind, _ in found)
-        total = sum(value for _, value in found)
-        quality[category] = 100 * total / (kinds["tp"] + kinds["fp"] / 2 + kinds["fn"] / 2)
-
-    def mean(values) -> float:
-        values = list(values)
-        return sum(values) / len(values) if values else math.nan
-
-    return {
-        "PQ": mean(quality.values()),
-        "PQ_things": mean(q for category, q in quality.items() if is_thing[category]),
-        "PQ_stuff": mean(q for category, q in quality.items() if not is_thing[category]),
-    }
-
-
-IS_THING = [True, True, False]
-
-
-def random_maps(seed: int):
-    """Rectangles of three classes on void, and a guess that is them moved, relabelled or lost."""
-    rng = np.random.default_rng(seed)
-    ids, guessed = np.zeros((9, 11), int), np.zeros((9, 11), int)
-    truth, guesses = {}, {}
-    for number in rng.permutation(np.arange(1, 9))[: rng.integers(0, 6)].tolist():
-        top, left = rng.integers(0, 7, 2)
-        box = np.s_[top : top + rng.integers(1, 7), left : left + rng.integers(1, 8)]
-        ids[box] = number
-        truth[number] = (int(rng.integers(3)), rng.random() < 0.25)
-    for number, (category, _) in truth.items():
-        if rng.random() < 0.8:
-            shift = rng.integers(-1, 2, 2) * (rng.random() < 0.6)
-            guessed[np.roll(ids == number, shift, (0, 1))] = number + 20
-            guesses[number + 20] = category if rng.random() < 0.8 else int(rng.integers(3))
-    if rng.random() < 0.5:
-        guessed[rng.integers(9) :, rng.integers(11) :] = 40
-        guesses[40] = int(rng.integers(3))
-    present = set(np.unique(ids)) - {0}
-    return ids, {n: kind for n, kind in truth.items() if n in present}, guessed, guesses
-
-
-def test_panoptic_quality_is_a_recount_of_the_pixels():
-    records, expected, seen = [], [], Counter()
-    for seed in range(200):
-        maps = random_maps(seed)
-        ours, theirs = match_segments(*maps), recount(*maps)
-        assert Counter(ours) == Counter(theirs), seed
-        records += ours
-        expected += theirs
-        seen.update(kind for kind, _, _ in theirs)
-    assert min(seen[kind] for kind in ("tp", "fn", "fp")) > 50
-    assert panoptic_quality(records, IS_THING) == pytest.approx(
-        recounted_quality(expected, IS_THING)
-    )
-
-
-def test_a_perfect_guess_scores_100():
-    """Whatever it says of void and of crowds."""
-    for seed in range(30):
-        ids, truth, *_ = random_maps(seed)
-        guesses = {number: category for number, (category, _) in truth.items()}
-        records = match_segments(ids, truth, ids, guesses)
-        assert {kind for kind, _, _ in records} <= {"tp"}
-        assert len(records) == sum(not is_crowd for _, is_crowd in truth.values())
-        assert all(
-            value in (100.0,) or math.isnan(value)
-            for value in panoptic_quality(records, IS_THING).values()
-        )
-
-
-def test_a_match_needs_more_than_half():
-    ids, truth = grid("1111", "1111"), {1: (0, False)}
-    half, more = grid("22..", "22.."), grid("222.", "22..")
-    assert match_segments(ids, truth, half, {2: 0}) == [("fn", 0, 0.0), ("fp", 0, 0.0)]
-    assert match_segments(ids, truth, more, {2: 0}) == [("tp", 0, 5 / 8)]
-    assert match_segments(ids, truth, more, {2: 1}) == [("fn", 0, 0.0), ("fp", 1, 0.0)]
-
-
-def test_a_crowd_is_neither_missed_nor_found():
-    ids, truth = grid("1111", "...."), {1: (0, True)}
-    assert match_segments(ids, truth, np.zeros_like(ids), {}) == []
-    assert match_segments(ids, truth, grid("2222", "...."), {2: 0}) == []
-    assert match_segments(ids, truth, grid("2222", "...."), {2: 1}) == [("fp", 1, 0.0)]
-
-
-def test_nothing_counts_where_all_is_void():
-    ids = np.zeros((2, 4), int)
-    assert match_segments(ids, {}, grid("2222", "33.."), {2: 0, 3: 1}) == []
-    assert all(math.isnan(value) for value in panoptic_quality([], IS_THING).values())
-
-
-def test_an_empty_guess_misses_everything():
-    ids, truth = grid("1122", "11.."), {1: (0, False), 2: (2, False)}
-    records = match_segments(ids, truth, np.zeros_like(ids), {})
-    assert Counter(records) == Counter([("fn", 0, 0.0), ("fn", 2, 0.0)])
-    scores = {"PQ": 0.0, "PQ_things": 0.0, "PQ_stuff": 0.0}
-    assert panoptic_quality(records, IS_THING) == scores
-
-
-def test_classes_that_do_not_occur_are_not_averaged():
-    scores = panoptic_quality([("tp", 0, 0.8), ("fp", 0, 0.0), ("fn", 0, 0.0)], IS_THING)
-    assert scores["PQ"] == scores["PQ_things"] == pytest.approx(40.0)
-    assert math.isnan(scores["PQ_stuff"])
-
-
-# ---- referring quality ---------------------------------------------------------------------------
-
-
-def test_mask_quality():
-    scores = mask_quality([(30, 40, True, True), (0, 60, True, False)])
-    assert scores == pytest.approx({"cIoU": 30.0, "gIoU": 37.5})
-
-
-def test_an_empty_union_is_a_full_score_of_its_sample():
-    scores = mask_quality([(0, 0, True, False), (5, 10, True, True)])
-    assert scores == pytest.approx({"cIoU": 50.0, "gIoU": 75.0})
-
-
-def test_phrases_without_a_target_are_told_apart():
-    found, missed = (8, 10, True, True), (0, 6, True, False)
-    silent, invented = (0, 0, False, False), (0, 4, False, True)
-    scores = mask_quality([found, missed, silent, invented, silent])
-    expected = {"cIoU": 40.0, "gIoU": 100 * (0.8 + 1 + 1) / 5}
-    expected |= {"N_acc": 100 * 2 / 3, "T_acc": 50.0}
-    assert scores == pytest.approx(expected)
-
-
-def prediction_of(masks: np.ndarray, labels: list[str], scores: list[float]) -> Prediction:
-    picture = Image.new("RGB", masks.shape[:0:-1])
-    return Prediction(picture, masks, list(range(len(masks))), labels, scores, "<SEG>")
-
-
-def sample_of(masks: np.ndarray, labels: list[int], names: list[str], ignore=None) -> Sample:
-    picture = Image.new("RGB", masks.shape[:0:-1])
-    return Sample("x", "vgd", picture, [], masks, np.array(labels), ignore, names)
-
-
-def test_ignored_pixels_are_in_neither_area():
-    truth, guess = np.zeros((2, 1, 4, 4), bool)
-    truth[0, :2], guess[0, 1:] = True, True
-    ignore = np.zeros((4, 4), bool)
-    ignore[1:3, 0] = True
-    sample = sample_of(truth, [0], ["x"], ignore)
-    assert mask_areas(None, 0, sample, prediction_of(guess, ["x"], [1.0])) == (3, 14, True, True)
-
-
-def test_true_masks_are_paired_with_the_best_that_is_left():
-    truth = np.zeros((3, 1, 10), bool)
-    truth[0, 0, :4], truth[1, 0, 4:8], truth[2, 0, 8:] = True, True, True
-    guess = np.zeros((2, 1, 10), bool)
-    guess[0, 0, :5], guess[1, 0, :4] = True, True
-    found = paired_ious(
-        None, 0, sample_of(truth, [0] * 3, ["x"]), prediction_of(guess, ["", ""], [1, 1])
-    )
-    assert found == pytest.approx([1.0, 1 / 8, 0.0])
-
-
-def test_average_precision_is_that_of_pycocotools_by_hand():
-    """One class all right, one with a better scored miss before the hit: (1 + 1/2) / 2."""
-    truth = np.zeros((2, 8, 8), bool)
-    truth[0, :3, :3], truth[1, 5:, 5:] = True, True
-    guess = np.stack([truth[0], ~truth[1] & ~truth[0], truth[1]])
-    sample = sample_of(truth, [0, 1], ["ring", "star"])
-    prediction = prediction_of(guess, ["ring", "star", "star"], [0.3, 0.9, 0.8])
-    record = instances(None, 0, sample, prediction)
-    assert average_precision([record]) == pytest.approx({"AP": 75.0, "AP50": 75.0}, abs=0.5)
-    nothing = instances(None, 0, sample, prediction_of(guess[:0], [], []))
-    assert average_precision([nothing]) == {"AP": 0.0, "AP50": 0.0}
-
-
-# ---- a dataset through a model -------------------------------------------------------------------
-
-
-def perfect(model, samples, is_thing):
-    """The ground truth, as `answer` would give it."""
-    assert all(answered is None for sample in samples for _, answered in sample.turns)
-    return [
-        Prediction(
-            sample.image,
-            sample.masks,
-            sample.labels.tolist(),
-            [sample.names[label] for label in sample.labels],
-            [1.0] * len(sample.labels),
-            "<SEG>",
-        )
-        for sample in samples
-    ]
-
-
-def shifted(model, samples, is_thing):
-    """The ground truth a few pixels off, and nothing at all for one sample."""
-    predictions = perfect(model, samples, is_thing)
-    for sample, prediction in zip(samples, predictions, strict=True):
-        prediction.masks = np.roll(prediction.masks, 3, axis=2)
-        if sample.sample_id.endswith("7"):
-            prediction.masks, prediction.categories = prediction.masks[:0], []
-    return predictions
-
-
-@pytest.mark.parametrize("task", set(TASKS) - {"chat"})
-def test_a_perfect_answer_scores_100(model, world, monkeypatch, task):
-    monkeypatch.setattr("xsam.evaluate.answer", perfect)
-    scores, kept = evaluate(model, task, world / "data", num_kept=4)
-    assert scores and all(value == pytest.approx(100) for value in scores.values())
-    name = next(iter(TASKS[task].datasets.values()))
-    dataset = open_dataset(name, world / "data", all_classes=True)
-    assert [index for index, _, _ in kept] == list(range(len(kept))) and kept
-    for index, sample, prediction in kept:
-        assert sample.sample_id == question(dataset, index).sample_id
-        assert sample.turns == question(dataset, index).turns
-        assert prediction.masks is sample.masks
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_ranks_together_count_what_one_process_counts(model, world, monkeypatch, task):
-    """The same records in the same order, so that their sums are the same to the last bit."""
-    monkeypatch.setattr("xsam.evaluate.answer", shifted)
-    kept = dataclasses.replace(TASKS[task], summarise=lambda records, *_: {"all": list(records)})
-    monkeypatch.setitem(TASKS, task, kept)
-    alone, _ = evaluate(model, task, world / "data")
-    assert len(alone) == len(kept.datasets) and all(len(records) > 1 for records in alone.values())
-
-    gathered = defaultdict(list)  # by dataset, of which each rank has one after the other
-    monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    for rank in (3, 1, 0, 2):  # the last sees the records of all
-        sets = iter(range(10))
-
-        def gather(items, sets=sets):
-            of_set = gathered[next(sets)]
-            of_set.extend(items)
-            return of_set
-
-        monkeypatch.setattr(distributed, "gather", gather)
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        together, _ = evaluate(model, task, world / "data")
-    assert together == alone
-
-
-@pytest.mark.parametrize(
-    ("said", "true", "right"),
-    [
-        ("A", "A", True),
-        ("a.", "A", True),
-        ("Yes", "yes", True),
-        ("B", "A", False),
-        ("", "A", False),
-    ],
-)
-def test_an_answer_is_right_but_for_case_and_full_stop(said, true, right):
-    prediction = prediction_of(np.zeros((0, 4, 4), bool), [], [])
-    prediction.answer = said
-
-    table = types.SimpleNamespace(records=[{"answer": true}])
-    assert is_right(table, 0, None, prediction) is right
-
-
-def test_an_untrained_model_is_scored(speaking_model, world):
-    for task in TASKS:
-        scores, _ = evaluate(speaking_model, task, world / "data")
-        assert scores and all(0 <= value <= 100 for value in scores.values())
-        assert any(value < 100 for value in scores.values())
-
-
-# ---- what is printed -----------------------------------------------------------------------------
-
-
-def test_the_table_has_a_row_for_each_metric_and_a_column_for_each_run():
-    results = {
-        "untrained": {"panoptic": {"PQ": 0.0, "PQ_things": 0.0}},
-        "stage 3": {"panoptic": {"PQ": 91.26, "PQ_things": 88.0}, "refer": {"cIoU point": 70.0}},
-    }
-    head, rule, *rows = [line.strip("|").split("|") for line in table(results).splitlines()]
-    assert [cell.strip() for cell in head[:4]] == ["task", "metric", "untrained", "stage 3"]
-    assert len(rule) == len(head)
-    cells = [[cell.strip() for cell in row] for row in rows]
-    assert [row[:4] for row in cells] == [
-        ["panoptic", "PQ", "0.0", "91.3"],
-        ["panoptic", "PQ_things", "0.0", "88.0"],
-        ["refer", "cIoU point", "–", "70.0"],
-    ]
-    assert [row[4] for row in cells] == [PROTOCOLS[row[1].split()[0]] for row in cells]
-
-
-def test_the_command_writes_what_it_prints(segmentor, world, tmp_path, capsys):
-    folder = save_checkpoint(tmp_path, segmentor, segmentor.settings, None, 1, 5, {})
-    arguments = ["--checkpoint", str(folder), "--data", str(world / "data")]
-    assert main([*arguments, "--tasks", "panoptic", "--out", str(tmp_path / "out")]) == 0
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results == {"panoptic": evaluate(segmentor, "panoptic", world / "data")[0]}
-    printed = (tmp_path / "out/results.md").read_text()
-    assert printed in capsys.readouterr().out and "| panoptic | PQ |" in printed
-
-    assert main([*arguments, "--tasks", "refer"]) == 2
-    assert "stage 1 has no language model" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "message"),
-    [
-        ("--checkpoint", "no/such/step_1", "no/such/step_1"),
-        ("--data", "no/such/data", "no/such/data/img_refseg"),
-        ("--tasks", "panoptic,depth", "unknown task depth"),
-    ],
-)
-def test_wrong_arguments_leave_with_2_and_say_why(world, tmp_path, capsys, flag, value, message):
-    arguments = {"--checkpoint": str(tmp_path), "--data": str(world / "data"), "--tasks": "all"}
+def run(*flags: object) -> int:
+    """The command in this process; the status that it exits with."""
     try:
-        code = main([part for pair in (arguments | {flag: value}).items() for part in pair])
+        return main(list(map(str, flags)))
     except SystemExit as error:  # as argparse leaves
-        code = error.code
-    assert code == 2
+        return error.code
+
+
+@pytest.fixture
+def results() -> Callable[[Path], dict]:
+    return lambda out: json.loads((out / "results.json").read_text())
+
+
+# ---- the perfect predictor -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def perfect_folder(world, tmp_path_factory) -> Path:
+    """The ground truth of every set as predictions, with their results."""
+    folder = tmp_path_factory.mktemp("perfect")
+    for task in TASKS.values():
+        for _, name in task.datasets:
+            dataset = open_dataset(name, world / "data", all_classes=True)
+            write_predictions(folder / name, dataset)
+    assert run("--from-predictions", folder, "--data", world / "data") == 0
+    return folder
+
+
+def test_the_ground_truth_scores_100_on_every_task(perfect_folder, world, results):
+    scores = results(perfect_folder)
+    sets = [name for task in TASKS.values() for _, name in task.datasets]
+    assert scores.pop("about") == {"sets": sets} and list(scores) == list(TASKS)
+    reasoning = {"commonsense_reasoning", "numerical_calculation"}
+    reasoning |= {"text_translation", "code_reasoning"}
+    kinds = {row["category"].lower() for row in open_dataset("mme", world / "data").records}
+    captions = {"METEOR": 100, "CIDEr": 1000}  # CIDEr of the same words is 10
+    captions = captions if HAS_METEOR else dict.fromkeys(captions)
+    expected = {
+        "perception MME": 200 * len(kinds - reasoning),
+        "cognition MME": 200 * len(kinds & reasoning),
+        **{f"{name}{suffix}": x for name, x in captions.items() for suffix in ("", " test")},
+    }
+    figures = {name: figure for each in scores.values() for name, figure in each.items()}
+    assert len(kinds) > 2 and set(expected) <= set(figures) and len(figures) > 80
+    for name, figure in figures.items():
+        assert figure == pytest.approx(expected.get(name, 100)), name
+
+
+def test_every_figure_has_a_protocol_and_every_one_of_the_papers_is_counted(
+    perfect_folder, results
+):
+    scores, printed = results(perfect_folder), (perfect_folder / "results.md").read_text()
+    for task, each in TASKS.items():
+        assert {name.split()[0] for name in scores[task]} == set(each.protocols)
+        assert set(each.paper) <= set(scores[task])
+        for name, figure in scores[task].items():
+            shown = "–" if figure is None else f"{figure:.1f}"
+            paper = each.paper.get(name, "–")
+            line = f"| {task} | {name} | {shown} | {paper} | {each.protocols[name.split()[0]]} |"
+            assert line in printed.splitlines()
+
+
+def test_predictions_of_another_program_are_scored(perfect_folder, world, tmp_path, results):
+    """The same files without what this one keeps beside them; grounded captions, of which METEOR
+    takes long, are left to the tests of the files."""
+    shutil.copytree(perfect_folder, tmp_path / "said")
+    for path in (tmp_path / "said").glob(f"*/{ABOUT_FILE}"):
+        path.unlink()
+    tasks = [task for task in TASKS if task != "gcg"]
+    flags = ["--data", world / "data", "--tasks", ",".join(tasks), "--out", tmp_path / "out"]
+    assert run("--from-predictions", tmp_path / "said", *flags) == 0
+    before, after = results(perfect_folder), results(tmp_path / "out")
+    assert {task: after[task] for task in tasks} == {task: before[task] for task in tasks}
+
+
+# ---- one process and many, killed and not --------------------------------------------------------
+
+ASKED = "panoptic,instance,semantic,refcoco_val,gcg_val,coco_vgd_val_point,pope"
+BATCH = 4  # of the six drawings: an uneven split
+
+
+@pytest.fixture(scope="module")
+def checkpoint(speaking_model, tmp_path_factory) -> Path:
+    """Of a model that answers with masks."""
+    folder, model = tmp_path_factory.mktemp("stage3"), speaking_model
+    return save_checkpoint(folder, model, model.settings, model.tokenizer, 3, 5, {})
+
+
+@pytest.fixture(scope="module")
+def command(checkpoint, world) -> Callable:
+    """The flags of the run that the following tests repeat."""
+    flags = ["--checkpoint", checkpoint, "--data", world / "data", "--tasks", ASKED]
+    flags += ["--batch-size", BATCH]
+    return lambda out: list(map(str, [*flags, "--out", out]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_java(perfect_folder) -> Iterator[None]:
+    """METEOR takes seconds, which are spent above."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "")
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(command, tmp_path_factory) -> dict[str, bytes]:
+    """What one process writes that is let be."""
+    out = tmp_path_factory.mktemp("alone")
+    assert run(*command(out)) == 0
+    return contents(out)
+
+
+def slowly(seconds: float, arguments: list[str]) -> int:
+    """The command, in no hurry."""
+    os.environ["PATH"] = ""
+    told = evaluate.answer
+
+    def wait(*questions):
+        time.sleep(seconds)
+        return told(*questions)
+
+    evaluate.answer = wait
+    return main(arguments)
+
+
+def finish(processes: list[BaseProcess]) -> list[int | None]:
+    """Their statuses once they have ended; None for one that hangs."""
+    deadline = time.monotonic() + PATIENCE
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    statuses = [process.exitcode for process in processes]
+    kill(processes)
+    return statuses
+
+
+def kill(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+
+
+def test_what_one_process_writes_has_masks_and_figures(alone):
+    """So that the tests below compare something."""
+    figures = json.loads(alone["results.json"])
+    assert figures["panoptic"]["PQ"] is not None and figures["refer"]["gIoU"] > 0
+    entries = json.loads(alone[f"predictions/coco_panoptic_val/{PREDICTIONS_FILE}"])["annotations"]
+    assert sum(len(entry["segments_info"]) for entry in entries) > 10
+    entries = json.loads(alone[f"predictions/refcoco_val/{PREDICTIONS_FILE}"])
+    assert len(entries) == 19 and all(entry["segmentation"] for entry in entries)
+    assert sum(name.endswith(".png") for name in alone) == 6
+    assert "predictions/gcg_val/captions.json" in alone and "results.md" in alone
+
+
+def test_two_processes_write_what_one_does(command, alone, tmp_path):
+    out = tmp_path / "out"
+    processes = start_ranks(tmp_path / "log", slowly, 0.0, command(out), world_size=2)
+    assert finish(processes) == [0, 0], (tmp_path / "log").read_text()
+    assert contents(out) == alone
+
+
+def test_three_processes_of_torchrun_write_what_one_does(command, alone, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    script = [sys.executable, *launcher, str(ROOT / "xsam/evaluate.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*script, *command(tmp_path / "out")],
+        env=environment, timeout=2 * PATIENCE, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert contents(tmp_path / "out") == alone
+    assert ended.stdout.count("| task | metric |") == 1  # rank 0 alone prints
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 1), (2, 3)])
+def test_killed_in_the_midst_it_goes_on_with_the_rest(
+    command, alone, world, tmp_path, monkeypatch, capsys, before, after
+):
+    """By another number of processes as well, and where a line was cut."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    folder = out / "predictions/refcoco_val"
+
+    def num_lines() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in folder.glob(f"{UNFINISHED}/*"))
+
+    processes = start_ranks(log, slowly, 0.4, command(out), world_size=before)
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while num_lines() <= BATCH:  # of five batches two
+            assert time.monotonic() < deadline and processes[0].is_alive(), log.read_text()
+            time.sleep(0.002)
+    finally:
+        kill(processes)
+    path = next(path for path in sorted(folder.glob(f"{UNFINISHED}/*")) if path.stat().st_size)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
+    dataset = open_dataset("refcoco_val", world / "data")
+    keys, finished = set(keys_of(dataset)), set(finished_records(folder))
+    assert 0 < len(finished) < len(keys)
+    assert not (out / "results.json").exists()
+    assert run("--from-predictions", out, *command(out)[2:]) == 2
+    assert "refcoco_val: not finished" in capsys.readouterr().err
+
+    if after > 1:
+        processes = start_ranks(log, slowly, 0.0, command(out), world_size=after)
+        assert finish(processes) == [0] * after, log.read_text()
+        said = log.read_text()
+    else:
+        told, asked = evaluate.answer, []
+
+        def watched(model, questions, *rest):
+            asked.extend(sample.sample_id for sample in questions.samples)
+            return told(model, questions, *rest)
+
+        monkeypatch.setattr(evaluate, "answer", watched)
+        assert run(*command(out)) == 0
+        said = capsys.readouterr().out
+        assert not any(name.startswith("coco_") for name in asked if "vgd" not in name)
+        again = {name.removeprefix("refcoco_val/") for name in asked if name.startswith("refcoco")}
+        assert keys - finished <= again  # and what shared a batch with the line that was cut
+        assert len(again - (keys - finished)) < BATCH
+        assert f"{len(keys) - len(again)} of {len(keys)} were asked before" in said
+    assert "refcoco_val: " in said and "of 19 were asked before" in said
+    assert contents(out) == alone
+
+
+def test_finished_predictions_are_not_asked_again(command, alone, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for name, content in alone.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+    for name in ("results.json", "results.md"):
+        (out / name).unlink()
+    monkeypatch.setattr(evaluate, "answer", lambda *_: pytest.fail("it was asked"))
+    assert run(*command(out)) == 0
+    assert contents(out) == alone
+
+
+@pytest.mark.parametrize("name", ["coco_panoptic_val", "gcg_val", "pope", "coco_vgd_val_box"])
+def test_a_model_is_not_shown_the_truth(speaking_model, world, tmp_path, monkeypatch, name):
+    told, asked = evaluate.answer, []
+
+    def watched(model, questions, *rest):
+        asked.extend(questions.samples)
+        asked.extend(sample for part in questions.parts for sample in part.batch.samples)
+        return told(model, questions, *rest)
+
+    monkeypatch.setattr(evaluate, "answer", watched)
+    dataset = open_dataset(name, world / "data", all_classes=True)
+    ask_dataset(speaking_model, dataset, tmp_path / name, num_samples=2)
+    assert len(asked) == 4
+    for sample in asked:
+        assert len(sample.masks) == len(sample.labels) == 0 and sample.ignore is None
+        assert [answered for _, answered in sample.turns] == [None]
+
+
+def test_loading_in_other_processes_changes_nothing(speaking_model, alone, world, tmp_path):
+    model = copy.copy(speaking_model)
+    model.settings = copy.deepcopy(model.settings)
+    model.settings.num_workers, model.settings.eval_batch_size = 2, BATCH
+    dataset = open_dataset("refcoco_val", world / "data", all_classes=True)
+    ask_dataset(model, dataset, tmp_path / "said")
+    for name, content in contents(tmp_path / "said").items():
+        assert content == alone[f"predictions/refcoco_val/{name}"], name
+
+
+def test_an_image_that_cannot_be_read_ends_the_asking_until_it_can(
+    command, alone, world, tmp_path, capsys
+):
+    """What was asked before it is kept."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(world / "data", data)
+    path = sorted((data / "img_genseg/coco2017/val2017").iterdir())[-1]
+    path.rename(path.with_suffix(".away"))
+    flags = command(out)
+    flags[flags.index("--data") + 1] = str(data)
+    assert run(*flags) == 2
+    told = capsys.readouterr()
+    assert f"{path}: cannot be read" in told.err and "| task |" not in told.out
+    assert len(finished_records(out / "predictions/coco_panoptic_val")) == BATCH
+    path.with_suffix(".away").rename(path)
+    assert run(*flags) == 0
+    assert f"{BATCH} of 6 were asked before" in capsys.readouterr().out
+    assert contents(out) == alone
+
+
+def test_a_record_that_one_rank_cannot_score_ends_all(perfect_folder, world, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(perfect_folder / "refcoco_val", out / "refcoco_val")
+    edit(out / "refcoco_val" / PREDICTIONS_FILE, lambda said: said[1].update(segmentation=[]))
+    flags = ["--from-predictions", str(out), "--data", str(world / "data")]
+    processes = start_ranks(tmp_path / "log", slowly, 0.0, flags, world_size=2)
+    statuses, said = finish(processes), (tmp_path / "log").read_text()
+    assert statuses[1] == 2 and statuses[0] not in (0, None), statuses
+    assert f"{PREDICTIONS_FILE}: entry 1: no valid polygon or RLE" in said
+    assert not (out / "results.json").exists()
+
+
+# ---- what is told of -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "give --checkpoint or --from-predictions"),
+        ("--checkpoint {ckpt} --from-predictions {said}", "give --checkpoint or --from-pred"),
+        ("--checkpoint no/such/step_1", "no/such/step_1"),
+        ("--checkpoint {ckpt} --tasks panoptic,depth", "unknown task depth; known are panoptic,"),
+        ("--checkpoint {ckpt} --tasks coco_vgd", "unknown task coco_vgd"),
+        ("--checkpoint {ckpt} --tasks pope --data {none}", "none/LMUData/POPE.tsv; --tasks says"),
+        ("--checkpoint {ckpt} --limit 0", "--limit has to be 1 or more"),
+        ("--checkpoint {ckpt} --batch-size -1", "--batch-size has to be 1 or more"),
+        ("--checkpoint {ckpt} --names {none}/names.txt", "names.txt: cannot be read as a list"),
+        ("--checkpoint {ckpt} --names background,", "no names in it"),
+        ("--checkpoint {ckpt} --bert {none}", "none: no BERT in it"),
+        ("--checkpoint {ckpt} --phrasings {none}/a.json --tasks pope", "a.json: cannot be read"),
+        ("--from-predictions {none}", "none: has no folder of a set that is scored"),
+        ("--from-predictions {said} --tasks panoptic", "predictions.json: cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_the_command_is_told(
+    checkpoint, perfect_folder, world, tmp_path, capsys, flags, message
+):
+    (tmp_path / "said").mkdir()
+    shutil.copytree(perfect_folder / "pope", tmp_path / "said/pope")
+    folders = {"ckpt": checkpoint, "said": tmp_path / "said", "none": tmp_path / "none"}
+    flags = flags.format(**folders).split()
+    data = [] if "--data" in flags else ["--data", world / "data"]
+    out = [] if "--out" in flags else ["--out", tmp_path / "out"]
+    assert run(*flags, *data, *out) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_all_files_that_are_missing_are_told_before_anything_is_loaded(tmp_path, capsys):
+    assert (
+        run("--checkpoint", tmp_path / "none", "--data", tmp_path, "--tasks", "panoptic,pope") == 2
+    )
+    said = capsys.readouterr().err
+    paths = [path for name in ("coco_panoptic_val", "pope") for path in SOURCES[name].paths()]
+    assert len(paths) == 4 and all(str(tmp_path / path) in said for path in paths)
+
+
+@pytest.mark.parametrize("name", ["coco_panoptic_val", "coco_instance_val", "coco_semantic_val"])
+def test_a_set_without_images_is_told(perfect_folder, world, tmp_path, capsys, name):
+    path = locate(tmp_path / "data", SOURCES[name].annotations)
+    shutil.copytree(world / "data/img_genseg", tmp_path / "data/img_genseg", symlinks=True)
+    edit(path, lambda content: content | {"images": [], "annotations": []})
+    flags = ["--from-predictions", perfect_folder, "--data", tmp_path / "data", "--tasks", name]
+    assert run(*flags, "--out", tmp_path / "out") == 2
+    assert f"{path}: no sample of {name} in it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_one_set_cannot_be_scored_no_figures_are_written(
+    perfect_folder, world, tmp_path, capsys
+):
+    """Nor are those from before touched."""
+    out = tmp_path / "said"
+    for name in ("pope", "refcoco_val", "coco_instance_val"):
+        shutil.copytree(perfect_folder / name, out / name)
+    flags = ["--from-predictions", out, "--data", world / "data"]
+    assert run(*flags) == 0
+    before = (out / "results.json").read_bytes(), (out / "results.md").read_bytes()
+    capsys.readouterr()
+    edit(out / "coco_instance_val" / PREDICTIONS_FILE, lambda said: said[0].update(category_id=999))
+    assert run(*flags) == 2
+    told = capsys.readouterr()
+    assert f"coco_instance_val/{PREDICTIONS_FILE}: entry 0: category 999" in told.err
+    assert "| task |" not in told.out
+    assert before == ((out / "results.json").read_bytes(), (out / "results.md").read_bytes())
+
+
+def test_the_first_samples_are_marked_as_such_and_not_taken_for_all(
+    checkpoint, world, tmp_path, capsys, results
+):
+    out = tmp_path / "out"
+    flags = ["--checkpoint", checkpoint, "--data", world / "data", "--out", out]
+    flags += ["--tasks", "panoptic,pope"]
+    assert run(*flags, "--limit", 2) == 0
+    note = "The first 2 samples of each set alone."
+    assert note in capsys.readouterr().out and (out / "results.md").read_text().startswith(note)
+    about = {"sets": ["coco_panoptic_val", "pope"], "first_samples": 2}
+    assert results(out)["about"] == about
+
+    assert run(*flags) == 2
+    assert "coco_panoptic_val: holds predictions made with another set" in capsys.readouterr().err
+    scored = ["--from-predictions", out, "--data", world / "data"]
+    assert run(*scored) == 2
+    assert "4 of the 6 records of coco_panoptic_val have no prediction" in capsys.readouterr().err
+    assert results(out)["about"] == about
+    assert run(*scored, "--limit", 2) == 0
+    assert run(*flags, "--overwrite") == 0
+    assert results(out)["about"] == {"sets": about["sets"]}
+    assert note not in (out / "results.md").read_text()
+
+
+def test_predictions_of_other_weights_or_settings_are_not_mixed(
+    speaking_model, checkpoint, world, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    data = ["--data", world / "data", "--tasks", "pope", "--out", out]
+    assert run("--checkpoint", checkpoint, *data) == 0
+    before = contents(out)
+    assert run("--checkpoint", checkpoint, *data) == 0
+    assert contents(out) == before
+    capsys.readouterr()
+    assert run("--checkpoint", checkpoint, *data, "--batch-size", 3) == 2
+    assert "pope: holds predictions made with another settings" in capsys.readouterr().err
+    phrasings = tmp_path / "mine.json"
+    phrasings.write_text(json.dumps({"refer": {"questions": ["{phrases}?"]}}))
+    assert run("--checkpoint", checkpoint, *data, "--phrasings", phrasings) == 2
+    assert "pope: holds predictions made with another settings" in capsys.readouterr().err
+
+    model = copy.deepcopy(speaking_model)
+    model.background_embedding.weight.data[0, 0] += 1
+    other = save_checkpoint(tmp_path, model, model.settings, model.tokenizer, 3, 6, {})
+    assert run("--checkpoint", other, *data) == 2
+    assert "pope: holds predictions made with another weights" in capsys.readouterr().err
+    assert contents(out) == before
+    assert run("--checkpoint", other, *data, "--overwrite") == 0
+    assert contents(out / "predictions/pope") != before
+
+
+def test_a_segmentor_alone_is_scored_on_what_it_can(segmentor, world, tmp_path, capsys, results):
+    folder = save_checkpoint(tmp_path, segmentor, segmentor.settings, None, 1, 5, {})
+    flags = ["--checkpoint", folder, "--data", world / "data"]
+    assert run(*flags) == 0  # results lie beside the checkpoint
+    told = capsys.readouterr().out
+    assert list(results(folder)) == ["panoptic", "instance", "semantic", "about"]
+    assert "| task | metric | stage 1 | paper | protocol |" in told
+    assert (folder / "results.md").read_text() in told
+    for task in ("refer", "refcoco_val", "panoptic,chat", "openvocab"):
+        assert run(*flags, "--tasks", task, "--out", tmp_path / "out") == 2
+        assert "stage 1 has no language model; it is scored with" in capsys.readouterr().err
+
+
+# ---- lists of names ------------------------------------------------------------------------------
+
+
+def shortened(model: XSAM, num_tokens: int) -> XSAM:
+    """The model with room for so many tokens in a prompt."""
+    model = copy.copy(model)
+    model.settings = copy.deepcopy(model.settings)
+    model.settings.model.max_text_length = num_tokens
+    return model
+
+
+def asked_about(model: XSAM, sample: Sample) -> list[list[str]]:
+    """The names of each prompt."""
+    parts = Processor(model.settings, model.tokenizer).split(sample)
+    for places, part in parts:
+        assert part.names == [sample.names[place] for place in places]
+    return [part.names for _, part in parts]
+
+
+@pytest.fixture
+def classes(world):
+    return open_dataset("coco_instance_val", world / "data", all_classes=True)
+
+
+def test_a_list_of_names_is_asked_in_as_few_prompts_as_it_fits(speaking_model, classes):
+    sample, counts = classes.question(0), []
+    for num_tokens in range(20, 140, 4):
+        try:
+            parts = asked_about(shortened(speaking_model, num_tokens), sample)
+        except ValueError:  # not even one name fits
+            assert not counts
+            continue
+        assert [name for part in parts for name in part] == sample.names
+        sizes = [len(part) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        counts.append(len(parts))
+    assert counts == sorted(counts, reverse=True) and counts[-1] == 1
+    assert {1, 2, 3} <= set(counts)
+
+
+def test_masks_of_several_prompts_are_merged(speaking_model, classes):
+    """What is said of a long list is what is said of its parts, asked alone."""
+    model = shortened(speaking_model, 40)
+    sample = classes.question(0)
+    parts = Processor(model.settings, model.tokenizer).split(sample)
+    assert len(parts) > 1
+
+    def said(*samples: Sample) -> list[tuple]:
+        processor = Processor(model.settings, model.tokenizer)
+        found = []
+        for each in samples:
+            (told,) = answer(model, prepare(processor, [each]), "instances")
+            assert told.labels == [each.names[place] for place in told.categories]
+            rows = zip(told.labels, told.scores, told.masks, strict=True)
+            found += [(label, round(x, 5), mask.tobytes()) for label, x, mask in rows]
+        return sorted(found)
+
+    together = said(sample)
+    assert together == said(*(part for _, part in parts)) and len(together) > 20
+    assert {label for label, *_ in together} == set(sample.names)
+
+
+def parted(text: str) -> list[str]:
+    """The lines that tell of lists in several prompts."""
+    return [line for line in text.splitlines() if "do not fit one prompt" in line]
+
+
+def test_it_is_told_where_a_list_is_asked_in_parts(speaking_model, classes, tmp_path, capsys):
+    ask_dataset(speaking_model, classes, tmp_path / "one")
+    assert parted(capsys.readouterr().out) == []
+    ask_dataset(shortened(speaking_model, 40), classes, tmp_path / "several")
+    (said,) = parted(capsys.readouterr().out)
+    assert f"{len(classes.names)} names do not fit one prompt of 40 tokens" in said
+    for folder in ("one", "several"):
+        entries = Predictions(tmp_path / folder, classes).entries
+        found = {entry["category_id"] for said in entries.values() for _, entry in said}
+        assert found == set(classes.category_ids)
+
+
+def test_it_is_told_where_only_a_later_question_has_to_be_parted(
+    speaking_model, classes, tmp_path, capsys
+):
+    """Questions are worded in several ways, of several lengths."""
+    samples = [classes.question(index) for index in range(len(classes))]
+    for num_tokens in range(40, 140):
+        model = shortened(speaking_model, num_tokens)
+        counts = [len(asked_about(model, sample)) for sample in samples]
+        if counts[0] == 1 < max(counts):
+            break
+    model.settings.eval_batch_size = 1
+    ask_dataset(model, classes, tmp_path / "said")
+    assert len(parted(capsys.readouterr().out)) == 1
+
+
+def test_other_names_for_the_classes_of_open_vocabulary(
+    checkpoint, world, tmp_path, monkeypatch, capsys
+):
+    told, asked = evaluate.answer, []
+
+    def watched(model, questions, *rest):
+        asked.extend(questions.samples)
+        return told(model, questions, *rest)
+
+    monkeypatch.setattr(evaluate, "answer", watched)
+    flags = ["--checkpoint", checkpoint, "--data", world / "data", "--limit", 1]
+    dataset = open_dataset("ade20k_semantic_val", world / "data", all_classes=True)
+    names = [f"kind {number}" for number in range(len(dataset.names))]
+    (tmp_path / "names.txt").write_text("".join(f"{n}:{name},x\n" for n, name in enumerate(names)))
+    flags += ["--tasks", "ade20k_semantic_val,coco_semantic_val", "--out", tmp_path / "out"]
+    assert run(*flags, "--names", tmp_path / "names.txt") == 0
+    renamed, other = asked
+    assert renamed.names == names and all(name in renamed.turns[0][0] for name in names)
+    assert other.names == open_dataset("coco_semantic_val", world / "data").names
+    capsys.readouterr()
+    assert run(*flags) == 2  # with its own names it is another question
+    assert "ade20k_semantic_val: holds predictions made with another" in capsys.readouterr().err
+    assert run(*flags, "--names", "cup,cat") == 2
+    message = f"2 names for the {len(names)} classes of ade20k_semantic_val"
     assert message in capsys.readouterr().err

@@ -4,7 +4,6 @@ pytest tests/test_monitor.py
 """
 
 import copy
-import dataclasses
 import importlib.util
 import json
 import math
@@ -19,7 +18,6 @@ from PIL import Image, ImageColor
 
 from xsam import draw, monitor
 from xsam.datasets import open_dataset
-from xsam.evaluate import TASKS, question
 from xsam.monitor import (
     CURVES_FILE,
     METRICS_FILE,
@@ -38,6 +36,8 @@ from xsam.monitor import (
     score,
 )
 from xsam.postprocess import Prediction
+from xsam.predictions import Predictions
+from xsam.scoring import TASKS, task_of
 
 FIGURES = {"loss": 2.0, "class": 0.5, "mask": 1.25, "dice": 0.25, "grad_norm": 1.5, "lr": 1e-4}
 FIGURES |= {"images": 8, "tokens": 100, "left_out": 0, "skipped": 1}
@@ -335,12 +335,10 @@ def trained(segmentor, monkeypatch):
     """A model in training, with few samples to validate on; the score is how many those are."""
     segmentor = copy.deepcopy(segmentor).train()
     segmentor.settings.num_validation, segmentor.settings.num_pictures = 3, 2
-    counted = dataclasses.replace(
-        TASKS["panoptic"],
-        score=lambda dataset, index, sample, prediction: [index],
-        summarise=lambda indices, is_thing: {"PQ": float(len(set(indices)))},
+    segmentor.settings.eval_tasks = ("panoptic", "refer")  # the latter is not for this model
+    monkeypatch.setattr(
+        "xsam.evaluate.score_dataset", lambda said, *_: {"PQ": float(len(said.keys))}
     )
-    monkeypatch.setitem(TASKS, "panoptic", counted)
     return segmentor
 
 
@@ -356,6 +354,16 @@ def test_a_validation_scores_the_first_samples(trained, world, tmp_path, capsys)
     pictures = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert pictures == {f"stage1_step5_panoptic_{index:05d}.png" for index in range(2)}
     assert Image.open(tmp_path / CURVES_FILE).height > 480
+    assert not list((tmp_path / "predictions").iterdir())  # of these samples alone they are no use
+
+
+@pytest.mark.parametrize("tasks", [(), ("refer",)])
+def test_a_validation_without_a_task_has_no_figure(trained, world, tmp_path, capsys, tasks):
+    trained.settings.eval_tasks = tasks
+    seen = start(tmp_path)
+    seen.step(4, [batch()], FIGURES)
+    seen.validate(4, trained, world / "data")
+    assert records(tmp_path)[1] == {"stage": 1, "step": 4, "validation": {}}
 
 
 def test_scores_come_beside_those_from_before(trained, world, tmp_path, capsys):
@@ -377,24 +385,51 @@ def test_scores_come_beside_those_from_before(trained, world, tmp_path, capsys):
     assert text in capsys.readouterr().out
     pictures = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert pictures == {f"stage1_panoptic_{index:05d}.png" for index in range(2)}
+    for prefix in (UNTRAINED, "stage1"):  # they can be scored again
+        dataset = open_dataset("coco_panoptic_val", world / "data", all_classes=True)
+        said = Predictions(tmp_path / "predictions" / prefix / dataset.name, dataset)
+        assert len(said.entries) == 6
+
+
+def test_predictions_from_before_are_of_other_weights(trained, world, tmp_path):
+    """A column that is scored again, as after a kill, is asked again."""
+    figures = []
+    for shift in (0.0, 1.0):
+        next(trained.parameters()).data += shift
+        figures.append(monitor.score_tasks(trained, tmp_path, world / "data", "stage1", 0))
+    assert figures == [{"panoptic": {"PQ": 6.0}}] * 2
 
 
 def test_the_tasks_are_those_of_the_configuration(model, tmp_path, monkeypatch):
-    """A segmentor of stage 1 has one alone."""
-    asked = []
+    """Of each the first set has pictures, of which a rank draws its share."""
+    seen = {}
 
-    def pretended(_, task: str, *limits) -> tuple[dict, list]:
-        asked.append((task, *limits))
-        return {"score": float(len(asked))}, []
+    def pretended(_, names: list[str], data: Path, folder: Path, count: int, kept) -> dict:
+        seen["asked"] = names, data, folder, count
+        for name in names:
+            dataset = types.SimpleNamespace(name=name, question=lambda index: f"question {index}")
+            said = types.SimpleNamespace(dataset=dataset, keys=range(7), kind="mask")
+            said.prediction = lambda index, sample, name=name: (name, index, sample)
+            kept(task_of(name)[0], said)
+        return {"refer": {"score": 1.0}}
 
+    drawn = []
     monkeypatch.setattr(monitor, "evaluate", pretended)
+    monkeypatch.setattr(
+        monitor, "draw_prediction", lambda _, told, *__: drawn.append(told) or panel
+    )
+    panel = Image.new("RGB", (4, 4))
     model = copy.copy(model)
     model.settings = copy.deepcopy(model.settings)
-    model.settings.eval_tasks, model.settings.num_pictures = ("refer", "chat"), 3
-    monkeypatch.setenv("WORLD_SIZE", "2")  # each rank draws its share of the pictures
-    scores = monitor.score_tasks(model, tmp_path, tmp_path, "x", 3, 5)
-    assert scores == {"refer": {"score": 1.0}, "chat": {"score": 2.0}}
-    assert asked == [("refer", tmp_path, 2, 5), ("chat", tmp_path, 2, 5)]
+    model.settings.eval_tasks = ("refer", "chat")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    scores = monitor.score_tasks(model, tmp_path, tmp_path / "data", "x", 3, 5)
+    assert scores == {"refer": {"score": 1.0}}
+    names = [name for task in ("refer", "chat") for _, name in TASKS[task].datasets]
+    assert seen["asked"] == (names, tmp_path / "data", tmp_path / "predictions/x", 5)
+    assert drawn == [(name, n, f"question {n}") for name in ("refcoco_val", "mme") for n in (0, 2)]
+    pictures = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert pictures == {f"x_{task}_{n:05d}.png" for task in ("refer", "chat") for n in (0, 2)}
 
 
 def test_without_results_there_are_none(tmp_path):
@@ -406,17 +441,17 @@ def test_without_results_there_are_none(tmp_path):
     [("pope", 1), ("refcoco_val", 2), ("coco_panoptic_val", 2), ("coco_vgd_val_point", 3)],
 )
 def test_truth_stands_beside_what_is_predicted(world, name, panels):
-    sample = question(open_dataset(name, world / "data"), 0)
+    sample = open_dataset(name, world / "data").question(0)
     width, height = sample.image.size
     masks = np.zeros((2, height, width), bool)
     masks[0, : height // 2], masks[1, height // 2 :] = True, True
-    pictures = []
+    pictures, least = [], 0.3 if name == "coco_vgd_val_point" else 0.0
     for count in (1, 2):
         labels, scores = ["one", "two"][:count], [0.9, 0.1][:count]
         shown = sample.image, masks[:count], [0] * count, labels, scores, "<SEG>"
-        pictures.append(draw_prediction(sample, Prediction(*shown)))
+        pictures.append(draw_prediction(sample, Prediction(*shown), least))
     panel = draw.draw_segments(sample.image, masks[:0], []).width
     assert {each.width for each in pictures} == {panels * panel + (panels + 1) * draw.GAP}
-    # Chat has no masks; of visual grounding what has next to no score is left out.
+    # Chat has no masks; what is scored less than asked for is left out.
     is_same = pictures[0].tobytes() == pictures[1].tobytes()
     assert is_same == (name in ("pope", "coco_vgd_val_point"))

@@ -20,8 +20,10 @@ from xsam.prompts import (
     clean_name,
     find_phrases,
     join_phrases,
+    read_names,
     read_phrasings,
     reply,
+    strip_marks,
 )
 from xsam.sources import SOURCES
 
@@ -242,3 +244,72 @@ def test_clean_name(name, clean):
 
 def test_the_tasks_with_a_seg_for_each_phrase():
     assert PER_PHRASE_TASKS == ("refer", "reason")
+
+
+# ---- lists of names ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("cup", ["cup"]),
+        (" red ring,sky , Hot Dog,", ["red ring", "sky", "Hot Dog"]),
+        ("background,cup,Background,invalid_class_id", ["cup"]),
+        ("1:cup,sky", ["1:cup", "sky"]),  # numbers are for the lines of a file
+    ],
+)
+def test_names_between_commas(text, names):
+    assert read_names(text) == names
+
+
+def test_a_list_between_commas_may_be_longer_than_the_name_of_any_file():
+    names = [f"kind {number}" for number in range(40)]
+    assert read_names(",".join(names)) == names
+
+
+@pytest.mark.parametrize(
+    ("lines", "names"),
+    [
+        ("cup\n\n  hot dog \n", ["cup", "hot dog"]),
+        ("0:invalid_class_id\n1:cup,mug,beaker\n2: road, route\n", ["cup", "road"]),
+        ("0:background\n12 :cup\n", ["cup"]),
+        ("Background\r\nroad, route\r\n", ["road, route"]),  # without a number it is one name
+        ("ratio 1:2\nkind: cup\n", ["ratio 1:2", "kind: cup"]),
+    ],
+)
+def test_names_of_a_file_are_one_a_line(tmp_path, lines, names):
+    for name in ("names.txt", "names"):  # with a suffix and without
+        (tmp_path / name).write_bytes(lines.encode())
+        assert read_names(str(tmp_path / name)) == names
+
+
+def test_lists_without_a_name_and_bad_names_are_refused(tmp_path):
+    for text in ("", " , ,", "background"):
+        with pytest.raises(ValueError, match="no names in it"):
+            read_names(text)
+    path = tmp_path / "names.txt"
+    for content in (b"", b"\n\n", b"0:background\n", b"1:\n"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"names\.txt': no names in it"):
+            read_names(str(path))
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"names\.txt: cannot be read as a list of names"):
+        read_names(str(path))
+    with pytest.raises(ValueError, match=r"absent\.txt: cannot be read as a list of names"):
+        read_names(str(tmp_path / "absent.txt"))
+    with pytest.raises(ValueError, match="name 'a <SEG>': contains <SEG>"):
+        read_names("cup,a <SEG>")
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("A <p>ring</p> on <p>the sky</p>. <SEG>", "A ring on the sky."),
+        ("<p>Two</p>\n lines<SEG><SEG>", "Two lines"),
+        ("<p>not closed <SEG>", "not closed"),
+        ("nothing < marked >", "nothing < marked >"),
+        ("<SEG>", ""),
+    ],
+)
+def test_an_answer_without_its_marks(answer, text):
+    assert strip_marks(answer) == text.strip()

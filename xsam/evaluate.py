@@ -187,22 +187,31 @@ def evaluate(
     words: list[str] | None = None,
     embed: Callable | None = None,
     kept: Callable[[str, Predictions], None] | None = None,
+    overwrite: bool = False,
 ) -> dict[str, dict[str, Figures]]:
     """{task: {figure's name: figure}} of the sets `names`, on all ranks.
 
     Predictions lie in `folder`, one folder for each set; the model is asked for those that are not
     there, or without a model all have to be. `num_samples`: of each set the first ones alone.
-    `words`: other names for the classes of open vocabulary, in the order of their ids. `kept` is
-    called with the task and the predictions of each set.
+    `words`: other names for the classes of open vocabulary (`rename`). `kept` is called with the
+    task and the predictions of each set. `overwrite` forgets predictions that are there.
     """
     results: dict[str, dict[str, Figures]] = {}
     phrasings = read_phrasings(model.settings.phrasings if model is not None else "")
+
+    def opened(name: str) -> Dataset:
+        dataset = open_dataset(name, data, all_classes=True, phrasings=phrasings)
+        if words is not None and task_of(name)[0] == "openvocab":
+            rename(dataset, words)
+        return dataset
+
+    for name in names if words is not None else ():
+        opened(name)  # words that do not fit are told before anything is asked
     for number, name in enumerate(names, 1):
         task, suffix = task_of(name)
-        label = f"{name} [{number}/{len(names)}]"
-        dataset = open_dataset(name, data, all_classes=True, phrasings=phrasings)
-        if words is not None and task == "openvocab":
-            rename(dataset, words)
+        label, dataset = f"{name} [{number}/{len(names)}]", opened(name)
+        if overwrite and model is not None and distributed.rank() == 0:
+            shutil.rmtree(folder / name, ignore_errors=True)
         if model is not None:
             ask_dataset(model, dataset, folder / name, num_samples, label)
         said = Predictions(folder / name, dataset, num_samples)
@@ -214,12 +223,14 @@ def evaluate(
 
 
 def rename(dataset: Generic, words: list[str]) -> None:
-    """Asks for the classes of a set by other names."""
-    if len(words) != len(dataset.names):
-        raise ValueError(
-            f"{len(words)} names for the {len(dataset.names)} classes of {dataset.name}"
-        )
-    dataset.names = words
+    """Asks for the classes of a set by other names, in the order of their ids. A set with a part of
+    the classes, as ADE20K's instances, has its names at the places that its ids say."""
+    ids = list(dataset.category_index)
+    if len(words) == len(ids):
+        ids = range(len(ids))
+    elif not 0 <= min(ids) <= max(ids) < len(words):
+        raise ValueError(f"{len(words)} names for the {len(ids)} classes of {dataset.name}")
+    dataset.names = [words[number] for number in ids]
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -287,6 +298,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if (options.checkpoint is None) == (options.from_predictions is None):
         parser.error("give --checkpoint or --from-predictions")
+    if options.overwrite and options.from_predictions is not None:
+        parser.error("--overwrite asks a model again, so it goes with --checkpoint")
     for name in ("limit", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -305,6 +318,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"xsam/evaluate.py: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not distributed.is_loss_of_a_rank(error):
+            raise
+        rank = distributed.rank()
+        print(f"xsam/evaluate.py: rank {rank} lost contact with another: {error}", file=sys.stderr)
+        return 1
     finally:
         distributed.finish()
     return 0
@@ -348,12 +367,10 @@ def run(
         checkpoint = options.checkpoint
         out = options.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
         folder = out / FOLDER
-        if options.overwrite and is_first:
-            for name in names:
-                shutil.rmtree(folder / name, ignore_errors=True)
-        distributed.barrier()
     check_paths(names, options.data)
-    results = evaluate(model, names, options.data, folder, options.limit, words, embed)
+    results = evaluate(
+        model, names, options.data, folder, options.limit, words, embed, overwrite=options.overwrite
+    )
     if not is_first:
         return
     out.mkdir(parents=True, exist_ok=True)

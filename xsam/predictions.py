@@ -12,6 +12,7 @@ Predictions of other programs are read as well; about.json may be absent where e
 entry. Legend: N masks, H W image size.
 """
 
+import itertools
 import json
 import shutil
 from dataclasses import dataclass
@@ -240,40 +241,39 @@ class Predictions:
     """
 
     def __init__(self, folder: Path, dataset: Dataset, num_samples: int | None = None):
-        """`num_samples`: of the set's first records alone."""
+        """`num_samples`: the set's first records alone are wanted, others may be there too."""
         self.folder, self.kind = Path(folder), kind_of(dataset)
-        self.dataset, self.keys = dataset, keys_of(dataset, num_samples)
+        self.dataset, self.every = dataset, keys_of(dataset)
+        self.keys, layout = self.every[:num_samples], LAYOUTS[self.kind]
         self.categories = category_index(dataset) if self.kind not in ("mask", "answer") else {}
         if (self.folder / UNFINISHED).exists():
             raise ValueError(
                 f"{self.folder}: not finished; the command that began it goes on with it"
             )
-        self.path = self.folder / PREDICTIONS_FILE
-        content = read_json(self.path, dict if self.kind == "panoptic" else list)
+        path = self.folder / PREDICTIONS_FILE
+        content = read_json(path, dict if self.kind == "panoptic" else list)
         if self.kind == "panoptic":
-            content = take(content, "annotations", list, str(self.path))
-        self.entries = self._by_record(self.path, content, LAYOUTS[self.kind])
-        for entries in self.entries.values():
-            for where, entry in entries:
-                self._check(entry, where)
-        self.captions = {}
+            content = take(content, "annotations", list, str(path))
+        self.entries, self.captions = self._by_record(path, content, layout), {}
+        for where, entry in itertools.chain(*self.entries.values()):
+            self._check(entry, where)
         asked = self._asked()
-        if self.kind == "grounded":
-            path = self.folder / CAPTIONS_FILE
-            captions = self._by_record(path, read_json(path, list), Layout("image_id", True))
-            self._refuse_missing(path, [key for key in self.keys if not captions[key]])
-            for key, ((where, entry),) in captions.items():
+        if self.kind == "grounded":  # what has a caption was asked
+            captions_path = self.folder / CAPTIONS_FILE
+            content = read_json(captions_path, list)
+            captions = self._by_record(captions_path, content, Layout("image_id", True))
+            self._refuse_missing(captions_path, [key for key in self.keys if not captions[key]])
+            for key, where, entry in ((key, *captions[key][0]) for key in self.keys):
                 self.captions[key] = take(entry, "caption", str, where)
-        elif asked is None:
-            self._refuse_missing(self.path, [key for key in self.keys if not self.entries[key]])
+            asked = asked or set(self.keys)
+        if asked is None or layout.is_single:
+            self._refuse_missing(path, [key for key in self.keys if not self.entries[key]])
         if asked is not None:
-            self._refuse_missing(self.path, [key for key in self.keys if key not in asked])
-            if LAYOUTS[self.kind].is_single:
-                self._refuse_missing(self.path, [key for key in self.keys if not self.entries[key]])
+            self._refuse_missing(path, [key for key in self.keys if key not in asked])
 
     def _by_record(self, path: Path, content: list, layout: Layout) -> dict:
         """(where, entry) pairs of each record, in the order of the file."""
-        found = {key: [] for key in self.keys}
+        found = {key: [] for key in self.every}
         for place, entry in enumerate(content):
             where = f"{path}: entry {place}"
             key = take(entry, layout.key, (int, str), where)
@@ -290,7 +290,7 @@ class Predictions:
         if not path.is_file():
             return None
         keys = take(read_json(path, dict), "keys", list, str(path))
-        known = set(self.keys)
+        known = set(self.every)
         for key in keys:
             if not isinstance(key, int | str) or key not in known:
                 raise ValueError(f"{path}: {key!r} is not in {self.dataset.name}")

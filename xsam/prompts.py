@@ -5,6 +5,7 @@ each visual prompt (paper section 3, table 1). The phrasings are ours; whoever h
 trained with others gives them as a JSON file (`--phrasings`).
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -159,7 +160,7 @@ def find_phrases(answer: str) -> list[str]:
 def strip_marks(answer: str) -> str:
     """An answer without the marks of its phrases and masks."""
     for token in SPECIAL_TOKENS:
-        answer = answer.replace(token, " ")
+        answer = answer.replace(token, "")
     return " ".join(answer.split())
 
 
@@ -184,7 +185,7 @@ def read_names(text: str) -> list[str]:
     Raises ValueError where the list is empty, or a name holds a token of the prompt format.
     """
     path = Path(text)
-    if path.suffix or path.is_file():
+    if os.path.isfile(text) or (path.suffix and "," not in text):
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
