@@ -17,7 +17,7 @@ from xsam import check, data, draw
 from xsam.samples import Sample
 from xsam.sources import SOURCES
 
-ROOT_SETS = "coco_instance_val,refcoco_val,reasonseg_val,llava_instruct"
+ROOT_SETS = "coco_instance,refcoco_val,reasonseg_val,llava_instruct"
 LLAVA = "img_chat/llava/LLaVA-Instruct-150K/llava_v1_5_mix665k.json"
 
 
@@ -69,7 +69,7 @@ def write_chat(root: Path, num_bad: int = 0) -> None:
 def root(tmp_path) -> Path:
     """Four sets without a fault; the images of RefCOCO have their other name."""
     root = tmp_path / "datas"
-    write_json(root / "img_genseg/coco2017/annotations/instances_val2017.json", coco(5))
+    write_json(root / "img_genseg/coco2017/annotations/instances_train2017.json", coco(5))
     refcoco = root / "img_refseg/refcocos/refcoco"
     write_json(refcoco / "instances.json", coco(2))
     refs = [
@@ -79,7 +79,7 @@ def root(tmp_path) -> Path:
     ]
     (refcoco / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     for number in range(5):
-        write_image(root / f"img_genseg/coco2017/val2017/{number}.jpg")
+        write_image(root / f"img_genseg/coco2017/train2017/{number}.jpg")
         write_image(root / f"img_refseg/refcocos/images/mscoco/images/train2014/{number}.jpg")
     reason = root / "img_reaseg/lisa/val"
     for number, label in enumerate(("target", "target", "ignore")):
@@ -114,8 +114,8 @@ def rows(output: str) -> dict[str, list[str]]:
 def test_each_set_has_a_row_with_its_counts(root, capsys):
     assert run(root, "--datasets", ROOT_SETS) == 0
     assert rows(capsys.readouterr().out) == {
-        "coco_instance_val": [
-            *("generic", "scoring", "ok", "5", "5", "5 invalid rings, 1 images without instances")
+        "coco_instance": [
+            *("generic", "choice", "ok", "5", "5", "5 invalid rings, 1 images without instances")
         ],
         "refcoco_val": ["refer", "scoring", "ok", "4", "4", ""],
         "reasonseg_val": ["reason", "scoring", "ok", "2", "2", "1 images without a target"],
@@ -135,13 +135,13 @@ def test_without_names_every_known_set_is_looked_for(root, capsys):
 
 
 def test_a_missing_path_is_named_once_with_what_belongs_there(root, capsys):
-    assert run(root, "--datasets", "refcoco+,refcoco+_val,coco_vgd") == 0
+    assert run(root, "--datasets", "refcoco+,refcoco+_val,coco_vgd_val_point") == 0
     output = capsys.readouterr().out
     plus = root / "img_refseg/refcocos/refcoco+"
     vgd = root / "img_vgdseg/coco_vgd"
     places = [plus / "refs(unc).p", plus / "instances.json"]
-    places += [vgd / "annotations/img_vgdseg_coco_train.json", vgd / "coco2017/train2017"]
-    places += [vgd / "annotations/instances_train2017.json"]
+    places += [vgd / "annotations/img_vgdseg_coco_val.json", vgd / "coco2017/val2017"]
+    places += [vgd / "annotations/instances_val2017.json"]
     assert "5 paths are missing:" in output
     for place in places:
         assert output.count(f"  {place}\n") == 1
@@ -154,8 +154,8 @@ def test_a_missing_path_is_named_once_with_what_belongs_there(root, capsys):
 def test_the_limit_is_read_of_each_set_evenly(root, capsys, monkeypatch, limit, read):
     indices = []
     monkeypatch.setattr(check, "_read", lambda index: indices.append(index))
-    assert run(root, "--datasets", "coco_instance_val", "--limit", str(limit)) == 0
-    assert rows(capsys.readouterr().out)["coco_instance_val"][3:5] == ["5", str(read)]
+    assert run(root, "--datasets", "coco_instance", "--limit", str(limit)) == 0
+    assert rows(capsys.readouterr().out)["coco_instance"][3:5] == ["5", str(read)]
     assert len(indices) == read and {indices[0], indices[-1]} == {0, 4}
 
 
@@ -163,7 +163,7 @@ def test_the_limit_is_read_of_each_set_evenly(root, capsys, monkeypatch, limit, 
 
 
 def test_a_bad_record_is_listed_with_its_file_and_place(root, capsys):
-    annotations = root / "img_genseg/coco2017/annotations/instances_val2017.json"
+    annotations = root / "img_genseg/coco2017/annotations/instances_train2017.json"
     content = coco(5)
     content["annotations"][1]["category_id"] = 7
     content["annotations"][3]["image_id"] = 99
@@ -175,7 +175,7 @@ def test_a_bad_record_is_listed_with_its_file_and_place(root, capsys):
     output = capsys.readouterr().out
     states = {name: row[2] for name, row in rows(output).items()}
     assert states == {
-        "coco_instance_val": "2 bad",
+        "coco_instance": "2 bad",
         "refcoco_val": "1 bad",  # read for two expressions
         "reasonseg_val": "1 bad",
         "llava_instruct": "ok",
@@ -257,12 +257,12 @@ def test_files_of_ones_own_are_checked_by_their_layout(own, tmp_path, capsys):
 
 
 def test_pictures_are_drawn_of_each_set(root, own, tmp_path, capsys):
-    names = ["coco_instance_val", "reasonseg_val", "llava_instruct", *own.values()]
+    names = ["coco_instance", "reasonseg_val", "llava_instruct", *own.values()]
     out = tmp_path / "pictures"
     assert run(root, "--datasets", ",".join(names), "--show", "2", "--out", str(out)) == 0
     assert f"pictures are in {out}" in capsys.readouterr().out
     pictures = sorted(out.glob("*.png"))
-    counts = dict.fromkeys(("coco_instance_val", "reasonseg_val", *own), 2) | {"llava_instruct": 1}
+    counts = dict.fromkeys(("coco_instance", "reasonseg_val", *own), 2) | {"llava_instruct": 1}
     for name, count in counts.items():  # of the conversations one has an image
         assert sum(path.name.startswith(f"{name}_") for path in pictures) == count, name
     assert len(pictures) == sum(counts.values())
@@ -302,11 +302,11 @@ def test_prompts_of_other_images_are_drawn_before_the_image(tmp_path):
 
 
 def test_a_bad_record_is_not_drawn_and_stops_no_picture(root, tmp_path):
-    (root / "img_genseg/coco2017/val2017/4.jpg").unlink()
-    arguments = ("--datasets", "coco_instance_val", "--show", "3", "--out", str(tmp_path))
+    (root / "img_genseg/coco2017/train2017/4.jpg").unlink()
+    arguments = ("--datasets", "coco_instance", "--show", "3", "--out", str(tmp_path))
     assert run(root, *arguments) == 1
     names = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert names == ["coco_instance_val_000000.png", "coco_instance_val_000002.png"]
+    assert names == ["coco_instance_000000.png", "coco_instance_000002.png"]
 
 
 @pytest.mark.parametrize("name", ["cocoo", "own.txt", "own.json:a:b:c"])

@@ -404,7 +404,10 @@ def test_the_tasks_are_those_of_the_configuration(model, tmp_path, monkeypatch):
     """Of each the first set has pictures, of which a rank draws its share."""
     seen = {}
 
-    def pretended(_, names: list[str], data: Path, folder: Path, count: int, kept) -> dict:
+    def pretended(
+        _, names: list[str], data: Path, folder: Path, count: int, kept, overwrite
+    ) -> dict:
+        assert overwrite
         seen["asked"] = names, data, folder, count
         for name in names:
             dataset = types.SimpleNamespace(name=name, question=lambda index: f"question {index}")

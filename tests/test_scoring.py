@@ -366,7 +366,8 @@ def test_grounded_masks_and_their_phrases(tmp_path, score, captions):
     write_gcg(tmp_path, [RING, STAR], ["A ring", "a star"])
     said = {"masks": masks(STAR, moved(RING)), "labels": ["A STAR ", "a cup"]}
     figures = score("gcg_val", said | {"answer": "<p>A STAR</p> <SEG> on it"})
-    expected = {"METEOR": 1, "CIDEr": 2, "AP50": 100, "mIoU": 100 * (1 + MOVED) / 2, "recall": 50}
+    expected = {"METEOR": 1, "CIDEr": 2, "AP50": 100, "mIoU": 100 * (1 + MOVED) / 2}
+    expected["recall_exact"] = 50
     assert figures == pytest.approx(expected)
     assert captions == [({"sa_1": [CAPTION]}, {"sa_1": "A STAR on it"})]
 
@@ -374,7 +375,7 @@ def test_grounded_masks_and_their_phrases(tmp_path, score, captions):
 def test_a_wrong_phrase_on_the_better_mask_hides_the_other(tmp_path, score, captions):
     write_gcg(tmp_path, [RING, STAR], ["A ring", "a star"])
     said = {"masks": masks(STAR, moved(RING)), "labels": ["a cup", "a ring"]}
-    assert score("gcg_val", said)["recall"] == 0
+    assert score("gcg_val", said)["recall_exact"] == 0
     alike = lambda phrases: np.ones((len(phrases), 2))  # noqa: E731
     assert score("gcg_val", said, embed=alike)["recall"] == 100
 
@@ -383,18 +384,24 @@ def test_phrases_of_no_mask_in_particular_are_not_looked_for(tmp_path, score, ca
     write_gcg(tmp_path, [RING, STAR], ["a ring"])
     figures = score("gcg_val", {"masks": masks(moved(RING)), "labels": ["a ring"]})
     # One of two is found: precision 1 up to recall 50 of 101 points, 0 to 100 in steps of 1.
-    expected = {"AP50": 100 * 51 / 101, "mIoU": 100 * MOVED, "recall": None}
+    expected = {"AP50": 100 * 51 / 101, "mIoU": 100 * MOVED, "recall_exact": None}
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
+
+
+def test_one_mask_of_no_phrase_is_not_taken_for_a_phrase(tmp_path, score, captions):
+    write_gcg(tmp_path, [RING], ["a ring", "a star"])
+    figures = score("gcg_val", {"masks": masks(RING), "labels": ["object"]})
+    assert figures["mIoU"] == 100 and figures["recall_exact"] is None
 
 
 def test_without_what_captions_need_the_rest_is_scored(tmp_path, score, monkeypatch, capsys):
     def refuse(*_) -> None:
-        raise ValueError("captions are scored by Java programs")
+        raise ImportError("captions are scored by Java programs")
 
     monkeypatch.setattr(metrics, "caption_quality", refuse)
     write_gcg(tmp_path, [RING], ["a ring"])
     figures = score("gcg_val", {"masks": masks(RING), "labels": ["a ring"]})
-    expected = {"METEOR": None, "CIDEr": None, "AP50": 100, "mIoU": 100, "recall": 100}
+    expected = {"METEOR": None, "CIDEr": None, "AP50": 100, "mIoU": 100, "recall_exact": 100}
     assert figures == pytest.approx(expected)
     assert "gcg_val: no METEOR and CIDEr: captions are scored by Java" in capsys.readouterr().err
 

@@ -61,8 +61,8 @@ def open_dataset(
     if dataset.problems and not skip_bad:
         more = f" (and {len(dataset.problems) - 1} more)" if len(dataset.problems) > 1 else ""
         raise ValueError(
-            f"{dataset.problems[0]}{more}; `python -m xsam.data check` lists all, --skip-bad "
-            "trains without them"
+            f"{dataset.problems[0]}{more}; `python -m xsam.data check` lists all (training goes "
+            "without them with --skip-bad)"
         )
     if not len(dataset):
         reason = "".join(f", first {problem}" for problem in dataset.problems[:1])

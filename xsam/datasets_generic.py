@@ -169,7 +169,8 @@ class Panoptic(Generic):
 
 class Instances(Generic):
     """COCO instances: polygons or RLE. Crowd regions carry no label, all else that is not an
-    instance is background. Images without a single instance are left out."""
+    instance is background. Images without a single instance are left out, but in evaluation, where
+    what a model finds in them is wrong."""
 
     def index_images(self, content: dict, images: dict[int | str, dict]) -> None:
         where = str(self.annotations)
@@ -188,7 +189,8 @@ class Instances(Generic):
                 self.left_out["invalid rings"] += num_bad_rings(record.get("segmentation"))
                 by_image[number].append(record)
         for number, image in images.items():
-            if any(not record.get("iscrowd") for record in by_image[number]):
+            is_scored = self.source.split == "val"
+            if is_scored or any(not record.get("iscrowd") for record in by_image[number]):
                 self.records.append((image, by_image[number]))
             else:
                 self.left_out["images without instances"] += 1
@@ -197,8 +199,8 @@ class Instances(Generic):
         return self.records[index][0]["id"]
 
     def read(self, index: int) -> tuple[Image.Image, list[tuple[int, np.ndarray, bool]]]:
-        """Image, and of each object that has a pixel (a few of COCO's have none) its contiguous
-        class, its mask, bool [H, W], and whether it is a crowd region."""
+        """Image, and of each object its contiguous class, its mask, bool [H, W], empty for a few of
+        COCO's, and whether it is a crowd region."""
         image, annotations = self.records[index]
         picture, size, _ = self.open_image(image)
         objects = []
@@ -207,15 +209,14 @@ class Instances(Generic):
             category = self.category_of(annotation, where)
             shape = take(annotation, "segmentation", (dict, list), where)
             mask = decode_mask(shape, size, where, may_be_empty=True)
-            if mask.any():
-                objects.append((category, mask, bool(annotation.get("iscrowd"))))
+            objects.append((category, mask, bool(annotation.get("iscrowd"))))
         return picture, objects
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         picture, objects = self.read(index)
         size = picture.height, picture.width
-        classes = [category for category, _, is_crowd in objects if not is_crowd]
-        masks = np.array([mask for _, mask, is_crowd in objects if not is_crowd], bool)
+        shown = [(each, mask) for each, mask, is_crowd in objects if not is_crowd and mask.any()]
+        classes, masks = [each for each, _ in shown], np.array([mask for _, mask in shown], bool)
         crowd = np.array([mask for _, mask, is_crowd in objects if is_crowd], bool)
         masks, crowd = masks.reshape(-1, *size), crowd.reshape(-1, *size).any(axis=0)
         # An instance keeps its label where a crowd region lies over it.

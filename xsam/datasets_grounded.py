@@ -243,6 +243,10 @@ class GcgScored(Dataset):
         """The true captions of an image."""
         return [self.records[index][1]]
 
+    def phrases(self, index: int) -> list[str]:
+        """The phrase of each mask of an image; none where they are not told."""
+        return self.records[index][2]
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         image, text, phrases, annotations = self.records[index]
         where = f"{self.annotations}: image {image['id']}"

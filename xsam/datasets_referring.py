@@ -96,7 +96,7 @@ class RefCoco(Referring):
         self, ref: dict, images: dict, annotations: dict, where: str
     ) -> tuple[int, str, tuple[list[int], list[str]]]:
         """Image, split, and the object: annotation ids (none: there is no such thing) and its
-        sentences in lower case, sorted, each once."""
+        sentences in lower case; for training sorted and each once."""
         if isinstance(ref, dict) and "ref_id" in ref:
             where = f"{self.annotations}: ref {ref['ref_id']}"
         image_id = take(ref, "image_id", int, where)
@@ -111,15 +111,17 @@ class RefCoco(Referring):
                 raise ValueError(f"{where}: annotation {number} is not in {self.instances}")
             if annotations[number].get("image_id") != image_id:
                 raise ValueError(f"{where}: annotation {number} is of another image")
-        texts = {
+        texts = [
             take(sentence, "sent", str, where).strip().lower()
             for sentence in take(ref, "sentences", list, where)
-        }
+        ]
         if not texts or "" in texts:
             raise ValueError(f"{where}: an expression is missing")
         for text in texts:
             check_words(text, where)
-        return image_id, take(ref, "split", str, where), (numbers, sorted(texts))
+        if self.source.split == "train":
+            texts = sorted(set(texts))
+        return image_id, take(ref, "split", str, where), (numbers, texts)
 
     def index_image(self, image: dict, objects: list[tuple[list[int], list[str]]]) -> None:
         """The records of an image; an object is its places in `self.objects` and its sentences."""
@@ -177,16 +179,15 @@ class OwnReferring(Referring):
                     chunk = pairs[start : start + MAX_TURNS]
                     self.records.append((where, record["image"], chunk))
 
-    def key(self, index: int) -> str:
-        return str(index)
-
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         where, name, pairs = self.records[index]
         picture = read_image(self.images / name)
         size = picture.height, picture.width
         objects = []
         for mask, texts in pairs:
-            texts = self.alternatives(texts, where)
+            texts = [texts] if isinstance(texts, str) else expect(texts, list, f"{where}: texts")
+            if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ValueError(f"{where}: a text is empty or no string")
             text = check_words(texts[rng.integers(len(texts))].strip(), where)
             if isinstance(mask, str):
                 mask = read_mask_image(self.images / mask, size)
@@ -194,18 +195,6 @@ class OwnReferring(Referring):
                 mask = decode_mask(expect(mask, (dict, list), f"{where}: a mask"), size, where)
             objects.append((text, mask))
         return self.make(f"{self.name}/{index}", name, picture, objects, rng)
-
-    def num_words(self, index: int) -> int:
-        where, _, pairs = self.records[index]
-        chosen = [self.alternatives(texts, where) for _, texts in pairs]
-        return sum(max(len(text.split()) for text in texts) for texts in chosen)
-
-    def alternatives(self, texts: str | list[str], where: str) -> list[str]:
-        """The texts of one mask."""
-        texts = [texts] if isinstance(texts, str) else expect(texts, list, f"{where}: texts")
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f"{where}: a text is empty or no string")
-        return texts
 
 
 # ---- reasoning -----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Scores a checkpoint on every benchmark.
 
     torchrun --nproc_per_node 8 xsam/evaluate.py --checkpoint runs/xsam/stage3 --data datas
-    python xsam/evaluate.py --from-predictions runs/xsam/stage3/step_9000/predictions --data datas
+    python xsam/evaluate.py --from-predictions runs/xsam/stage3 --data datas
 
 First the model is asked: what it says of each dataset is kept on disk as it comes
 (`predictions.py`), and a command that was interrupted goes on with the rest. Then the predictions
@@ -21,7 +21,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import shutil
 from collections.abc import Callable
 
 import numpy as np
@@ -30,10 +29,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from xsam import distributed
+from xsam.checkpoints import latest_checkpoint, read_header
 from xsam.config import add_checkpoint_flags
 from xsam.data import Processor
 from xsam.datasets import open_dataset
 from xsam.datasets_generic import Generic
+from xsam.formats import read_json
 from xsam.model import XSAM, Questions, Segmentor, answer, load_checkpoint, prepare
 from xsam.predictions import (
     Predictions,
@@ -46,7 +47,7 @@ from xsam.predictions import (
     kind_of,
 )
 from xsam.prompts import read_names, read_phrasings
-from xsam.samples import Dataset
+from xsam.samples import Dataset, read_categories
 from xsam.scoring import (
     SEGMENTOR_TASKS,
     TASKS,
@@ -58,6 +59,7 @@ from xsam.scoring import (
     task_of,
 )
 from xsam.sources import SOURCES, locate
+from xsam.weights import CONFIG_FILE
 
 FOLDER = "predictions"  # of a run or a checkpoint
 
@@ -102,12 +104,14 @@ def ask_dataset(
     folder: Path,
     num_samples: int | None = None,
     label: str = "",
+    overwrite: bool = False,
 ) -> None:
     """Asks the model about the (first) records of a set, as far as `folder` does not have its
-    answers yet; all ranks take part. Raises ValueError where the folder holds others."""
+    answers yet; all ranks take part. Raises ValueError where the folder holds those of other
+    weights or settings, unless these may be overwritten."""
     settings, kind, keys = model.settings, kind_of(dataset), keys_of(dataset, num_samples)
     if distributed.rank() == 0:
-        begin(folder, kind, keys, made_by(model, dataset))
+        begin(folder, kind, keys, made_by(model, dataset), overwrite)
     distributed.barrier()
     if is_complete(folder):
         return
@@ -156,23 +160,25 @@ def ask_dataset(
 
 def made_by(model: Segmentor | XSAM, dataset: Dataset) -> dict[str, str]:
     """What predictions depend on, as digests."""
-    weights = hashlib.sha256()
-    for name, parameter in model.state_dict().items():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, len(flat) // 256)].float().cpu().numpy()
-        weights.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        weights.update(some.tobytes())
     values = model.settings.to_dict()
     names = ("model", "score_threshold", "overlap_threshold", "eval_batch_size", "max_new_tokens")
     asked = {name: values[name] for name in names}
     asked["phrasings"] = dataset.phrasings
     asked["names"] = getattr(dataset, "names", [])
     settings = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
-    return {
-        "dataset": dataset.name,
-        "weights": weights.hexdigest()[:16],
-        "settings": settings.hexdigest()[:16],
-    }
+    settings = settings.hexdigest()[:16]
+    return {"dataset": dataset.name, "weights": weights_digest(model), "settings": settings}
+
+
+def weights_digest(model: Segmentor | XSAM) -> str:
+    """Of the names and types of the weights, and of some 256 numbers of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.state_dict().items():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // 256)].float().cpu().numpy()
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(some.tobytes())
+    return digest.hexdigest()[:16]
 
 
 # ---- asking and scoring --------------------------------------------------------------------------
@@ -194,43 +200,40 @@ def evaluate(
     Predictions lie in `folder`, one folder for each set; the model is asked for those that are not
     there, or without a model all have to be. `num_samples`: of each set the first ones alone.
     `words`: other names for the classes of open vocabulary (`rename`). `kept` is called with the
-    task and the predictions of each set. `overwrite` forgets predictions that are there.
+    task and the predictions of each set. `overwrite`: those made in another way may go.
     """
-    results: dict[str, dict[str, Figures]] = {}
     phrasings = read_phrasings(model.settings.phrasings if model is not None else "")
-
-    def opened(name: str) -> Dataset:
-        dataset = open_dataset(name, data, all_classes=True, phrasings=phrasings)
+    datasets = {}
+    for name in names:
+        datasets[name] = open_dataset(name, data, all_classes=True, phrasings=phrasings)
         if words is not None and task_of(name)[0] == "openvocab":
-            rename(dataset, words)
-        return dataset
-
-    for name in names if words is not None else ():
-        opened(name)  # words that do not fit are told before anything is asked
-    for number, name in enumerate(names, 1):
+            rename(datasets[name], words, data)
+    labels = {name: f"{name} [{number}/{len(names)}]" for number, name in enumerate(names, 1)}
+    for name, dataset in datasets.items() if model is not None else ():
+        ask_dataset(model, dataset, folder / name, num_samples, labels[name], overwrite)
+    results: dict[str, dict[str, Figures]] = {}
+    for name, dataset in datasets.items():
         task, suffix = task_of(name)
-        label, dataset = f"{name} [{number}/{len(names)}]", opened(name)
-        if overwrite and model is not None and distributed.rank() == 0:
-            shutil.rmtree(folder / name, ignore_errors=True)
-        if model is not None:
-            ask_dataset(model, dataset, folder / name, num_samples, label)
         said = Predictions(folder / name, dataset, num_samples)
-        figures = score_dataset(said, embed, label)
+        figures = score_dataset(said, embed, labels[name])
         results.setdefault(task, {}).update(named(figures, suffix))
         if kept is not None:
             kept(task, said)
     return results
 
 
-def rename(dataset: Generic, words: list[str]) -> None:
-    """Asks for the classes of a set by other names, in the order of their ids. A set with a part of
-    the classes, as ADE20K's instances, has its names at the places that its ids say."""
+def rename(dataset: Generic, words: list[str], data: Path) -> None:
+    """Asks for the classes of a set by other names, in the order of their ids. ADE20K's instances
+    are a part of the classes of its panoptic set; of a list for those the names at their ids."""
     ids = list(dataset.category_index)
     if len(words) == len(ids):
-        ids = range(len(ids))
-    elif not 0 <= min(ids) <= max(ids) < len(words):
+        dataset.names = words
+        return
+    whole = locate(data, SOURCES["ade20k_panoptic_val"].annotations)
+    known = list(read_categories(read_json(whole, dict), str(whole))) if whole.is_file() else []
+    if len(words) != len(known) or not set(ids) <= set(known):
         raise ValueError(f"{len(words)} names for the {len(ids)} classes of {dataset.name}")
-    dataset.names = [words[number] for number in ids]
+    dataset.names = [words[known.index(number)] for number in ids]
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -259,6 +262,12 @@ def check_paths(names: list[str], data: Path) -> None:
     paths = [locate(data, path) for name in names for path in SOURCES[name].paths()]
     if missing := sorted({str(path) for path in paths if not path.exists()}):
         raise ValueError(f"missing: {', '.join(missing)}; --tasks says what else to score")
+
+
+def stored_stage(checkpoint: Path) -> int | None:
+    """The stage that a checkpoint of ours is of; None of a published one, which does not say."""
+    folder = latest_checkpoint(checkpoint) or checkpoint
+    return read_header(folder)["stage"] if (folder / CONFIG_FILE).is_file() else None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -300,16 +309,25 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("give --checkpoint or --from-predictions")
     if options.overwrite and options.from_predictions is not None:
         parser.error("--overwrite asks a model again, so it goes with --checkpoint")
+    if options.from_predictions is not None:
+        for name in ("names", "phrasings", "batch_size"):
+            if getattr(options, name) is not None:
+                parser.error(
+                    f"--{name.replace('_', '-')} asks a model, so it goes with --checkpoint"
+                )
     for name in ("limit", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} has to be 1 or more")
     try:  # a wrong name is told before anything is loaded
-        chosen_sets(options.tasks or "all")
+        names = chosen_sets(options.tasks or "all")
         words = read_names(options.names) if options.names else None
         embed = bert_embedder(options.bert) if options.bert else None
-        if options.tasks and options.checkpoint:
-            check_paths(chosen_sets(options.tasks), options.data)
+        if options.names and "openvocab" not in {task_of(each)[0] for each in names}:
+            raise ValueError("--names is for the sets of openvocab, none of which is chosen")
+        stage = stored_stage(options.checkpoint) if options.checkpoint else None
+        if stage is not None or options.tasks:
+            check_paths(chosen_sets(options.tasks or "all", stage == 1), options.data)
     except ValueError as error:
         parser.error(str(error))
     device = distributed.start()
@@ -368,19 +386,54 @@ def run(
         out = options.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
         folder = out / FOLDER
     check_paths(names, options.data)
+    sets = {}  # what was counted
+
+    def note(_: str, said: Predictions) -> None:
+        sets[said.dataset.name] = {"records": len(said.keys), "left_out": said.dataset.left_out}
+
     results = evaluate(
-        model, names, options.data, folder, options.limit, words, embed, overwrite=options.overwrite
+        model, names, options.data, folder, options.limit, words, embed, note, options.overwrite
     )
-    if not is_first:
-        return
+    if is_first:
+        about = {"column": column, "weights": model and weights_digest(model)}
+        write_results(out, results, about | {"first_samples": options.limit, "sets": sets})
+
+
+def write_results(out: Path, results: dict[str, dict[str, Figures]], about: dict) -> None:
+    """OUT/results.json and results.md, which is printed. Figures of other sets that an earlier
+    command put there for the same weights stay. Raises ValueError where the file is of training."""
     out.mkdir(parents=True, exist_ok=True)
-    note = f"The first {options.limit} samples of each set alone." if options.limit else ""
-    text = table({column: results}, note)
-    about = {"sets": names} | ({"first_samples": options.limit} if options.limit else {})
-    document = results | {"about": about}
-    (out / "results.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    path, sets = out / "results.json", about["sets"]
+    if path.is_file():
+        before = read_json(path, dict)
+        if "about" not in before:
+            raise ValueError(f"{path}: is not of this command; give another --out")
+        earlier = before.pop("about")
+        if earlier | {"sets": {}} == about | {"sets": {}}:
+            about = about | {"sets": earlier["sets"] | sets}
+            results = {
+                task: before.get(task, {}) | results.get(task, {})
+                for task in TASKS
+                if task in before or task in results
+            }
+    path.write_text(json.dumps(results | {"about": about}, indent=1), encoding="utf-8")
+    limit = about["first_samples"]
+    note = f"The first {limit} samples of each set alone." if limit else ""
+    text = table({about["column"]: results}, note)
     (out / "results.md").write_text(text + "\n", encoding="utf-8")
     print(text)
+    for name, each in sets.items():
+        reasons = [f"{count} {reason}" for reason, count in each["left_out"].items() if count]
+        if reasons:
+            print(f"{name}: scored without {', '.join(reasons)}")
+    missing = [
+        f"{name} ({task})"
+        for task in results
+        for _, name in TASKS[task].datasets
+        if name not in about["sets"]
+    ]
+    if missing:
+        print(f"not scored: {', '.join(missing)}")
 
 
 if __name__ == "__main__":

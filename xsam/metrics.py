@@ -165,7 +165,9 @@ def average_precision(records: list[dict], num_categories: int) -> dict[str, flo
 
     Where scores are equal the image with the smaller id counts first, as in pycocotools.
     """
-    records = sorted(records, key=lambda record: record["image_id"])
+    records = sorted(
+        records, key=lambda record: (isinstance(record["image_id"], str), record["image_id"])
+    )
     evaluation = _coco_evaluation(num_categories, [record["image_id"] for record in records])
     evaluation.evalImgs = [
         record["matches"].get(category) for category in range(num_categories) for record in records
@@ -197,7 +199,7 @@ def count_pixels(truth: np.ndarray, guess: np.ndarray, num_classes: int) -> np.n
 
 def mean_iou(matrix: np.ndarray) -> dict[str, float | None]:
     """mIoU of the sum of the records of `count_pixels`: the mean over the classes that occur in the
-    truth, as Mask2Former's evaluation takes it."""
+    truth, as detectron2's evaluation takes it."""
     intersection, true_area = matrix.diagonal(), matrix.sum(axis=1)
     union = true_area + matrix[:, :-1].sum(axis=0) - intersection
     occurs = true_area > 0
@@ -298,12 +300,13 @@ def grounding_quality(
     records: list[tuple[float, int | None, int]],
 ) -> dict[str, float | None]:
     """mIoU, the mean over all images of the ground truth, and recall, the share of all true masks
-    that were found with their phrase, of the records of `ground_masks`."""
-    searched = [(found, total) for _, found, total in records if found is not None]
-    num_true = sum(total for _, total in searched)
+    that were found with their phrase, of the records of `ground_masks`. Masks of an image without
+    phrases are not found; where no image has any there is no recall."""
+    counts = [found for _, found, _ in records if found is not None]
+    num_true = sum(total for *_, total in records)
     return {
         "mIoU": _percent([mean for mean, *_ in records]),
-        "recall": 100 * sum(found for found, _ in searched) / num_true if num_true else None,
+        "recall": 100 * sum(counts) / num_true if counts and num_true else None,
     }
 
 
@@ -350,12 +353,13 @@ def caption_quality(
     """METEOR (Banerjee and Lavie 2005) and CIDEr (Vedantam et al. 2015) of the true captions and
     the predicted one of each image, by pycocoevalcap; a caption may be empty.
 
-    Raises ValueError where the package or Java is missing, and where an image has no counterpart.
+    Raises ImportError where the package or Java is missing, ValueError where an image has no
+    counterpart.
     """
     if importlib.util.find_spec("pycocoevalcap") is None:
-        raise ValueError("captions are scored by pycocoevalcap: pip install 'xsam[captions]'")
+        raise ImportError("captions are scored by pycocoevalcap: pip install 'xsam[captions]'")
     if shutil.which("java") is None:
-        raise ValueError("captions are scored by Java programs: put a Java runtime on the PATH")
+        raise ImportError("captions are scored by Java programs: put a Java runtime on the PATH")
     if odd := [image for image in {**truth, **guess} if not (truth.get(image) and image in guess)]:
         raise ValueError(f"image {odd[0]!r} lacks its true or its predicted caption")
     if not truth:
@@ -385,7 +389,6 @@ def caption_quality(
 # ---- answers -------------------------------------------------------------------------------------
 
 _PUNCTUATION = str.maketrans(dict.fromkeys(".,:;!*#()[]{}", " "))
-_MOST_WORDS_WITH_A = 3  # in a longer answer a lone A is the article
 _PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene")
 _PERCEPTION += ("landmark", "artwork", "ocr")
 _COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation")
@@ -395,11 +398,11 @@ _COGNITION += ("code_reasoning",)
 def read_choice(answer: str, options: dict[str, str]) -> str | None:
     """The letter of the option that an answer gives, by the exact matching of VLMEvalKit (Duan et
     al. 2024): the one letter, a capital, that stands alone as a word; else the one option whose
-    text is in the answer, case aside; else None. In an answer of more than three words a lone A is
-    taken as the article, which VLMEvalKit does in its verbose mode alone."""
+    text is in the answer, case aside; else None. A capital A that stands alone is a letter, never
+    the article, as VLMEvalKit has it by default."""
     words = answer.translate(_PUNCTUATION).split()
     letters = [letter for letter in options if letter in words]
-    if len(letters) == 1 and (letters != ["A"] or len(words) <= _MOST_WORDS_WITH_A):
+    if len(letters) == 1:
         return letters[0]
     texts = {letter: text.strip().lower() for letter, text in options.items()}
     named = [letter for letter, text in texts.items() if text and text in answer.lower()]

@@ -232,9 +232,10 @@ class XSAM(nn.Module):
         states of the segmentation encoder for its images. Image tokens come before segmentation
         tokens. An image that only shows a region for another passes the segmentation encoder."""
         B = len(batch.input_ids)
-        hidden_states, *donors = map(self.segmentor.encoder, batch.seg_pixels.split(B))
-        shown = torch.cat([states[-2] for states in (hidden_states, *donors)])
-        grid = self.seg_projector(pixel_shuffle(shown, 0.5))  # [B + D, H, W, C]
+        images, *donors = batch.seg_pixels.split(B)
+        hidden_states = self.segmentor.encoder(images)
+        shown = [hidden_states[-2], *(self.segmentor.encoder(each)[-2] for each in donors)]
+        grid = self.seg_projector(pixel_shuffle(torch.cat(shown), 0.5))  # [B + D, H, W, C]
         visual_tokens = grid[:B].flatten(1, 2)
         if self.image_encoder is not None:
             image_tokens = self.image_projector(self.image_encoder(batch.image_pixels))
@@ -611,6 +612,7 @@ def predict(
         names, is_thing = map(list, zip(*categories, strict=True))
     for words in [*filter(None, texts), *names]:  # a generic request takes no text
         check_words(words, "a text or a name")
+    region_image = region_image and region_image.convert("RGB")
     samples = []
     for picture, words in zip(images, texts, strict=True):
         picture = picture.convert("RGB")

@@ -22,7 +22,7 @@ from xsam import distributed, draw
 from xsam.data import Batch
 from xsam.evaluate import FOLDER, evaluate
 from xsam.model import XSAM, Segmentor
-from xsam.postprocess import Prediction
+from xsam.postprocess import SHOWN_SCORE, Prediction
 from xsam.predictions import Predictions
 from xsam.samples import Sample
 from xsam.scoring import SEGMENTOR_TASKS, TASKS, Figures, table
@@ -257,10 +257,7 @@ def score_tasks(
         if isinstance(model, XSAM) or task in SEGMENTOR_TASKS
     ]  # fmt: skip
     pictures, folder = out / "pictures", out / FOLDER / prefix
-    if distributed.rank() == 0:  # of other weights, if they are there
-        shutil.rmtree(folder, ignore_errors=True)
-        pictures.mkdir(exist_ok=True)
-    distributed.barrier()
+    pictures.mkdir(exist_ok=True)
     drawn: set[str] = set()
 
     def draw_some(task: str, said: Predictions) -> None:
@@ -270,13 +267,12 @@ def score_tasks(
         some = range(min(num_pictures, len(said.keys)))
         for index in some[distributed.rank() :: distributed.world_size()]:
             sample = said.dataset.question(index)
-            # Of instances every pair of query and class is there, most with next to no score.
-            least = 0.3 if said.kind == "instances" else 0.0
+            least = SHOWN_SCORE if said.kind == "instances" else 0.0
             picture = draw_prediction(sample, said.prediction(index, sample), least)
             picture.save(pictures / f"{prefix}_{task}_{index:05d}.png")
 
     names = [name for task in tasks for _, name in TASKS[task].datasets]
-    figures = evaluate(model, names, data, folder, num_samples, kept=draw_some)
+    figures = evaluate(model, names, data, folder, num_samples, kept=draw_some, overwrite=True)
     distributed.barrier()
     if num_samples is not None and distributed.rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)  # without a task it is not there

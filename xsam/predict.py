@@ -19,6 +19,7 @@ import torch
 from xsam.config import add_checkpoint_flags
 from xsam.formats import read_image, read_region
 from xsam.model import REQUESTS, load_checkpoint, predict
+from xsam.postprocess import SHOWN_SCORE
 from xsam.prompts import read_names
 
 
@@ -82,8 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.task != "chat":
         stem = options.out or options.image.with_name(f"{options.image.stem}_{options.task}")
         picture, document = (Path(f"{stem}{suffix}") for suffix in (".png", ".json"))
-        # Of instances every pair of query and class is there, most with next to no score.
-        least = 0.3 if options.task in ("instance", "vgd") else 0.0
+        least = SHOWN_SCORE if options.task in ("instance", "vgd") else 0.0
         prediction.draw(options.text, min_score=least).save(picture)
         document.write_text(json.dumps(prediction.to_dict(), indent=1), encoding="utf-8")
         if prediction.answer and not len(prediction.masks):

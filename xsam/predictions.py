@@ -159,24 +159,29 @@ class Writer:
         self.file.flush()
 
 
-def begin(folder: Path, kind: str, keys: list, made_by: dict) -> None:
+def begin(folder: Path, kind: str, keys: list, made_by: dict, overwrite: bool = False) -> None:
     """Makes the folder of a set that is going to be asked; goes on with one that was begun.
 
-    Raises ValueError where it holds predictions that were made in another way: by other weights or
-    settings, or for other records.
+    Where it holds predictions that were made in another way, by other weights or settings, or for
+    other records, they go if they may be overwritten. Raises ValueError if not.
     """
     about = json.loads(json.dumps({"keys": keys, "made_by": made_by}))
     path = folder / ABOUT_FILE
     if path.is_file():
         before = read_json(path, dict)
-        if before != about:
+        if before != about and overwrite:
+            stale = folder.with_name(f".{folder.name}.stale")  # whole or gone, if this is killed
+            shutil.rmtree(stale, ignore_errors=True)
+            folder.rename(stale)
+            shutil.rmtree(stale)
+        elif before != about:
             old, new = before.get("made_by", {}), about["made_by"]
             names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
             raise ValueError(
                 f"{folder}: holds predictions made with another {', '.join(names) or 'set'}; "
                 "give another --out, or --overwrite"
             )
-    else:
+    if not path.is_file():
         if folder.exists() and {*folder.iterdir()} - {_temporary(path)}:
             raise ValueError(f"{folder}: not empty, and no {ABOUT_FILE} in it; give another --out")
         folder.mkdir(parents=True, exist_ok=True)
@@ -277,6 +282,7 @@ class Predictions:
         for place, entry in enumerate(content):
             where = f"{path}: entry {place}"
             key = take(entry, layout.key, (int, str), where)
+            key = str(key) if self.kind == "answer" else key  # a table's index is text
             if key not in found:
                 raise ValueError(f"{where}: {layout.key} {key!r} is not in {self.dataset.name}")
             if layout.is_single and found[key]:

@@ -185,7 +185,7 @@ def read_names(text: str) -> list[str]:
     Raises ValueError where the list is empty, or a name holds a token of the prompt format.
     """
     path = Path(text)
-    if os.path.isfile(text) or (path.suffix and "," not in text):
+    if os.path.isfile(text) or text.endswith(".txt"):
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:

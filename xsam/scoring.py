@@ -26,8 +26,8 @@ Figures = dict[str, float | None]  # by metric; None where there is nothing that
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark: its sets, each with a suffix for the names of its figures (the first one's is
-    empty), how a figure is counted, and what the paper reports for it."""
+    """A benchmark: its sets, each with a suffix for the names of its figures, how a figure is
+    counted, and what the paper reports for it."""
 
     datasets: tuple[tuple[str, str], ...]
     protocols: dict[str, str]
@@ -35,7 +35,8 @@ class Task:
 
 
 _PQ = {
-    "PQ": "panoptic quality, mean over the classes that occur; void and crowd as panopticapi",
+    "PQ": "panoptic quality, mean over the classes that occur; void and crowd as panopticapi, "
+    "areas in pixels of the PNG",
     "PQ_things": "the same over things",
     "PQ_stuff": "the same over stuff",
     "SQ": "mean IoU of the matched segments, mean over classes",
@@ -45,7 +46,7 @@ _AP = {
     "AP": "mask AP, IoU 0.50 to 0.95, 100 masks a class and image, crowd ignored (pycocotools)",
     "AP50": "the same at IoU 0.50",
 }
-_MIOU = {"mIoU": "mean over classes of one confusion matrix; 255 and absent classes not counted"}
+_MIOU = {"mIoU": "mean IoU of one confusion matrix; 255 and classes without truth not counted"}
 _CIOU = "sum of intersections / sum of unions, one mask an expression"
 _GIOU = "mean IoU, one mask an expression, empty union = 1"
 _SHOWN = {f" {kind}": f"coco_vgd_val_{kind}" for kind in PROMPT_TYPES}
@@ -123,7 +124,10 @@ TASKS = {
             "CIDEr": "captions, over all true images (pycocoevalcap)",
             "AP50": "mask AP at IoU 0.50, one class, all true images, masks scored by the model",
             "mIoU": "mean IoU of pairs, greedily one to one, then mean over all true images",
-            "recall": "share of true masks paired at IoU 0.5 with a phrase that is alike",
+            "recall": "share of true masks paired at IoU 0.5 with a phrase that is alike (cosine "
+            "of mean BERT states at 0.5)",
+            "recall_exact": "the same with a phrase that is equal but for case (recall needs "
+            "--bert)",
         },
         {
             "METEOR": 15.4,
@@ -253,9 +257,9 @@ def _grounded(said: Predictions, index: int, embed: Callable | None) -> tuple:
     found = said.instances(key, (sample.image.height, sample.image.width))
     truth = [encode_mask(mask) for mask in sample.masks]
     matches = metrics.match_instances(key, 1, [(0, rle, False) for rle in truth], found)
-    similarity = None
-    if len(sample.names) == len(truth):  # else its phrases are of no mask in particular
-        similarity = metrics.phrase_similarity(sample.names, said.phrases(key), embed)
+    similarity, phrases = None, said.dataset.phrases(index)
+    if phrases:
+        similarity = metrics.phrase_similarity(phrases, said.phrases(key), embed)
     pairs = metrics.ground_masks(truth, [rle for _, rle, _ in found], similarity)
     return matches, pairs
 
@@ -294,14 +298,18 @@ def score_dataset(said: Predictions, embed: Callable | None = None, label: str =
     rank, mine = distributed.rank(), range(len(said.keys))
     mine = mine[rank :: distributed.world_size()]
     bar = tqdm(mine, f"score {label or said.dataset.name}", disable=rank != 0, unit="image")
-    records = [(index, measure(said, index)) for index in bar]
-    if said.kind == "semantic" and records:  # whole numbers, so they can be added in any order
-        records = [(mine[0], sum(matrix for _, matrix in records))]
+    records = []
+    for index in bar:
+        record = measure(said, index)
+        if said.kind == "semantic" and records:  # whole numbers can be added in any order
+            records[0][1][...] += record
+        else:
+            records.append((index, record))
     ordered = [record for _, record in sorted(distributed.gather(records), key=lambda r: r[0])]
-    return _summarise(said, ordered)
+    return _summarise(said, ordered, embed is not None)
 
 
-def _summarise(said: Predictions, records: list) -> Figures:
+def _summarise(said: Predictions, records: list, is_by_meaning: bool) -> Figures:
     dataset, num_categories = said.dataset, len(said.categories)
     if said.kind == "panoptic":
         return metrics.panoptic_quality(records, dataset.is_thing)
@@ -313,7 +321,9 @@ def _summarise(said: Predictions, records: list) -> Figures:
         figures = _caption_quality(said)
         matches, pairs = map(list, zip(*records, strict=True))
         figures["AP50"] = metrics.average_precision(matches, 1)["AP50"]
-        return figures | metrics.grounding_quality(pairs)
+        quality = metrics.grounding_quality(pairs)
+        name = "recall" if is_by_meaning else "recall_exact"
+        return figures | {"mIoU": quality["mIoU"], name: quality["recall"]}
     if said.kind == "answer":
         return _answer_quality(dataset, records)
     if dataset.name.startswith("grefcoco"):
@@ -338,6 +348,8 @@ def _answer_quality(dataset: Dataset, records: list) -> Figures:
     if dataset.name == "pope":
         return metrics.yes_no_quality([each for record in records for each in record])
     if dataset.name == "mmbench":  # rotations of a question share their index modulo a million
+        if odd := [number for number, _ in records if not number.strip().isdecimal()]:
+            raise ValueError(f"{dataset.annotations}: index {odd[0]!r} is no number")
         records = [(int(number) % 1_000_000, is_right) for number, is_right in records]
     return metrics.choice_accuracy(records)
 
@@ -349,7 +361,7 @@ def _caption_quality(said: Predictions) -> Figures:
         truth = {key: said.dataset.captions(index) for index, key in enumerate(said.keys)}
         try:
             figures.append(metrics.caption_quality(truth, said.captions))
-        except ValueError as error:
+        except ImportError as error:
             tqdm.write(f"{said.dataset.name}: no METEOR and CIDEr: {error}", file=sys.stderr)
             figures.append({"METEOR": None, "CIDEr": None})
     return distributed.gather(figures)[0]

@@ -97,6 +97,7 @@ def _coco(kind: str, split: str) -> Source:
         annotations=annotations,
         masks=masks,
         images=f"{_COCO}/{split}2017",
+        split=split,
         about=f"COCO 2017 {split} images {about}",
     )
 
@@ -114,6 +115,7 @@ def _ade(kind: str) -> Source:
         annotations=annotations,
         masks=masks,
         images=f"{_ADE}/images/validation",
+        split="val",
         about="ADE20K-150 validation, converted by python -m xsam.data ade20k",
     )
 
