@@ -126,8 +126,8 @@ TASKS = {
             "mIoU": "mean IoU of pairs, greedily one to one, then mean over all true images",
             "recall": "share of true masks paired at IoU 0.5 with a phrase that is alike (cosine "
             "of mean BERT states at 0.5)",
-            "recall_exact": "the same with a phrase that is equal but for case (recall needs "
-            "--bert)",
+            "recall_exact": "share of true masks paired at IoU 0.5 with a phrase that is equal but "
+            "for case (recall itself needs --bert)",
         },
         {
             "METEOR": 15.4,
