@@ -203,18 +203,24 @@ def evaluate(
     task and the predictions of each set. `overwrite`: those made in another way may go.
     """
     phrasings = read_phrasings(model.settings.phrasings if model is not None else "")
-    datasets = {}
-    for name in names:
-        datasets[name] = open_dataset(name, data, all_classes=True, phrasings=phrasings)
+
+    def opened(name: str) -> Dataset:
+        dataset = open_dataset(name, data, all_classes=True, phrasings=phrasings)
         if words is not None and task_of(name)[0] == "openvocab":
-            rename(datasets[name], words, data)
+            rename(dataset, words, data)
+        return dataset
+
+    # Every set is opened here first, so that a missing or broken file is told before hours of
+    # asking. It is not kept: some tables are gigabytes of images, and one set at a time is held.
+    for name in names:
+        opened(name)
     labels = {name: f"{name} [{number}/{len(names)}]" for number, name in enumerate(names, 1)}
-    for name, dataset in datasets.items() if model is not None else ():
-        ask_dataset(model, dataset, folder / name, num_samples, labels[name], overwrite)
+    for name in names if model is not None else ():
+        ask_dataset(model, opened(name), folder / name, num_samples, labels[name], overwrite)
     results: dict[str, dict[str, Figures]] = {}
-    for name, dataset in datasets.items():
+    for name in names:
         task, suffix = task_of(name)
-        said = Predictions(folder / name, dataset, num_samples)
+        said = Predictions(folder / name, opened(name), num_samples)
         figures = score_dataset(said, embed, labels[name])
         results.setdefault(task, {}).update(named(figures, suffix))
         if kept is not None:
@@ -302,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, metavar="N", help="images of one forward pass")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N samples of each set")
     parser.add_argument(
-        "--overwrite", action="store_true", help="forget predictions that were made before"
+        "--overwrite", action="store_true", help="replace predictions of other weights or settings"
     )
     options = parser.parse_args(arguments)
     if (options.checkpoint is None) == (options.from_predictions is None):
