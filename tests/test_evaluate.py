@@ -210,10 +210,12 @@ def test_two_processes_write_what_one_does(command, alone, tmp_path):
     assert contents(out) == alone
 
 
-def test_three_processes_of_torchrun_write_what_one_does(command, alone, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_processes_of_torchrun_write_what_one_does(command, alone, tmp_path, num_processes):
+    """As a user starts them: of threads a process has as many as the command gives it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     script = [sys.executable, *launcher, str(ROOT / "xsam/evaluate.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     ended = subprocess.run(
         [*script, *command(tmp_path / "out")],
         env=environment, timeout=2 * PATIENCE, capture_output=True, text=True,

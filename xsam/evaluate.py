@@ -21,6 +21,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -337,6 +338,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     device = distributed.start()
+    if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1 for several processes
+        torch.set_num_threads(1)  # one has to add up in the same order as they do
     try:
         run(options, device, words, embed)
     except ValueError as error:
