@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from faulty_train import start_ranks
+from processes import finish, start_ranks
 
 from xsam import distributed
 
@@ -18,14 +18,7 @@ def run_ranks(tmp_path, function, *arguments, world_size=2) -> tuple[list[int | 
     """The ranks' statuses, None for one that hangs, and what they printed."""
     log = tmp_path / "log"
     processes = start_ranks(log, function, *arguments, world_size=world_size)
-    deadline = time.monotonic() + 60
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    statuses = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-        process.join()
-    return statuses, log.read_text()
+    return finish(processes, patience=60), log.read_text()
 
 
 # ---- collectives ---------------------------------------------------------------------------------

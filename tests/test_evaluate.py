@@ -4,22 +4,19 @@ and begun again, and with whatever is wrong told.
 pytest tests/test_evaluate.py
 """
 
-import contextlib
 import copy
 import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from faulty_train import ROOT, start_ranks
+from processes import PATIENCE, ROOT, finish, kill, start_ranks
 from test_predictions import contents, edit, write_predictions
 
 from xsam import evaluate
@@ -40,7 +37,6 @@ from xsam.samples import Sample
 from xsam.scoring import TASKS
 from xsam.sources import SOURCES, locate
 
-PATIENCE = 120  # seconds until a run hangs
 HAS_METEOR = bool(importlib.util.find_spec("pycocoevalcap") and shutil.which("java"))
 
 
@@ -171,24 +167,6 @@ def slowly(seconds: float, arguments: list[str]) -> int:
 
     evaluate.answer = wait
     return main(arguments)
-
-
-def finish(processes: list[BaseProcess]) -> list[int | None]:
-    """Their statuses once they have ended; None for one that hangs."""
-    deadline = time.monotonic() + PATIENCE
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    statuses = [process.exitcode for process in processes]
-    kill(processes)
-    return statuses
-
-
-def kill(processes: list[BaseProcess]) -> None:
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.join()
 
 
 def test_what_one_process_writes_has_masks_and_figures(alone):
@@ -567,7 +545,7 @@ def test_it_is_told_where_a_list_is_asked_in_parts(speaking_model, classes, tmp_
     for folder in ("one", "several"):
         entries = Predictions(tmp_path / folder, classes).entries
         found = {entry["category_id"] for said in entries.values() for _, entry in said}
-        assert found == set(classes.category_ids)
+        assert found == set(classes.category_index)
 
 
 def test_it_is_told_where_only_a_later_question_has_to_be_parted(

@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -23,7 +22,7 @@ from pathlib import Path
 import faulty_train
 import pytest
 import torch
-from faulty_train import SCRIPT, start_command, start_ranks
+from processes import PATIENCE, ROOT, finish, kill, killed_at, start_command, start_ranks
 from safetensors.torch import load_file
 from torch import nn
 
@@ -32,7 +31,7 @@ from xsam.config import Config
 from xsam.data import Mixture, Processor
 from xsam.datasets import open_dataset
 
-PATIENCE = 120  # seconds until a run hangs
+SCRIPT = ROOT / "xsam/train.py"
 STEPS = 12
 SMALL = ["--global_batch_size", 4, "--micro_batch_size", 2, "--num_points", 64]
 SHORT = [*SMALL, "--max_steps", STEPS, "--save_every", 4]
@@ -53,25 +52,6 @@ def toy_flags(world: Path, out: Path, stage: int, *flags: object) -> list[str]:
 def here(*flags: str) -> int:
     """The command in this process; the status that it exits with."""
     return faulty_train.main({}, list(flags))
-
-
-def finish(processes: list[BaseProcess], patience: float = PATIENCE) -> list[int | None]:
-    """Their statuses once they have ended; None for one that had to be killed, for it hangs."""
-    deadline = time.monotonic() + patience
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    statuses = [process.exitcode for process in processes]
-    kill(processes)
-    return statuses
-
-
-def kill(processes: list[BaseProcess]) -> None:
-    """With all of their groups: what they started goes too."""
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.join()
 
 
 def run_ranks(
@@ -143,8 +123,6 @@ def uninterrupted_two(world, tmp_path_factory) -> Path:
 
 # ---- kills ---------------------------------------------------------------------------------------
 
-OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
-
 
 def tiny_model(step: int) -> nn.Module:
     model = nn.Linear(3, 2)
@@ -157,29 +135,6 @@ def save_step(folder: Path, config: Config, step: int) -> None:
     model = tiny_model(step)
     states = {"segmentor.weight:exp_avg": torch.full((2, 3), float(step))}
     save_checkpoint(folder, model, config, None, 1, step, states)
-
-
-def killed_at(operation: int, function: Callable[[], None]) -> bool:
-    """Calls the function in a process that is killed as it is about to carry out its n-th operation
-    on files; whether it came to that."""
-    pid = os.fork()
-    if pid == 0:
-        seen = iter(range(10**9))
-
-        def count(event: str, _: tuple) -> None:
-            if event in OPERATIONS and next(seen) == operation:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        status = 1
-        try:
-            sys.addaudithook(count)
-            function()
-            status = 0
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(pid, 0)
-    assert status in (0, signal.SIGKILL)
-    return status != 0
 
 
 def test_killed_at_any_operation_of_saving_leaves_whole_checkpoints(tmp_path, config):

@@ -580,6 +580,10 @@ def random_grounding(seed: int) -> list[tuple]:
     return images
 
 
+def encode(masks: np.ndarray) -> list[dict]:
+    return [encode_mask(mask) for mask in masks]
+
+
 def restated_grounding(truth, guess, similarity) -> tuple[Fraction, int]:
     """Mean IoU of the pairs and the number of phrases found, from sets of pixels."""
     ious = {}
@@ -611,10 +615,8 @@ def test_grounding_quality_is_a_recount_of_the_pixels():
             totals.append(len(truth))
             if image or seed % 3:
                 founds.append(found)
-            as_rle = [encode_mask(mask) for mask in truth]
-            record = ground_masks(
-                as_rle if seed % 2 else truth, guess, similarity if image or seed % 3 else None
-            )
+            is_asked = image or seed % 3
+            record = ground_masks(encode(truth), encode(guess), similarity if is_asked else None)
             assert record[0] == pytest.approx(float(of_pairs), abs=1e-12)
             records.append(record)
         has_recall = founds and sum(totals)
@@ -628,9 +630,9 @@ def test_true_masks_are_paired_with_the_best_that_is_left():
     truth, guess = np.zeros((3, 1, 10), bool), np.zeros((3, 1, 10), bool)
     truth[0, 0, :4], truth[1, 0, 4:8], truth[2, 0, 8:] = True, True, True
     guess[0, 0, :5], guess[1, 0, :4] = True, True
-    assert ground_masks(truth, guess) == (pytest.approx((1 + 1 / 8) / 2), None, 3)
-    assert ground_masks(truth, guess[:0]) == (0.0, None, 3)
-    assert ground_masks(truth[:0], guess, np.zeros((0, 3))) == (0.0, 0, 0)
+    assert ground_masks(encode(truth), encode(guess)) == (pytest.approx((1 + 1 / 8) / 2), None, 3)
+    assert ground_masks(encode(truth), encode(guess[:0])) == (0.0, None, 3)
+    assert ground_masks(encode(truth[:0]), encode(guess), np.zeros((0, 3))) == (0.0, 0, 0)
     assert grounding_quality([]) == {"mIoU": None, "recall": None}
 
 
@@ -640,13 +642,13 @@ def test_a_wrong_phrase_on_a_better_mask_ends_the_search():
     masks[0, 0, :4], masks[1, 0, 4:] = True, True
     worse = masks.copy()
     worse[1, 0, 9] = False
-    assert ground_masks(masks, worse, np.array([[0.4, 0], [0, 1]]))[1:] == (0, 2)
-    assert ground_masks(masks, worse, np.array([[1, 0], [0, 0.4]]))[1:] == (1, 2)
+    assert ground_masks(encode(masks), encode(worse), np.array([[0.4, 0], [0, 1]]))[1:] == (0, 2)
+    assert ground_masks(encode(masks), encode(worse), np.array([[1, 0], [0, 0.4]]))[1:] == (1, 2)
     half = masks.copy()
     half[0, 0, 2:4] = False
-    assert ground_masks(masks, half, np.full((2, 2), 0.5))[1:] == (2, 2)
+    assert ground_masks(encode(masks), encode(half), np.full((2, 2), 0.5))[1:] == (2, 2)
     half[0, 0, 1] = False
-    assert ground_masks(masks, half, np.full((2, 2), 0.5))[1:] == (1, 2)
+    assert ground_masks(encode(masks), encode(half), np.full((2, 2), 0.5))[1:] == (1, 2)
 
 
 def test_phrases_are_like_where_they_are_equal_or_their_embeddings_are():
@@ -898,7 +900,7 @@ NUM_SAMPLES = 23
 def grounding_record(seed: int) -> tuple:
     rng = np.random.default_rng(seed)
     truth, guess = rng.random((2, 3, 6, 7)) < 0.6
-    return ground_masks(truth, guess, rng.random((3, 3)) + 0.4)
+    return ground_masks(encode(truth), encode(guess), rng.random((3, 3)) + 0.4)
 
 
 def instance_record(seed: int) -> dict:

@@ -19,9 +19,9 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
 from xsam import postprocess
 from xsam.encoders import Placement
 from xsam.postprocess import (
+    OriginalReader,
     Reading,
     merge_parts,
-    original_logits,
     read_instances,
     read_interactive,
     read_panoptic,
@@ -36,6 +36,12 @@ SIZES = [(24, 40), (40, 23), (32, 32), (71, 90), (130, 57), (9, 7), (1, 12), (33
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
     return (a & b).sum() / (a | b).sum()
+
+
+def original_logits(mask_logits: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """The masks at the image's size, all at once."""
+    height, width = placement.original
+    return OriginalReader(mask_logits, placement)(mask_logits, (slice(0, height), slice(0, width)))
 
 
 def random_case(seed: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, Placement]:

@@ -6,17 +6,15 @@ pytest tests/test_predictions.py
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import killed_at
 
 from xsam import metrics
 from xsam.datasets import open_dataset
@@ -235,30 +233,6 @@ def test_predictions_of_another_program_need_no_more_than_cocos_formats(sets, tm
 
 
 # ---- what a kill leaves --------------------------------------------------------------------------
-
-
-def killed_at(operation: int, function: Callable[[], None]) -> bool:
-    """Calls the function in a process that is killed as it is about to carry out its n-th operation
-    on files; whether it came to that."""
-    pid = os.fork()
-    if pid == 0:
-        seen = iter(range(10**9))
-
-        def count(event: str, _: tuple) -> None:
-            names = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
-            if event in names and next(seen) == operation:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        status = 1
-        try:
-            sys.addaudithook(count)
-            function()
-            status = 0
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(pid, 0)
-    assert status in (0, signal.SIGKILL)
-    return status != 0
 
 
 @pytest.mark.parametrize("kind", ["panoptic", "grounded"])

@@ -37,7 +37,6 @@ class Generic(Dataset):
         content = read_json(self.annotations, dict)
         where = str(self.annotations)
         categories = read_categories(content, where)
-        self.category_ids = list(categories)
         self.category_index = {number: index for index, number in enumerate(categories)}
         self.names = [category["name"] for category in categories.values()]
         self.is_thing = [
@@ -55,6 +54,9 @@ class Generic(Dataset):
 
     def index_images(self, content: dict, images: dict[int | str, dict]) -> None:
         raise NotImplementedError
+
+    def key(self, index: int) -> int | str:
+        return self.records[index][0]["id"]
 
     def open_image(self, image: dict) -> tuple[Image.Image, tuple[int, int], str]:
         """The picture, its size as annotated, and the name of a PNG that belongs to it."""
@@ -86,7 +88,7 @@ class Generic(Dataset):
             negatives = rng.choice(absent, rng.integers(least, len(absent) + 1), replace=False)
             prompt = rng.permutation(np.concatenate([present, negatives]))
         place = {category: position for position, category in enumerate(prompt.tolist())}
-        names = [self.names[category] for category in prompt]
+        names, ids = [self.names[category] for category in prompt], list(self.category_index)
         return Sample(
             sample_id=f"{self.name}/{image['id']}",
             task="generic",
@@ -96,7 +98,7 @@ class Generic(Dataset):
             labels=np.array([place[category] for category in classes], np.int64),
             ignore=ignore,
             names=names,
-            category_ids=[self.category_ids[category] for category in prompt],
+            category_ids=[ids[category] for category in prompt],
             image_id=image["id"],
         )
 
@@ -122,9 +124,6 @@ class Panoptic(Generic):
                 self.records.append((image, segments[number]))
             else:
                 self.left_out["images without segments"] += 1
-
-    def key(self, index: int) -> int | str:
-        return self.records[index][0]["id"]
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray, list[dict]]:
         """Image, map [H, W] of 1 + the place of each pixel's segment (0 is void), and the segments,
@@ -194,9 +193,6 @@ class Instances(Generic):
                 self.records.append((image, by_image[number]))
             else:
                 self.left_out["images without instances"] += 1
-
-    def key(self, index: int) -> int | str:
-        return self.records[index][0]["id"]
 
     def read(self, index: int) -> tuple[Image.Image, list[tuple[int, np.ndarray, bool]]]:
         """Image, and of each object its contiguous class, its mask, bool [H, W], empty for a few of

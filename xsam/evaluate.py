@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 8 xsam/evaluate.py --checkpoint runs/xsam/stage3 --data datas
     python xsam/evaluate.py --from-predictions runs/xsam/stage3 --data datas
 
-First the model is asked: what it says of each dataset is kept on disk as it comes
+Of each dataset the model is asked first: what it says is kept on disk as it comes
 (`predictions.py`), and a command that was interrupted goes on with the rest. Then the predictions
 are scored (`scoring.py`), whoever made them. Batches are made of a dataset's samples in one order,
 so that any number of processes, and a run that was interrupted, predict and score the same to the
@@ -212,17 +212,17 @@ def evaluate(
         return dataset
 
     # Every set is opened here first, so that a missing or broken file is told before hours of
-    # asking. It is not kept: some tables are gigabytes of images, and one set at a time is held.
+    # asking. They are not all kept: some tables are gigabytes of images.
     for name in names:
         opened(name)
-    labels = {name: f"{name} [{number}/{len(names)}]" for number, name in enumerate(names, 1)}
-    for name in names if model is not None else ():
-        ask_dataset(model, opened(name), folder / name, num_samples, labels[name], overwrite)
     results: dict[str, dict[str, Figures]] = {}
-    for name in names:
+    for number, name in enumerate(names, 1):
+        label, dataset = f"{name} [{number}/{len(names)}]", opened(name)
+        if model is not None:
+            ask_dataset(model, dataset, folder / name, num_samples, label, overwrite)
         task, suffix = task_of(name)
-        said = Predictions(folder / name, opened(name), num_samples)
-        figures = score_dataset(said, embed, labels[name])
+        said = Predictions(folder / name, dataset, num_samples)
+        figures = score_dataset(said, embed, label)
         results.setdefault(task, {}).update(named(figures, suffix))
         if kept is not None:
             kept(task, said)

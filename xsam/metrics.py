@@ -262,21 +262,19 @@ def _cumulative_iou(records: list[tuple[int, int, bool, bool]]) -> float | None:
 
 
 def ground_masks(
-    truth: list[dict] | np.ndarray,
-    guess: list[dict] | np.ndarray,
+    truth: list[dict],
+    guess: list[dict],
     similarity: np.ndarray | None = None,
 ) -> tuple[float, int | None, int]:
     """One image's record: mean IoU of its pairs, number of phrases found, number of true masks, by
     the evaluation of GranD-f (Rasheed et al. 2024, GLaMM).
 
-    truth, guess: masks [T, H, W] and [N, H, W], or RLEs. similarity: of the true and predicted
-    phrases, [T, N]; without it no phrase is looked for. Masks are paired one to one, the largest
-    IoU first, while IoU > 0; without any pair the mean is 0. Phrases are found in the same order
-    while a pair has IoU >= 0.5 and similarity >= 0.5. The first pair that lacks either ends the
-    search, as in the published code: of two masks that fit, a wrong phrase on the better one hides
-    the other.
+    truth, guess: T and N RLEs. similarity: of the true and predicted phrases, [T, N]; without it no
+    phrase is looked for. Masks are paired one to one, the largest IoU first, while IoU > 0; without
+    any pair the mean is 0. Phrases are found in the same order while a pair has IoU >= 0.5 and
+    similarity >= 0.5. The first pair that lacks either ends the search, as in the published code:
+    of two masks that fit, a wrong phrase on the better one hides the other.
     """
-    truth, guess = _rles(truth), _rles(guess)
     ious = np.zeros((len(truth), len(guess)))
     if truth and guess:
         sizes = {tuple(rle["size"]) for rle in [*truth, *guess]}
@@ -308,12 +306,6 @@ def grounding_quality(
         "mIoU": _percent([mean for mean, *_ in records]),
         "recall": 100 * sum(counts) / num_true if counts and num_true else None,
     }
-
-
-def _rles(masks: list[dict] | np.ndarray) -> list[dict]:
-    if isinstance(masks, list):
-        return masks
-    return [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
 
 
 def _pair(ious: np.ndarray) -> list[tuple[int, int, float]]:

@@ -519,9 +519,10 @@ def answer(
             reading, found[row], len(names), placements[row], sample, is_thing, settings
         )
         labels = [names[category] for category in categories]
-        prediction = Prediction(sample.image, masks, categories, labels, scores, text)
-        prediction.num_prompts = sum(row in part.rows for part in questions.parts)
-        results.append(prediction)
+        num_prompts = sum(row in part.rows for part in questions.parts)
+        results.append(
+            Prediction(sample.image, masks, categories, labels, scores, text, num_prompts)
+        )
     return results
 
 

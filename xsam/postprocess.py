@@ -121,16 +121,6 @@ class OriginalReader:
         return torch.lerp(above, below, weight[:, None], out=above)
 
 
-def original_logits(mask_logits: Tensor, placement: Placement) -> Tensor:
-    """Mask logits [N, h, w] of the canvas, read bilinearly at the pixels of the original image:
-    float32 [N, H, W]."""
-    read = OriginalReader(mask_logits, placement)
-    logits = mask_logits.new_empty((len(mask_logits), *placement.original), dtype=torch.float32)
-    for band in bands(placement, len(mask_logits)):
-        logits[:, band[0]] = read(mask_logits, band)
-    return logits
-
-
 def read_insides(mask_logits: Tensor, placement: Placement) -> Iterator[tuple[Box, Tensor]]:
     """Of each mask [N, h, w] a box of the original image, outside of which no logit is positive,
     and its logits there; the box of a mask that is nowhere positive is empty."""
