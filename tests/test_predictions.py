@@ -151,7 +151,8 @@ def test_a_prediction_comes_back_for_its_picture(sets, tmp_path, name):
         assert back.image.size == told.image.size and back.masks.dtype == bool
         assert np.array_equal(back.masks, told.masks) and back.labels == told.labels
         is_scored = said.kind not in ("panoptic", "semantic")  # COCO's formats have no score there
-        assert back.scores == (told.scores if is_scored else [1.0] * len(told.scores))
+        assert back.scores == (told.scores if is_scored or not told.scores else None)
+        back.draw()
         assert len(back.categories) == len(back.masks)
         kept = {"mask": told.answer, "answer": told.answer, "grounded": "Sure: of it."}
         assert back.answer == kept.get(said.kind, "")

@@ -39,14 +39,17 @@ class Prediction:
     masks: np.ndarray  # bool [N, H, W]
     categories: list[int]  # index of each mask's class or phrase in the prompt
     labels: list[str]
-    scores: list[float]
+    scores: list[float] | None  # None: of a file whose format has none
     answer: str
     num_prompts: int = 1  # that the list of names was asked in
 
     def draw(self, title: str = "", min_score: float = 0.0) -> Image.Image:
         """The masks scored `min_score` or more, with outlines and labels over the image."""
-        kept = [n for n, score in enumerate(self.scores) if score >= min_score]
-        labels, scores = [self.labels[n] for n in kept], [self.scores[n] for n in kept]
+        kept, scores = list(range(len(self.labels))), None
+        if self.scores is not None:
+            kept = [n for n in kept if self.scores[n] >= min_score]
+            scores = [self.scores[n] for n in kept]
+        labels = [self.labels[n] for n in kept]
         return draw_segments(self.image, self.masks[kept], labels, scores, title)
 
     def to_dict(self) -> dict:

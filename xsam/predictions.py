@@ -409,15 +409,16 @@ class Predictions:
         elif self.kind == "mask":
             mask = self.mask(key, size)
             masks, answer = [mask] if mask.any() else [], self.entries[key][0][1].get("answer", "")
-            places, scores = [0] * len(masks), [self.entries[key][0][1].get("score", 1.0)]
+            places, scores = [0] * len(masks), [self.entries[key][0][1].get("score")] * len(masks)
         elif self.kind == "panoptic":
             ids, classes = self.segments(key, size)
             masks, places = [ids == number for number in classes], list(classes.values())
+            scores = [None] * len(masks)
         else:
             for where, entry in self.entries[key]:
                 masks.append(decode_mask(entry["segmentation"], size, where, may_be_empty=True))
                 places.append(self._category(entry, where))
-                scores.append(entry.get("score", 1.0))
+                scores.append(entry.get("score"))
         if self.kind == "grounded":
             labels = self.phrases(key)
         else:
@@ -425,5 +426,5 @@ class Predictions:
             by_place = {self.categories[number]: name for number, name in order if self.categories}
             labels = [by_place.get(place, sample.names[0]) for place in places]
         stacked = np.stack(masks) if masks else np.zeros((0, *size), bool)
-        scores = (scores or [1.0] * len(masks))[: len(masks)]
+        scores = None if None in scores else scores  # its format has none
         return Prediction(sample.image, stacked, places, labels, scores, answer)
