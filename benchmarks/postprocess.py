@@ -15,14 +15,13 @@ behind a fused part the peer gives segments numbers that it has given before.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measure import time_in_turns
 from transformers.models.mask2former.image_processing_pil_mask2former import (
     Mask2FormerImageProcessorPil,
 )
@@ -65,18 +64,6 @@ def model_outputs(seed: int, placement: Placement) -> tuple[torch.Tensor, torch.
         mask_logits[query] = blob(rng.uniform(4, 30)).clamp(-12, rng.uniform(-4, 2))
     order = torch.from_numpy(rng.permutation(NUM_QUERIES))
     return torch.from_numpy(class_logits).float()[order], mask_logits[order]
-
-
-def alternate(calls: list[Callable], rounds: int) -> tuple[list, list[float]]:
-    """What each call gives, and the median of its seconds; the calls take turns."""
-    results = [call() for call in calls]
-    seconds = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, times in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    return results, [statistics.median(times) for times in seconds]
 
 
 def class_map(masks: np.ndarray, classes: list[int]) -> np.ndarray:
@@ -158,25 +145,22 @@ def floors(probabilities: torch.Tensor, mask_logits: torch.Tensor, placement: Pl
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    placement = Placement.fit(SIZE, CANVAS)
-    class_logits, mask_logits = model_outputs(options.seed, placement)
+def build_pairs(
+    class_logits: torch.Tensor, mask_logits: torch.Tensor, placement: Placement
+) -> dict[str, tuple[Callable, Callable]]:
+    """Of each reading our call and transformers', on the device of the logits."""
     height, width = (round(side * MASK_SIZE / CANVAS) for side in placement.resized)
     outputs = SimpleNamespace(
         class_queries_logits=class_logits[None],
         masks_queries_logits=mask_logits[None, :, :height, :width].contiguous(),
     )
     processor, sizes = Mask2FormerImageProcessorPil(), [SIZE]
-    is_thing = [True] * NUM_CLASSES
 
     def read(reader: Callable, *rest) -> Reading:
         return reader(class_logits.softmax(-1), mask_logits, placement, *rest)
 
-    pairs = {
+    is_thing = [True] * NUM_CLASSES
+    return {
         "panoptic": (
             lambda: read(read_panoptic, is_thing, SCORE_THRESHOLD, OVERLAP_THRESHOLD),
             lambda: processor.post_process_panoptic_segmentation(
@@ -186,20 +170,31 @@ def main() -> None:
                 label_ids_to_fuse=set(),
                 target_sizes=sizes,
             )[0],
-            agree_panoptic,
         ),
         "semantic": (
             lambda: read(read_semantic),
             lambda: processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0],
-            agree_semantic,
         ),
         "instances": (
             lambda: read(read_instances, NUM_QUERIES),
             lambda: processor.post_process_instance_segmentation(
                 outputs, threshold=0.0, target_sizes=sizes, return_binary_maps=True
             )[0],
-            agree_instances,
         ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    placement = Placement.fit(SIZE, CANVAS)
+    class_logits, mask_logits = model_outputs(options.seed, placement)
+    agreements = {
+        "panoptic": agree_panoptic,
+        "semantic": agree_semantic,
+        "instances": agree_instances,
     }
     needs = floors(class_logits.softmax(-1), mask_logits, placement)
     print(f"{NUM_QUERIES} queries, {NUM_CLASSES} classes, {SIZE[0]}x{SIZE[1]}, ", end="")
@@ -208,15 +203,18 @@ def main() -> None:
     print("|---|---|---|---|---|")
     told = []
     with torch.no_grad():
-        for name, (ours, peer, agree) in pairs.items():
-            results, (own, other) = alternate([ours, peer], options.rounds)
+        for name, calls in build_pairs(class_logits, mask_logits, placement).items():
+            results = [call() for call in calls]
+            device = mask_logits.device
+            timings = time_in_turns(dict(enumerate(calls)), device, options.rounds)
+            own, other = (timing.seconds for timing in timings.values())
             bytes_moved, operations = needs[name]
             print(
                 f"| {name} | {own * 1e3:.0f} ms | {other * 1e3:.0f} ms | {other / own:.1f} | "
                 f"{bytes_moved / 1e6:.0f} MB, {operations / 1e9:.2f} G operations |",
                 flush=True,
             )
-            told.append(f"{name}: {agree(*results)}")
+            told.append(f"{name}: {agreements[name](*results)}")
     print("\n" + "\n".join(told))
 
 

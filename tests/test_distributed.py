@@ -21,6 +21,36 @@ def run_ranks(tmp_path, function, *arguments, world_size=2) -> tuple[list[int | 
     return finish(processes, patience=60), log.read_text()
 
 
+# ---- devices -------------------------------------------------------------------------------------
+
+
+def test_the_device_is_the_gpu_where_there_is_one_or_the_one_named(monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.choose_device() == distributed.choose_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for local_rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert distributed.choose_device() == torch.device("cuda", local_rank)
+    assert not torch.backends.cudnn.allow_tf32
+    assert distributed.choose_device("cpu") == CPU
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(
+        ValueError, match=r"process 2 has no GPU: .* 2 CUDA GPUs here; start --nproc"
+    ):
+        distributed.choose_device()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"--device mps: .* no Apple GPU"):
+        distributed.choose_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert distributed.choose_device("mps").type == "mps"
+    assert "untested" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process alone"):
+        distributed.choose_device("mps")
+
+
 # ---- collectives ---------------------------------------------------------------------------------
 
 

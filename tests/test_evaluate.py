@@ -341,6 +341,8 @@ def test_a_record_that_one_rank_cannot_score_ends_all(perfect_folder, world, tmp
         ("--checkpoint {ckpt} --tasks pope --data {none}", "none/LMUData/POPE.tsv; --tasks says"),
         ("--checkpoint {ckpt} --limit 0", "--limit has to be 1 or more"),
         ("--checkpoint {ckpt} --batch-size -1", "--batch-size has to be 1 or more"),
+        ("--checkpoint {ckpt} --tasks pope --device mps", "--device mps: PyTorch"),
+        ("--from-predictions {said} --dtype float32", "--dtype asks a model, so it goes with"),
         ("--checkpoint {ckpt} --names {none}/names.txt", "names.txt: cannot be read as a list"),
         ("--checkpoint {ckpt} --names background,", "no names in it"),
         ("--checkpoint {ckpt} --bert {none}", "none: no BERT in it"),

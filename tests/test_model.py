@@ -26,11 +26,13 @@ from xsam.model import (
     Segmentor,
     answer,
     checkpoint_activations,
+    compile_blocks,
     predict,
     prepare,
 )
 from xsam.postprocess import Prediction
 from xsam.samples import Sample
+from xsam.train import pretrained_model
 
 DATASETS = {
     "generic": "coco_panoptic",
@@ -536,6 +538,51 @@ def test_a_region_token_is_the_mean_of_the_tokens_under_its_prompt(model, proces
         assert torch.allclose(vector, expected, atol=1e-5)
     # The conditions exist as for names: one class a region, and the background.
     assert model(batch).predictions.class_logits.shape[-1] == 3
+
+
+# ---- compiled blocks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["eager", pytest.param("inductor", marks=pytest.mark.slow)],  # which compiles for minutes
+)
+def test_compiled_blocks_give_the_same_gradients(world, model, processor, backend):
+    """Captured by torch.compile, and run again in the backward pass."""
+    samples, gradients = training_samples(world, "refer", 2), []
+    for is_compiled in (False, True):
+        copied = copy.deepcopy(model).train()
+        if is_compiled:
+            compile_blocks(copied, backend)
+            checkpoint_activations(copied)
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        batch = training_batch(processor, samples)
+        losses = Objective(copied, copied.settings)(batch, Normalisers(1.0, 1.0, 1.0))
+        sum(losses.values()).backward()
+        gradients.append([each.grad for each in copied.parameters() if each.grad is not None])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before >= 5  # kinds of blocks
+    assert len(gradients[0]) > 100
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, atol=1e-3 * float(eager.abs().max()), rtol=1e-3)
+
+
+# ---- what is computed in which type --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_autocast_is_for_bfloat16_alone(world, config, processor, dtype):
+    """In training and in answering, whatever the device: float32 is float32 throughout."""
+    config.dtype = dtype
+    config.categories = open_dataset("coco_panoptic", world / "data").categories
+    model, seen = pretrained_model(1, config, world / "weights", lambda _: None), set()
+    hook = lambda *_: seen.add(torch.is_autocast_enabled("cpu"))  # noqa: E731
+    model.encoder.register_forward_hook(hook)
+    dataset = open_dataset("coco_panoptic", world / "data", all_classes=True)
+    reader = Processor(config, None)
+    batch = reader.collate([reader.encode(dataset.sample(0, np.random.default_rng(0)))])
+    Objective(model, config)(batch, Normalisers(1.0, 1.0, 1.0))
+    answer(model, prepare(reader, [dataset.question(0)]), "semantic")
+    assert seen == {dtype == "bfloat16"}
 
 
 # ---- activation checkpointing --------------------------------------------------------------------

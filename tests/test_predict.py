@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from xsam import predict as predict_command
 from xsam.checkpoints import save_checkpoint
 from xsam.predict import main
 from xsam.weights import MODEL_FILE
@@ -73,6 +75,21 @@ def test_the_segmentor_predicts_too(segmentor, image, tmp_path, capsys):
 def test_chat_writes_nothing(checkpoint, image):
     assert run("chat", "What is it?", "--checkpoint", checkpoint, "--image", image) == 0
     assert list(image.parent.glob("drawing_*")) == []
+
+
+def test_device_and_dtype_are_the_users(checkpoint, image, monkeypatch, capsys):
+    loaded = []
+    load = predict_command.load_checkpoint
+    spy = lambda *where, **how: loaded.append(load(*where, **how)) or loaded[-1]  # noqa: E731
+    monkeypatch.setattr(predict_command, "load_checkpoint", spy)
+    arguments = ["refer", "the ring", "--checkpoint", checkpoint, "--image", image]
+    for dtype in ("float32", "bfloat16"):
+        assert run(*arguments, "--device", "cpu", "--dtype", dtype) == 0
+        model, _ = loaded.pop()
+        assert {each.dtype for each in model.parameters()} == {getattr(torch, dtype)}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert run(*arguments, "--device", "cuda") == 2
+    assert "--device cuda: process 0 has no GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["image", "checkpoint", "text", "weights"])

@@ -14,14 +14,15 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "xsam" / "train.py")
 
 
-def command(*flags: object, processes: int = 1) -> list[str]:
+def command(*flags: object, processes: int = 0) -> list[str]:
+    """`processes` of torchrun; 0: without it."""
     launcher = [sys.executable]
-    if processes > 1:
+    if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [*launcher, SCRIPT, *map(str, flags)]
 
 
-def train(*flags: object, processes: int = 1) -> subprocess.CompletedProcess:
+def train(*flags: object, processes: int = 0) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command(*flags, processes=processes), capture_output=True, text=True, env=environment
@@ -41,7 +42,7 @@ def metrics(out: Path, stage: int) -> list[dict]:
 # ---- errors --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [0, 2])
 def test_missing_paths_are_listed_once_and_exit_is_2(tmp_path, processes):
     started = time.perf_counter()
     roots = ["--data", tmp_path / "d", "--weights", tmp_path / "w", "--out", tmp_path / "o"]
@@ -136,14 +137,26 @@ def test_bad_records_are_skipped_and_counted_on_request(world, tmp_path):
 # ---- the same run --------------------------------------------------------------------------------
 
 
+def test_one_process_of_torchrun_trains_as_one_alone(world, tmp_path):
+    """In a process group, with DDP and sharded states: what eight GPUs run, tried on one."""
+    for processes in (0, 1):
+        flags = toy_flags(world, tmp_path / str(processes), 1)
+        result = train(*flags, "--max_steps", 4, processes=processes)
+        assert result.returncode == 0, result.stderr[-3000:]
+    alone, launched = (
+        [(step["loss"], step["grad_norm"]) for step in metrics(tmp_path / name, 1)] for name in "01"
+    )
+    assert len(alone) == 4 and alone == launched
+
+
 def test_two_processes_train_as_one(world, tmp_path):
     """Same seed and global batch, all stages: at step 1 to 1e-5, after 20 steps to 1e-3."""
-    for processes in (1, 2):
+    for processes in (0, 2):
         flags = toy_flags(world, tmp_path / str(processes), "all")
         result = train(*flags, "--max_steps", 20, processes=processes)
         assert result.returncode == 0, result.stderr[-3000:]
     for stage in (1, 2, 3):
-        one, two = metrics(tmp_path / "1", stage), metrics(tmp_path / "2", stage)
+        one, two = metrics(tmp_path / "0", stage), metrics(tmp_path / "2", stage)
         assert [record["task"] for record in one] == [record["task"] for record in two]
         assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
         assert len(one) == len(two) == 20

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+DEVICES, DTYPES = ("cpu", "cuda", "mps"), ("float32", "bfloat16")
 SPECIAL_TOKENS = ("<SEG>", "<p>", "</p>")  # in the order in which the published weights number them
 
 
@@ -217,8 +218,11 @@ class Config:
     categories: tuple[dict, ...] = ()  # {"name", "is_thing"} of the generic data, from training
     phrasings: str = ""  # a JSON file of questions and answers in place of ours (prompts.py)
     seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and gradients in training
+    # Of weights and gradients in training. bfloat16 computes under autocast and steps in float32
+    # (optimizer.py); float32 is float32 throughout, on a GPU too.
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: bool = True  # activation checkpointing: a block keeps its input alone for backward
+    compile: bool = False  # torch.compile for each block; off, as no GPU has shown yet that it pays
     num_workers: int = 4  # processes that load data, for each rank
     save_every: int = 1000  # steps
     keep_checkpoints: int = 2  # of each stage
@@ -488,8 +492,17 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             )
 
 
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        help="where to compute (default: cuda where there is a GPU, else cpu); mps is untested",
+    )
+
+
 def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
-    """Which checkpoint a command reads: the arguments of `xsam.model.load_checkpoint`."""
+    """Which checkpoint a command reads, and where to: the arguments of
+    `xsam.model.load_checkpoint`."""
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -509,6 +522,12 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = Tr
         default=[],
         metavar="PREFIX",
         help="names of tensors, as on disk, that the checkpoint may lack; may be repeated",
+    )
+    add_device_flag(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights (default: as they are stored); bfloat16 computes under autocast",
     )
 
 

@@ -19,7 +19,7 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,13 +68,17 @@ class Batch:
     left_out: list[str]  # why other records are not in it: refused, or bad with --skip-bad
 
     def to(self, device: torch.device) -> "Batch":
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device, non_blocking=True))
-        for target in self.targets:
-            for name, value in vars(target).items():
+        return self._change(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """For the DataLoader: from pinned memory a GPU copies while it computes."""
+        return self._change(Tensor.pin_memory)
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        for owner in (self, *self.targets):
+            for name, value in vars(owner).items():
                 if isinstance(value, Tensor):
-                    setattr(target, name, value.to(device, non_blocking=True))
+                    setattr(owner, name, change(value))
         return self
 
 

@@ -1,6 +1,7 @@
 """One process or many: what training and evaluation ask of torch.distributed, in one place.
 
-torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; without them there is one process and every call here
+torchrun sets RANK, LOCAL_RANK and WORLD_SIZE, and its processes form a group, also a single one:
+what runs on eight GPUs can be tried on one. Without torchrun there is no group, and every call here
 is the identity.
 """
 
@@ -25,17 +26,47 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start() -> torch.device:
-    """Joins the process group where there is one and picks this process's device."""
-    use_cuda = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if use_cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+def choose_device(name: str | None = None) -> torch.device:
+    """This process's device: `name` is one of config.DEVICES, None the GPU where there is one and
+    the CPU elsewhere. Raises ValueError where there is no such device for this process."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError(f"--device mps: PyTorch {torch.__version__} finds no Apple GPU here")
+        if world_size() > 1:
+            raise ValueError("--device mps: one process alone, there is no sending between them")
+        if rank() == 0:
+            print("--device mps is untested: nobody has run xsam on it yet", file=sys.stderr)
+        return torch.device("mps")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= count:
+        found = f"PyTorch {torch.__version__} finds {count} CUDA GPUs here"
+        advice = f"start --nproc_per_node {count}" if count else "--device cpu goes without"
+        raise ValueError(f"--device cuda: process {local_rank} has no GPU: {found}; {advice}")
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions of float32 have 10 bits, not 23
+    return torch.device("cuda", local_rank)
+
+
+def start(name: str | None = None) -> torch.device:
+    """Picks this process's device (`choose_device`) and joins the group where there is one."""
+    device = choose_device(name)
+    is_cuda = device.type == "cuda"
+    if is_cuda:
         torch.cuda.set_device(device)
-    if world_size() > 1:
-        backend = "nccl" if use_cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    if world_size() > 1 or dist.is_torchelastic_launched():
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo",
+            timeout=timedelta(minutes=30),
+            device_id=device if is_cuda else None,
+        )
     return device
+
+
+def has_group() -> bool:
+    return dist.is_initialized()
 
 
 def finish() -> None:
@@ -93,7 +124,7 @@ def heartbeat() -> Iterator[None]:
     it, would leave the rest in a collective until that times out. So a thread of each rank counts
     in the job's store and looks whether the others do.
     """
-    if not dist.is_initialized():
+    if world_size() == 1:
         yield
         return
     dist.barrier()  # from here on silence means something

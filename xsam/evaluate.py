@@ -317,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.overwrite and options.from_predictions is not None:
         parser.error("--overwrite asks a model again, so it goes with --checkpoint")
     if options.from_predictions is not None:
-        for name in ("names", "phrasings", "batch_size"):
+        for name in ("names", "phrasings", "batch_size", "device", "dtype"):
             if getattr(options, name) is not None:
                 parser.error(
                     f"--{name.replace('_', '-')} asks a model, so it goes with --checkpoint"
@@ -337,11 +337,10 @@ def main(arguments: list[str] | None = None) -> int:
             check_paths(chosen_sets(options.tasks or "all", stage == 1), options.data)
     except ValueError as error:
         parser.error(str(error))
-    device = distributed.start()
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1 for several processes
         torch.set_num_threads(1)  # one has to add up in the same order as they do
     try:
-        run(options, device, words, embed)
+        run(options, distributed.start(options.device), words, embed)
     except ValueError as error:
         print(f"xsam/evaluate.py: {error}", file=sys.stderr)
         return 2
@@ -380,6 +379,7 @@ def run(
             options.checkpoint,
             tokenizer=options.tokenizer,
             allow_missing=tuple(options.allow_missing),
+            dtype=options.dtype and getattr(torch, options.dtype),
             device=device,
             report=print if is_first else lambda _: None,
         )

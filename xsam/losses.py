@@ -36,6 +36,15 @@ class Normalisers:
     tokens: float
 
 
+def random_points(
+    num_sets: int, num_points: int, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Points [num_sets, num_points, 2] in 0..1, drawn where the generator lives: a generator of the
+    CPU draws the same points for every device."""
+    shape = num_sets, num_points, 2
+    return torch.rand(*shape, generator=generator, device=generator.device).to(device)
+
+
 def sample_features(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear reading of maps [N, C, h, w] at points [N, P, 2], (x, y) in 0..1 corner to corner:
     [N, C, P]."""
@@ -118,13 +127,13 @@ def uncertain_points(
     N, device = len(mask_logits), mask_logits.device
     num_candidates = int(config.num_points * config.oversample_ratio)
     num_uncertain = int(config.num_points * config.importance_ratio)
-    candidates = torch.rand(N, num_candidates, 2, generator=generator, device=device)
+    candidates = random_points(N, num_candidates, generator, device)
     certainty = sample_features(mask_logits[:, None], candidates)[:, 0].abs()
     certainty = certainty.masked_fill(is_ignored(ignore, candidates), torch.inf)
     chosen = certainty.topk(num_uncertain, dim=1, largest=False).indices
     uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
     num_random = config.num_points - num_uncertain
-    scattered = torch.rand(N, num_random, 2, generator=generator, device=device)
+    scattered = random_points(N, num_random, generator, device)
     return torch.cat([uncertain, scattered], dim=1)
 
 
@@ -164,7 +173,7 @@ def segmentation_losses(
         features = predictions.features_of(run).float()  # [C, h, w]
         ignore = target.ignore if config.ignore_unlabelled else None
         with torch.no_grad():
-            points = torch.rand(1, config.num_points, 2, generator=generators[run], device=device)
+            points = random_points(1, config.num_points, generators[run], device)
             mask_logits = mask_embeddings[:, run] @ sample_features(features[None], points)[0]
             every = torch.arange(len(target.labels), device=device)
             target_values = sample_masks(target.masks, every, points.expand(len(every), -1, -1))

@@ -367,10 +367,9 @@ class XSAM(nn.Module):
 class Objective(nn.Module):
     """The model and its criterion: what DistributedDataParallel wraps."""
 
-    def __init__(self, model: Segmentor | XSAM, config: Config, is_cuda: bool = False):
-        """`is_cuda`: mixed precision as on a GPU, wherever the batch lies."""
+    def __init__(self, model: Segmentor | XSAM, config: Config):
         super().__init__()
-        self.model, self.config, self.is_cuda = model, config, is_cuda
+        self.model, self.config = model, config
 
     def forward(self, batch: Batch | None, normalisers: Normalisers | None) -> dict[str, Tensor]:
         """Weighted losses of one micro-batch; over a step's micro-batches and ranks they add up.
@@ -380,8 +379,7 @@ class Objective(nn.Module):
             trained = [each for each in self.model.parameters() if each.requires_grad]
             return {"all": sum(each.sum() for each in trained[1:])}
         device, weights = batch.seg_pixels.device, self.config.loss
-        is_cuda = self.is_cuda or device.type == "cuda"
-        is_mixed = is_cuda or self.config.dtype != "float32"
+        is_mixed = self.config.dtype != "float32"
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
             outputs = self.model(batch)
         losses = {}
@@ -415,6 +413,14 @@ def checkpoint_activations(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, BLOCKS):
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """From now on every block runs as torch.compile makes it; blocks of one kind share what is
+    compiled. To be called before `checkpoint_activations`, which then repeats the compiled one."""
+    for module in model.modules():
+        if isinstance(module, BLOCKS):
+            module.forward = torch.compile(module.forward, backend=backend)
 
 
 # ---- asking -------------------------------------------------------------------------------------
@@ -486,12 +492,12 @@ def answer(
     model.eval()
     settings = model.settings
     parameter = next(model.parameters())
-    device, is_mixed = parameter.device, parameter.dtype != torch.float32
+    device, is_mixed = parameter.device, parameter.dtype != torch.float32  # as in training
     texts = [""] * len(questions.samples)
     found = [[] for _ in questions.samples]  # class probabilities, mask logits, places of names
     placements = [None] * len(questions.samples)
     for part in questions.parts:
-        with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed or parameter.is_cuda):
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
             answers, predictions = model.infer(part.batch.to(device), settings.max_new_tokens)
         runs, mask_logits = {}, None
         if predictions is not None:

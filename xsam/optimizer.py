@@ -123,9 +123,9 @@ def parameter_groups(model: nn.Module, stage: Stage, prefix: str) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, stage: Stage, prefix: str) -> torch.optim.Optimizer:
-    """The stage's optimizer; with several ranks its states are sharded."""
+    """The stage's optimizer; in a process group its states are sharded."""
     groups = parameter_groups(model, stage, prefix)
-    if distributed.world_size() == 1:
+    if not distributed.has_group():
         return MasterAdamW(groups)
     from torch.distributed.optim import ZeroRedundancyOptimizer  # compiles things for a second
 

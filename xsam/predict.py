@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from xsam.config import add_checkpoint_flags
+from xsam.distributed import choose_device
 from xsam.formats import read_image, read_region
 from xsam.model import REQUESTS, load_checkpoint, predict
 from xsam.postprocess import SHOWN_SCORE
@@ -56,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.checkpoint,
             tokenizer=options.tokenizer,
             allow_missing=tuple(options.allow_missing),
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            dtype=options.dtype and getattr(torch, options.dtype),
+            device=choose_device(options.device),
             report=lambda line: print(line, file=sys.stderr),
         )
         lists = {"things": options.things, "stuff": options.stuff}

@@ -106,12 +106,9 @@ def build(config: Config, stage: int) -> Segmentor | XSAM:
     return model.train()
 
 
-def batch_loss(
-    model: Segmentor | XSAM, batch: Batch, config: Config, is_cuda: bool = False
-) -> Tensor:
-    """The loss of a micro-batch as training has it, on a GPU also where `is_cuda`."""
-    objective = Objective(model, config, is_cuda)
-    return sum(objective(batch, Normalisers(1.0, 1.0, 1.0)).values())
+def batch_loss(model: Segmentor | XSAM, batch: Batch, config: Config) -> Tensor:
+    """The loss of a micro-batch as training has it."""
+    return sum(Objective(model, config)(batch, Normalisers(1.0, 1.0, 1.0)).values())
 
 
 # ---- running on shapes ---------------------------------------------------------------------------
@@ -294,7 +291,7 @@ class Simulation:
             sizes = task, size, num_text, num_answer, num_runs
             batch = example_batch(self.config, self.stage, *sizes)
             kept["batch"] = meter.live
-            loss = batch_loss(self.model, batch, self.config, self.is_cuda)
+            loss = batch_loss(self.model, batch, self.config)
             kept["criterion and the rest"] = meter.live - sum(kept.values())
             torch.autograd.backward(loss)
         for handle in handles:

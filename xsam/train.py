@@ -21,7 +21,14 @@ import os
 import signal
 import time
 
-from xsam.config import CONFIGS, Config, add_config_flags, apply_flags, stage_folder
+from xsam.config import (
+    CONFIGS,
+    Config,
+    add_config_flags,
+    add_device_flag,
+    apply_flags,
+    stage_folder,
+)
 from xsam.sources import find_source, required_paths
 
 # ---- command line: before torch is imported, so that a mistake costs a second --------------------
@@ -62,6 +69,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
         help="names of tensors, as on disk, that an earlier stage's checkpoint may lack",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    add_device_flag(parser)
     parser.add_argument(
         "--plan",
         action="store_true",
@@ -80,7 +88,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     add_config_flags(parser)
     flags = vars(parser.parse_args(arguments))
     own = ("stage", "config", "data", "weights", "out", "init", "allow_missing", "resume")
-    own += ("skip_bad", "plan", "gpus", "gpu_memory", "images_per_second")
+    own += ("device", "skip_bad", "plan", "gpus", "gpu_memory", "images_per_second")
     options = argparse.Namespace(**{name: flags.pop(name) for name in own})
     options.stages = [1, 2, 3] if options.stage == "all" else [int(options.stage)]
     options.out = options.out or Path("runs") / options.config
@@ -181,7 +189,7 @@ from xsam.datasets_generic import Generic
 from xsam.encoders import ImageEncoder
 from xsam.llm import LanguageModel
 from xsam.losses import Normalisers, count_targets
-from xsam.model import XSAM, Objective, Segmentor, checkpoint_activations
+from xsam.model import XSAM, Objective, Segmentor, checkpoint_activations, compile_blocks
 from xsam.optimizer import (
     build_optimizer,
     fill_states,
@@ -288,12 +296,12 @@ def without_class_head(stored: dict[str, Stored]) -> dict[str, Stored]:
 
 
 def distribute(objective: Objective) -> nn.Module:
-    """The objective with its gradients averaged over the ranks, where there are several.
+    """The objective with its gradients averaged over the ranks of the process group.
 
     Gradients are views of the buffers that are sent, so they are there once. The first backward
     pass makes them so; one that accumulates before it would hold a second copy.
     """
-    if distributed.world_size() == 1:
+    if not distributed.has_group():
         return objective
     with warnings.catch_warnings():  # broadcast_buffers has another name from torch 2.13 on
         warnings.simplefilter("ignore", FutureWarning)
@@ -342,6 +350,8 @@ def train_stage(
     if checkpoint is not None:
         first_step, num_skipped = load_progress(model, checkpoint, config, number, say)
     model.to(device)
+    if config.compile:
+        compile_blocks(model)
     if config.recompute:
         checkpoint_activations(model)
     objective = distribute(Objective(model, config))
@@ -582,7 +592,7 @@ def ignore_signals(_: int) -> None:
 
 
 def run(options: argparse.Namespace, config: Config) -> None:
-    device = distributed.start()
+    device = distributed.start(options.device)
     if distributed.rank() == 0:
         options.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config.to_dict(), indent=1)

@@ -1,0 +1,357 @@
+"""The full preset on one GPU that does the work of one of eight: training steps and inference.
+
+    python benchmarks/full_model.py plan --out runs/full       # what --plan says; on a CPU
+    python benchmarks/full_model.py training --out runs/full   # beside the plan that lies there
+    python benchmarks/full_model.py inference --out runs/full
+
+Random weights of the preset's shapes and noise for images: no file is read. A training step is
+forward, criterion, backward and AdamW for the fullest share of the parameters: what one of `--gpus`
+spends on a micro-batch, but for what they send each other. The micro-batch is the largest that the
+plan lets fit. Each kind of task has usual texts and the longest. `measured_gb` is the allocator's
+peak after a first step, `planned_gb` the plan without its assumptions; `used_gb` is all that is
+taken of the card, `planned_used_gb` the plan with context and fragmentation. TFLOP/s are the
+model's, without recomputation, beside the card's published peak and a measured matrix product.
+
+An untrained model says nothing that can be used, so its answers are scripted: the head of the
+language model runs, and what it gives is replaced by the next token of the script.
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import Report, ceilings, time_in_turns, wait
+from PIL import Image
+from torch import Tensor, nn
+
+from xsam.config import CONFIGS, Config, add_device_flag
+from xsam.data import Batch
+from xsam.distributed import choose_device
+from xsam.model import checkpoint_activations, compile_blocks, predict
+from xsam.optimizer import build_optimizer, gradient_norms
+from xsam.plan import (
+    USUAL,
+    FlopCount,
+    fullest_share,
+    largest_micro_batch,
+    largest_samples,
+    make_plan,
+    peak_tflops,
+)
+from xsam.simulation import Simulation, batch_loss, build, example_batch
+from xsam.toy import build_tokenizer
+from xsam.weights import parameters_on_meta
+
+STAGES = (3, 1, 2)  # the one that matters most first
+NUM_THINGS, NUM_STUFF = 80, 53  # COCO's
+ANSWER_TOKENS, BATCH = 64, 8
+
+
+def random_model(
+    config: Config, stage: int, device: torch.device, backend: str | None = None
+) -> nn.Module:
+    """Small noise for matrices, ones and zeros for norms and biases. `backend`: with what its
+    blocks are compiled; None: they are not."""
+    with parameters_on_meta():
+        model = build(copy.deepcopy(config), stage)
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None and old not in made:
+                new = torch.empty(old.shape, dtype=getattr(torch, config.dtype), device=device)
+                if old.dim() > 1:
+                    new.normal_(std=0.02)
+                else:
+                    new.fill_(float(name == "weight"))
+                made[old] = nn.Parameter(new, old.requires_grad)
+            module._parameters[name] = made.get(old)
+    model.to(device)  # its buffers
+    if backend:
+        compile_blocks(model, backend)
+    return model
+
+
+def sample_sizes(config: Config, stage: int) -> dict[str, tuple[str, tuple[int, int, int]]]:
+    """Name to (task, text tokens, those in answers, runs) of each batch that is measured."""
+    largest = largest_samples(config, stage)
+    longest = {f"{task}, longest text": (task, sizes) for task, sizes in largest.items()}
+    if stage == 1:
+        return {"panoptic": next(iter(longest.values()))}
+    limit = config.model.max_text_length
+    usual = {task: tuple(min(size, limit) for size in USUAL[task]) for task in largest}
+    return {f"{task}, usual text": (task, sizes) for task, sizes in usual.items()} | longest
+
+
+# ---- the plan ------------------------------------------------------------------------------------
+
+
+def write_plan(report: Report, config: Config, gpus: int, memory_gb: float) -> None:
+    """The largest micro-batch of each stage, and the bytes that each batch is said to take."""
+    for stage in STAGES:
+        with report.guard(f"plan of stage {stage}"):
+            share = config.stages[stage].global_batch_size // gpus
+            plan = make_plan(config, stage, gpus, share)
+            size = largest_micro_batch(config, stage, gpus, memory_gb, plan)
+            if size != share:
+                plan = make_plan(config, stage, gpus, size)
+            simulation, planned = Simulation(config, stage), {}
+            for name, (task, sizes) in sample_sizes(config, stage).items():
+                known = [each for each in plan.longest if each.task == task]
+                if "usual" in name:
+                    known = [plan.usual] if task == plan.usual.task else []
+                activations = known[0] if known else simulation.step(task, size, *sizes)
+                planned[name] = [activations.peak, plan.peak(activations)]
+            report.add(
+                f"plan of stage {stage}",
+                micro_batch=size,
+                held_gb=(plan.weights + plan.gradients + plan.states) / 1e9,
+                planned=planned,
+            )
+
+
+def read_plan(path: Path, stage: int, patience: float) -> dict | None:
+    """The record of a stage in a plan.jsonl that another process may still be writing."""
+    until = time.monotonic() + patience
+    while True:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        for record in map(json.loads, lines):
+            if record["name"] == f"plan of stage {stage}":
+                return record if "planned" in record else None
+        if time.monotonic() > until:
+            return None
+        time.sleep(1)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """Steps of one stage on one of several GPUs."""
+
+    def __init__(
+        self, config: Config, stage: int, gpus: int, device: torch.device, backend: str | None
+    ):
+        self.config, self.stage, self.device = config, stage, device
+        self.model = random_model(config, stage, device, backend)
+        if config.recompute:
+            checkpoint_activations(self.model)
+        parameters = list(self.model.parameters())
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer = build_optimizer(self.model, config.stages[stage], self.model.prefix)
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self.own = set(fullest_share(trained, gpus))
+        self.others = frozenset(set(parameters) - self.own)
+        self.flops = FlopCount(config, stage)
+
+    def step(self, batch: Batch) -> None:
+        torch.autograd.backward(batch_loss(self.model, batch, self.config))
+        norms = gradient_norms(self.model)
+        unused = self.others | {parameter for parameter, norm in norms.items() if norm == 0}
+        self.optimizer.step(scale=1e-6, unused=unused)
+        for parameter in norms:
+            parameter.grad.zero_()
+
+    def measure(self, task: str, size: int, sizes: tuple, num_steps: int) -> dict[str, float]:
+        """Figures of `num_steps` steps after one that is not counted."""
+        batch = example_batch(self.config, self.stage, task, size, *sizes)
+        cost = self.flops.of(batch)
+        positions = 0 if batch.input_ids is None else batch.input_ids.shape[1]
+        batch.to(self.device)
+        started = wait(self.device)
+        self.step(batch)
+        first = wait(self.device) - started
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        started = wait(self.device)
+        for _ in range(num_steps):
+            self.step(batch)
+        seconds = (wait(self.device) - started) / num_steps
+        figures = {"samples": size, "positions": positions, "first_s": first, "s": seconds}
+        figures |= {"images_per_s": size / seconds, "model_tflops": cost / seconds / 1e12}
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            figures["measured_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            figures["used_gb"] = (total - free) / 1e9
+        return figures
+
+    def profile(self, task: str, size: int, sizes: tuple) -> list[tuple[str, float]]:
+        """The ten dearest kernels (on a CPU: operators) of a step, with their milliseconds."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        is_cuda = self.device.type == "cuda"
+        if is_cuda:
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+        batch = example_batch(self.config, self.stage, task, size, *sizes).to(self.device)
+        with torch.profiler.profile(activities=activities) as profiler:
+            self.step(batch)
+            wait(self.device)
+        name = "self_device_time_total" if is_cuda else "self_cpu_time_total"
+        events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, name))
+        return [(event.key[:90], getattr(event, name) / 1e3) for event in events[:10]]
+
+
+def train(
+    report: Report,
+    config: Config,
+    stages: tuple[int, ...],
+    gpus: int,
+    device: torch.device,
+    plan_path: Path,
+    num_steps: int,
+    backend: str | None = None,
+) -> None:
+    """A record of each batch of each stage; with a `backend` usual ones of the blocks compiled."""
+    limits = ceilings(device, 8192 if device.type == "cuda" else 512)
+    published = peak_tflops(config, device)
+    report.add("ceilings", published_bf16_tflops=published, **limits)
+    for stage in stages:
+        with report.guard(f"stage {stage}"):
+            plan = read_plan(plan_path, stage, patience=60)
+            size = plan["micro_batch"] if plan else config.stages[stage].micro_batch_size
+            trainer = Trainer(config, stage, gpus, device, backend)
+            batches = sample_sizes(config, stage)
+            if backend:
+                batches = dict(list(batches.items())[:1])
+            for name, (task, sizes) in batches.items():
+                with report.guard(f"stage {stage}, {name}"):
+                    figures = trainer.measure(task, size, sizes, num_steps)
+                    tflops = figures["model_tflops"]
+                    if published:
+                        figures["of_published_peak"] = tflops / published
+                    figures["of_matrix_rate"] = tflops / limits["bf16_tflops"]
+                    if plan and not backend:
+                        activations, used = plan["planned"][name]
+                        planned = plan["held_gb"] + activations / 1e9
+                        figures |= {"planned_gb": planned, "planned_used_gb": used / 1e9}
+                        if "measured_gb" in figures:
+                            figures["measured_by_planned"] = figures["measured_gb"] / planned
+                    compiled = ", compiled" if backend else ""
+                    report.add(f"stage {stage}, {name}{compiled}", **figures)
+            with report.guard(f"stage {stage}, profile"):
+                name, (task, sizes) = next(iter(batches.items()))
+                kernels = trainer.profile(task, size, sizes)
+                report.add(f"stage {stage}, {name}, dearest kernels, ms", kernels=kernels)
+            trainer = None
+
+
+# ---- inference -----------------------------------------------------------------------------------
+
+
+class Script:
+    """Makes a language model's head say these tokens, one after another, whatever it is asked."""
+
+    def __init__(self, model: nn.Module):
+        self.ids, self.place = [0], 0
+        model.llm.model.get_output_embeddings().register_forward_hook(self)
+
+    def __call__(self, head: nn.Module, inputs: tuple, logits: Tensor) -> Tensor:
+        said = torch.zeros_like(logits)
+        said[..., self.ids[min(self.place, len(self.ids) - 1)]] = 1
+        self.place += 1
+        return said
+
+
+def infer(report: Report, config: Config, device: torch.device, rounds: int) -> None:
+    """Seconds and memory of one image of each task, tokens of an answer, images of a batch."""
+    config = copy.deepcopy(config)
+    config.score_threshold = config.overlap_threshold = 0.0  # else an untrained model has no masks
+    model = random_model(config, 3, device).requires_grad_(False)
+    model.set_tokenizer(build_tokenizer(config.model.llm_config["vocab_size"]))
+    script, llm = Script(model), model.llm
+    word, stop = model.tokenizer.convert_tokens_to_ids("circle"), min(llm.stop_ids)
+    phrase = [llm.phrase_id, word, llm.phrase_end_id]
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC)
+    region = np.zeros((480, 640), bool)
+    region[100:300, 200:400] = True
+    things = [f"thing {number}" for number in range(NUM_THINGS)]
+    stuff = [f"stuff {number}" for number in range(NUM_STUFF)]
+    requests = {
+        "chat": dict(text="what is in the image ?"),
+        "panoptic": dict(things=things, stuff=stuff),
+        "instance": dict(things=things),
+        "semantic": dict(things=things, stuff=stuff),
+        "refer": dict(text="the red circle"),
+        "reason": dict(text="which of them is red ?"),
+        "gcg": {},
+        "interactive": dict(regions=[region]),
+        "vgd": dict(regions=[region, ~region]),
+    }
+
+    def ask(task: str, images: Image.Image | list[Image.Image], ids: list[int]):
+        script.ids, script.place = [*ids, stop], 0
+        return predict(model, images, task, **requests[task])
+
+    report.add("weights", gb=sum(parameter.nbytes for parameter in model.parameters()) / 1e9)
+    for task in requests:
+        with report.guard(f"inference, {task}"):
+            ids = [word] if task == "chat" else [*(2 * phrase if task == "gcg" else []), llm.seg_id]
+            found = ask(task, image, ids)
+            call = lambda task=task, ids=ids: ask(task, image, ids)  # noqa: E731
+            timing = time_in_turns({task: call}, device, rounds)[task]
+            figures = {"s": timing.seconds, "masks": len(found.masks)}
+            if timing.peak is not None:
+                figures["peak_gb_beyond_weights"] = timing.peak / 1e9
+            report.add(f"inference, {task}", task == "chat" or len(found.masks) > 0, **figures)
+    with report.guard("inference, tokens of an answer"):
+        model.settings.max_new_tokens = ANSWER_TOKENS
+        calls = {
+            "short": lambda: ask("chat", image, [word]),
+            "long": lambda: ask("chat", image, [word] * (ANSWER_TOKENS - 1)),
+        }
+        timings = time_in_turns(calls, device, rounds)
+        spent = timings["long"].seconds - timings["short"].seconds
+        report.add("inference, tokens of an answer", tokens_per_s=(ANSWER_TOKENS - 2) / spent)
+    with report.guard("inference, a batch"):
+        call = lambda: ask("panoptic", [image] * BATCH, [llm.seg_id])  # noqa: E731
+        timing = time_in_turns({"batch": call}, device, rounds)["batch"]
+        figures = {"images": BATCH, "images_per_s": BATCH / timing.seconds}
+        if timing.peak is not None:
+            figures["peak_gb_beyond_weights"] = timing.peak / 1e9
+        report.add("inference, a batch of panoptic", **figures)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("plan", "training", "inference", "compiled_training"))
+    parser.add_argument("--out", type=Path, required=True, help="folder for WHAT.jsonl")
+    parser.add_argument("--small", action="store_true", help="the toy preset")
+    parser.add_argument("--gpus", type=int, default=8, help="that share the optimizer's states")
+    parser.add_argument("--memory", type=float, default=80.0, metavar="GB", help="of each")
+    parser.add_argument("--steps", type=int, default=3, help="timed, of each batch")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    add_device_flag(parser)
+    options = parser.parse_args()
+    config = CONFIGS["toy" if options.small else "xsam"]()
+    config.dtype, config.recompute = "bfloat16", True
+    report = Report(options.out / f"{options.what}.jsonl")
+    torch.manual_seed(config.seed)
+    if options.what == "plan":
+        write_plan(report, config, options.gpus, options.memory)
+        return int(report.num_failed > 0)
+    device = choose_device(options.device)
+    if options.what == "inference":
+        infer(report, config, device, rounds=options.steps)
+    else:
+        is_compiled = options.what == "compiled_training"
+        train(
+            report,
+            config,
+            STAGES[:2] if is_compiled else STAGES,
+            options.gpus,
+            device,
+            options.out / "plan.jsonl",
+            options.steps,
+            options.backend if is_compiled else None,
+        )
+    return int(report.num_failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

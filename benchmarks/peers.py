@@ -1,0 +1,373 @@
+"""Our parts beside transformers' at full size: how far apart they are, and what each takes.
+
+    python benchmarks/peers.py parity --out runs/peers
+    python benchmarks/peers.py times --out runs/peers --device cpu --small
+
+A part and its peer have the same random weights. `parity` gives the difference in float32, and how
+far each is in bfloat16 from the peer in float32; the criterion is compared with itself on the CPU,
+with the same points. `times` gives milliseconds and peak memory, forward and with the backward
+pass, in turns, in bfloat16 as in training but without recomputation; `compiled` does the same with
+the blocks of both compiled.
+
+Where decoders end and losses begin differs: ours give mask embeddings, of which the criterion makes
+the masks that it matched; theirs make all masks of all layers. So "decoders and losses" is the row
+that compares like with like.
+"""
+
+import argparse
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import postprocess
+import torch
+from measure import Report, relative_error, time_in_turns
+from torch import Tensor, nn
+from transformers import Mask2FormerConfig, SamVisionConfig
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerLoss,
+    Mask2FormerPixelDecoder,
+    Mask2FormerTransformerModule,
+)
+from transformers.models.sam.modeling_sam import SamVisionEncoder
+
+from xsam.config import Config, add_device_flag, toy, xsam
+from xsam.decoder import Predictions
+from xsam.distributed import choose_device
+from xsam.encoders import Placement
+from xsam.losses import Normalisers, Targets, segmentation_losses
+from xsam.model import Segmentor, compile_blocks
+from xsam.train import cast_parameters
+
+NUM_IMAGES, NUM_TARGETS = 2, 20  # images of the decoders, targets of each for the losses
+Output = dict[str, Tensor]  # mask and class logits under transformers' names
+_LEAVES = "class_logits", "mask_embeddings", "mask_features"  # of our Predictions
+
+
+def small() -> Config:
+    """The toy, smaller, but as wide as transformers' decoders have to be."""
+    config = toy()
+    config.model.seg_image_size = 64
+    config.model.decoder_dim, config.model.decoder_heads = 256, 8
+    config.model.pixel_decoder_points, config.model.num_classes = 4, 133
+    return config
+
+
+# ---- ours and theirs -----------------------------------------------------------------------------
+
+
+class OurEncoder(nn.Module):
+    def __init__(self, segmentor: Segmentor):
+        super().__init__()
+        self.encoder = segmentor.encoder
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.encoder.neck(self.encoder(pixels)[-1])
+
+
+class TheirEncoder(nn.Module):
+    def __init__(self, segmentor: Segmentor):
+        super().__init__()
+        model = segmentor.settings.model
+        config = SamVisionConfig(
+            image_size=model.seg_image_size,
+            patch_size=model.seg_patch_size,
+            hidden_size=model.seg_dim,
+            num_hidden_layers=model.seg_depth,
+            num_attention_heads=model.seg_heads,
+            mlp_dim=model.seg_mlp_dim,
+            window_size=model.seg_window_size,
+            global_attn_indexes=list(model.seg_global_blocks),
+            output_channels=model.seg_neck_dim,
+        )
+        self.encoder = SamVisionEncoder(config)
+        self.encoder.load_state_dict(segmentor.encoder.state_dict())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.encoder(pixels).last_hidden_state
+
+
+class OurDecoders(nn.Module):
+    """Feature maps, finest first, to what the criterion reads."""
+
+    def __init__(self, segmentor: Segmentor):
+        super().__init__()
+        self.pixel_decoder, self.decoder = segmentor.pixel_decoder, segmentor.decoder
+        self.class_head = segmentor.class_head
+
+    def forward(self, *features: Tensor) -> Predictions:
+        mask_features, levels = self.pixel_decoder(list(features))
+        queries, mask_embeddings = self.decoder(mask_features, levels)
+        index = torch.arange(len(mask_features), device=mask_features.device)
+        return Predictions(self.class_head(queries), mask_embeddings, mask_features, index)
+
+
+class TheirDecoders(nn.Module):
+    """The same, joined as in transformers' Mask2Former: the outputs, the last one last."""
+
+    def __init__(self, segmentor: Segmentor):
+        super().__init__()
+        config = mask2former_config(segmentor.settings)
+        self.pixel_decoder = Mask2FormerPixelDecoder(config, segmentor.connector.dims)
+        self.pixel_decoder.load_state_dict(segmentor.pixel_decoder.state_dict())
+        self.decoder = Mask2FormerTransformerModule(config.feature_size, config)
+        self.decoder.load_state_dict(segmentor.decoder.state_dict())
+        self.class_head = copy.deepcopy(segmentor.class_head)
+
+    def forward(self, *features: Tensor) -> list[Output]:
+        told = dict(output_hidden_states=True, output_attentions=False)
+        pixels = self.pixel_decoder(list(features), **told)
+        found = self.decoder(pixels.multi_scale_features, pixels.mask_features, **told)
+        queries = torch.stack([each.transpose(0, 1) for each in found.intermediate_hidden_states])
+        outputs = zip(found.masks_queries_logits, self.class_head(queries), strict=True)
+        return [{"masks_queries_logits": m, "class_queries_logits": c} for m, c in outputs]
+
+
+def mask2former_config(settings: Config) -> Mask2FormerConfig:
+    model, loss = settings.model, settings.loss
+    return Mask2FormerConfig(
+        feature_strides=[8, 16, 32],
+        feature_size=model.decoder_dim,
+        mask_feature_size=model.decoder_dim,
+        hidden_dim=model.decoder_dim,
+        num_attention_heads=model.decoder_heads,
+        encoder_layers=model.pixel_decoder_layers,
+        encoder_feedforward_dim=model.pixel_decoder_mlp_dim,
+        decoder_layers=model.decoder_layers + 1,  # theirs counts the output before the first layer
+        dim_feedforward=model.decoder_mlp_dim,
+        num_queries=model.num_queries,
+        num_labels=model.num_classes,
+        no_object_weight=loss.background_weight,
+        class_weight=loss.class_weight,
+        mask_weight=loss.mask_weight,
+        dice_weight=loss.dice_weight,
+        train_num_points=loss.num_points,
+        oversample_ratio=loss.oversample_ratio,
+        importance_sample_ratio=loss.importance_ratio,
+    )
+
+
+class Bench:
+    """Both sides' modules, in float32 at first, and what they read."""
+
+    def __init__(self, config: Config, device: torch.device):
+        torch.manual_seed(0)
+        self.config, self.device, segmentor = config, device, Segmentor(config)
+        with torch.no_grad():  # what starts as zero, or next to it, would hide a mistake
+            for name, parameter in segmentor.named_parameters():
+                if name.startswith("encoder.") and "norm" not in name:
+                    parameter.normal_(std=0.2 if "pos" in name else 0.03)
+                elif "decoder." in name:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        self.encoder = OurEncoder(segmentor), TheirEncoder(segmentor)
+        self.decoders = OurDecoders(segmentor), TheirDecoders(segmentor)
+        for module in (*self.encoder, *self.decoders):
+            module.to(device)
+        size, grid = config.model.seg_image_size, segmentor.encoder.pos_embed.shape[1]
+        self.pixels = torch.randn(1, 3, size, size, device=device)
+        self.features = [
+            torch.randn(NUM_IMAGES, dim, side, side, device=device)
+            for dim, side in zip(segmentor.connector.dims, (2 * grid, grid, grid // 2), strict=True)
+        ]
+        blocks = torch.randn(NUM_IMAGES, NUM_TARGETS, 8, 8, device=device) > 0.5
+        masks = blocks.repeat_interleave(size // 8, 2).repeat_interleave(size // 8, 3)
+        labels = torch.randint(config.model.num_classes, masks.shape[:2], device=device)
+        self.targets = [Targets(*each) for each in zip(masks, labels, strict=True)]
+        self.criterion = Mask2FormerLoss(mask2former_config(config), weight_dict={}).to(device)
+
+    def cast(self) -> None:
+        """From now on in bfloat16."""
+        for module in (*self.encoder, *self.decoders):
+            cast_parameters(module, torch.bfloat16)
+
+    def our_loss(self, predictions: Predictions, place: str | None = None) -> Tensor:
+        """`place`: where the points are drawn (default: on the device)."""
+        generators = [torch.Generator(place or self.device) for _ in range(NUM_IMAGES)]
+        generators = [each.manual_seed(run) for run, each in enumerate(generators)]
+        normalisers = Normalisers(NUM_IMAGES * NUM_TARGETS, 100.0, 1.0)
+        return sum(
+            segmentation_losses(
+                predictions, self.targets, generators, normalisers, self.config.loss
+            ).values()
+        )
+
+    def their_loss(self, outputs: list[Output]) -> Tensor:
+        # In float32, as ours makes them itself: masks and targets of two types are an error there.
+        outputs = [{name: x.float() for name, x in each.items()} for each in outputs]
+        losses = self.criterion(
+            **outputs[-1],
+            mask_labels=[target.masks.float() for target in self.targets],
+            class_labels=[target.labels for target in self.targets],
+            auxiliary_predictions=outputs[:-1],
+        )
+        return sum(losses.values())
+
+
+# ---- how far apart -------------------------------------------------------------------------------
+
+
+def parity(report: Report, bench: Bench) -> None:
+    device = bench.device
+    parts = {
+        "SAM encoder": (bench.encoder, [bench.pixels], lambda x: x, lambda x: x),
+        "decoders": (
+            bench.decoders,
+            bench.features,
+            lambda predictions: predictions.mask_logits(),
+            lambda outputs: outputs[-1]["masks_queries_logits"],
+        ),
+    }
+    expected = {}
+    for dtype in ("float32", "bfloat16"):
+        is_mixed = dtype == "bfloat16"
+        if is_mixed:
+            bench.cast()
+        for name, (modules, inputs, *reads) in parts.items():
+            with report.guard(f"{name}, {dtype}"), torch.no_grad():
+                with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
+                    outputs = [module(*inputs) for module in modules]
+                    ours, theirs = (
+                        read(output) for read, output in zip(reads, outputs, strict=True)
+                    )
+                if not is_mixed:
+                    expected[name] = theirs
+                    error = relative_error(ours, theirs)
+                    report.add(f"{name}, {dtype}", error < 1e-4, relative_error=error)
+                    continue
+                errors = [relative_error(each, expected[name]) for each in (ours, theirs)]
+                is_right = errors[0] < 1.5 * errors[1] + 1e-3
+                report.add(f"{name}, {dtype}", is_right, ours=errors[0], theirs=errors[1])
+    with report.guard("criterion, beside the CPU"):
+        _compare_criterion(report, bench)
+
+
+def _compare_criterion(report: Report, bench: Bench) -> None:
+    """Losses and gradients on the device and on the CPU, from the same predictions and points."""
+    with torch.no_grad(), torch.autocast(bench.device.type, torch.bfloat16):
+        predictions = bench.decoders[0](*bench.features)
+    found = []
+    for device in (bench.device, torch.device("cpu")):
+        moved = {
+            name: x.to(device) for name, x in vars(predictions).items() if isinstance(x, Tensor)
+        }
+        leaves = [x.float().requires_grad_() for x in moved.values() if x.is_floating_point()]
+        bench.targets = [Targets(t.masks.to(device), t.labels.to(device)) for t in bench.targets]
+        loss = bench.our_loss(Predictions(*leaves, moved["image_index"]), place="cpu")
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    errors = [relative_error(*pair) for pair in zip(*found, strict=True)]
+    names = "loss", "gradient_classes", "gradient_embeddings", "gradient_features"
+    figures = dict(zip(names, errors, strict=True))
+    report.add("criterion, beside the CPU", errors[0] < 1e-4 and max(errors) < 2e-2, **figures)
+
+
+# ---- what each takes -----------------------------------------------------------------------------
+
+
+def times(report: Report, bench: Bench, rounds: int, backend: str | None) -> None:
+    """`backend`: with what the blocks of both are compiled; None: they are not."""
+    bench.cast()
+    is_compiled, suffix = backend is not None, ", compiled" if backend else ""
+    for module in (*bench.encoder, *bench.decoders) if is_compiled else ():
+        compile_blocks(module, backend)
+
+    def mixed(function: Callable, *inputs: Tensor):
+        with torch.autocast(bench.device.type, torch.bfloat16):
+            return function(*inputs)
+
+    def mean(outputs: Predictions | list[Output]) -> Tensor:
+        if isinstance(outputs, Predictions):
+            outputs = [{name: getattr(outputs, name) for name in _LEAVES}]
+        return sum(x.float().mean() for each in outputs for x in each.values())
+
+    encoders, decoders = bench.encoder, bench.decoders
+    rows = {
+        "SAM encoder": [
+            lambda module=module: mixed(module, bench.pixels).float().mean() for module in encoders
+        ],
+        "decoders": [
+            lambda module=module: mean(mixed(module, *bench.features)) for module in decoders
+        ],
+    }
+    losses = bench.our_loss, bench.their_loss
+    with torch.no_grad():
+        found, outputs = (mixed(module, *bench.features) for module in decoders)
+    leaves = {name: getattr(found, name).detach().requires_grad_() for name in _LEAVES}
+    found = dataclasses.replace(found, **leaves)
+    outputs = [
+        {name: x.detach().requires_grad_() for name, x in output.items()} for output in outputs
+    ]
+    rows |= {
+        "losses": [lambda: bench.our_loss(found), lambda: bench.their_loss(outputs)],
+        "decoders and losses": [
+            lambda module=module, loss=loss: loss(mixed(module, *bench.features))
+            for module, loss in zip(decoders, losses, strict=True)
+        ],
+    }
+    if is_compiled:  # which costs a minute a row
+        rows = {name: rows[name] for name in ("SAM encoder", "decoders and losses")}
+
+    def backward(call: Callable[[], Tensor]) -> None:
+        for module in (*encoders, *decoders):
+            module.zero_grad(set_to_none=True)
+        call().backward()
+
+    for name, (ours, theirs) in rows.items():
+        for kind in ("forward", "forward and backward"):
+            calls = {"ours": ours, "theirs": theirs}
+            if kind != "forward":
+                calls = {side: lambda call=call: backward(call) for side, call in calls.items()}
+            with torch.set_grad_enabled(kind != "forward"):
+                _time_row(report, f"{name}, {kind}{suffix}", calls, bench.device, rounds)
+    if not is_compiled:
+        placement = Placement.fit(postprocess.SIZE, postprocess.CANVAS)
+        logits = (each.to(bench.device) for each in postprocess.model_outputs(0, placement))
+        for name, pair in postprocess.build_pairs(*logits, placement).items():
+            calls = dict(zip(("ours", "theirs"), pair, strict=True))
+            with torch.no_grad():
+                _time_row(report, f"post-processing, {name}", calls, bench.device, rounds)
+
+
+def _time_row(
+    report: Report, name: str, calls: dict[str, Callable], device: torch.device, rounds: int
+) -> None:
+    """Both sides in turns; where the peer fails, ours alone."""
+    with report.guard(name):
+        figures: dict[str, object] = {}
+        try:
+            calls["theirs"]()
+        except Exception as error:
+            figures["peer"] = f"failed: {type(error).__name__}: {error}"[:200]
+            del calls["theirs"]
+        timings = time_in_turns(calls, device, rounds)
+        for side, timing in timings.items():
+            figures |= {f"{side}_ms": timing.seconds * 1e3}
+            figures |= {f"{side}_peak_gb": timing.peak / 1e9} if timing.peak is not None else {}
+        if len(timings) == 2:
+            figures["times_faster"] = timings["theirs"].seconds / timings["ours"].seconds
+            if timings["theirs"].peak:
+                figures["of_peer_memory"] = timings["ours"].peak / timings["theirs"].peak
+        report.add(name, **figures)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("parity", "times", "compiled"))
+    parser.add_argument("--out", type=Path, required=True, help="folder for WHAT.jsonl")
+    parser.add_argument("--small", action="store_true", help="the toy's sizes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    add_device_flag(parser)
+    options = parser.parse_args()
+    report = Report(options.out / f"{options.what}.jsonl")
+    backend = options.backend if options.what == "compiled" else None
+    bench = Bench(small() if options.small else xsam(), choose_device(options.device))
+    if options.what == "parity":
+        parity(report, bench)
+    else:
+        times(report, bench, options.rounds, backend)
+    return int(report.num_failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,144 @@
+"""The toy as a user runs it, on any device: each command must do its work.
+
+    python benchmarks/toy_run.py --out runs/toy_run
+
+A few steps of all three stages in bfloat16 under torchrun with one process (on a GPU: NCCL); the
+same killed in stage 3 and resumed; the same in float32 on the CPU; every benchmark scored; every
+task of `predict`.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from measure import Report
+from PIL import Image
+
+from xsam import config, toy
+from xsam.model import REQUESTS
+from xsam.predict import main as predict
+from xsam.scoring import TASKS
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "xsam"
+NUM_STEPS = 3  # of each stage
+PATIENCE = 120  # seconds until stage 3 has begun
+MOST_DIFFERENT = 0.5  # of two runs' losses: other points and bfloat16 make a tenth, a fault more
+
+
+class Runs:
+    """A folder with a small world, its weights and all that the commands write."""
+
+    def __init__(self, folder: Path, device: str | None):
+        self.folder, self.on_device = folder, ["--device", device] if device else []
+        toy.write_world(folder / "data", num_train=24, num_val=6)
+        toy.write_weights(folder / "weights", config.toy().model, steps=3)
+
+    def train(self, name: str, *flags: object, is_launched: bool = True) -> subprocess.Popen:
+        """The training command, started in a process group of its own; writes to `name`."""
+        flags += ("--config", "toy", "--stage", "all", "--data", self.folder / "data")
+        flags += ("--weights", self.folder / "weights", "--out", self.folder / name)
+        flags += ("--max_steps", NUM_STEPS, "--save_every", 1, "--eval_tasks", "")
+        flags += ("--global_batch_size", 4, "--micro_batch_size", 2, "--num_workers", 2)
+        command = command_line("train.py", *flags, "--recompute", "true", is_launched=is_launched)
+        return subprocess.Popen(command, start_new_session=True)
+
+    def losses(self, name: str) -> dict[tuple[int, int], float]:
+        """(stage, step) to the loss of the steps that a run recorded."""
+        path = self.folder / name / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return {(each["stage"], each["step"]): each["loss"] for each in map(json.loads, lines)}
+
+
+def command_line(script: str, *flags: object, is_launched: bool = True) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    launcher = launcher if is_launched else []
+    return [sys.executable, *launcher, str(SCRIPTS / script), *map(str, flags)]
+
+
+def largest_difference(losses: dict, others: dict) -> float:
+    """Relative, over the steps; infinite where one of the runs lacks a step."""
+    if losses.keys() != others.keys():
+        return float("inf")
+    return max(abs(others[step] / loss - 1) for step, loss in losses.items())
+
+
+def check_training(report: Report, runs: Runs) -> None:
+    mixed = ["--dtype", "bfloat16", *runs.on_device]
+    beside = runs.train("cpu", "--dtype", "float32", "--device", "cpu", is_launched=False)
+    status, losses = runs.train("whole", *mixed).wait(), runs.losses("whole")
+    is_right = status == 0 and len(losses) == 3 * NUM_STEPS
+    report.add("toy: training under torchrun", is_right, status=status, steps=len(losses))
+
+    process, until = runs.train("killed", *mixed), time.monotonic() + PATIENCE
+    stage = runs.folder / "killed" / "stage3"
+    while process.poll() is None and time.monotonic() < until and not (stage / "step_1").is_dir():
+        time.sleep(0.05)
+    is_killed = process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    num_before = len(runs.losses("killed"))
+    status = runs.train("killed", *mixed, "--resume").wait()
+    difference = largest_difference(losses, runs.losses("killed"))
+    is_right = is_killed and status == 0 and difference < MOST_DIFFERENT
+    figures = {"steps_before": num_before, "largest_difference": difference}
+    report.add("toy: killed and resumed", is_right, is_killed=is_killed, status=status, **figures)
+
+    status = beside.wait()
+    difference = largest_difference(losses, runs.losses("cpu"))
+    is_right = status == 0 and difference < MOST_DIFFERENT
+    report.add("toy: beside float32 on the CPU", is_right, largest_difference=difference)
+
+
+def check_evaluation(report: Report, runs: Runs) -> None:
+    flags = ["--checkpoint", runs.folder / "whole" / "stage3", "--data", runs.folder / "data"]
+    flags += ["--out", runs.folder / "scores", "--limit", 2, *runs.on_device]
+    status = subprocess.run(command_line("evaluate.py", *flags)).returncode
+    path = runs.folder / "scores" / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    missing = [task for task in TASKS if task not in results]
+    report.add("toy: evaluation", status == 0 and not missing, status=status, missing=missing)
+
+
+def check_predictions(report: Report, runs: Runs) -> None:
+    """The command of each task, one after another in this process."""
+    image = next((runs.folder / "data" / "img_genseg").rglob("val2017/*.jpg"))
+    with Image.open(image) as opened:
+        region = np.zeros(opened.size[::-1], np.uint8)
+    region[20:60, 20:60] = 255
+    drawn = runs.folder / "region.png"
+    Image.fromarray(region).save(drawn)
+    own = {"chat": ["what is here ?"], "refer": ["the red circle"], "reason": ["what is red ?"]}
+    own |= {task: ["--region", drawn] for task in ("interactive", "vgd")}
+    (runs.folder / "answers").mkdir()
+    wrong = []
+    for task in REQUESTS:
+        stem = runs.folder / "answers" / task
+        flags = [*own.get(task, []), "--checkpoint", runs.folder / "whole" / "stage3"]
+        flags += ["--image", image, "--out", stem, *runs.on_device]
+        status = predict([task, *map(str, flags)])
+        if status or (task != "chat" and not stem.with_suffix(".png").is_file()):
+            wrong.append(task)
+    report.add("toy: predict", not wrong, tasks=len(REQUESTS), wrong=wrong)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="for toy.jsonl and toy/")
+    config.add_device_flag(parser)
+    options = parser.parse_args()
+    report = Report(options.out / "toy.jsonl")
+    runs = Runs(options.out / "toy", options.device)
+    for check in (check_training, check_evaluation, check_predictions):
+        with report.guard(check.__name__):
+            check(report, runs)
+    return int(report.num_failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The command that proves xsam on a GPU: what it does with parts that fail, hang or leave half of
+their records, and (slow) its whole rehearsal. Its measurements are no tests.
+
+pytest tests/test_gpu.py
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import gpu  # noqa: E402
+import peers  # noqa: E402
+from measure import Report  # noqa: E402
+
+WRITE = """
+import json, sys, time
+out, name, *does = sys.argv[1:]
+with open(f"{out}/{name}.jsonl", "w") as file:
+    print(json.dumps({"name": f"{name} 1", "ms": 1.5}), file=file, flush=True)
+    print(f"{name} has begun", flush=True)
+    if "hangs" in does:
+        time.sleep(60)
+    if "fails" in does:
+        raise ValueError("no such kernel")
+    print(json.dumps({"name": f"{name} 2", "is_right": "wrong" not in does}), file=file)
+sys.exit("wrong" in does)
+"""
+
+
+def run(out: Path, seconds: float = 60, is_rehearsal: bool = False, **does: str) -> dict:
+    """What gpu.json says of parts that do so, and how long all took."""
+    out.mkdir()
+    command = [sys.executable, "-c", WRITE, str(out)]
+    limits = {"hangs": 2.0}
+    parts = [
+        gpu.Part(name, [*command, name, what], limits.get(what, 60)) for name, what in does.items()
+    ]
+    options = argparse.Namespace(out=out, seconds=seconds, rehearse=is_rehearsal)
+    gpu.run_parts(parts, options, {"card": "none"})
+    return json.loads((out / "gpu.json").read_text())
+
+
+def test_no_part_costs_the_others(tmp_path, capsys):
+    """One that raises, one that hangs and one whose check does not hold: all records are kept."""
+    told = run(tmp_path / "gpu", first="fails", second="hangs", third="wrong", fourth="works")
+    statuses = {name: part["status"] for name, part in told["parts"].items()}
+    assert statuses == {
+        "first": "WRONG",
+        "second": "out of time",
+        "third": "WRONG",
+        "fourth": "right",
+    }
+    assert [len(part["records"]) for part in told["parts"].values()] == [1, 1, 2, 2]
+    assert told["machine"] == {"card": "none"} and told["parts"]["second"]["seconds"] < 10
+    printed = capsys.readouterr().out
+    assert "ValueError: no such kernel" in printed and "second 1: ms 1.5" in printed
+
+
+def test_all_parts_end_when_the_time_of_all_is_up(tmp_path):
+    started = time.monotonic()
+    told = run(tmp_path / "gpu", seconds=2, first="hangs", second="works")
+    assert time.monotonic() - started < 5
+    assert told["parts"]["first"]["status"] == "out of time"
+    assert told["parts"]["second"] == {"status": "not started", "seconds": 0.0, "records": []}
+
+
+def test_the_plan_runs_beside_the_others_and_a_rehearsal_has_two_at_a_time(tmp_path):
+    for name in ("plan", "other"):
+        started = time.monotonic()
+        run(tmp_path / name, is_rehearsal=name == "other", **{name: "hangs", "next": "hangs"})
+        assert time.monotonic() - started < 3.9  # each is ended after two seconds
+
+
+def test_a_report_survives_what_it_measures(tmp_path, capsys):
+    report = Report(tmp_path / "part.jsonl")
+    report.add("first", ms=2.0)
+    with report.guard("second"):
+        raise RuntimeError("CUDA error: out of memory")
+    report.add("third", True, difference=0.0)
+    lines = list(map(json.loads, (tmp_path / "part.jsonl").read_text().splitlines()))
+    assert [line.get("is_right") for line in lines] == [None, False, True]
+    assert lines[1]["error"] == "RuntimeError: CUDA error: out of memory"
+    assert report.num_failed == 1 and "WRONG: second" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_said_with_the_way_to_bring_it(monkeypatch):
+    find = gpu.importlib.util.find_spec
+    monkeypatch.setattr(
+        gpu.importlib.util, "find_spec", lambda name: None if name == "pycocotools" else find(name)
+    )
+    with pytest.raises(SystemExit, match=r"(?s)missing: pycocotools\..*pip download .*--no-index"):
+        gpu.check_packages()
+
+
+def test_goals_are_met_by_figures_alone(capsys):
+    records = {
+        "stage 3, generic, usual text": {"of_published_peak": 0.42},
+        "losses, forward and backward": {"times_faster": 3.9},
+    }
+    gpu.print_goals(records, "NVIDIA H100 80GB HBM3")
+    lines = capsys.readouterr().out.splitlines()
+    assert "| stage 3, generic, usual text: of_published_peak | 0.4 to 1.0 | 0.42 | yes |" in lines
+    assert "| losses, forward and backward: times_faster | at least 4.0 | 3.9 | no |" in lines
+    assert sum("not measured" in line for line in lines) == len(gpu.GOALS) - 2
+    gpu.print_goals(records, "NVIDIA A100-SXM4-80GB")
+    assert "| 0.45 to 1.0 | 0.42 | no |" in capsys.readouterr().out
+
+
+def test_parity_with_transformers_in_both_types(tmp_path):
+    """A part of the rehearsal, on the CPU."""
+    report = Report(tmp_path / "parity.jsonl")
+    peers.parity(report, peers.Bench(peers.small(), torch.device("cpu")))
+    records = list(map(json.loads, (tmp_path / "parity.jsonl").read_text().splitlines()))
+    assert len(records) == 5 and all(record["is_right"] for record in records), records
+
+
+@pytest.mark.slow
+def test_the_whole_rehearsal(tmp_path):
+    """Every part: four minutes on two cores."""
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--rehearse", "--out", tmp_path / "gpu"]
+    result = subprocess.run([*command, "--seconds", "900"], capture_output=True, text=True)
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout[-3000:]
