@@ -1,7 +1,7 @@
 """The full preset on one GPU that does the work of one of eight: training steps and inference.
 
-    python benchmarks/full_model.py plan --out runs/full       # what --plan says; on a CPU
-    python benchmarks/full_model.py training --out runs/full   # beside the plan that lies there
+    python benchmarks/full_model.py plan --out runs/full       # simulated on the CPU
+    python benchmarks/full_model.py training --out runs/full   # compared with that plan
     python benchmarks/full_model.py inference --out runs/full
 
 Random weights of the preset's shapes and noise for images: no file is read. A training step is
@@ -12,14 +12,15 @@ peak after a first step, `planned_gb` the plan without its assumptions; `used_gb
 taken of the card, `planned_used_gb` the plan with context and fragmentation. TFLOP/s are the
 model's, without recomputation, beside the card's published peak and a measured matrix product.
 
-An untrained model says nothing that can be used, so its answers are scripted: the head of the
-language model runs, and what it gives is replaced by the next token of the script.
+An untrained model does not answer with <SEG>. So the answers are scripted: the output head of the
+language model runs, and its logits are replaced by the next token of the script.
 """
 
 import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,8 @@ ANSWER_TOKENS, BATCH = 64, 8
 def random_model(
     config: Config, stage: int, device: torch.device, backend: str | None = None
 ) -> nn.Module:
-    """Small noise for matrices, ones and zeros for norms and biases. `backend`: with what its
-    blocks are compiled; None: they are not."""
+    """A stage's model: small noise in matrices, ones and zeros in norms and biases. `backend` of
+    torch.compile for its blocks; None: eager."""
     with parameters_on_meta():
         model = build(copy.deepcopy(config), stage)
     made: dict[nn.Parameter, nn.Parameter] = {}
@@ -90,7 +91,8 @@ def sample_sizes(config: Config, stage: int) -> dict[str, tuple[str, tuple[int, 
 
 
 def write_plan(report: Report, config: Config, gpus: int, memory_gb: float) -> None:
-    """The largest micro-batch of each stage, and the bytes that each batch is said to take."""
+    """The largest micro-batch of each stage, and for each of its batches the planned bytes: of the
+    activations, and of the whole GPU."""
     for stage in STAGES:
         with report.guard(f"plan of stage {stage}"):
             share = config.stages[stage].global_batch_size // gpus
@@ -114,7 +116,8 @@ def write_plan(report: Report, config: Config, gpus: int, memory_gb: float) -> N
 
 
 def read_plan(path: Path, stage: int, patience: float) -> dict | None:
-    """The record of a stage in a plan.jsonl that another process may still be writing."""
+    """The record of a stage in plan.jsonl, which another process may still be writing; None where
+    it is not there after `patience` seconds."""
     until = time.monotonic() + patience
     while True:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -158,7 +161,7 @@ class Trainer:
             parameter.grad.zero_()
 
     def measure(self, task: str, size: int, sizes: tuple, num_steps: int) -> dict[str, float]:
-        """Figures of `num_steps` steps after one that is not counted."""
+        """Mean time and peak memory of `num_steps` steps, after one for warm-up."""
         batch = example_batch(self.config, self.stage, task, size, *sizes)
         cost = self.flops.of(batch)
         positions = 0 if batch.input_ids is None else batch.input_ids.shape[1]
@@ -181,7 +184,7 @@ class Trainer:
         return figures
 
     def profile(self, task: str, size: int, sizes: tuple) -> list[tuple[str, float]]:
-        """The ten dearest kernels (on a CPU: operators) of a step, with their milliseconds."""
+        """The ten most expensive kernels (on a CPU: operators) of a step, in milliseconds."""
         activities = [torch.profiler.ProfilerActivity.CPU]
         is_cuda = self.device.type == "cuda"
         if is_cuda:
@@ -205,74 +208,74 @@ def train(
     num_steps: int,
     backend: str | None = None,
 ) -> None:
-    """A record of each batch of each stage; with a `backend` usual ones of the blocks compiled."""
-    limits = ceilings(device, 8192 if device.type == "cuda" else 512)
-    published = peak_tflops(config, device)
-    report.add("ceilings", published_bf16_tflops=published, **limits)
+    """A record of each batch of each stage. With a `backend` of torch.compile, of the first batch
+    alone."""
+    limits, suffix = ceilings(device, 8192 if device.type == "cuda" else 512), ""
+    limits["published_bf16_tflops"] = peak_tflops(config, device)
+    report.add("ceilings", **limits)
     for stage in stages:
+        trainer = None  # the memory of the stage before
         with report.guard(f"stage {stage}"):
-            plan = read_plan(plan_path, stage, patience=60)
+            plan, batches = read_plan(plan_path, stage, patience=60), sample_sizes(config, stage)
             size = plan["micro_batch"] if plan else config.stages[stage].micro_batch_size
             trainer = Trainer(config, stage, gpus, device, backend)
-            batches = sample_sizes(config, stage)
             if backend:
-                batches = dict(list(batches.items())[:1])
+                batches, suffix = dict(list(batches.items())[:1]), ", compiled"
             for name, (task, sizes) in batches.items():
-                with report.guard(f"stage {stage}, {name}"):
+                with report.guard(f"stage {stage}, {name}{suffix}"):
                     figures = trainer.measure(task, size, sizes, num_steps)
-                    tflops = figures["model_tflops"]
-                    if published:
-                        figures["of_published_peak"] = tflops / published
-                    figures["of_matrix_rate"] = tflops / limits["bf16_tflops"]
-                    if plan and not backend:
-                        activations, used = plan["planned"][name]
-                        planned = plan["held_gb"] + activations / 1e9
-                        figures |= {"planned_gb": planned, "planned_used_gb": used / 1e9}
-                        if "measured_gb" in figures:
-                            figures["measured_by_planned"] = figures["measured_gb"] / planned
-                    compiled = ", compiled" if backend else ""
-                    report.add(f"stage {stage}, {name}{compiled}", **figures)
-            with report.guard(f"stage {stage}, profile"):
-                name, (task, sizes) = next(iter(batches.items()))
-                kernels = trainer.profile(task, size, sizes)
-                report.add(f"stage {stage}, {name}, dearest kernels, ms", kernels=kernels)
-            trainer = None
+                    figures |= utilisation(figures["model_tflops"], limits)
+                    if plan:
+                        figures |= beside_plan(figures, plan, name)
+                    report.add(f"stage {stage}, {name}{suffix}", **figures)
+            name, (task, sizes) = next(iter(batches.items()))
+            kernels = trainer.profile(task, size, sizes)
+            report.add(f"stage {stage}, {name}{suffix}, top kernels, ms", kernels=kernels)
+
+
+def utilisation(tflops: float, limits: dict[str, float | None]) -> dict[str, float]:
+    """Model FLOPs as a share of the measured matrix rate and of the published peak."""
+    published = limits["published_bf16_tflops"]
+    shares = {"of_matrix_rate": tflops / limits["bf16_tflops"]}
+    return shares | ({"of_published_peak": tflops / published} if published else {})
+
+
+def beside_plan(figures: dict[str, float], plan: dict, name: str) -> dict[str, float]:
+    """The planned memory of a batch, and on a GPU measured / planned."""
+    activations, used = plan["planned"][name]
+    planned = plan["held_gb"] + activations / 1e9
+    figures_of_plan = {"planned_gb": planned, "planned_used_gb": used / 1e9}
+    if "measured_gb" in figures:
+        figures_of_plan["measured_by_planned"] = figures["measured_gb"] / planned
+    return figures_of_plan
 
 
 # ---- inference -----------------------------------------------------------------------------------
 
 
 class Script:
-    """Makes a language model's head say these tokens, one after another, whatever it is asked."""
+    """Makes the output head of a language model predict these tokens, one after another."""
 
     def __init__(self, model: nn.Module):
         self.ids, self.place = [0], 0
         model.llm.model.get_output_embeddings().register_forward_hook(self)
 
     def __call__(self, head: nn.Module, inputs: tuple, logits: Tensor) -> Tensor:
-        said = torch.zeros_like(logits)
-        said[..., self.ids[min(self.place, len(self.ids) - 1)]] = 1
+        scripted = torch.zeros_like(logits)
+        scripted[..., self.ids[min(self.place, len(self.ids) - 1)]] = 1
         self.place += 1
-        return said
+        return scripted
 
 
-def infer(report: Report, config: Config, device: torch.device, rounds: int) -> None:
-    """Seconds and memory of one image of each task, tokens of an answer, images of a batch."""
-    config = copy.deepcopy(config)
-    config.score_threshold = config.overlap_threshold = 0.0  # else an untrained model has no masks
-    model = random_model(config, 3, device).requires_grad_(False)
-    model.set_tokenizer(build_tokenizer(config.model.llm_config["vocab_size"]))
-    script, llm = Script(model), model.llm
-    word, stop = model.tokenizer.convert_tokens_to_ids("circle"), min(llm.stop_ids)
-    phrase = [llm.phrase_id, word, llm.phrase_end_id]
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)
+def build_requests() -> tuple[Image.Image, dict[str, dict]]:
+    """An image, and for each task the arguments of `predict`."""
+    noise = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC)
     region = np.zeros((480, 640), bool)
     region[100:300, 200:400] = True
     things = [f"thing {number}" for number in range(NUM_THINGS)]
     stuff = [f"stuff {number}" for number in range(NUM_STUFF)]
-    requests = {
+    return image, {
         "chat": dict(text="what is in the image ?"),
         "panoptic": dict(things=things, stuff=stuff),
         "instance": dict(things=things),
@@ -284,37 +287,48 @@ def infer(report: Report, config: Config, device: torch.device, rounds: int) -> 
         "vgd": dict(regions=[region, ~region]),
     }
 
-    def ask(task: str, images: Image.Image | list[Image.Image], ids: list[int]):
+
+def infer(report: Report, config: Config, device: torch.device, rounds: int) -> None:
+    """Seconds and memory of one image for each task, tokens/s of an answer, images/s of a batch."""
+    config = copy.deepcopy(config)
+    config.score_threshold = config.overlap_threshold = 0.0  # else an untrained model has no masks
+    model = random_model(config, 3, device).requires_grad_(False)
+    model.set_tokenizer(build_tokenizer(config.model.llm_config["vocab_size"]))
+    script, llm = Script(model), model.llm
+    word, stop = model.tokenizer.convert_tokens_to_ids("circle"), min(llm.stop_ids)
+    answers = {"chat": [word], "gcg": 2 * [llm.phrase_id, word, llm.phrase_end_id] + [llm.seg_id]}
+    image, requests = build_requests()
+
+    def run(task: str, ids: list[int], images: Image.Image | list[Image.Image] = image):
         script.ids, script.place = [*ids, stop], 0
         return predict(model, images, task, **requests[task])
+
+    def measure(call: Callable) -> dict[str, float]:
+        timing = time_in_turns({"call": call}, device, rounds)["call"]
+        figures = {"s": timing.seconds}
+        return (
+            figures if timing.peak is None else figures | {"gb_beyond_weights": timing.peak / 1e9}
+        )
 
     report.add("weights", gb=sum(parameter.nbytes for parameter in model.parameters()) / 1e9)
     for task in requests:
         with report.guard(f"inference, {task}"):
-            ids = [word] if task == "chat" else [*(2 * phrase if task == "gcg" else []), llm.seg_id]
-            found = ask(task, image, ids)
-            call = lambda task=task, ids=ids: ask(task, image, ids)  # noqa: E731
-            timing = time_in_turns({task: call}, device, rounds)[task]
-            figures = {"s": timing.seconds, "masks": len(found.masks)}
-            if timing.peak is not None:
-                figures["peak_gb_beyond_weights"] = timing.peak / 1e9
-            report.add(f"inference, {task}", task == "chat" or len(found.masks) > 0, **figures)
+            ids = answers.get(task, [llm.seg_id])
+            num_masks = len(run(task, ids).masks)
+            figures = measure(lambda task=task, ids=ids: run(task, ids))
+            report.add(
+                f"inference, {task}", num_masks > 0 or task == "chat", masks=num_masks, **figures
+            )
     with report.guard("inference, tokens of an answer"):
         model.settings.max_new_tokens = ANSWER_TOKENS
-        calls = {
-            "short": lambda: ask("chat", image, [word]),
-            "long": lambda: ask("chat", image, [word] * (ANSWER_TOKENS - 1)),
-        }
-        timings = time_in_turns(calls, device, rounds)
-        spent = timings["long"].seconds - timings["short"].seconds
-        report.add("inference, tokens of an answer", tokens_per_s=(ANSWER_TOKENS - 2) / spent)
-    with report.guard("inference, a batch"):
-        call = lambda: ask("panoptic", [image] * BATCH, [llm.seg_id])  # noqa: E731
-        timing = time_in_turns({"batch": call}, device, rounds)["batch"]
-        figures = {"images": BATCH, "images_per_s": BATCH / timing.seconds}
-        if timing.peak is not None:
-            figures["peak_gb_beyond_weights"] = timing.peak / 1e9
-        report.add("inference, a batch of panoptic", **figures)
+        lengths = 1, ANSWER_TOKENS - 1
+        short, long = (measure(lambda n=n: run("chat", n * [word]))["s"] for n in lengths)
+        rate = (lengths[1] - lengths[0]) / (long - short)
+        report.add("inference, tokens of an answer", tokens_per_s=rate)
+    with report.guard("inference, a batch of panoptic"):
+        figures = measure(lambda: run("panoptic", [llm.seg_id], [image] * BATCH))
+        figures["images_per_s"] = BATCH / figures.pop("s")
+        report.add("inference, a batch of panoptic", images=BATCH, **figures)
 
 
 def main() -> int:

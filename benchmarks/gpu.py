@@ -1,20 +1,23 @@
-"""Proves xsam on one GPU, in under eight minutes; with --rehearse the same on a CPU at toy size.
+"""Proves xsam on one GPU in under eight minutes; --rehearse does the same on a CPU at toy size.
 
     python benchmarks/gpu.py --out runs/gpu
     python benchmarks/gpu.py --out runs/rehearsal --rehearse
 
-Needs no network, weights or dataset, and no package but the library's own. Each part is a process
-of its own with a time limit, so that no crash of one costs the others; the dearest come last:
+It needs no network, weights or datasets, and no packages but the library's own. Each part is a
+process with a time limit, so that a crash in one does not cost the others. The most expensive parts
+come last:
 
-    toy        training under torchrun, a kill, evaluation, predictions (toy_run.py)
-    parity     parts against transformers', the criterion against the CPU (peers.py)
-    times      parts beside their peers (peers.py)
-    inference  the full preset asked (full_model.py)
-    training   the full preset's steps of each stage (full_model.py)
-    compiled, compiled_training    times and training of compiled blocks
+    toy                the commands on the toy: training, kill and resume, evaluation (toy_run.py)
+    parity             parts against transformers', the criterion against the CPU (peers.py)
+    times              parts beside transformers': milliseconds and memory (peers.py)
+    inference          the full preset: seconds and memory of each task (full_model.py)
+    training           the full preset: steps of all stages, beside the plan (full_model.py)
+    compiled           `times` with compiled blocks (peers.py)
+    compiled_training  `training` with compiled blocks (full_model.py)
 
-`plan`, which training is compared with, is simulated on the CPU meanwhile. OUT/gpu.json has all
-records, OUT/PART.jsonl those of a part as they come, OUT/PART.log what it printed.
+A further part, `plan`, simulates on the CPU what `training` is compared with, while the first parts
+run. OUT/gpu.json holds all records, OUT/PART.jsonl those of one part as they are made, OUT/PART.log
+its output.
 """
 
 import argparse
@@ -46,11 +49,11 @@ GOALS = (  # record, figure, the least and the most that it should be
 
 @dataclass
 class Part:
-    """A process, and what became of it: right, WRONG (a check failed, or the process) or ended."""
+    """A process and its status: not started, running, passed, FAILED or timed out."""
 
     name: str
     command: list[str]
-    seconds: float  # that it may take
+    seconds: float  # time limit
     process: subprocess.Popen | None = None
     started: float = 0.0
     took: float = 0.0
@@ -64,13 +67,13 @@ class Part:
         self.started, self.status = time.monotonic(), "running"
 
     def is_over(self, until: float) -> bool:
-        """Whether it has ended, or is ended here as its time, or that of all, is up."""
+        """Whether it has ended. Past its time limit, or past `until`, it is killed."""
         status, now = self.process.poll(), time.monotonic()
         if status is None and now < min(self.started + self.seconds, until):
             return False
-        self.took, self.status = now - self.started, "right" if status == 0 else "WRONG"
+        self.took, self.status = now - self.started, "passed" if status == 0 else "FAILED"
         if status is None:
-            self.status = "out of time"
+            self.status = "timed out"
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         return True
@@ -83,7 +86,7 @@ class Part:
 
 
 def build_parts(options: argparse.Namespace, memory_gb: float) -> list[Part]:
-    """In the order in which they run; `plan` beside the others."""
+    """All parts in the order in which they start, or those of --parts."""
     on_device, small, rounds, steps, backend = [], [], [], [], []
     if options.rehearse:
         on_device, small = ["--device", "cpu"], ["--device", "cpu", "--small"]
@@ -112,9 +115,9 @@ def build_parts(options: argparse.Namespace, memory_gb: float) -> list[Part]:
 
 
 def run_parts(parts: list[Part], options: argparse.Namespace, machine: dict) -> None:
-    """One part at a time, two in a rehearsal, and `plan` beside them. What is there so far is in
-    gpu.json after each."""
-    from measure import tell
+    """One part at a time (two in a rehearsal), and `plan` beside them. gpu.json is written after
+    each part."""
+    from measure import format_record
 
     until = time.monotonic() + options.seconds
     waiting, running, slots = list(parts), [], 2 if options.rehearse else 1
@@ -122,11 +125,11 @@ def run_parts(parts: list[Part], options: argparse.Namespace, machine: dict) -> 
         for part in [each for each in running if each.is_over(until)]:
             running.remove(part)
             print(f"\n---- {part.name}: {part.status}, {part.took:.0f} s")
-            if part.status == "WRONG":
+            if part.status == "FAILED":
                 print((options.out / f"{part.name}.log").read_text(encoding="utf-8")[-4000:])
             for record in part.records(options.out):
-                print(tell(record), flush=True)
-            told = {
+                print(format_record(record), flush=True)
+            results = {
                 each.name: {
                     "status": each.status,
                     "seconds": each.took,
@@ -134,7 +137,7 @@ def run_parts(parts: list[Part], options: argparse.Namespace, machine: dict) -> 
                 }
                 for each in parts
             }
-            text = json.dumps({"machine": machine, "parts": told}, indent=1)
+            text = json.dumps({"machine": machine, "parts": results}, indent=1)
             (options.out / "gpu.json").write_text(text, encoding="utf-8")
         if time.monotonic() > until:
             waiting.clear()
@@ -145,7 +148,7 @@ def run_parts(parts: list[Part], options: argparse.Namespace, machine: dict) -> 
 
 
 def describe_machine() -> dict:
-    """Card, versions and date; asked in a process of its own, so that this one holds no GPU."""
+    """Card, versions and date. Read in another process, so that this one holds no GPU memory."""
     code = (
         "import json, torch, transformers; is_there = torch.cuda.is_available(); "
         "card = torch.cuda.get_device_properties(0) if is_there else None; "
@@ -153,14 +156,17 @@ def describe_machine() -> dict:
         "'memory_gb': card and card.total_memory / 1e9, 'torch': torch.__version__, "
         "'cuda': torch.version.cuda, 'transformers': transformers.__version__}))"
     )
-    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    machine = json.loads(told.stdout) | {"python": platform.python_version()}
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    machine = json.loads(result.stdout) | {"python": platform.python_version()}
     now = datetime.datetime.now().isoformat(timespec="seconds")
     return machine | {"cores": os.cpu_count(), "date": now}
 
 
 def check_packages() -> None:
-    """Ends with the way to bring what is missing to a machine without a network."""
+    """Raises SystemExit where a package is missing, with the commands that bring it to a machine
+    without a network."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         names = " ".join("pillow" if name == "PIL" else name for name in missing)
@@ -172,7 +178,7 @@ def check_packages() -> None:
             f"{python} --platform {' --platform '.join(platforms)} {names}\n"
             "  pip install --no-index --no-deps wheels/*.whl"
         )
-    print(f"packages: {', '.join(PACKAGES)}: all there")
+    print(f"packages: {', '.join(PACKAGES)}: all installed")
 
 
 def print_goals(records: dict[str, dict], card: str) -> None:
@@ -190,7 +196,7 @@ def print_goals(records: dict[str, dict], card: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="a new folder for all of it")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder for the results")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at toy size")
     parser.add_argument("--parts", nargs="+", metavar="PART", help="these alone")
     parser.add_argument("--seconds", type=float, default=470, help="for all parts (470)")
@@ -213,7 +219,7 @@ def main() -> int:
     print_goals(records, machine["card"] or "")
     print(f"\n{', '.join(f'{part.name} {part.status}' for part in parts)}")
     print(f"{time.monotonic() - started:.0f} s; all records: {options.out / 'gpu.json'}")
-    return int(any(part.status != "right" for part in parts))
+    return int(any(part.status != "passed" for part in parts))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the benchmarks share: the device and its ceilings, timings in turns, records.
+"""What the benchmarks share: timings, peak rates of a device, records.
 
-A record is a line on the screen and a line of JSON in a file, written as soon as it is there: what
-was measured before a crash or a time limit is kept.
+A record is printed and written as a line of JSON at once, so that a crash or a time limit loses
+nothing that was measured before it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def wait(device: torch.device) -> float:
-    """The clock, in seconds, once the device has done what it was asked."""
+    """The clock in seconds, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -33,8 +33,8 @@ class Timing:
 def time_in_turns(
     calls: dict[str, Callable[[], object]], device: torch.device, rounds: int
 ) -> dict[str, Timing]:
-    """Median seconds and peak memory of each call. One round is not counted, in the others the
-    calls take turns, so that a busy machine is busy for all of them."""
+    """Median seconds and peak memory of each call. The calls take turns, so that other work on the
+    machine slows all of them; the first round is warm-up."""
     is_cuda = device.type == "cuda"
     seconds = {name: [] for name in calls}
     peaks = dict.fromkeys(calls, 0 if is_cuda else None)
@@ -54,8 +54,8 @@ def time_in_turns(
 
 
 def ceilings(device: torch.device, side: int) -> dict[str, float]:
-    """What the device can do at most: TFLOP/s of a product of random bfloat16 matrices of `side`,
-    GB/s of a copy of 16 such matrices, bytes read and written."""
+    """Measured peak rates: TFLOP/s of a product of random bfloat16 matrices [side, side], and GB/s
+    of a copy of eight float32 ones, bytes read and bytes written."""
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     source = torch.randn(8, side, side, device=device)
     target = torch.empty_like(source)
@@ -74,39 +74,39 @@ def relative_error(x: Tensor, reference: Tensor) -> float:
 
 
 class Report:
-    """The records of one part."""
+    """The records of one part, and how many of its checks failed."""
 
     def __init__(self, path: Path):
         self.path, self.num_failed = path, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("", encoding="utf-8")
 
-    def add(self, name: str, is_right: bool | None = None, **figures: object) -> None:
-        """One record. `is_right` says of a check whether it held; None: a measurement."""
-        record = {"name": name} | ({} if is_right is None else {"is_right": is_right}) | figures
-        print(tell(record), flush=True)
-        self.num_failed += is_right is False
+    def add(self, name: str, passed: bool | None = None, **figures: object) -> None:
+        """Adds one record; `passed` is the outcome of a check, None for a measurement."""
+        record = {"name": name} | ({} if passed is None else {"passed": passed}) | figures
+        print(format_record(record), flush=True)
+        self.num_failed += passed is False
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     @contextlib.contextmanager
     def guard(self, name: str) -> Iterator[None]:
-        """What fails inside is a wrong record, and what comes after goes on."""
+        """An exception inside becomes a failed record, and the code after the block goes on."""
         try:
             yield
-        except Exception as error:  # of whatever kind: the other figures are not to be lost for it
+        except Exception as error:  # of any kind: the measurements that follow must not be lost
             traceback.print_exc()
             self.add(name, False, error=f"{type(error).__name__}: {error}"[:500])
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def tell(record: dict) -> str:
-    """A record for the eye."""
+def format_record(record: dict) -> str:
+    """A record as one line of text."""
     figures = dict(record)
-    verdict = {None: "", True: "right: ", False: "WRONG: "}[figures.pop("is_right", None)]
+    verdict = {None: "", True: "passed: ", False: "FAILED: "}[figures.pop("passed", None)]
     name = figures.pop("name")
-    told = [
+    parts = [
         f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in figures.items()
     ]
-    return f"  {verdict}{name}: {', '.join(told)}"
+    return f"  {verdict}{name}: {', '.join(parts)}"

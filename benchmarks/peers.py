@@ -1,17 +1,17 @@
-"""Our parts beside transformers' at full size: how far apart they are, and what each takes.
+"""Our parts beside transformers' at full size: numerical differences, time and memory.
 
     python benchmarks/peers.py parity --out runs/peers
     python benchmarks/peers.py times --out runs/peers --device cpu --small
 
-A part and its peer have the same random weights. `parity` gives the difference in float32, and how
-far each is in bfloat16 from the peer in float32; the criterion is compared with itself on the CPU,
-with the same points. `times` gives milliseconds and peak memory, forward and with the backward
-pass, in turns, in bfloat16 as in training but without recomputation; `compiled` does the same with
-the blocks of both compiled.
+A part and its peer have the same random weights. `parity` measures the difference in float32, and
+of both in bfloat16 the difference from the peer in float32; the criterion is compared with itself
+on the CPU, with the same points. `times` measures milliseconds and peak memory, forward and forward
+with backward, in bfloat16 as in training but without recomputation. `compiled` does the same with
+the blocks of both sides compiled.
 
-Where decoders end and losses begin differs: ours give mask embeddings, of which the criterion makes
-the masks that it matched; theirs make all masks of all layers. So "decoders and losses" is the row
-that compares like with like.
+The border between decoder and losses is not the same on both sides: our decoder returns mask
+embeddings, and the criterion makes masks of the matched queries; theirs makes all masks of all
+layers. The row "decoders and losses" compares like with like.
 """
 
 import argparse
@@ -43,10 +43,11 @@ from xsam.train import cast_parameters
 NUM_IMAGES, NUM_TARGETS = 2, 20  # images of the decoders, targets of each for the losses
 Output = dict[str, Tensor]  # mask and class logits under transformers' names
 _LEAVES = "class_logits", "mask_embeddings", "mask_features"  # of our Predictions
+ROWS = "SAM encoder", "decoders", "losses", "decoders and losses"
 
 
 def small() -> Config:
-    """The toy, smaller, but as wide as transformers' decoders have to be."""
+    """The toy with smaller images, and the width that transformers' decoders require."""
     config = toy()
     config.model.seg_image_size = 64
     config.model.decoder_dim, config.model.decoder_heads = 256, 8
@@ -116,9 +117,9 @@ class TheirDecoders(nn.Module):
         self.class_head = copy.deepcopy(segmentor.class_head)
 
     def forward(self, *features: Tensor) -> list[Output]:
-        told = dict(output_hidden_states=True, output_attentions=False)
-        pixels = self.pixel_decoder(list(features), **told)
-        found = self.decoder(pixels.multi_scale_features, pixels.mask_features, **told)
+        options = dict(output_hidden_states=True, output_attentions=False)
+        pixels = self.pixel_decoder(list(features), **options)
+        found = self.decoder(pixels.multi_scale_features, pixels.mask_features, **options)
         queries = torch.stack([each.transpose(0, 1) for each in found.intermediate_hidden_states])
         outputs = zip(found.masks_queries_logits, self.class_head(queries), strict=True)
         return [{"masks_queries_logits": m, "class_queries_logits": c} for m, c in outputs]
@@ -149,12 +150,12 @@ def mask2former_config(settings: Config) -> Mask2FormerConfig:
 
 
 class Bench:
-    """Both sides' modules, in float32 at first, and what they read."""
+    """The modules of both sides, in float32 at first, and their inputs."""
 
     def __init__(self, config: Config, device: torch.device):
         torch.manual_seed(0)
         self.config, self.device, segmentor = config, device, Segmentor(config)
-        with torch.no_grad():  # what starts as zero, or next to it, would hide a mistake
+        with torch.no_grad():  # parameters that start at or near zero would hide a mistake
             for name, parameter in segmentor.named_parameters():
                 if name.startswith("encoder.") and "norm" not in name:
                     parameter.normal_(std=0.2 if "pos" in name else 0.03)
@@ -177,12 +178,12 @@ class Bench:
         self.criterion = Mask2FormerLoss(mask2former_config(config), weight_dict={}).to(device)
 
     def cast(self) -> None:
-        """From now on in bfloat16."""
+        """Casts the modules of both sides to bfloat16."""
         for module in (*self.encoder, *self.decoders):
             cast_parameters(module, torch.bfloat16)
 
     def our_loss(self, predictions: Predictions, place: str | None = None) -> Tensor:
-        """`place`: where the points are drawn (default: on the device)."""
+        """`place`: the device on which the points are drawn (default: the modules')."""
         generators = [torch.Generator(place or self.device) for _ in range(NUM_IMAGES)]
         generators = [each.manual_seed(run) for run, each in enumerate(generators)]
         normalisers = Normalisers(NUM_IMAGES * NUM_TARGETS, 100.0, 1.0)
@@ -193,7 +194,7 @@ class Bench:
         )
 
     def their_loss(self, outputs: list[Output]) -> Tensor:
-        # In float32, as ours makes them itself: masks and targets of two types are an error there.
+        # Ours casts to float32 itself; theirs raises where logits and targets differ in type.
         outputs = [{name: x.float() for name, x in each.items()} for each in outputs]
         losses = self.criterion(
             **outputs[-1],
@@ -204,7 +205,7 @@ class Bench:
         return sum(losses.values())
 
 
-# ---- how far apart -------------------------------------------------------------------------------
+# ---- parity --------------------------------------------------------------------------------------
 
 
 def parity(report: Report, bench: Bench) -> None:
@@ -233,11 +234,12 @@ def parity(report: Report, bench: Bench) -> None:
                 if not is_mixed:
                     expected[name] = theirs
                     error = relative_error(ours, theirs)
-                    report.add(f"{name}, {dtype}", error < 1e-4, relative_error=error)
+                    # Rounding may flip a mask logit near zero, and with it an attention mask.
+                    report.add(f"{name}, {dtype}", error < 1e-3, relative_error=error)
                     continue
                 errors = [relative_error(each, expected[name]) for each in (ours, theirs)]
-                is_right = errors[0] < 1.5 * errors[1] + 1e-3
-                report.add(f"{name}, {dtype}", is_right, ours=errors[0], theirs=errors[1])
+                passed = errors[0] < 1.5 * errors[1] + 1e-3
+                report.add(f"{name}, {dtype}", passed, ours=errors[0], theirs=errors[1])
     with report.guard("criterion, beside the CPU"):
         _compare_criterion(report, bench)
 
@@ -261,77 +263,82 @@ def _compare_criterion(report: Report, bench: Bench) -> None:
     report.add("criterion, beside the CPU", errors[0] < 1e-4 and max(errors) < 2e-2, **figures)
 
 
-# ---- what each takes -----------------------------------------------------------------------------
+# ---- time and memory -----------------------------------------------------------------------------
 
 
-def times(report: Report, bench: Bench, rounds: int, backend: str | None) -> None:
-    """`backend`: with what the blocks of both are compiled; None: they are not."""
-    bench.cast()
-    is_compiled, suffix = backend is not None, ", compiled" if backend else ""
-    for module in (*bench.encoder, *bench.decoders) if is_compiled else ():
-        compile_blocks(module, backend)
+Calls = dict[str, Callable[[], Tensor]]  # "ours" and "theirs", each giving a loss
+
+
+def build_rows(bench: Bench) -> dict[str, Calls]:
+    """The calls of each row of ROWS."""
 
     def mixed(function: Callable, *inputs: Tensor):
         with torch.autocast(bench.device.type, torch.bfloat16):
             return function(*inputs)
 
-    def mean(outputs: Predictions | list[Output]) -> Tensor:
+    def mean(outputs: Tensor | Predictions | list[Output]) -> Tensor:
         if isinstance(outputs, Predictions):
             outputs = [{name: getattr(outputs, name) for name in _LEAVES}]
+        elif isinstance(outputs, Tensor):
+            outputs = [{"": outputs}]
         return sum(x.float().mean() for each in outputs for x in each.values())
 
-    encoders, decoders = bench.encoder, bench.decoders
-    rows = {
-        "SAM encoder": [
-            lambda module=module: mixed(module, bench.pixels).float().mean() for module in encoders
-        ],
-        "decoders": [
-            lambda module=module: mean(mixed(module, *bench.features)) for module in decoders
-        ],
-    }
-    losses = bench.our_loss, bench.their_loss
-    with torch.no_grad():
-        found, outputs = (mixed(module, *bench.features) for module in decoders)
-    leaves = {name: getattr(found, name).detach().requires_grad_() for name in _LEAVES}
-    found = dataclasses.replace(found, **leaves)
-    outputs = [
-        {name: x.detach().requires_grad_() for name, x in output.items()} for output in outputs
-    ]
-    rows |= {
-        "losses": [lambda: bench.our_loss(found), lambda: bench.their_loss(outputs)],
-        "decoders and losses": [
-            lambda module=module, loss=loss: loss(mixed(module, *bench.features))
-            for module, loss in zip(decoders, losses, strict=True)
-        ],
-    }
-    if is_compiled:  # which costs a minute a row
-        rows = {name: rows[name] for name in ("SAM encoder", "decoders and losses")}
+    sides = "ours", "theirs"
+    rows: dict[str, Calls] = {name: {} for name in ROWS}
+    for side, encoder, decoders, loss in zip(
+        sides, bench.encoder, bench.decoders, (bench.our_loss, bench.their_loss), strict=True
+    ):
+        with torch.no_grad():
+            found = mixed(decoders, *bench.features)
+        if isinstance(found, Predictions):
+            leaves = {name: getattr(found, name).requires_grad_() for name in _LEAVES}
+            found = dataclasses.replace(found, **leaves)
+        else:
+            found = [{name: x.requires_grad_() for name, x in each.items()} for each in found]
+        calls = (
+            lambda encoder=encoder: mean(mixed(encoder, bench.pixels)),
+            lambda decoders=decoders: mean(mixed(decoders, *bench.features)),
+            lambda loss=loss, found=found: loss(found),
+            lambda loss=loss, decoders=decoders: loss(mixed(decoders, *bench.features)),
+        )
+        for name, call in zip(ROWS, calls, strict=True):
+            rows[name][side] = call
+    return rows
+
+
+def times(report: Report, bench: Bench, rounds: int, backend: str | None) -> None:
+    """`backend` of torch.compile for the blocks of both sides; None: eager."""
+    bench.cast()
+    modules = (*bench.encoder, *bench.decoders)
+    rows, suffix = build_rows(bench), ""
+    if backend:  # compiling takes a minute or more a row
+        rows, suffix = {name: rows[name] for name in (ROWS[0], ROWS[3])}, ", compiled"
+        for module in modules:
+            compile_blocks(module, backend)
 
     def backward(call: Callable[[], Tensor]) -> None:
-        for module in (*encoders, *decoders):
+        for module in modules:
             module.zero_grad(set_to_none=True)
         call().backward()
 
-    for name, (ours, theirs) in rows.items():
-        for kind in ("forward", "forward and backward"):
-            calls = {"ours": ours, "theirs": theirs}
-            if kind != "forward":
-                calls = {side: lambda call=call: backward(call) for side, call in calls.items()}
-            with torch.set_grad_enabled(kind != "forward"):
-                _time_row(report, f"{name}, {kind}{suffix}", calls, bench.device, rounds)
-    if not is_compiled:
-        placement = Placement.fit(postprocess.SIZE, postprocess.CANVAS)
-        logits = (each.to(bench.device) for each in postprocess.model_outputs(0, placement))
-        for name, pair in postprocess.build_pairs(*logits, placement).items():
-            calls = dict(zip(("ours", "theirs"), pair, strict=True))
-            with torch.no_grad():
-                _time_row(report, f"post-processing, {name}", calls, bench.device, rounds)
+    for name, calls in rows.items():
+        with torch.no_grad():
+            _time_row(report, f"{name}, forward{suffix}", calls, bench.device, rounds)
+        calls = {side: lambda call=call: backward(call) for side, call in calls.items()}
+        _time_row(report, f"{name}, forward and backward{suffix}", calls, bench.device, rounds)
+    placement = Placement.fit(postprocess.SIZE, postprocess.CANVAS)
+    logits = (each.to(bench.device) for each in postprocess.model_outputs(0, placement))
+    pairs = {} if backend else postprocess.build_pairs(*logits, placement)
+    for name, pair in pairs.items():
+        calls = dict(zip(("ours", "theirs"), pair, strict=True))
+        with torch.no_grad():
+            _time_row(report, f"post-processing, {name}", calls, bench.device, rounds)
 
 
 def _time_row(
     report: Report, name: str, calls: dict[str, Callable], device: torch.device, rounds: int
 ) -> None:
-    """Both sides in turns; where the peer fails, ours alone."""
+    """A record of both sides, or of ours alone where the peer raises."""
     with report.guard(name):
         figures: dict[str, object] = {}
         try:

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from xsam import toy
 from xsam.config import Stage
@@ -220,6 +222,18 @@ def test_each_phrase_is_a_run_whose_class_is_its_place_in_the_batch(processor, t
     assert batch.run_seeds == [0, 1, 100]
     expected = torch.cat([item["targets"].masks for item in two_referring])
     assert torch.equal(torch.cat([target.masks for target in batch.targets]), expected)
+
+
+def test_a_loader_pins_every_tensor_of_a_batch(processor, two_referring, monkeypatch):
+    """Through its own function, which passes over classes that have no pin_memory."""
+    batch = processor.collate(two_referring)
+    owners = [batch, *batch.targets]
+    tensors = [x for owner in owners for x in vars(owner).values() if isinstance(x, Tensor)]
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor.clone())  # it wants a GPU
+    pinned = pin_memory(batch)
+    kept = [x for owner in (pinned, *pinned.targets) for x in vars(owner).values()]
+    assert not {id(each) for each in tensors} & {id(each) for each in kept}
+    assert len(tensors) > 10 and sum(isinstance(each, Tensor) for each in kept) == len(tensors)
 
 
 def test_an_absent_phrase_has_no_run_but_is_a_class_of_the_others(processor, tokenizer):
