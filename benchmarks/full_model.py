@@ -91,7 +91,7 @@ def sample_sizes(config: Config, stage: int) -> dict[str, tuple[str, tuple[int, 
 
 
 def write_plan(report: Report, config: Config, gpus: int, memory_gb: float) -> None:
-    """The largest micro-batch of each stage, and for each of its batches the planned bytes: of the
+    """The largest micro-batch of each stage, and for each of its batches the planned GB: of the
     activations, and of the whole GPU."""
     for stage in STAGES:
         with report.guard(f"plan of stage {stage}"):
@@ -106,12 +106,12 @@ def write_plan(report: Report, config: Config, gpus: int, memory_gb: float) -> N
                 if "usual" in name:
                     known = [plan.usual] if task == plan.usual.task else []
                 activations = known[0] if known else simulation.step(task, size, *sizes)
-                planned[name] = [activations.peak, plan.peak(activations)]
+                planned[name] = [activations.peak / 1e9, plan.peak(activations) / 1e9]
             report.add(
                 f"plan of stage {stage}",
                 micro_batch=size,
                 held_gb=(plan.weights + plan.gradients + plan.states) / 1e9,
-                planned=planned,
+                planned_gb=planned,
             )
 
 
@@ -123,7 +123,7 @@ def read_plan(path: Path, stage: int, patience: float) -> dict | None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         for record in map(json.loads, lines):
             if record["name"] == f"plan of stage {stage}":
-                return record if "planned" in record else None
+                return record if "planned_gb" in record else None
         if time.monotonic() > until:
             return None
         time.sleep(1)
@@ -242,9 +242,9 @@ def utilisation(tflops: float, limits: dict[str, float | None]) -> dict[str, flo
 
 def beside_plan(figures: dict[str, float], plan: dict, name: str) -> dict[str, float]:
     """The planned memory of a batch, and on a GPU measured / planned."""
-    activations, used = plan["planned"][name]
-    planned = plan["held_gb"] + activations / 1e9
-    figures_of_plan = {"planned_gb": planned, "planned_used_gb": used / 1e9}
+    activations, used = plan["planned_gb"][name]
+    planned = plan["held_gb"] + activations
+    figures_of_plan = {"planned_gb": planned, "planned_used_gb": used}
     if "measured_gb" in figures:
         figures_of_plan["measured_by_planned"] = figures["measured_gb"] / planned
     return figures_of_plan

@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -160,6 +160,10 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses():
 # ---- xsam on it ----------------------------------------------------------------------------------
 
 
+def flat_weights(model: nn.Module) -> Tensor:
+    return torch.cat([each.detach().cpu().flatten() for each in model.parameters()])
+
+
 @pytest.mark.parametrize(
     ("stage", "name"),
     [
@@ -170,12 +174,13 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses():
     ],
 )
 def test_a_training_step_is_the_same_on_any_device(world, stage, name):
-    """Losses, norms of the gradients and the updated weights."""
+    """Loss, norms of the gradients, and where the weights go."""
     config, results = toy(), []
     for device in (torch.device("cpu"), FAR):
         torch.manual_seed(0)
         model = pretrained_model(stage, config, world / "weights", lambda _: None).train()
         freeze(model, config.stages[stage], model.prefix)
+        start = flat_weights(model)
         with far_device() if device == FAR else contextlib.nullcontext():
             model.to(device)
             checkpoint_activations(model)
@@ -189,11 +194,12 @@ def test_a_training_step_is_the_same_on_any_device(world, stage, name):
             loss.backward()
             norms = gradient_norms(model)
             update(optimizer, norms, clip_norm=1.0)
-            weights = [each.detach().cpu().double().sum() for each in model.parameters()]
-            results.append((loss.item(), list(norms.values()), torch.stack(weights).tolist()))
-    assert results[0][0] > 0 and len(results[0][1]) > 1
-    for near, far in zip(*results, strict=True):
-        assert far == pytest.approx(near, rel=1e-3, abs=1e-4)  # attention has another kernel there
+            results.append((loss.item(), list(norms.values()), flat_weights(model) - start))
+    near, far = results  # attention has another kernel there
+    assert near[0] > 0 and far[0] == pytest.approx(near[0], rel=1e-4)
+    assert len(near[1]) > 1 and far[1] == pytest.approx(near[1], rel=1e-3, abs=1e-4)
+    # A first step of AdamW is the sign of the gradient, which rounding may turn where it is tiny.
+    assert near[2].abs().max() > 0 and (near[2] - far[2]).norm() < 0.05 * near[2].norm()
 
 
 @pytest.mark.parametrize(
