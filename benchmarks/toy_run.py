@@ -39,14 +39,16 @@ class Runs:
         toy.write_world(folder / "data", num_train=24, num_val=6)
         toy.write_weights(folder / "weights", config.toy().model, steps=3)
 
-    def train(self, name: str, *flags: object, is_launched: bool = True) -> subprocess.Popen:
-        """Starts the training command in a process group of its own; it writes to `name`."""
+    def train(
+        self, name: str, *flags: object, is_launched: bool = True, **options: bool
+    ) -> subprocess.Popen:
+        """Starts the training command, which writes to `name`; `options` are Popen's."""
         flags += ("--config", "toy", "--stage", "all", "--data", self.folder / "data")
         flags += ("--weights", self.folder / "weights", "--out", self.folder / name)
         flags += ("--max_steps", NUM_STEPS, "--save_every", 1, "--eval_tasks", "")
         flags += ("--global_batch_size", 4, "--micro_batch_size", 2, "--num_workers", 1)
         command = command_line("train.py", *flags, "--recompute", "true", is_launched=is_launched)
-        return subprocess.Popen(command, start_new_session=True)
+        return subprocess.Popen(command, **options)
 
     def losses(self, name: str) -> dict[tuple[int, int], float]:
         """The recorded losses of a run by (stage, step)."""
@@ -75,7 +77,8 @@ def check_training(report: Report, runs: Runs) -> None:
     passed = status == 0 and len(losses) == 3 * NUM_STEPS
     report.add("toy: training under torchrun", passed, status=status, steps=len(losses))
 
-    process, until = runs.train("killed", *mixed), time.monotonic() + PATIENCE
+    process = runs.train("killed", *mixed, start_new_session=True)  # a group that can be killed
+    until = time.monotonic() + PATIENCE
     stage = runs.folder / "killed" / "stage3"
     while process.poll() is None and time.monotonic() < until and not (stage / "step_1").is_dir():
         time.sleep(0.05)
