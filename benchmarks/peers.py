@@ -24,7 +24,7 @@ import postprocess
 import torch
 from measure import Report, relative_error, time_in_turns
 from torch import Tensor, nn
-from transformers import Mask2FormerConfig, SamVisionConfig
+from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerLoss,
     Mask2FormerPixelDecoder,
@@ -38,6 +38,7 @@ from xsam.distributed import choose_device
 from xsam.encoders import Placement
 from xsam.losses import Normalisers, Targets, segmentation_losses
 from xsam.model import Segmentor, compile_blocks
+from xsam.toy import sam_config
 from xsam.train import cast_parameters
 
 NUM_IMAGES, NUM_TARGETS = 2, 20  # images of the decoders, targets of each for the losses
@@ -70,19 +71,7 @@ class OurEncoder(nn.Module):
 class TheirEncoder(nn.Module):
     def __init__(self, segmentor: Segmentor):
         super().__init__()
-        model = segmentor.settings.model
-        config = SamVisionConfig(
-            image_size=model.seg_image_size,
-            patch_size=model.seg_patch_size,
-            hidden_size=model.seg_dim,
-            num_hidden_layers=model.seg_depth,
-            num_attention_heads=model.seg_heads,
-            mlp_dim=model.seg_mlp_dim,
-            window_size=model.seg_window_size,
-            global_attn_indexes=list(model.seg_global_blocks),
-            output_channels=model.seg_neck_dim,
-        )
-        self.encoder = SamVisionEncoder(config)
+        self.encoder = SamVisionEncoder(sam_config(segmentor.settings.model))
         self.encoder.load_state_dict(segmentor.encoder.state_dict())
 
     def forward(self, pixels: Tensor) -> Tensor:

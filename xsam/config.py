@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-DEVICES, DTYPES = ("cpu", "cuda", "mps"), ("float32", "bfloat16")
+DEVICES = ("cpu", "cuda", "mps")
+Dtype = Literal["float32", "bfloat16"]
 SPECIAL_TOKENS = ("<SEG>", "<p>", "</p>")  # in the order in which the published weights number them
 
 
@@ -220,7 +221,7 @@ class Config:
     seed: int = 0
     # Of weights and gradients in training. bfloat16 computes under autocast and steps in float32
     # (optimizer.py); float32 is float32 throughout, on a GPU too.
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     recompute: bool = True  # activation checkpointing: a block keeps its input alone for backward
     compile: bool = False  # torch.compile for each block; off, as no GPU has shown yet that it pays
     num_workers: int = 4  # processes that load data, for each rank
@@ -526,7 +527,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = Tr
     add_device_flag(parser)
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=typing.get_args(Dtype),
         help="of the weights (default: as they are stored); bfloat16 computes under autocast",
     )
 

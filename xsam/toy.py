@@ -139,20 +139,9 @@ def _write_sam(folder: Path, model: ModelConfig, seed: int, steps: int) -> None:
     for each patch what lies there. A ViT learns textures at once and shapes late."""
     import torch
     from torch import nn
-    from transformers import SamVisionConfig, SamVisionModel
+    from transformers import SamVisionModel
 
-    config = SamVisionConfig(
-        hidden_size=model.seg_dim,
-        num_hidden_layers=model.seg_depth,
-        num_attention_heads=model.seg_heads,
-        mlp_dim=model.seg_mlp_dim,
-        image_size=model.seg_image_size,
-        patch_size=model.seg_patch_size,
-        window_size=model.seg_window_size,
-        global_attn_indexes=list(model.seg_global_blocks),
-        output_channels=model.seg_neck_dim,
-    )
-    sam, encoder = SamVisionModel(config), _random_encoder(model)
+    sam, encoder = SamVisionModel(sam_config(model)), _random_encoder(model)
     head = nn.Sequential(nn.LayerNorm(model.seg_dim), nn.Linear(model.seg_dim, len(CLASSES) + 1))
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.05)
@@ -177,6 +166,23 @@ def _write_sam(folder: Path, model: ModelConfig, seed: int, steps: int) -> None:
         bar.set_postfix(loss=f"{loss.item():.3f}")
     sam.vision_encoder.load_state_dict(encoder.state_dict())
     sam.save_pretrained(folder)
+
+
+def sam_config(model: ModelConfig):
+    """The segmentation encoder's sizes as transformers' SamVisionConfig."""
+    from transformers import SamVisionConfig
+
+    return SamVisionConfig(
+        hidden_size=model.seg_dim,
+        num_hidden_layers=model.seg_depth,
+        num_attention_heads=model.seg_heads,
+        mlp_dim=model.seg_mlp_dim,
+        image_size=model.seg_image_size,
+        patch_size=model.seg_patch_size,
+        window_size=model.seg_window_size,
+        global_attn_indexes=list(model.seg_global_blocks),
+        output_channels=model.seg_neck_dim,
+    )
 
 
 def _random_encoder(model: ModelConfig):
