@@ -148,8 +148,7 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         self.optimizer = build_optimizer(self.model, config.stages[stage], self.model.prefix)
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        self.own = set(fullest_share(trained, gpus))
-        self.others = frozenset(set(parameters) - self.own)
+        self.others = frozenset(set(parameters) - set(fullest_share(trained, gpus)))
         self.flops = FlopCount(config, stage)
 
     def step(self, batch: Batch) -> None:
@@ -210,7 +209,8 @@ def train(
 ) -> None:
     """A record of each batch of each stage. With a `backend` of torch.compile, of the first batch
     alone."""
-    limits, suffix = ceilings(device, 8192 if device.type == "cuda" else 512), ""
+    limits = ceilings(device, 8192 if device.type == "cuda" else 512)
+    suffix = ", compiled" if backend else ""
     limits["published_bf16_tflops"] = peak_tflops(config, device)
     report.add("ceilings", **limits)
     for stage in stages:
@@ -220,7 +220,7 @@ def train(
             size = plan["micro_batch"] if plan else config.stages[stage].micro_batch_size
             trainer = Trainer(config, stage, gpus, device, backend)
             if backend:
-                batches, suffix = dict(list(batches.items())[:1]), ", compiled"
+                batches = dict(list(batches.items())[:1])
             for name, (task, sizes) in batches.items():
                 with report.guard(f"stage {stage}, {name}{suffix}"):
                     figures = trainer.measure(task, size, sizes, num_steps)
@@ -305,10 +305,8 @@ def infer(report: Report, config: Config, device: torch.device, rounds: int) -> 
 
     def measure(call: Callable) -> dict[str, float]:
         timing = time_in_turns({"call": call}, device, rounds)["call"]
-        figures = {"s": timing.seconds}
-        return (
-            figures if timing.peak is None else figures | {"gb_beyond_weights": timing.peak / 1e9}
-        )
+        memory = {} if timing.peak is None else {"gb_beyond_weights": timing.peak / 1e9}
+        return {"s": timing.seconds} | memory
 
     report.add("weights", gb=sum(parameter.nbytes for parameter in model.parameters()) / 1e9)
     for task in requests:
