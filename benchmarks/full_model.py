@@ -207,30 +207,41 @@ def train(
     num_steps: int,
     backend: str | None = None,
 ) -> None:
-    """A record of each batch of each stage. With a `backend` of torch.compile, of the first batch
-    alone."""
+    """A record of each batch of each stage: all usual ones first, then the longest. With a
+    `backend` of torch.compile, of the first batch alone."""
     limits = ceilings(device, 8192 if device.type == "cuda" else 512)
     suffix = ", compiled" if backend else ""
     limits["published_bf16_tflops"] = peak_tflops(config, device)
     report.add("ceilings", **limits)
-    for stage in stages:
-        trainer = None  # the memory of the stage before
-        with report.guard(f"stage {stage}"):
-            plan, batches = read_plan(plan_path, stage, patience=60), sample_sizes(config, stage)
-            size = plan["micro_batch"] if plan else config.stages[stage].micro_batch_size
-            trainer = Trainer(config, stage, gpus, device, backend)
-            if backend:
-                batches = dict(list(batches.items())[:1])
-            for name, (task, sizes) in batches.items():
-                with report.guard(f"stage {stage}, {name}{suffix}"):
-                    figures = trainer.measure(task, size, sizes, num_steps)
-                    figures |= utilisation(figures["model_tflops"], limits)
-                    if plan:
-                        figures |= beside_plan(figures, plan, name)
-                    report.add(f"stage {stage}, {name}{suffix}", **figures)
-            name, (task, sizes) = next(iter(batches.items()))
-            kernels = trainer.profile(task, size, sizes)
-            report.add(f"stage {stage}, {name}{suffix}, top kernels, ms", kernels=kernels)
+    for is_usual in (True, False)[: 1 if backend else 2]:
+        for stage in stages:
+            trainer = None  # the memory of the stage before
+            with report.guard(f"stage {stage}"):
+                plan, batches = (
+                    read_plan(plan_path, stage, patience=60),
+                    sample_sizes(config, stage),
+                )
+                size = plan["micro_batch"] if plan else config.stages[stage].micro_batch_size
+                usual = {name: each for name, each in batches.items() if "usual" in name} or batches
+                batches = (
+                    usual if is_usual else {n: b for n, b in batches.items() if n not in usual}
+                )
+                if not batches:
+                    continue
+                trainer = Trainer(config, stage, gpus, device, backend)
+                if backend:
+                    batches = dict(list(batches.items())[:1])
+                for name, (task, sizes) in batches.items():
+                    with report.guard(f"stage {stage}, {name}{suffix}"):
+                        figures = trainer.measure(task, size, sizes, num_steps)
+                        figures |= utilisation(figures["model_tflops"], limits)
+                        if plan:
+                            figures |= beside_plan(figures, plan, name)
+                        report.add(f"stage {stage}, {name}{suffix}", **figures)
+                if is_usual:
+                    name, (task, sizes) = next(iter(batches.items()))
+                    kernels = trainer.profile(task, size, sizes)
+                    report.add(f"stage {stage}, {name}{suffix}, top kernels, ms", kernels=kernels)
 
 
 def utilisation(tflops: float, limits: dict[str, float | None]) -> dict[str, float]:
@@ -336,7 +347,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="the toy preset")
     parser.add_argument("--gpus", type=int, default=8, help="that share the optimizer's states")
     parser.add_argument("--memory", type=float, default=80.0, metavar="GB", help="of each")
-    parser.add_argument("--steps", type=int, default=3, help="timed, of each batch")
+    parser.add_argument("--steps", type=int, default=2, help="timed, of each batch")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     add_device_flag(parser)
     options = parser.parse_args()

@@ -82,14 +82,22 @@ class Attention(nn.Module):
         )  # [B, heads, N, dim]
 
         grid = q.reshape(B, heads, h, w, dim)
-        bias_h = torch.einsum("bnhwc,hkc->bnhwk", grid, relative_positions(self.rel_pos_h, h).to(q))
-        bias_w = torch.einsum("bnhwc,wkc->bnhwk", grid, relative_positions(self.rel_pos_w, w).to(q))
+        table_h, table_w = (
+            relative_positions(self.rel_pos_h, h),
+            relative_positions(self.rel_pos_w, w),
+        )
+        spare = -(dim + h + w) % 8  # fused kernels want a multiple of 8: columns of zeros
+        table_w = F.pad(table_w, (0, 0, 0, spare))
+        bias_h = torch.einsum("bnhwc,hkc->bnhwk", grid, table_h.to(q))
+        bias_w = torch.einsum("bnhwc,wkc->bnhwk", grid, table_w.to(q))
         q = torch.cat([q * dim**-0.5, bias_h.flatten(2, 3), bias_w.flatten(2, 3)], dim=-1)
         rows = torch.eye(h, device=x.device, dtype=q.dtype).repeat_interleave(w, dim=0)  # [N, h]
-        columns = torch.eye(w, device=x.device, dtype=q.dtype).repeat(h, 1)  # [N, w]
+        columns = torch.eye(w, w + spare, device=x.device, dtype=q.dtype).repeat(
+            h, 1
+        )  # [N, w + spare]
         codes = torch.cat([rows, columns], dim=-1).expand(B, heads, -1, -1)
         k = torch.cat([k, codes], dim=-1)
-        v = F.pad(v, (0, h + w))  # fused kernels want keys and values equally wide
+        v = F.pad(v, (0, h + w + spare))  # and keys and values equally wide
 
         x = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :dim]
         return self.proj(x.transpose(1, 2).reshape(B, h, w, C))

@@ -27,7 +27,7 @@ from xsam.sources import find_source, locate
 from xsam.weights import parameters_on_meta
 
 CONTEXT_BYTES = 2e9  # assumed: CUDA context, workspaces of its libraries, buffers of NCCL
-FRAGMENTATION = 0.1  # assumed, of the activations: what the allocator holds and nothing uses
+FRAGMENTATION = 0.25  # of the activations: what the allocator holds and nothing uses, on an H100
 MOST_PHRASES = 8  # of a referring sample (datasets_referring.MAX_TURNS)
 ASSUMED_UTILISATION, ASSUMED_TFLOPS = 0.4, 312.0  # of an A100
 
