@@ -34,13 +34,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from xsam.config import xsam
-from xsam.data import Processor
-from xsam.datasets import READERS
-from xsam.encoders import SEG_MEAN, SEG_STD
-from xsam.formats import encode_mask
+from xsam.data import SEG_MEAN, SEG_STD, Processor
+from xsam.datasets.formats import encode_mask
+from xsam.datasets.registry import READERS
+from xsam.datasets.sources import PROMPT_TYPES, Source
 from xsam.llm import add_special_tokens
 from xsam.prompts import PHRASINGS, join_phrases
-from xsam.sources import PROMPT_TYPES, Source
 
 HEIGHT, WIDTH, NUM_SEGMENTS, NUM_CLASSES = 480, 640, 12, 133
 SEG_SIZE, IMAGE_SIZE, NUM_POINTS = 1024, 384, 256  # of the full preset

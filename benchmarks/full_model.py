@@ -29,22 +29,27 @@ from measure import Report, ceilings, time_in_turns, wait
 from PIL import Image
 from torch import Tensor, nn
 
-from xsam.config import CONFIGS, Config, add_device_flag
+from xsam.cli import CONFIGS, add_device_flag
+from xsam.config import Config
 from xsam.data import Batch
 from xsam.distributed import choose_device
-from xsam.model import checkpoint_activations, compile_blocks, predict
+from xsam.inference import predict
+from xsam.model import checkpoint_activations, compile_blocks
 from xsam.optimizer import build_optimizer, gradient_norms
 from xsam.plan import (
     USUAL,
     FlopCount,
+    Simulation,
+    batch_loss,
+    build,
+    example_batch,
     fullest_share,
     largest_micro_batch,
     largest_samples,
     make_plan,
     peak_tflops,
 )
-from xsam.simulation import Simulation, batch_loss, build, example_batch
-from xsam.toy import build_tokenizer
+from xsam.toy.weights import build_tokenizer
 from xsam.weights import parameters_on_meta
 
 STAGES = (3, 1, 2)  # the one that matters most first

@@ -32,13 +32,15 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
-from xsam.config import Config, add_device_flag, toy, xsam
+from xsam.cli import add_device_flag
+from xsam.config import Config, xsam
+from xsam.data import Placement
 from xsam.decoder import Predictions
 from xsam.distributed import choose_device
-from xsam.encoders import Placement
 from xsam.losses import Normalisers, Targets, segmentation_losses
 from xsam.model import Segmentor, compile_blocks
-from xsam.toy import sam_config
+from xsam.toy.preset import toy
+from xsam.toy.weights import sam_config
 from xsam.train import cast_parameters
 
 NUM_IMAGES, NUM_TARGETS = 2, 20  # images of the decoders, targets of each for the losses

@@ -26,7 +26,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
     Mask2FormerImageProcessorPil,
 )
 
-from xsam.encoders import Placement
+from xsam.data import Placement
 from xsam.postprocess import Reading, read_instances, read_panoptic, read_semantic
 
 SIZE, CANVAS, MASK_SIZE = (480, 640), 1024, 256

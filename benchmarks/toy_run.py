@@ -20,10 +20,13 @@ import numpy as np
 from measure import Report
 from PIL import Image
 
-from xsam import config, toy
-from xsam.model import REQUESTS
+from xsam.cli import add_device_flag
+from xsam.evaluation.benchmarks import TASKS
+from xsam.inference import REQUESTS
 from xsam.predict import main as predict
-from xsam.scoring import TASKS
+from xsam.toy import weights as toy
+from xsam.toy.preset import toy as toy_config
+from xsam.toy.world import write_world
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "xsam"
 NUM_STEPS = 3  # of each stage
@@ -36,8 +39,8 @@ class Runs:
 
     def __init__(self, folder: Path, device: str | None):
         self.folder, self.on_device = folder, ["--device", device] if device else []
-        toy.write_world(folder / "data", num_train=24, num_val=6)
-        toy.write_weights(folder / "weights", config.toy().model, steps=3)
+        write_world(folder / "data", num_train=24, num_val=6)
+        toy.write_weights(folder / "weights", toy_config().model, steps=3)
 
     def train(
         self, name: str, *flags: object, is_launched: bool = True, **options: bool
@@ -135,7 +138,7 @@ def check_predictions(report: Report, runs: Runs) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="for toy.jsonl and toy/")
-    config.add_device_flag(parser)
+    add_device_flag(parser)
     options = parser.parse_args()
     report = Report(options.out / "toy.jsonl")
     runs = Runs(options.out / "toy", options.device)

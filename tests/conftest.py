@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from xsam import toy
 from xsam.config import Config
-from xsam.config import toy as toy_config
 from xsam.data import Processor
-from xsam.datasets import open_dataset
+from xsam.datasets.registry import open_dataset
 from xsam.model import XSAM, Segmentor
+from xsam.toy import weights as toy
+from xsam.toy.preset import toy as toy_config
+from xsam.toy.world import write_world
 from xsam.train import pretrained_model
 
 torch.set_num_threads(1)
@@ -25,7 +26,7 @@ torch.set_num_threads(1)
 def world(tmp_path_factory) -> Path:
     """A folder with `data` and `weights`."""
     path = tmp_path_factory.mktemp("world")
-    toy.write_world(path / "data", num_train=24, num_val=6)
+    write_world(path / "data", num_train=24, num_val=6)
     toy.write_weights(path / "weights", toy_config().model, steps=3)
     return path
 

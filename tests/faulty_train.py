@@ -16,7 +16,7 @@ import math
 import sys
 from pathlib import Path
 
-from xsam import distributed, train
+from xsam import cli, distributed, train
 
 
 def inject_nan(kind: str, calls: list[int], rank: int) -> None:
@@ -55,16 +55,16 @@ def write_hash(out: Path) -> None:
 
 def main(faults: dict, arguments: list[str]) -> int:
     """What `python xsam/train.py` does, with `faults`; the status that it exits with."""
-    options, config = train.parse(arguments)
-    if message := train.preflight(options, config):
-        train.leave(message)
+    options, config = cli.parse(arguments)
+    if message := cli.preflight(options, config):
+        return cli.complain(message, is_met_by_all=True)
     if "nan" in faults:
         inject_nan(faults["nan"], faults["calls"], faults.get("rank", 0))
     if "hash" in faults:
         write_hash(options.out)
     distributed.BEAT_SECONDS = faults.get("beat", distributed.BEAT_SECONDS)
     distributed.LOST_SECONDS = faults.get("lost", distributed.LOST_SECONDS)
-    return train.main(options, config)
+    return cli.run_training(options, config)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xsam import check, data, draw
-from xsam.samples import Sample
-from xsam.sources import SOURCES
+from xsam.data import Sample
+from xsam.datasets import check, commands
+from xsam.datasets.sources import SOURCES
+from xsam.report import pictures as draw
 
 ROOT_SETS = "coco_instance,refcoco_val,reasonseg_val,llava_instruct"
 LLAVA = "img_chat/llava/LLaVA-Instruct-150K/llava_v1_5_mix665k.json"
@@ -94,7 +95,7 @@ def root(tmp_path) -> Path:
 
 def run(root: Path, *arguments: str) -> int:
     workers = () if "--workers" in arguments else ("--workers", "1")
-    return data.main(["check", "--data", str(root), *workers, *arguments])
+    return commands.main(["check", "--data", str(root), *workers, *arguments])
 
 
 def rows(output: str) -> dict[str, list[str]]:
@@ -329,5 +330,5 @@ def test_phrasings_are_checked_before_anything_is_read(root, tmp_path, capsys):
 
 def test_without_a_command_its_names_are_told(capsys):
     with pytest.raises(SystemExit, match="2"):
-        data.main([])
+        commands.main([])
     assert "COMMAND" in capsys.readouterr().err

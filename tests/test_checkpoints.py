@@ -33,24 +33,20 @@ from xsam.checkpoints import (
     STATES_FILE,
     check_checkpoint,
     check_space,
+    fill_states,
     latest_checkpoint,
     list_states,
     load_trained,
     point_latest,
     read_header,
     save_checkpoint,
-)
-from xsam.config import Stage, toy, xsam
-from xsam.model import XSAM, Segmentor, load_checkpoint
-from xsam.optimizer import (
-    MasterAdamW,
-    build_optimizer,
-    fill_states,
-    freeze,
-    gradient_norms,
     state_tensors,
-    update,
 )
+from xsam.config import Stage, xsam
+from xsam.inference import load_checkpoint
+from xsam.model import XSAM, Segmentor
+from xsam.optimizer import MasterAdamW, build_optimizer, freeze, gradient_norms, update
+from xsam.toy.preset import toy
 from xsam.train import load_earlier_stage, pretrained_model
 from xsam.weights import CONFIG_FILE, MODEL_FILE, save_tensors
 

@@ -14,17 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from xsam.config import (
-    CONFIGS,
-    Config,
-    LossConfig,
-    ModelConfig,
-    Stage,
-    add_config_flags,
-    apply_flags,
-    toy,
-    xsam,
-)
+from xsam.cli import CONFIGS, add_config_flags, apply_flags
+from xsam.config import Config, LossConfig, ModelConfig, Stage, xsam
+from xsam.toy.preset import toy
 
 NOT_FLAGS = {"name", "model", "stages", "loss", "categories"}
 

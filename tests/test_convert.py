@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xsam import convert
-from xsam.formats import decode_mask, encode_mask
-from xsam.sources import PROMPT_TYPES
+from xsam.datasets import build as convert
+from xsam.datasets.formats import decode_mask, encode_mask
+from xsam.datasets.sources import PROMPT_TYPES
 
 SAMPLES = Path(__file__).parents[2] / "shared/samples/coco"
 needs_samples = pytest.mark.skipif(not SAMPLES.exists(), reason="no COCO samples beside the tree")

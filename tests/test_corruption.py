@@ -33,11 +33,12 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from xsam.datasets import READERS
-from xsam.datasets_referring import RefCoco
-from xsam.formats import read_class_map
-from xsam.samples import Dataset, Sample
-from xsam.sources import PROMPT_TYPES, Source
+from xsam.data import Sample
+from xsam.datasets.base import Dataset
+from xsam.datasets.formats import read_class_map
+from xsam.datasets.referring import RefCoco
+from xsam.datasets.registry import READERS
+from xsam.datasets.sources import PROMPT_TYPES, Source
 
 NUM_CORRUPTIONS = 1000
 NUM_DRAWS = 24  # readings of a broken set before it counts as accepted: a reader draws words
@@ -1340,7 +1341,7 @@ def test_a_size_is_compared_to_the_image_before_masks_of_that_size_are_made(tmp_
         write(tmp_path, name, encode(name, content))
     dataset = RefCoco("name", case.sources[0], tmp_path)
     monkeypatch.setattr(
-        "xsam.datasets_referring.decode_mask", lambda *_: pytest.fail("a mask was made")
+        "xsam.datasets.referring.decode_mask", lambda *_: pytest.fail("a mask was made")
     )
     with pytest.raises(ValueError, match="its annotation says 65535x65535"):
         dataset.sample(0, np.random.default_rng(0))

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from xsam.config import toy
-from xsam.data import Processor
-from xsam.datasets import open_dataset
+from xsam.data import Processor, Sample
+from xsam.datasets.registry import open_dataset
 from xsam.model import XSAM
-from xsam.samples import Sample
+from xsam.toy.preset import toy
 
 KIND = "coco_vgd_val_mask"
 SWIN = dict(model_type="swin", embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4])

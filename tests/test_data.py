@@ -18,21 +18,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from xsam import toy
 from xsam.config import Stage
 from xsam.data import (
     MOST_REPLACEMENTS,
+    SEG_MEAN,
+    SEG_STD,
     Draw,
     Mixture,
+    Placement,
     Processor,
     Refusal,
+    Sample,
     keep_names,
     repeat_factors,
 )
-from xsam.datasets import open_dataset
-from xsam.encoders import SEG_MEAN, SEG_STD, Placement
+from xsam.datasets.registry import open_dataset
 from xsam.llm import IGNORE_LABEL, IMAGE_TOKEN, REGION_TOKEN, add_special_tokens
-from xsam.samples import Sample
+from xsam.toy import weights as toy
 
 SIZE = (30, 40)
 

@@ -22,11 +22,12 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from xsam.datasets import READERS, open_dataset
-from xsam.datasets_referring import MAX_TURNS
+from xsam.data import Sample
+from xsam.datasets.base import Dataset, Packed
+from xsam.datasets.referring import MAX_TURNS
+from xsam.datasets.registry import READERS, open_dataset
+from xsam.datasets.sources import PROMPT_TYPES, SOURCES
 from xsam.prompts import PHRASINGS
-from xsam.samples import Dataset, Packed, Sample
-from xsam.sources import PROMPT_TYPES, SOURCES
 
 SIZE = (24, 32)
 

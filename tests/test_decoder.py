@@ -25,8 +25,8 @@ from xsam.decoder import (
     MaskedAttentionDecoder,
     PixelDecoder,
     Predictions,
-    SamMaskDecoder,
 )
+from xsam.variants import SamMaskDecoder
 
 IN_DIMS, HEADS, QUERIES, OUTPUTS = [8, 16, 32], 8, 10, 6
 SWIN_DIMS = [4, *IN_DIMS]  # strides 4, 8, 16, 32: one finer than the levels of attention

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from xsam.config import toy
-from xsam.data import Mixture, Processor
-from xsam.datasets import open_dataset
-from xsam.encoders import Placement
+from xsam.data import Mixture, Placement, Processor
+from xsam.datasets.registry import open_dataset
 from xsam.evaluate import reading_of
-from xsam.model import answer, checkpoint_activations, prepare
+from xsam.inference import answer, prepare
+from xsam.model import checkpoint_activations
 from xsam.optimizer import build_optimizer, freeze, gradient_norms, update
+from xsam.plan import batch_loss
 from xsam.postprocess import (
     read_instances,
     read_interactive,
@@ -34,7 +34,7 @@ from xsam.postprocess import (
     read_semantic,
     read_union,
 )
-from xsam.simulation import batch_loss
+from xsam.toy.preset import toy
 from xsam.train import pretrained_model
 
 FAR = torch.device("meta")

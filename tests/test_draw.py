@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xsam import draw
-from xsam.draw import PALETTE, draw_curves, draw_segments, side_by_side, stack
+from xsam.report import pictures as draw
+from xsam.report.pictures import PALETTE, draw_curves, draw_segments, side_by_side, stack
 
 
 def photograph(width: int, height: int) -> Image.Image:

@@ -27,19 +27,12 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixe
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionEncoder
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from xsam.config import toy, xsam
-from xsam.encoders import (
-    SEG_MEAN,
-    SEG_STD,
-    ImageEncoder,
-    Placement,
-    SamEncoder,
-    SwinEncoder,
-    image_pixels,
-    relative_positions,
-    seg_pixels,
-)
+from xsam.config import xsam
+from xsam.data import SEG_MEAN, SEG_STD, Placement, image_pixels, seg_pixels
+from xsam.encoders import ImageEncoder, SamEncoder, relative_positions
 from xsam.model import Segmentor
+from xsam.toy.preset import toy
+from xsam.variants import SwinEncoder
 
 # ---- segmentation encoder ------------------------------------------------------------------------
 

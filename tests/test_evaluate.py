@@ -21,11 +21,12 @@ from test_predictions import contents, edit, write_predictions
 
 from xsam import evaluate
 from xsam.checkpoints import save_checkpoint
-from xsam.data import Processor
-from xsam.datasets import open_dataset
+from xsam.data import Processor, Sample
+from xsam.datasets.registry import open_dataset
+from xsam.datasets.sources import SOURCES, locate
 from xsam.evaluate import ask_dataset, main
-from xsam.model import XSAM, answer, prepare
-from xsam.predictions import (
+from xsam.evaluation.benchmarks import TASKS
+from xsam.evaluation.prediction_files import (
     ABOUT_FILE,
     PREDICTIONS_FILE,
     UNFINISHED,
@@ -33,9 +34,8 @@ from xsam.predictions import (
     finished_records,
     keys_of,
 )
-from xsam.samples import Sample
-from xsam.scoring import TASKS
-from xsam.sources import SOURCES, locate
+from xsam.inference import answer, prepare
+from xsam.model import XSAM
 
 HAS_METEOR = bool(importlib.util.find_spec("pycocoevalcap") and shutil.which("java"))
 

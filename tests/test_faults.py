@@ -29,7 +29,7 @@ from torch import nn
 from xsam.checkpoints import latest_checkpoint, list_states, read_header, save_checkpoint
 from xsam.config import Config
 from xsam.data import Mixture, Processor
-from xsam.datasets import open_dataset
+from xsam.datasets.registry import open_dataset
 
 SCRIPT = ROOT / "xsam/train.py"
 STEPS = 12

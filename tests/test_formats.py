@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from xsam.formats import (
+from xsam.datasets.formats import (
     decode_mask,
     dilate,
     encode_mask,

@@ -20,8 +20,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from xsam.formats import encode_mask
-from xsam.metrics import (
+from xsam.datasets.formats import encode_mask
+from xsam.evaluation.metrics import (
     average_precision,
     caption_quality,
     choice_accuracy,
@@ -706,17 +706,17 @@ def test_captions_like_the_true_ones_score_in_full_and_none_at_all_nothing():
 
 
 def test_what_captions_lack_is_named(monkeypatch):
-    monkeypatch.setattr("xsam.metrics.importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr("xsam.metrics.shutil.which", lambda name: "java")
+    monkeypatch.setattr("xsam.evaluation.metrics.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("xsam.evaluation.metrics.shutil.which", lambda name: "java")
     assert caption_quality({}, {}) == {"METEOR": None, "CIDEr": None}
     for truth in ({}, {1: []}, {1: ["a"], 2: ["a"]}):
         with pytest.raises(ValueError, match=r"image \d lacks its true or its predicted caption"):
             caption_quality(truth, {1: "a"})
-    monkeypatch.setattr("xsam.metrics.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("xsam.evaluation.metrics.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'xsam\[captions\]'"):
         caption_quality({1: ["a"]}, {1: "a"})
-    monkeypatch.setattr("xsam.metrics.importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr("xsam.metrics.shutil.which", lambda name: None)
+    monkeypatch.setattr("xsam.evaluation.metrics.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("xsam.evaluation.metrics.shutil.which", lambda name: None)
     with pytest.raises(ImportError, match="a Java runtime on the PATH"):
         caption_quality({1: ["a"]}, {1: "a"})
 

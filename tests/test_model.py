@@ -15,23 +15,13 @@ from torch import nn
 
 from xsam.config import Config, xsam
 from xsam.connector import pixel_shuffle
-from xsam.data import Batch, Processor
-from xsam.datasets import open_dataset
+from xsam.data import Batch, Processor, Sample
+from xsam.datasets.registry import open_dataset
+from xsam.inference import REQUESTS, answer, predict, prepare
 from xsam.llm import IMAGE_TOKEN, REGION_TOKEN
-from xsam.losses import Normalisers
-from xsam.model import (
-    REQUESTS,
-    XSAM,
-    Objective,
-    Segmentor,
-    answer,
-    checkpoint_activations,
-    compile_blocks,
-    predict,
-    prepare,
-)
+from xsam.losses import Normalisers, Objective
+from xsam.model import XSAM, Segmentor, checkpoint_activations, compile_blocks
 from xsam.postprocess import Prediction
-from xsam.samples import Sample
 from xsam.train import pretrained_model
 
 DATASETS = {

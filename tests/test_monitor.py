@@ -16,9 +16,13 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from xsam import draw, monitor
-from xsam.datasets import open_dataset
-from xsam.monitor import (
+from xsam.datasets.registry import open_dataset
+from xsam.evaluation.benchmarks import TASKS, task_of
+from xsam.evaluation.prediction_files import Predictions
+from xsam.postprocess import Prediction
+from xsam.report import monitor
+from xsam.report import pictures as draw
+from xsam.report.monitor import (
     CURVES_FILE,
     METRICS_FILE,
     MOST_REASONS,
@@ -35,9 +39,6 @@ from xsam.monitor import (
     read_results,
     score,
 )
-from xsam.postprocess import Prediction
-from xsam.predictions import Predictions
-from xsam.scoring import TASKS, task_of
 
 FIGURES = {"loss": 2.0, "class": 0.5, "mask": 1.25, "dice": 0.25, "grad_norm": 1.5, "lr": 1e-4}
 FIGURES |= {"images": 8, "tokens": 100, "left_out": 0, "skipped": 1}

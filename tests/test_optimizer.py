@@ -10,7 +10,8 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from xsam.config import Stage, toy
+from xsam.checkpoints import state_tensors
+from xsam.config import Stage
 from xsam.optimizer import (
     MasterAdamW,
     build_optimizer,
@@ -19,9 +20,9 @@ from xsam.optimizer import (
     learning_rate,
     parameter_groups,
     schedule,
-    state_tensors,
     update,
 )
+from xsam.toy.preset import toy
 from xsam.train import pretrained_model
 
 STAGE = Stage(learning_rates={"": 1e-3, "1": 3e-4}, datasets=(), weight_decay=0.05)

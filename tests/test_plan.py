@@ -18,23 +18,30 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from xsam import plan as planning
-from xsam.config import Config, toy, xsam
+from xsam.checkpoints import state_tensors
+from xsam.config import Config, xsam
 from xsam.data import Mixture, Processor
-from xsam.datasets import open_dataset
+from xsam.datasets.registry import open_dataset
 from xsam.model import checkpoint_activations
-from xsam.optimizer import build_optimizer, gradient_norms, state_tensors, update
+from xsam.optimizer import build_optimizer, gradient_norms, update
 from xsam.plan import (
     FlopCount,
+    Simulation,
+    batch_loss,
+    build,
     count_steps,
+    example_batch,
     format_plan,
     fullest_share,
     largest_micro_batch,
     largest_samples,
     make_plan,
+    parts,
     peak_tflops,
     report,
+    without_values,
 )
-from xsam.simulation import Simulation, batch_loss, build, example_batch, parts, without_values
+from xsam.toy.preset import toy
 from xsam.weights import parameters_on_meta
 
 SAMPLES = {"generic": (300, 6, 1), "chat": (300, 300, 0), "refer": (80, 40, 3)}

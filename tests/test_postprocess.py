@@ -17,7 +17,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
 )
 
 from xsam import postprocess
-from xsam.encoders import Placement
+from xsam.data import Placement
 from xsam.postprocess import (
     OriginalReader,
     Reading,

@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 from processes import killed_at
 
-from xsam import metrics
-from xsam.datasets import open_dataset
-from xsam.formats import encode_mask
-from xsam.postprocess import Prediction
-from xsam.predictions import (
+from xsam.datasets.base import Dataset
+from xsam.datasets.formats import encode_mask
+from xsam.datasets.registry import open_dataset
+from xsam.evaluation import metrics
+from xsam.evaluation.benchmarks import score_dataset
+from xsam.evaluation.prediction_files import (
     ABOUT_FILE,
     CAPTIONS_FILE,
     PNG_FOLDER,
@@ -35,8 +36,7 @@ from xsam.predictions import (
     keys_of,
     kind_of,
 )
-from xsam.samples import Dataset
-from xsam.scoring import score_dataset
+from xsam.postprocess import Prediction
 
 ONE_OF_EACH = {
     "panoptic": "coco_panoptic_val",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from xsam.config import SPECIAL_TOKENS
+from xsam.datasets.sources import SOURCES
 from xsam.prompts import (
     OPTION_REQUEST,
     PER_PHRASE_TASKS,
@@ -25,7 +26,6 @@ from xsam.prompts import (
     reply,
     strip_marks,
 )
-from xsam.sources import SOURCES
 
 TASKS = ("generic", "refer", "reason", "gcg", "interactive", "vgd")
 TOKENS = ("<image>", "<region>", "<SEG>", "<p>", "</p>")

@@ -20,14 +20,12 @@ from PIL import Image
 from test_predictions import perfect, write_predictions
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from xsam import metrics
-from xsam.datasets import open_dataset
-from xsam.formats import encode_mask
-from xsam.metrics import phrase_similarity
-from xsam.postprocess import Prediction
-from xsam.predictions import Predictions
-from xsam.samples import Dataset
-from xsam.scoring import (
+from xsam.datasets.base import Dataset
+from xsam.datasets.formats import encode_mask
+from xsam.datasets.registry import open_dataset
+from xsam.datasets.sources import PROMPT_TYPES, SOURCES
+from xsam.evaluation import metrics
+from xsam.evaluation.benchmarks import (
     SEGMENTOR_PAPER,
     SEGMENTOR_TASKS,
     TASKS,
@@ -37,7 +35,9 @@ from xsam.scoring import (
     table,
     task_of,
 )
-from xsam.sources import PROMPT_TYPES, SOURCES
+from xsam.evaluation.metrics import phrase_similarity
+from xsam.evaluation.prediction_files import Predictions
+from xsam.postprocess import Prediction
 
 SIZE = HEIGHT, WIDTH = 20, 30
 # A square of 10 x 10 moved by 2 columns: 8 of the 12 columns that either covers are in both.

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from xsam.config import CONFIGS, xsam
-from xsam.sources import ALIASES, SOURCES, find_source, locate, required_paths
+from xsam.cli import CONFIGS
+from xsam.config import xsam
+from xsam.datasets.sources import ALIASES, SOURCES, find_source, locate, required_paths
 
 
 def required(stages: list[int]) -> set[str]:
@@ -135,5 +136,5 @@ def test_an_unknown_name_is_an_error_that_lists_the_known(name):
 
 
 def test_importing_sources_imports_no_torch():
-    code = "import sys, xsam.sources; sys.exit('torch' in sys.modules)"
+    code = "import sys, xsam.datasets.sources; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

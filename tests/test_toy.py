@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from xsam import toy
-from xsam.config import toy as toy_config
 from xsam.prompts import PHRASINGS, clean_name
+from xsam.toy import weights as toy
+from xsam.toy.preset import toy as toy_config
+from xsam.toy.world import write_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     data = tmp_path_factory.mktemp("toy") / "data"
-    toy.write_world(data, num_train=24, num_val=6)
+    write_world(data, num_train=24, num_val=6)
     return data
 
 

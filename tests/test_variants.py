@@ -37,22 +37,20 @@ from transformers import (
 )
 
 from xsam.checkpoints import load_trained, save_checkpoint
-from xsam.config import ARCHITECTURES, Config, ModelConfig, apply_flags, toy, xsam
-from xsam.data import Batch, Mixture, Processor
-from xsam.datasets import open_dataset
-from xsam.datasets_generic import Generic
-from xsam.encoders import ImageEncoder, SwinEncoder
+from xsam.cli import apply_flags, parse
+from xsam.config import ARCHITECTURES, Config, ModelConfig, xsam
+from xsam.data import Batch, Mixture, Processor, Sample
+from xsam.datasets.generic import Generic
+from xsam.datasets.registry import open_dataset
+from xsam.encoders import ImageEncoder
 from xsam.llm import REGION_TOKEN, LanguageModel
-from xsam.model import XSAM, Objective, Segmentor
+from xsam.losses import Objective
+from xsam.model import XSAM, Segmentor
 from xsam.optimizer import build_optimizer, freeze
 from xsam.postprocess import Prediction
-from xsam.samples import Sample
-from xsam.train import (
-    load_earlier_stage,
-    parse,
-    pretrained_model,
-    step_normalisers,
-)
+from xsam.toy.preset import toy
+from xsam.train import load_earlier_stage, pretrained_model, step_normalisers
+from xsam.variants import SwinEncoder
 
 # ---- folders as the hub has them -----------------------------------------------------------------
 

@@ -45,12 +45,15 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerTransformerModule,
 )
 
-from xsam.config import Config, ModelConfig, toy
+from xsam.config import Config, ModelConfig
 from xsam.decoder import MaskedAttentionDecoder, PixelDecoder
-from xsam.encoders import ImageEncoder, SamEncoder, SwinEncoder, resize_positions
+from xsam.encoders import ImageEncoder, SamEncoder, resize_positions
+from xsam.inference import load_checkpoint
 from xsam.llm import LanguageModel
-from xsam.model import XSAM, Segmentor, load_checkpoint
+from xsam.model import XSAM, Segmentor
+from xsam.toy.preset import toy
 from xsam.train import load_init
+from xsam.variants import SwinEncoder
 from xsam.weights import (
     MODEL_FILE,
     complete_architecture,

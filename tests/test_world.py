@@ -18,11 +18,11 @@ import pytest
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from xsam import world as toy_world
-from xsam.datasets import open_dataset
+from xsam.datasets.registry import open_dataset
+from xsam.datasets.sources import PROMPT_TYPES, SOURCES, locate
 from xsam.prompts import clean_name
-from xsam.scenes import COLORS, RADII, RIDDLES, STUFF_IDS, THING_IDS, Scene, plural
-from xsam.sources import PROMPT_TYPES, SOURCES, locate
+from xsam.toy import world as toy_world
+from xsam.toy.scenes import COLORS, RADII, RIDDLES, STUFF_IDS, THING_IDS, Scene, plural
 
 NUM_TRAIN, NUM_VAL = 24, 6
 SINGULAR = {plural(name): name for name in THING_IDS}

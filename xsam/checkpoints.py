@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from xsam import distributed
 from xsam.config import Config
+from xsam.optimizer import MasterAdamW
 from xsam.weights import (
     CONFIG_FILE,
     Stored,
@@ -26,13 +27,20 @@ from xsam.weights import (
     list_tensors,
     load_tensors,
     own_tensors,
+    read_tensors,
     save_model,
     save_tensors,
 )
 
 LATEST_FILE = "latest"
+
+
 STATES_FILE = "optimizer"  # what the names of the files with the optimizer's states begin with
+
+
 STATES_BYTES = 10**9  # largest of them
+
+
 LANGUAGE_FIELDS = ("image_", "llm", "max_text", "num_region", "region_", "logit_")  # not in stage 1
 
 
@@ -267,3 +275,47 @@ def check_checkpoint(folder: Path, config: Config, stage: int) -> dict:
             + "; ".join(different[:5])
         )
     return header
+
+
+# ---- the optimizer's states ----------------------------------------------------------------------
+
+
+def own_shard(optimizer: torch.optim.Optimizer) -> MasterAdamW:
+    """The part of the optimizer that this rank keeps."""
+    return optimizer if isinstance(optimizer, MasterAdamW) else optimizer.optim
+
+
+def state_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, prefix: str
+) -> dict[str, Tensor]:
+    """This rank's states under the names that they have on disk: "<parameter>:exp_avg", …"""
+    shard = own_shard(optimizer)
+    return {
+        f"{disk_name(prefix + name)}:{kind}": state
+        for name, parameter in model.named_parameters()
+        if parameter in shard.state
+        for kind, state in shard.state[parameter].items()
+    }
+
+
+@torch.no_grad()
+def fill_states(
+    optimizer: torch.optim.Optimizer, model: nn.Module, prefix: str, stored: dict[str, Stored]
+) -> None:
+    """Fills this rank's states from files that any number of ranks wrote. A parameter of which none
+    is stored had no step yet. Raises ValueError that names what is missing or of another shape."""
+    shard = own_shard(optimizer)
+    mine = {parameter for group in shard.param_groups for parameter in group["params"]}
+    stepped, wanted = {name.rpartition(":")[0] for name in stored}, {}
+    for name, parameter in model.named_parameters():
+        on_disk = disk_name(prefix + name)
+        if parameter not in mine or on_disk not in stepped:
+            continue
+        for kind, state in shard.start(parameter).items():
+            entry = stored.get(f"{on_disk}:{kind}")
+            if entry is None or entry.shape != tuple(state.shape):
+                found = "nothing" if entry is None else f"{list(entry.shape)} in {entry.file}"
+                raise ValueError(f"{on_disk}:{kind} should be {list(state.shape)}, found {found}")
+            wanted[entry] = state
+    for entry, values in read_tensors(list(wanted)):
+        wanted[entry].copy_(values)

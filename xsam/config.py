@@ -7,18 +7,15 @@ with smaller numbers.
     python xsam/train.py --config toy --stage 1 --num_queries 40 --global_batch_size 8
 """
 
-import argparse
-import copy
 import dataclasses
-import json
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-DEVICES = ("cpu", "cuda", "mps")
 Dtype = Literal["float32", "bfloat16"]
+
+
 SPECIAL_TOKENS = ("<SEG>", "<p>", "</p>")  # in the order in which the published weights number them
 
 
@@ -63,6 +60,7 @@ def _phi3_mini() -> dict:
 
 
 _QWEN3 = dict(num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)
+
 
 # What the name of a part (a Hugging Face folder) brings: fields of ModelConfig. Of a folder that is
 # not named here the image encoder and the language model are read from its config.json.
@@ -290,119 +288,6 @@ def xsam() -> Config:
     )
 
 
-def toy() -> Config:
-    """The same code for a laptop: 128-pixel drawings, 1.3 million parameters, minutes on two CPU
-    cores."""
-    config = xsam()
-    config.name = "toy"
-    config.model = ModelConfig(
-        seg_encoder="sam-vit-toy",
-        seg_image_size=128,
-        seg_patch_size=8,
-        seg_dim=64,
-        seg_depth=4,
-        seg_heads=2,
-        seg_mlp_dim=192,
-        seg_window_size=8,
-        seg_global_blocks=(1, 3),
-        seg_neck_dim=32,
-        image_encoder="siglip2-toy",
-        image_encoder_config=dict(
-            model_type="siglip_vision_model",
-            hidden_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            intermediate_size=128,
-            patch_size=16,
-            image_size=96,
-        ),
-        llm="phi3-toy",
-        llm_config=dict(
-            model_type="phi3",
-            vocab_size=512,
-            hidden_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            intermediate_size=256,
-            max_position_embeddings=512,
-            original_max_position_embeddings=512,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        ),
-        max_text_length=320,
-        connector_dim=64,
-        connector_layers=(2, 3, 4),
-        num_region_points=32,
-        decoder_dim=64,
-        decoder_heads=4,
-        pixel_decoder_layers=1,
-        pixel_decoder_points=2,
-        pixel_decoder_mlp_dim=128,
-        decoder_layers=3,
-        decoder_mlp_dim=128,
-        num_queries=20,
-        num_classes=12,
-    )
-    config.loss.num_points = 512
-    config.loss.class_weight = 4.0  # shapes are learned later than masks
-    config.score_threshold, config.overlap_threshold = 0.25, 0.6
-    config.dtype, config.recompute = "float32", False  # small enough to need neither
-    config.num_workers = 0
-    config.save_every = 200
-    config.eval_batch_size = 16
-    config.max_new_tokens = 48
-    config.eval_tasks = (
-        "panoptic",
-        "instance",
-        "semantic",
-        "openvocab",
-        "refer",
-        "grefer",
-        "reason",
-        "gcg",
-        "interactive",
-        "vgd",
-        "chat",
-    )
-    one, two, three = config.stages[1], config.stages[2], config.stages[3]
-    one.learning_rates = {"segmentor.encoder": 1e-3, "": 1e-3}
-    one.scale_range = (0.8, 1.25)
-    one.clip_norm = 1.0
-    one.max_steps = 1000
-    two.learning_rates = {"": 0.0, "image_projector": 5e-3, "seg_projector": 5e-3}
-    two.max_steps = 80
-    three.learning_rates = {
-        "segmentor.encoder": 3e-4,
-        "segmentor": 1e-3,
-        "image_encoder": 5e-4,
-        "": 1.5e-3,
-    }
-    # The mix of the paper, and the two sets that it scores without training on them.
-    three.datasets = (
-        "llava_instruct",
-        "coco_panoptic",
-        "coco_vgd",
-        "refcoco",
-        "grefcoco",
-        "gcg_grandf",
-        "gcg_refcocog",
-        "gcg_psg",
-        "gcg_flickr",
-        "reasonseg",
-        "coco_interactive",
-    )
-    three.max_steps = 1300
-    three.repeat_threshold = 0.5  # the sets are small, and RefCOCO's combinations many
-    for stage in config.stages.values():
-        stage.global_batch_size, stage.micro_batch_size = 8, 4
-    return config
-
-
-CONFIGS = {"xsam": xsam, "toy": toy}
-
-
 def stage_folder(out: Path, stage: int) -> Path:
     return Path(out) / f"stage{stage}"
 
@@ -445,123 +330,3 @@ def _build(kind, values, where: str):
         items = zip(keys, values.values(), strict=True)
         return {key: _build(arguments[1], value, f"{where}.{key}") for key, value in items}
     return float(values) if kind is float else values
-
-
-def _parse(kind, text: str):
-    """One flag's text as the type of its field: JSON for dicts, commas for tuples."""
-    origin = typing.get_origin(kind) or kind
-    if origin is Literal:
-        if text not in typing.get_args(kind):
-            choices = ", ".join(typing.get_args(kind))
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {choices}")
-        return text
-    if origin is bool:
-        if text.lower() not in ("true", "false"):
-            raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-        return text.lower() == "true"
-    if origin is tuple:
-        return tuple(typing.get_args(kind)[0](part) for part in text.split(",") if part)
-    if origin is dict:
-        try:
-            return _build(kind, json.loads(text), "value")
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"expected a JSON object, not {text!r}") from error
-    return kind(text)
-
-
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """`--FIELD VALUE` for every field of the configuration; a stage's field goes to each stage of
-    the run."""
-    for title, kind in (
-        ("model", ModelConfig),
-        ("stage", Stage),
-        ("loss", LossConfig),
-        ("run", Config),
-    ):
-        group = parser.add_argument_group(f"{title} fields (default: the value of --config)")
-        hints = typing.get_type_hints(kind)
-        for entry in dataclasses.fields(kind):
-            if kind is Config and entry.name in ("name", "model", "stages", "loss", "categories"):
-                continue
-            convert = lambda text, hint=hints[entry.name]: _parse(hint, text)  # noqa: E731
-            convert.__name__ = getattr(hints[entry.name], "__name__", str(hints[entry.name]))
-            group.add_argument(
-                f"--{entry.name}",
-                type=convert,
-                default=argparse.SUPPRESS,
-                metavar=_metavar(hints[entry.name]),
-            )
-
-
-def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device",
-        choices=DEVICES,
-        help="where to compute (default: cuda where there is a GPU, else cpu); mps is untested",
-    )
-
-
-def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
-    """Which checkpoint a command reads, and where to: the arguments of
-    `xsam.model.load_checkpoint`."""
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=is_required,
-        metavar="PATH",
-        help="a step_N folder, one of save_pretrained, or a published X-SAM checkpoint",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="DIR",
-        help="the language model's Hugging Face folder, for a published checkpoint without one",
-    )
-    parser.add_argument(
-        "--allow-missing",
-        action="append",
-        default=[],
-        metavar="PREFIX",
-        help="names of tensors, as on disk, that the checkpoint may lack; may be repeated",
-    )
-    add_device_flag(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=typing.get_args(Dtype),
-        help="of the weights (default: as they are stored); bfloat16 computes under autocast",
-    )
-
-
-def _metavar(hint) -> str:
-    origin = typing.get_origin(hint) or hint
-    if origin is Literal:
-        return "|".join(typing.get_args(hint))
-    if isinstance(hint, types.GenericAlias) and origin is tuple:
-        return f"{typing.get_args(hint)[0].__name__.upper()},..."
-    return {dict: "JSON", bool: "true|false"}.get(
-        origin, getattr(origin, "__name__", "VALUE").upper()
-    )
-
-
-def apply_flags(config: Config, flags: dict, stages: list[int]) -> Config:
-    """Puts parsed flags into `config`: the model's, the loss's and the run's fields, and those of
-    the `stages` run. The name of a part brings its architecture (`ARCHITECTURES`)."""
-    brought: dict[str, Any] = {}
-    for part, known in ARCHITECTURES.items():
-        if part in flags:
-            unknown = {f"{part}_config": {}} if f"{part}_config" in vars(config.model) else {}
-            brought |= copy.deepcopy(known.get(flags[part], unknown))
-            if part == "seg_encoder" and "seg_backbone_config" not in brought:
-                brought["seg_backbone_config"] = {}
-    for name, value in (brought | flags).items():
-        targets = (
-            [config.stages[number] for number in stages],
-            [config.model],
-            [config.loss],
-            [config],
-        )
-        for owners in targets:
-            if name in {entry.name for entry in dataclasses.fields(owners[0])}:
-                for owner in owners:
-                    setattr(owner, name, value)
-    return config

@@ -64,25 +64,6 @@ class ConvBranch(nn.Module):
         return pixel_shuffle(x, self.scale).permute(0, 3, 1, 2)
 
 
-class LinearBranch(nn.Module):
-    """One scale without a look at the neighbours: two linear layers, then pixel shuffle (paper
-    table 9, "MLP")."""
-
-    def __init__(self, in_dim: int, hidden_dim: int, scale: float):
-        super().__init__()
-        self.scale = scale
-        shuffled_dim = int(in_dim * scale)
-        self.model = nn.Sequential(
-            nn.Linear(in_dim, shuffled_dim, bias=False),
-            nn.GELU(),
-            nn.Linear(shuffled_dim, shuffled_dim, bias=False),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] to [B, C/s, sH, sW]."""
-        return pixel_shuffle(self.model(x), self.scale).permute(0, 3, 1, 2)
-
-
 class SegmentationConnector(nn.Module):
     """A pyramid from a plain ViT (figure 4): each branch reads one hidden state and makes one
     scale, finest first."""
@@ -100,7 +81,9 @@ class SegmentationConnector(nn.Module):
             raise ValueError(
                 f"connector_scales {scales} and connector_layers {layers} differ in length"
             )
-        branch = {"conv": ConvBranch, "linear": LinearBranch}[kind]
+        branch = ConvBranch
+        if kind == "linear":
+            from xsam.variants import LinearBranch as branch
         self.layers = layers
         self.model = nn.ModuleList(branch(in_dim, hidden_dim, scale) for scale in scales)
         self.dims = [int(int(in_dim * scale) / scale**2) for scale in scales]

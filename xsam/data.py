@@ -14,13 +14,15 @@ Legend: B images of a batch, D donors (images that show a visual prompt for anot
 runs, T targets, G visual prompts, H W image size, S canvas side, N tokens, P points.
 """
 
-import argparse
+from __future__ import annotations
+
 import dataclasses
 import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,15 +30,154 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from xsam import check, convert
 from xsam.config import Config, Stage
-from xsam.encoders import Placement, image_pixels, seg_pixels
 from xsam.llm import IGNORE_LABEL, render_conversation, tokenize
 from xsam.losses import Targets
 from xsam.prompts import PER_PHRASE_TASKS, join_phrases
-from xsam.samples import Dataset, Sample
+
+if TYPE_CHECKING:
+    from xsam.datasets.base import Dataset
+
+
+@dataclass
+class Sample:
+    """One record, at the image's own size."""
+
+    sample_id: str
+    task: str
+    image: Image.Image
+    turns: list[tuple[str, str | None]]  # (question, answer); an answer of None is for the model
+    masks: np.ndarray  # bool [T, H, W]
+    labels: np.ndarray  # int64 [T], index into names
+    ignore: np.ndarray | None = None  # bool [H, W], pixels without a label
+    names: list[str] = field(default_factory=list)  # the classes or phrases, in prompt order
+    # A visual prompt for each <region>: bool [G, H, W], or a list of bool [H', W'] in other images.
+    regions: np.ndarray | list[np.ndarray] | None = None
+    region_images: list[Image.Image] | None = None  # these others; None: all are in `image`
+    category_ids: list[int] = field(default_factory=list)  # of the file, one for each name
+    image_id: int | str = ""  # of the file
+
+
+# ---- the resize-and-pad transform ----------------------------------------------------------------
+
+SEG_MEAN, SEG_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0..255
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where an image lies on the square canvas of the segmentation encoder, in pixels.
+
+    The image of `original` (height, width) is resized to `resized`; the canvas shows it from (top,
+    left) on, and what it does not fill, at the right and the bottom, is padding.
+    """
+
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    size: int
+    top: int = 0
+    left: int = 0
+
+    @classmethod
+    def fit(cls, original: tuple[int, int], size: int, scale: float = 1.0) -> Placement:
+        """The longest edge becomes size·scale."""
+        factor = size * scale / max(original)
+        return cls(original, tuple(max(1, round(side * factor)) for side in original), size)
+
+    def crop(self, rng: np.random.Generator) -> Placement:
+        """A random window where the resized image is larger than the canvas."""
+        top, left = (int(rng.integers(max(0, side - self.size) + 1)) for side in self.resized)
+        return dataclasses.replace(self, top=top, left=left)
+
+    @property
+    def visible(self) -> tuple[int, int]:
+        """Height and width of the canvas that shows the image."""
+        corner = self.resized[0] - self.top, self.resized[1] - self.left
+        return min(self.size, corner[0]), min(self.size, corner[1])
+
+    def place_map(self, values: np.ndarray, fill: int = 0) -> np.ndarray:
+        """Maps [..., H, W] of the original image on the canvas [..., S, S], by nearest pixel."""
+        if values.shape[-2:] != self.original:
+            raise ValueError(
+                f"map of {values.shape} on an image of {self.original} (height, width)"
+            )
+        rows = (np.arange(self.visible[0]) + self.top + 0.5) * self.original[0] / self.resized[0]
+        columns = (
+            (np.arange(self.visible[1]) + self.left + 0.5) * self.original[1] / self.resized[1]
+        )
+        shown = (rows.astype(int), -2), (columns.astype(int), -1)
+        visible = values
+        for places, axis in shown if self.resized < self.original else shown[::-1]:
+            visible = visible.take(places, axis)  # rows are whole lines of memory: the longer copy
+        canvas = np.full((*values.shape[:-2], self.size, self.size), fill, values.dtype)
+        canvas[..., : self.visible[0], : self.visible[1]] = visible
+        return canvas
+
+    def draw_points(self, mask: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+        """`count` random pixels of a mask, bool [H, W] of the original image, that the canvas
+        shows: where they lie on it as (row, column) in 0..1, [count, 2]. With repetition where
+        there are fewer; [0, 2] where there is none."""
+        axes = []
+        for side, resized, start, shown in zip(
+            self.original, self.resized, (self.top, self.left), self.visible, strict=True
+        ):
+            place = (np.arange(side) + 0.5) * (resized / side) - 0.5 - start
+            axes.append(np.where((place > -0.5) & (place < shown - 0.5), place.clip(min=0), -1))
+        rows, columns = axes
+        inside = np.flatnonzero(mask & (rows >= 0)[:, None] & (columns >= 0))
+        if not len(inside):
+            return np.zeros((0, 2))
+        chosen = inside[rng.choice(len(inside), count, replace=len(inside) < count)]
+        row, column = np.divmod(chosen, mask.shape[1])
+        return np.stack([rows[row], columns[column]], axis=1) / self.size
+
+
+def seg_pixels(image: Image.Image, placement: Placement) -> Tensor:
+    """RGB image to the segmentation encoder's input: float [3, S, S], normalised, padding zero."""
+    rows, columns = placement.visible
+    box = None  # of the original image, where the canvas does not show all of it
+    if (rows, columns) != placement.resized:
+        y, x = np.array(placement.original) / placement.resized
+        right, bottom = (placement.left + columns) * x, (placement.top + rows) * y
+        box = (
+            placement.left * x,
+            placement.top * y,
+            min(right, image.width),
+            min(bottom, image.height),
+        )
+    resized = image.resize((columns, rows), Image.Resampling.BILINEAR, box)
+    canvas = np.zeros((3, placement.size, placement.size), np.float32)
+    shown = canvas[:, :rows, :columns]
+    shown[:] = np.asarray(resized).transpose(2, 0, 1)
+    _normalise(shown, SEG_MEAN, SEG_STD)
+    return torch.from_numpy(canvas)
+
+
+def _normalise(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Channels first [3, H, W], in place."""
+    pixels -= np.float32(mean)[:, None, None]
+    pixels /= np.float32(std)[:, None, None]
+
+
+def image_pixels(
+    image: Image.Image,
+    size: int,
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+    std: tuple[float, ...] = (0.5, 0.5, 0.5),
+    resample: str = "bicubic",
+) -> Tensor:
+    """RGB image to the image encoder's input: squashed to float [3, size, size], normalised with
+    mean and deviation of pixels in 0..1 (default: SigLIP's)."""
+    resized = image.resize((size, size), Image.Resampling[resample.upper()])
+    pixels = np.empty((3, size, size), np.float32)
+    pixels[:] = np.asarray(resized).transpose(2, 0, 1)
+    pixels /= np.float32(255)
+    _normalise(pixels, mean, std)
+    return torch.from_numpy(pixels)
+
 
 PICTURES = ("image", "masks", "ignore", "regions", "region_images")  # fields of a Sample
+
+
 MOST_REPLACEMENTS = 100  # records in a row that may be left out before a run stops
 
 
@@ -67,14 +208,14 @@ class Batch:
     samples: list[Sample]  # of a Mixture without pictures and masks
     left_out: list[str]  # why other records are not in it: refused, or bad with --skip-bad
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Batch:
         return self._change(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> Batch:
         """For the DataLoader: from pinned memory a GPU copies while it computes."""
         return self._change(Tensor.pin_memory)
 
-    def _change(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def _change(self, change: Callable[[Tensor], Tensor]) -> Batch:
         for owner in (self, *self.targets):
             for name, value in vars(owner).items():
                 if isinstance(value, Tensor):
@@ -478,24 +619,7 @@ class Mixture(torch.utils.data.Dataset):
         return batch
 
 
-# ---- command line --------------------------------------------------------------------------------
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m xsam.data",
-        description="Checks the datasets of a data root, and builds those that have to be built.",
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    check.add_command(commands)
-    convert.add_commands(commands)
-    options = parser.parse_args(arguments)
-    try:
-        return options.run(options) or 0
-    except (ValueError, OSError) as error:
-        print(f"xsam.data: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
+    from xsam.datasets.commands import main
+
     sys.exit(main())

@@ -7,17 +7,10 @@ ones to the language model.
 Legend: B batch, h w patch grid, C channels, N tokens, S side of the padded input in pixels.
 """
 
-import dataclasses
-
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig
-
-SEG_MEAN, SEG_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels in 0..255
-
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 # ---- segmentation encoder ------------------------------------------------------------------------
 
@@ -203,32 +196,6 @@ def transformers_config(values: dict) -> PreTrainedConfig:
     return AutoConfig.for_model(values["model_type"], **others)
 
 
-class SwinEncoder(nn.Module):
-    """Swin Transformer (Liu et al. 2021) as the backbone of Mask2Former, through transformers."""
-
-    def __init__(self, config: dict):
-        super().__init__()
-        stages = [f"stage{number + 1}" for number in range(len(config["depths"]))]
-        # Dropped paths would be drawn from the process's generator: another number of processes,
-        # another result.
-        config = transformers_config(config | {"out_features": stages, "drop_path_rate": 0.0})
-        self.stride = config.patch_size * 2 ** (len(stages) - 2)  # of the last scale but one
-        self.model = AutoBackbone.from_config(config)
-        self.model.swin.layernorm = nn.Identity()  # nothing reads what it would normalise
-
-    @property
-    def dims(self) -> list[int]:
-        return list(self.model.channels)
-
-    def forward(self, pixels: Tensor) -> list[Tensor]:
-        """[B, 3, S, S] normalised pixels to maps [B, h, w, C]: the normalised ones of every scale,
-        finest first, then the last two without norm. So number -2 is what the language model is
-        shown, as it is SAM's."""
-        output = self.model(pixels, output_hidden_states=True)
-        maps = [*output.feature_maps, *output.hidden_states[-2:]]
-        return [x.permute(0, 2, 3, 1) for x in maps]
-
-
 # ---- image encoder -------------------------------------------------------------------------------
 
 
@@ -249,118 +216,3 @@ class ImageEncoder(nn.Module):
         """[B, 3, s, s] normalised pixels to tokens [B, N, C], one for each patch."""
         output = self.model(pixel_values=pixels, output_hidden_states=True)
         return output.hidden_states[-2][:, -self.num_patches :]
-
-
-# ---- what the encoders are fed -------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where an image lies on the square canvas of the segmentation encoder, in pixels.
-
-    The image of `original` (height, width) is resized to `resized`; the canvas shows it from (top,
-    left) on, and what it does not fill, at the right and the bottom, is padding.
-    """
-
-    original: tuple[int, int]
-    resized: tuple[int, int]
-    size: int
-    top: int = 0
-    left: int = 0
-
-    @classmethod
-    def fit(cls, original: tuple[int, int], size: int, scale: float = 1.0) -> "Placement":
-        """The longest edge becomes size·scale."""
-        factor = size * scale / max(original)
-        return cls(original, tuple(max(1, round(side * factor)) for side in original), size)
-
-    def crop(self, rng: np.random.Generator) -> "Placement":
-        """A random window where the resized image is larger than the canvas."""
-        top, left = (int(rng.integers(max(0, side - self.size) + 1)) for side in self.resized)
-        return dataclasses.replace(self, top=top, left=left)
-
-    @property
-    def visible(self) -> tuple[int, int]:
-        """Height and width of the canvas that shows the image."""
-        corner = self.resized[0] - self.top, self.resized[1] - self.left
-        return min(self.size, corner[0]), min(self.size, corner[1])
-
-    def place_map(self, values: np.ndarray, fill: int = 0) -> np.ndarray:
-        """Maps [..., H, W] of the original image on the canvas [..., S, S], by nearest pixel."""
-        if values.shape[-2:] != self.original:
-            raise ValueError(
-                f"map of {values.shape} on an image of {self.original} (height, width)"
-            )
-        rows = (np.arange(self.visible[0]) + self.top + 0.5) * self.original[0] / self.resized[0]
-        columns = (
-            (np.arange(self.visible[1]) + self.left + 0.5) * self.original[1] / self.resized[1]
-        )
-        shown = (rows.astype(int), -2), (columns.astype(int), -1)
-        visible = values
-        for places, axis in shown if self.resized < self.original else shown[::-1]:
-            visible = visible.take(places, axis)  # rows are whole lines of memory: the longer copy
-        canvas = np.full((*values.shape[:-2], self.size, self.size), fill, values.dtype)
-        canvas[..., : self.visible[0], : self.visible[1]] = visible
-        return canvas
-
-    def draw_points(self, mask: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-        """`count` random pixels of a mask, bool [H, W] of the original image, that the canvas
-        shows: where they lie on it as (row, column) in 0..1, [count, 2]. With repetition where
-        there are fewer; [0, 2] where there is none."""
-        axes = []
-        for side, resized, start, shown in zip(
-            self.original, self.resized, (self.top, self.left), self.visible, strict=True
-        ):
-            place = (np.arange(side) + 0.5) * (resized / side) - 0.5 - start
-            axes.append(np.where((place > -0.5) & (place < shown - 0.5), place.clip(min=0), -1))
-        rows, columns = axes
-        inside = np.flatnonzero(mask & (rows >= 0)[:, None] & (columns >= 0))
-        if not len(inside):
-            return np.zeros((0, 2))
-        chosen = inside[rng.choice(len(inside), count, replace=len(inside) < count)]
-        row, column = np.divmod(chosen, mask.shape[1])
-        return np.stack([rows[row], columns[column]], axis=1) / self.size
-
-
-def seg_pixels(image: Image.Image, placement: Placement) -> Tensor:
-    """RGB image to the segmentation encoder's input: float [3, S, S], normalised, padding zero."""
-    rows, columns = placement.visible
-    box = None  # of the original image, where the canvas does not show all of it
-    if (rows, columns) != placement.resized:
-        y, x = np.array(placement.original) / placement.resized
-        right, bottom = (placement.left + columns) * x, (placement.top + rows) * y
-        box = (
-            placement.left * x,
-            placement.top * y,
-            min(right, image.width),
-            min(bottom, image.height),
-        )
-    resized = image.resize((columns, rows), Image.Resampling.BILINEAR, box)
-    canvas = np.zeros((3, placement.size, placement.size), np.float32)
-    shown = canvas[:, :rows, :columns]
-    shown[:] = np.asarray(resized).transpose(2, 0, 1)
-    _normalise(shown, SEG_MEAN, SEG_STD)
-    return torch.from_numpy(canvas)
-
-
-def _normalise(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Channels first [3, H, W], in place."""
-    pixels -= np.float32(mean)[:, None, None]
-    pixels /= np.float32(std)[:, None, None]
-
-
-def image_pixels(
-    image: Image.Image,
-    size: int,
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5),
-    std: tuple[float, ...] = (0.5, 0.5, 0.5),
-    resample: str = "bicubic",
-) -> Tensor:
-    """RGB image to the image encoder's input: squashed to float [3, size, size], normalised with
-    mean and deviation of pixels in 0..1 (default: SigLIP's)."""
-    resized = image.resize((size, size), Image.Resampling[resample.upper()])
-    pixels = np.empty((3, size, size), np.float32)
-    pixels[:] = np.asarray(resized).transpose(2, 0, 1)
-    pixels /= np.float32(255)
-    _normalise(pixels, mean, std)
-    return torch.from_numpy(pixels)

@@ -10,19 +10,15 @@ so that any number of processes, and a run that was interrupted, predict and sco
 last digit.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # a script's own folder must not shadow other packages' modules
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,25 +27,14 @@ from tqdm import tqdm
 
 from xsam import distributed
 from xsam.checkpoints import latest_checkpoint, read_header
-from xsam.config import add_checkpoint_flags
+from xsam.cli import add_checkpoint_flags
 from xsam.data import Processor
-from xsam.datasets import open_dataset
-from xsam.datasets_generic import Generic
-from xsam.formats import read_json
-from xsam.model import XSAM, Questions, Segmentor, answer, load_checkpoint, prepare
-from xsam.predictions import (
-    Predictions,
-    Writer,
-    begin,
-    complete,
-    finished_records,
-    is_complete,
-    keys_of,
-    kind_of,
-)
-from xsam.prompts import read_names, read_phrasings
-from xsam.samples import Dataset, read_categories
-from xsam.scoring import (
+from xsam.datasets.base import Dataset, read_categories
+from xsam.datasets.formats import read_json
+from xsam.datasets.generic import Generic
+from xsam.datasets.registry import open_dataset
+from xsam.datasets.sources import SOURCES, locate
+from xsam.evaluation.benchmarks import (
     SEGMENTOR_TASKS,
     TASKS,
     Figures,
@@ -59,10 +44,27 @@ from xsam.scoring import (
     table,
     task_of,
 )
-from xsam.sources import SOURCES, locate
+from xsam.evaluation.prediction_files import (
+    Predictions,
+    Writer,
+    begin,
+    complete,
+    finished_records,
+    is_complete,
+    keys_of,
+    kind_of,
+)
+from xsam.inference import Questions, answer, load_checkpoint, prepare
+from xsam.model import XSAM, Segmentor
+from xsam.prompts import read_names, read_phrasings
 from xsam.weights import CONFIG_FILE
 
+if __name__ == "__main__":  # a script's own folder must not shadow other packages' modules
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+
 FOLDER = "predictions"  # of a run or a checkpoint
+
 
 # ---- asking --------------------------------------------------------------------------------------
 

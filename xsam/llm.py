@@ -20,6 +20,8 @@ IMAGE_TOKEN, REGION_TOKEN = (
     -200,
     -300,
 )  # stand where visual tokens and region vectors are spliced in
+
+
 IGNORE_LABEL = -100
 
 

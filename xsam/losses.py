@@ -7,15 +7,22 @@ Legend: L decoder outputs, R decoder runs, Q queries, T targets of a run, M = mi
 pairs, P points.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 
-from xsam.config import LossConfig
-from xsam.decoder import Predictions
+from xsam.config import Config, LossConfig
+
+if TYPE_CHECKING:
+    from xsam.data import Batch
+    from xsam.decoder import Predictions
+    from xsam.model import XSAM, Segmentor
 
 
 @dataclass
@@ -214,3 +221,30 @@ def count_targets(num_targets: list[int], num_queries: int, config: LossConfig) 
         "masks": float(sum(num_targets)),
         "class_weight": matched + others * config.background_weight,
     }
+
+
+class Objective(nn.Module):
+    """The model and its criterion: what DistributedDataParallel wraps."""
+
+    def __init__(self, model: Segmentor | XSAM, config: Config):
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, batch: Batch, normalisers: Normalisers) -> dict[str, Tensor]:
+        """Weighted losses of one micro-batch; over a step's micro-batches and ranks they add up."""
+        device, weights = batch.seg_pixels.device, self.config.loss
+        is_mixed = self.config.dtype != "float32"
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
+            outputs = self.model(batch)
+        losses = {}
+        if batch.task != "chat":  # every rank has the same names, also where nothing is found
+            losses = {name: torch.zeros((), device=device) for name in ("class", "mask", "dice")}
+        if outputs.predictions is not None:
+            generators = [torch.Generator(device).manual_seed(seed) for seed in batch.run_seeds]
+            parts = segmentation_losses(
+                outputs.predictions, batch.targets, generators, normalisers, weights
+            )
+            losses = {name: getattr(weights, f"{name}_weight") * x for name, x in parts.items()}
+        if outputs.token_loss is not None:
+            losses["text"] = outputs.token_loss / normalisers.tokens
+        return losses

@@ -8,16 +8,20 @@ parameters alone, updates these and sends them to the others: stage 1 of ZeRO (R
 2020), by torch's ZeroRedundancyOptimizer. What else was measured is in LOG.md.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from xsam import distributed
-from xsam.config import Stage
-from xsam.weights import Stored, disk_name, read_tensors
+
+if TYPE_CHECKING:
+    from xsam.config import Stage
 
 # ---- learning rates ------------------------------------------------------------------------------
 
@@ -152,47 +156,3 @@ def update(
     total = math.hypot(*norms.values())
     unused = frozenset(parameter for parameter, norm in norms.items() if norm == 0)
     optimizer.step(scale=min(1.0, clip_norm / (total + 1e-6)), unused=unused)
-
-
-# ---- states on disk ------------------------------------------------------------------------------
-
-
-def own_shard(optimizer: torch.optim.Optimizer) -> MasterAdamW:
-    """The part of the optimizer that this rank keeps."""
-    return optimizer if isinstance(optimizer, MasterAdamW) else optimizer.optim
-
-
-def state_tensors(
-    optimizer: torch.optim.Optimizer, model: nn.Module, prefix: str
-) -> dict[str, Tensor]:
-    """This rank's states under the names that they have on disk: "<parameter>:exp_avg", …"""
-    shard = own_shard(optimizer)
-    return {
-        f"{disk_name(prefix + name)}:{kind}": state
-        for name, parameter in model.named_parameters()
-        if parameter in shard.state
-        for kind, state in shard.state[parameter].items()
-    }
-
-
-@torch.no_grad()
-def fill_states(
-    optimizer: torch.optim.Optimizer, model: nn.Module, prefix: str, stored: dict[str, Stored]
-) -> None:
-    """Fills this rank's states from files that any number of ranks wrote. A parameter of which none
-    is stored had no step yet. Raises ValueError that names what is missing or of another shape."""
-    shard = own_shard(optimizer)
-    mine = {parameter for group in shard.param_groups for parameter in group["params"]}
-    stepped, wanted = {name.rpartition(":")[0] for name in stored}, {}
-    for name, parameter in model.named_parameters():
-        on_disk = disk_name(prefix + name)
-        if parameter not in mine or on_disk not in stepped:
-            continue
-        for kind, state in shard.start(parameter).items():
-            entry = stored.get(f"{on_disk}:{kind}")
-            if entry is None or entry.shape != tuple(state.shape):
-                found = "nothing" if entry is None else f"{list(entry.shape)} in {entry.file}"
-                raise ValueError(f"{on_disk}:{kind} should be {list(state.shape)}, found {found}")
-            wanted[entry] = state
-    for entry, values in read_tensors(list(wanted)):
-        wanted[entry].copy_(values)

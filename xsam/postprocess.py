@@ -17,16 +17,20 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from xsam.draw import draw_segments
-from xsam.encoders import Placement
-from xsam.formats import encode_mask
+from xsam.data import Placement
+from xsam.datasets.formats import encode_mask
+from xsam.report.pictures import draw_segments
 
 Reading = tuple[np.ndarray, list[int], list[float]]  # masks bool [N, H, W], classes, scores
+
+
 Box = tuple[slice, slice]  # rows and columns of the original image
+
 
 # Of instances every pair of query and class is read, most with next to no score; pictures show
 # those with this or more.
 SHOWN_SCORE = 0.3
+
 
 BAND_VALUES = 2**22  # of float32 16 MB: near what caches hold, and few steps
 

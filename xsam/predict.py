@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from xsam.config import add_checkpoint_flags
+from xsam.cli import add_checkpoint_flags
+from xsam.datasets.formats import read_image, read_region
 from xsam.distributed import choose_device
-from xsam.formats import read_image, read_region
-from xsam.model import REQUESTS, load_checkpoint, predict
+from xsam.inference import REQUESTS, load_checkpoint, predict
 from xsam.postprocess import SHOWN_SCORE
 from xsam.prompts import read_names
 

@@ -12,13 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from xsam.config import SPECIAL_TOKENS
-from xsam.formats import expect, read_json
 
 PLACEHOLDERS = ("<image>", "<region>")
+
+
 PER_PHRASE_TASKS = ("refer", "reason")  # a <SEG> for each phrase; elsewhere one for the image
+
+
 OPTION_REQUEST = "Answer with the letter of the right option."
 
+
 _SEG_ANSWERS = ["Here is the segmentation: <SEG>.", "Sure, <SEG>.", "It is segmented: <SEG>."]
+
 
 # Of each task: what is asked, what is answered, and what is answered where there is no such thing.
 PHRASINGS: dict[str, dict[str, list[str]]] = {
@@ -87,6 +92,8 @@ def read_phrasings(path: Path | str) -> dict[str, dict[str, list[str]]]:
     Raises ValueError at an unknown task or kind, an empty list, a question without {phrases} (but
     for gcg), or an answer that has not exactly one <SEG>.
     """
+    from xsam.datasets.formats import expect, read_json
+
     phrasings = {task: dict(kinds) for task, kinds in PHRASINGS.items()}
     for task, kinds in read_json(Path(path), dict).items() if path else ():
         if task not in phrasings:

@@ -12,156 +12,19 @@ the last checkpoint, on any number of processes (paper section 4). `--plan` says
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a script's own folder must not shadow other packages' modules
+if __name__ == "__main__":
+    # Flags and paths are checked before torch is imported. Python puts a script's own folder first
+    # in sys.path, where our modules would shadow those of other packages.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from xsam.cli import train_command
+
+    sys.exit(train_command())
 
 import argparse
 import json
-import os
+import math
 import signal
 import time
-
-from xsam.config import (
-    CONFIGS,
-    Config,
-    add_config_flags,
-    add_device_flag,
-    apply_flags,
-    stage_folder,
-)
-from xsam.sources import find_source, required_paths
-
-# ---- command line: before torch is imported, so that a mistake costs a second --------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        leave(f"{self.format_usage()}{self.prog}: error: {message}")
-
-
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
-    parser = Parser(
-        prog="xsam/train.py",
-        description="Trains X-SAM; runs under torchrun or alone.",
-        epilog="example: torchrun --nproc_per_node 2 xsam/train.py --config toy --stage all "
-        "--out runs/toy",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--stage", choices=("1", "2", "3", "all"), required=True)
-    parser.add_argument("--config", choices=tuple(CONFIGS), default="xsam", help="preset")
-    parser.add_argument("--data", type=Path, help="data root (default: datas; toy makes its own)")
-    parser.add_argument("--weights", type=Path, help="folder of Hugging Face folders (weights)")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG)")
-    parser.add_argument(
-        "--init",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="checkpoint to start from in place of the earlier stages' in --out, ours or a "
-        "published X-SAM one, whole or a stage's part; may be repeated",
-    )
-    parser.add_argument(
-        "--allow-missing",
-        action="append",
-        default=[],
-        metavar="PREFIX",
-        help="names of tensors, as on disk, that an earlier stage's checkpoint may lack",
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    add_device_flag(parser)
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="print parameters, memory per GPU, steps and time of the run, and exit; needs no data",
-    )
-    parser.add_argument("--gpus", type=int, default=8, help="of --plan (8)")
-    parser.add_argument(
-        "--gpu-memory", type=float, default=80.0, metavar="GB", help="of each, for --plan (80)"
-    )
-    parser.add_argument(
-        "--images-per-second", type=float, metavar="X", help="of all GPUs, measured, for --plan"
-    )
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="train without bad records; they are counted"
-    )
-    add_config_flags(parser)
-    flags = vars(parser.parse_args(arguments))
-    own = ("stage", "config", "data", "weights", "out", "init", "allow_missing", "resume")
-    own += ("device", "skip_bad", "plan", "gpus", "gpu_memory", "images_per_second")
-    options = argparse.Namespace(**{name: flags.pop(name) for name in own})
-    options.stages = [1, 2, 3] if options.stage == "all" else [int(options.stage)]
-    options.out = options.out or Path("runs") / options.config
-    # The toy preset draws its own world where the user points at none.
-    options.world = options.out / "world" if options.config == "toy" else None
-    options.makes_data = options.world is not None and options.data is None
-    options.makes_weights = options.world is not None and options.weights is None
-    options.data = options.data or (options.world / "data" if options.world else Path("datas"))
-    options.weights = options.weights or (
-        options.world / "weights" if options.world else Path("weights")
-    )
-    config = apply_flags(CONFIGS[options.config](), flags, options.stages)
-    if options.init:  # in place of what the first stage would start from
-        config.stages[options.stages[0]].starts_from = ()
-    for number in options.stages:
-        stage = config.stages[number]
-        for name in stage.datasets:
-            try:
-                find_source(name)
-            except ValueError as error:
-                parser.error(f"stage {number}: {error}")
-        chunk = stage.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
-        if stage.global_batch_size % chunk:
-            parser.error(
-                f"stage {number}: global_batch_size {stage.global_batch_size} is not a multiple of "
-                f"micro_batch_size {stage.micro_batch_size} x {chunk // stage.micro_batch_size} "
-                "processes"
-            )
-    return options, config
-
-
-def preflight(options: argparse.Namespace, config: Config) -> str:
-    """What stands in the way of the run, as one message; empty where nothing does."""
-    required = required_paths(config, options.stages, options.data, options.weights, options.out)
-    made = [options.data] * options.makes_data + [options.weights] * options.makes_weights
-    required += [(path, "the checkpoint of --init") for path in options.init]
-    missing = [
-        (path, about)
-        for path, about in required
-        if not path.exists() and not any(root in path.parents for root in made)
-    ]
-    if missing:
-        lines = [f"xsam/train.py: {len(missing)} missing; put each where it belongs:"]
-        lines += [f"  {path}\n      {about}" for path, about in missing]
-        return "\n".join(lines)
-    started = [n for n in options.stages if any(stage_folder(options.out, n).glob("step_*"))]
-    if started and not options.resume:
-        return (
-            f"xsam/train.py: {stage_folder(options.out, started[0])} holds checkpoints already; "
-            "go on with --resume or choose another --out"
-        )
-    return ""
-
-
-def complain(message: str) -> None:
-    """Prints an error. What all ranks have met is said by the first, which dies of it and by that
-    ends the others (torchrun does) before they repeat it."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(5)
-    print(message, file=sys.stderr, flush=True)
-
-
-def leave(message: str) -> None:
-    complain(message)
-    sys.exit(2)
-
-
-if __name__ == "__main__":
-    OPTIONS, CONFIG = parse(sys.argv[1:])
-    if MESSAGE := "" if OPTIONS.plan else preflight(OPTIONS, CONFIG):
-        leave(MESSAGE)
-
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -173,30 +36,29 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from xsam import distributed, monitor, plan, toy
+from xsam import distributed
 from xsam.checkpoints import (
     check_checkpoint,
     check_space,
+    fill_states,
     latest_checkpoint,
     list_states,
     load_trained,
     point_latest,
     save_checkpoint,
+    state_tensors,
 )
+from xsam.config import Config, stage_folder
 from xsam.data import Batch, Mixture, Processor
-from xsam.datasets import open_dataset
-from xsam.datasets_generic import Generic
 from xsam.encoders import ImageEncoder
 from xsam.llm import LanguageModel
-from xsam.losses import Normalisers, count_targets
-from xsam.model import XSAM, Objective, Segmentor, checkpoint_activations, compile_blocks
+from xsam.losses import Normalisers, Objective, count_targets
+from xsam.model import XSAM, Segmentor, checkpoint_activations, compile_blocks
 from xsam.optimizer import (
     build_optimizer,
-    fill_states,
     freeze,
     gradient_norms,
     schedule,
-    state_tensors,
     update,
 )
 from xsam.prompts import read_phrasings
@@ -303,6 +165,7 @@ def distribute(objective: Objective) -> nn.Module:
     """
     if not distributed.has_group():
         return objective
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     with warnings.catch_warnings():  # broadcast_buffers has another name from torch 2.13 on
         warnings.simplefilter("ignore", FutureWarning)
         ddp = DistributedDataParallel(
@@ -311,7 +174,10 @@ def distribute(objective: Objective) -> nn.Module:
             gradient_as_bucket_view=True,
             find_unused_parameters=True,  # chat has no use for the decoder, nothing for SAM's neck
         )
-    ddp(None, None)["all"].backward()
+    # DDP warns where it looks for unused parameters and finds none: one is left out.
+    objective.forward = lambda: sum(p.sum() for p in trained[1:])
+    ddp().backward()
+    del objective.forward
     for parameter in ddp.parameters():
         if parameter.grad is not None:
             parameter.grad.zero_()
@@ -339,6 +205,9 @@ def train_stage(
 ) -> Segmentor | XSAM:
     """Trains one stage to its end and returns its model. Raises Stopped where a signal asked for an
     end, FloatingPointError where too many steps had no finite loss or gradient."""
+    from xsam import plan
+    from xsam.report import monitor
+
     stage, out = config.stages[number], stage_folder(options.out, number)
     rank, world_size = distributed.rank(), distributed.world_size()
     say = print if rank == 0 else lambda *_: None
@@ -472,6 +341,9 @@ def open_mixture(
     report: Callable[[str], None],
 ) -> Mixture:
     """The stage's datasets, reported, and the classes of the generic one noted in `config`."""
+    from xsam.datasets.generic import Generic
+    from xsam.datasets.registry import open_dataset
+
     stage, phrasings = config.stages[number], read_phrasings(config.phrasings)
     datasets = [
         open_dataset(name, options.data, number == 1, phrasings, options.skip_bad)
@@ -592,6 +464,10 @@ def ignore_signals(_: int) -> None:
 
 
 def run(options: argparse.Namespace, config: Config) -> None:
+    from xsam.report import monitor
+    from xsam.toy.weights import write_weights
+    from xsam.toy.world import write_world
+
     device = distributed.start(options.device)
     if distributed.rank() == 0:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -600,9 +476,9 @@ def run(options: argparse.Namespace, config: Config) -> None:
     # Two ranks make the toy world and its weights side by side; transformers writes on the first.
     last_rank = distributed.world_size() - 1
     if options.makes_data and not options.data.exists() and distributed.rank() == min(1, last_rank):
-        toy.write_world(options.data, seed=config.seed)
+        write_world(options.data, seed=config.seed)
     if options.makes_weights and not options.weights.exists() and distributed.rank() == 0:
-        toy.write_weights(options.weights, config.model, seed=config.seed)
+        write_weights(options.weights, config.model, seed=config.seed)
     distributed.barrier()
 
     if config.eval_tasks and monitor.UNTRAINED not in monitor.read_results(options.out):
@@ -617,35 +493,3 @@ def run(options: argparse.Namespace, config: Config) -> None:
     if distributed.rank() == 0:
         monitor.draw_metrics(options.out)
         print(f"\nwrote {options.out}")
-
-
-def main(options: argparse.Namespace, config: Config) -> int:
-    try:
-        if options.plan:
-            limits = options.gpus, options.gpu_memory, options.images_per_second
-            print(plan.report(config, options.stages, *limits, options.data))
-        else:
-            run(options, config)
-    except Stopped as stopped:
-        if distributed.rank() == 0:
-            name = signal.Signals(stopped.signal).name
-            print(f"xsam/train.py: {name}: {stopped}; go on with --resume", file=sys.stderr)
-        return 128 + stopped.signal
-    except KeyboardInterrupt:
-        complain("xsam/train.py: interrupted, not in the middle of a stage")
-        return 128 + signal.SIGINT
-    except (ValueError, FloatingPointError, OSError) as error:
-        complain(f"xsam/train.py: {error}")
-        return 2
-    except RuntimeError as error:
-        if not distributed.is_loss_of_a_rank(error):
-            raise
-        complain(f"xsam/train.py: rank {distributed.rank()} lost contact with another: {error}")
-        return 1
-    finally:
-        distributed.finish()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(OPTIONS, CONFIG))

@@ -14,12 +14,24 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from scipy import ndimage
 
 SMALLEST_SIDE = 480  # an image whose longest side is below this is enlarged to fit its labels
+
+
 TINT = 0.5
+
+
 TITLE_FONT_SIZE = 16
+
+
 GAP = 12  # pixels of white around titles and between pictures
+
+
 WHITE, BLACK, GREY, GRID = (255, 255, 255), (20, 20, 20), (110, 110, 110), (228, 228, 228)
+
+
 # Dark enough to be read on white, which the palette of the segments is not.
 CURVE_COLOURS = [f"hsl({hue}, 70%, 42%)" for hue in (208, 18, 130, 348, 270, 48, 315, 180)]
+
+
 # Up to this many points a curve is drawn as it is; above, pale under its running mean.
 MOST_RAW_POINTS = 50
 

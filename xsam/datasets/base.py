@@ -10,36 +10,14 @@ import contextlib
 import pickle
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from xsam.formats import (
-    take,
-)
+from xsam.data import Sample
+from xsam.datasets.formats import take
+from xsam.datasets.sources import Source, locate
 from xsam.prompts import PHRASINGS, ask, check_words, clean_name, reply
-from xsam.sources import Source, locate
-
-
-@dataclass
-class Sample:
-    """One record, at the image's own size."""
-
-    sample_id: str
-    task: str
-    image: Image.Image
-    turns: list[tuple[str, str | None]]  # (question, answer); an answer of None is for the model
-    masks: np.ndarray  # bool [T, H, W]
-    labels: np.ndarray  # int64 [T], index into names
-    ignore: np.ndarray | None = None  # bool [H, W], pixels without a label
-    names: list[str] = field(default_factory=list)  # the classes or phrases, in prompt order
-    # A visual prompt for each <region>: bool [G, H, W], or a list of bool [H', W'] in other images.
-    regions: np.ndarray | list[np.ndarray] | None = None
-    region_images: list[Image.Image] | None = None  # these others; None: all are in `image`
-    category_ids: list[int] = field(default_factory=list)  # of the file, one for each name
-    image_id: int | str = ""  # of the file
 
 
 def pack(record, where: str) -> bytes:

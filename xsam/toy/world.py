@@ -25,10 +25,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from xsam.convert import build_coco_semantic, build_vgd, complete, convert_ade20k, visual_prompts
-from xsam.formats import bounding_box, encode_mask
+from xsam.datasets.build import (
+    build_coco_semantic,
+    build_vgd,
+    complete,
+    convert_ade20k,
+    visual_prompts,
+)
+from xsam.datasets.formats import bounding_box, encode_mask
+from xsam.datasets.sources import SOURCES
 from xsam.prompts import choice_question
-from xsam.scenes import (
+from xsam.toy.scenes import (
     FACTS,
     RIDDLES,
     STUFF_IDS,
@@ -47,13 +54,17 @@ from xsam.scenes import (
     group_expressions,
     quizzes,
 )
-from xsam.sources import SOURCES
 
 SPLITS = ("train", "val", "text", "sam")  # each draws from numbers of its own
+
+
 # Those with generators of their own, which start from [seed, split, index, number]. Numbers count
 # from 1: numpy takes a last number of 0 for none, which would repeat the scene's generator.
 WRITERS = ("refcoco+", "refcocog", "grefcoco", "reasonseg", "reasonseg_val", "reasonseg_test")
+
+
 WRITERS += ("gcg", "interactive", "benchmark", "vqa")
+
 
 # ---- files ---------------------------------------------------------------------------------------
 
@@ -514,7 +525,11 @@ ADE_STUFF = {
     "dots": "dots",
     "bricks-stuff": "bricks",
 }
+
+
 ADE_THINGS = [(color, shape) for color in ("red", "green", "blue") for shape in THING_IDS]
+
+
 ADE_NAMES = [*ADE_STUFF.values(), *(f"{color} {shape}" for color, shape in ADE_THINGS)]
 
 
@@ -607,7 +622,11 @@ def _conversation(rng: Generator, turns: list[tuple[str, str]], has_image: bool 
 
 
 YES_OR_NO, HINT = "Please answer yes or no.", "Look at the picture."
+
+
 NUM_ROWS = 60  # of a benchmark, where there are as many questions
+
+
 COPY_STEP = 1_000_000  # from the index of a question of MMBench to that of its next copy
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from xsam.formats import (
+from xsam.data import Sample
+from xsam.datasets.base import Dataset, by_id, read_categories
+from xsam.datasets.formats import (
     SEGMENT_IDS,
     decode_mask,
     num_bad_rings,
@@ -23,7 +25,6 @@ from xsam.formats import (
     take_flag,
     take_size,
 )
-from xsam.samples import Dataset, Sample, by_id, read_categories
 
 
 class Generic(Dataset):

@@ -381,9 +381,17 @@ def caption_quality(
 # ---- answers -------------------------------------------------------------------------------------
 
 _PUNCTUATION = str.maketrans(dict.fromkeys(".,:;!*#()[]{}", " "))
+
+
 _PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene")
+
+
 _PERCEPTION += ("landmark", "artwork", "ocr")
+
+
 _COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation")
+
+
 _COGNITION += ("code_reasoning",)
 
 

@@ -140,6 +140,8 @@ def _shorten(value: Any) -> str:
 # ---- images --------------------------------------------------------------------------------------
 
 SEGMENT_IDS = range(2**24)  # three channels of eight bits, red the lowest
+
+
 # What Pillow's decoders raise on damaged bytes.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 

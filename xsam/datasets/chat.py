@@ -8,16 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from xsam.formats import (
-    expect,
-    first_file,
-    read_image,
-    read_json,
-    read_tsv,
-    take,
-)
+from xsam.data import Sample
+from xsam.datasets.base import Dataset
+from xsam.datasets.formats import expect, first_file, read_image, read_json, read_tsv, take
 from xsam.prompts import check_words, choice_question
-from xsam.samples import Dataset, Sample
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg")
 

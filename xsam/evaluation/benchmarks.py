@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from xsam import distributed, metrics
-from xsam.formats import encode_mask
-from xsam.predictions import Predictions
-from xsam.samples import Dataset
-from xsam.sources import PROMPT_TYPES
+from xsam import distributed
+from xsam.datasets.base import Dataset
+from xsam.datasets.formats import encode_mask
+from xsam.datasets.sources import PROMPT_TYPES
+from xsam.evaluation import metrics
+from xsam.evaluation.prediction_files import Predictions
 
 Figures = dict[str, float | None]  # by metric; None where there is nothing that it counts
 
@@ -42,15 +43,28 @@ _PQ = {
     "SQ": "mean IoU of the matched segments, mean over classes",
     "RQ": "F1 of finding segments, mean over classes",
 }
+
+
 _AP = {
     "AP": "mask AP, IoU 0.50 to 0.95, 100 masks a class and image, crowd ignored (pycocotools)",
     "AP50": "the same at IoU 0.50",
 }
+
+
 _MIOU = {"mIoU": "mean IoU of one confusion matrix; 255 and classes without truth not counted"}
+
+
 _CIOU = "sum of intersections / sum of unions, one mask an expression"
+
+
 _GIOU = "mean IoU, one mask an expression, empty union = 1"
+
+
 _SHOWN = {f" {kind}": f"coco_vgd_val_{kind}" for kind in PROMPT_TYPES}
+
+
 _SHOWN |= {f" {kind} cross": f"coco_vgd_val_{kind}_cross" for kind in PROMPT_TYPES}
+
 
 TASKS = {
     "panoptic": Task((("", "coco_panoptic_val"),), _PQ, {"PQ": 54.7}),
@@ -195,8 +209,12 @@ TASKS = {
         },
     ),
 }
+
+
 # The segmentor alone (paper table 17).
 SEGMENTOR_TASKS = ("panoptic", "instance", "semantic")
+
+
 SEGMENTOR_PAPER = {
     "panoptic": {"PQ": 54.2, "PQ_things": 60.0, "PQ_stuff": 45.4},
     "instance": {"AP": 44.2},

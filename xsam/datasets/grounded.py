@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from xsam.formats import (
+from xsam.data import Sample
+from xsam.datasets.base import Dataset, Packed, by_id, pack, read_categories
+from xsam.datasets.formats import (
     decode_mask,
     dilate,
     expect,
@@ -24,9 +26,8 @@ from xsam.formats import (
     take_flag,
     take_size,
 )
+from xsam.datasets.sources import PROMPT_RADII, PROMPT_TYPES
 from xsam.prompts import ask, check_words, reply
-from xsam.samples import Dataset, Packed, Sample, by_id, pack, read_categories
-from xsam.sources import PROMPT_RADII, PROMPT_TYPES
 
 # ---- grounded conversation -----------------------------------------------------------------------
 

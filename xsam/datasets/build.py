@@ -29,7 +29,7 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
-from xsam.formats import (
+from xsam.datasets.formats import (
     bounding_box,
     decode_mask,
     dilate,
@@ -44,11 +44,13 @@ from xsam.formats import (
     take,
     take_size,
 )
-from xsam.sources import PROMPT_RADII, PROMPT_TYPES
+from xsam.datasets.sources import PROMPT_RADII, PROMPT_TYPES
 
 # ---- visual prompts ------------------------------------------------------------------------------
 
 LARGEST_SPECK = 5  # pixels; a component no larger than that gets no prompt
+
+
 BLUR_SIGMA = 2.0
 
 
@@ -328,7 +330,11 @@ def _semantic_map(job: tuple, masks: Path, out: Path, indices: dict[int, int]) -
 # ---- ADE20K --------------------------------------------------------------------------------------
 
 _ADE_SPLITS = {"training": "train", "validation": "val"}  # as the outputs call them
+
+
 _MAPPING = "ade20k_instance_catid_mapping.txt"
+
+
 _ADE_URLS = (
     "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
     "http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar",

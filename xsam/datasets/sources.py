@@ -11,6 +11,8 @@ from pathlib import Path
 from xsam.config import Config, stage_folder
 
 PROMPT_TYPES = ("point", "scribble", "box", "mask")  # of visual prompts
+
+
 PROMPT_RADII = {"point": 10, "scribble": 5}  # pixels of the disc that a thin prompt is grown by
 
 
@@ -35,9 +37,16 @@ class Source:
 
 
 _COCO, _REF, _ADE = "img_genseg/coco2017", "img_refseg/refcocos", "img_ovseg/ade20k"
+
+
 _COCO_2014 = f"{_REF}/images/train2014"
+
+
 _LLAVA, _REASON = "img_chat/llava", "img_reaseg/lisa"
+
+
 _GCG, _INT, _VGD = "img_gcgseg/grand_f", "img_intseg/coco_int", "img_vgdseg/coco_vgd"
+
 
 # Other names of a file or of a run of folders, each a whole part of a path. A set that brings no
 # COCO images of its own reads those of the generic sets.

@@ -6,7 +6,6 @@ in for the public ones, so that all stages run on a laptop without a download.
     python -m xsam.toy /tmp/toy --num_train 1600 --num_val 64
 """
 
-import argparse
 import itertools
 import re
 from pathlib import Path
@@ -15,9 +14,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from xsam.config import ModelConfig, toy
+from xsam.config import ModelConfig
 from xsam.prompts import OPTION_REQUEST, PHRASINGS, clean_name
-from xsam.scenes import (
+from xsam.toy.scenes import (
     CAPTION_REQUESTS,
     CHECKS,
     CLASSES,
@@ -37,17 +36,21 @@ from xsam.scenes import (
     draw_scene,
     plural,
 )
-from xsam.world import ADE_NAMES, HINT, SPLITS, YES_OR_NO, draw_split, new_folder, write_world
+from xsam.toy.world import ADE_NAMES, HINT, SPLITS, YES_OR_NO, draw_split, new_folder
 
 # ---- weights -------------------------------------------------------------------------------------
 
 CHAT_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>")
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+
+
 SPARE_TOKENS = 8  # rows of the embedding left for the tokens that the model adds
 
 
@@ -210,7 +213,7 @@ def _patches(scene: Scene, model: ModelConfig):
     """A scene as the encoder's pixels and the commonest class of each patch [h, w], void last."""
     import torch
 
-    from xsam.encoders import Placement, seg_pixels
+    from xsam.data import Placement, seg_pixels
 
     placement = Placement.fit(scene.owner.shape, model.seg_image_size)
     names = [*CLASSES, ""]
@@ -271,19 +274,3 @@ def _write_language_model(folder: Path, config: dict, seed: int, steps: int) -> 
         bar.set_postfix(loss=f"{loss.item():.3f}")
     language_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the toy world: FOLDER/data, FOLDER/weights")
-    parser.add_argument("folder", type=Path, help="where to write; made if need be")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--num_train", type=int, default=1600, help="default: %(default)s")
-    parser.add_argument("--num_val", type=int, default=64, help="default: %(default)s")
-    arguments = parser.parse_args()
-    folder = arguments.folder
-    write_world(folder / "data", arguments.num_train, arguments.num_val, arguments.seed)
-    write_weights(folder / "weights", toy().model, arguments.seed)
-
-
-if __name__ == "__main__":
-    main()

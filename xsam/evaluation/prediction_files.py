@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from xsam.formats import (
+from xsam.data import Sample
+from xsam.datasets.base import Dataset
+from xsam.datasets.formats import (
     SEGMENT_IDS,
     checked_rle,
     decode_mask,
@@ -32,9 +34,10 @@ from xsam.formats import (
 )
 from xsam.postprocess import Prediction
 from xsam.prompts import strip_marks
-from xsam.samples import Dataset, Sample
 
 PREDICTIONS_FILE, CAPTIONS_FILE, ABOUT_FILE = "predictions.json", "captions.json", "about.json"
+
+
 PNG_FOLDER, UNFINISHED = "panoptic", "unfinished"
 
 
@@ -54,7 +57,11 @@ LAYOUTS = {
     "mask": Layout("id", True),  # {"image_id", "segmentation" (null: nothing), "score"}
     "answer": Layout("question_id", True),  # {"answer"}
 }
+
+
 _KINDS = {"panoptic": "panoptic", "instance": "instances", "semantic": "semantic"}
+
+
 _KINDS |= {"refs": "mask", "reason": "mask", "gcg_scored": "grounded", "tsv": "answer"}
 
 

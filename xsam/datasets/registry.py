@@ -8,17 +8,14 @@ read in `datasets_generic.py`, `datasets_referring.py`, `datasets_grounded.py` a
 import dataclasses
 from pathlib import Path
 
-from xsam.datasets_chat import Benchmark, Llava
-from xsam.datasets_generic import Instances, Panoptic, Semantic
-from xsam.datasets_grounded import GcgFlickr, GcgGrounded, GcgRefs, GcgScored, VisualPrompts
-from xsam.datasets_referring import OwnReferring, Reason, RefCoco
-from xsam.formats import (
-    read_json,
-    take,
-)
+from xsam.datasets.base import Dataset
+from xsam.datasets.chat import Benchmark, Llava
+from xsam.datasets.formats import read_json, take
+from xsam.datasets.generic import Instances, Panoptic, Semantic
+from xsam.datasets.grounded import GcgFlickr, GcgGrounded, GcgRefs, GcgScored, VisualPrompts
+from xsam.datasets.referring import OwnReferring, Reason, RefCoco
+from xsam.datasets.sources import Source, find_source, locate
 from xsam.prompts import PHRASINGS
-from xsam.samples import Dataset
-from xsam.sources import Source, find_source, locate
 
 READERS: dict[str, type[Dataset]] = {
     "panoptic": Panoptic,

@@ -20,14 +20,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from xsam import draw
 from xsam.config import xsam
-from xsam.datasets import read_dataset
+from xsam.data import Sample
+from xsam.datasets.base import Dataset
+from xsam.datasets.registry import read_dataset
+from xsam.datasets.sources import SOURCES, find_source, locate
 from xsam.prompts import PHRASINGS, read_phrasings
-from xsam.samples import Dataset, Sample
-from xsam.sources import SOURCES, find_source, locate
+from xsam.report import pictures as draw
 
 MOST_SHOWN = 5  # bad records of a set in the report, unless --all
+
+
 MOST_TITLE = 500  # characters of a prompt above its picture
 
 
@@ -52,6 +55,8 @@ class Report:
 
 
 _DATASET: Dataset | None = None  # of a worker, and the seed it draws with
+
+
 _SEED = 0
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from xsam.formats import (
+from xsam.data import Sample
+from xsam.datasets.base import Dataset, Packed, by_id, pack
+from xsam.datasets.formats import (
     decode_mask,
     expect,
     read_image,
@@ -25,9 +27,9 @@ from xsam.formats import (
     take_size,
 )
 from xsam.prompts import check_words
-from xsam.samples import Dataset, Packed, Sample, by_id, pack
 
 MAX_TURNS = 8  # referred objects of one training conversation
+
 
 # ---- referring: RefCOCO/+/g, gRefCOCO, a user's own ----------------------------------------------
 

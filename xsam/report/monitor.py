@@ -18,21 +18,32 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from xsam import distributed, draw
-from xsam.data import Batch
+from xsam import distributed
+from xsam.data import Batch, Sample
 from xsam.evaluate import FOLDER, evaluate
+from xsam.evaluation.benchmarks import SEGMENTOR_TASKS, TASKS, Figures, table
+from xsam.evaluation.prediction_files import Predictions
 from xsam.model import XSAM, Segmentor
 from xsam.postprocess import SHOWN_SCORE, Prediction
-from xsam.predictions import Predictions
-from xsam.samples import Sample
-from xsam.scoring import SEGMENTOR_TASKS, TASKS, Figures, table
+from xsam.report import pictures as draw
 
 METRICS_FILE, CURVES_FILE, RESULTS_FILE = "metrics.jsonl", "curves.png", "results.json"
+
+
 LOSSES = ("class", "mask", "dice", "text")
+
+
 MOST_REASONS = 20  # printed by a rank for samples that are left out
+
+
 WATCHED_STEPS = 50  # over which a slow loader is noticed
+
+
 SLOW_SHARE = 0.2  # of the time spent waiting for data that is worth a warning
+
+
 UNTRAINED = "untrained"  # the column of results before the first step
+
 
 # ---- steps ---------------------------------------------------------------------------------------
 

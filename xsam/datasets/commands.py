@@ -1,0 +1,22 @@
+"""The command `python -m xsam.data`: checks a data root, and builds sets that have to be built."""
+
+import argparse
+import sys
+
+from xsam.datasets import build, check
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m xsam.data",
+        description="Checks the datasets of a data root, and builds those that have to be built.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    check.add_command(commands)
+    build.add_commands(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (ValueError, OSError) as error:
+        print(f"xsam.data: {error}", file=sys.stderr)
+        return 2
