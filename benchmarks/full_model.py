@@ -334,7 +334,7 @@ def infer(report: Report, config: Config, device: torch.device, rounds: int) -> 
                 f"inference, {task}", num_masks > 0 or task == "chat", masks=num_masks, **figures
             )
     with report.guard("inference, tokens of an answer"):
-        model.settings.max_new_tokens = ANSWER_TOKENS
+        model.config.max_new_tokens = ANSWER_TOKENS
         lengths = 1, ANSWER_TOKENS - 1
         short, long = (measure(lambda n=n: run("chat", n * [word]))["s"] for n in lengths)
         rate = (lengths[1] - lengths[0]) / (long - short)

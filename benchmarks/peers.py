@@ -34,8 +34,8 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from xsam.cli import add_device_flag
 from xsam.config import Config, xsam
-from xsam.data import Placement
-from xsam.decoder import Predictions
+from xsam.data import ResizeAndPad
+from xsam.decoder import DecoderOutput
 from xsam.distributed import choose_device
 from xsam.losses import Normalisers, Targets, segmentation_losses
 from xsam.model import Segmentor, compile_blocks
@@ -45,7 +45,7 @@ from xsam.train import cast_parameters
 
 NUM_IMAGES, NUM_TARGETS = 2, 20  # images of the decoders, targets of each for the losses
 Output = dict[str, Tensor]  # mask and class logits under transformers' names
-_LEAVES = "class_logits", "mask_embeddings", "mask_features"  # of our Predictions
+_LEAVES = "class_logits", "mask_embeddings", "mask_features"  # of our DecoderOutput
 ROWS = "SAM encoder", "decoders", "losses", "decoders and losses"
 
 
@@ -73,7 +73,7 @@ class OurEncoder(nn.Module):
 class TheirEncoder(nn.Module):
     def __init__(self, segmentor: Segmentor):
         super().__init__()
-        self.encoder = SamVisionEncoder(sam_config(segmentor.settings.model))
+        self.encoder = SamVisionEncoder(sam_config(segmentor.config.model))
         self.encoder.load_state_dict(segmentor.encoder.state_dict())
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -88,11 +88,11 @@ class OurDecoders(nn.Module):
         self.pixel_decoder, self.decoder = segmentor.pixel_decoder, segmentor.decoder
         self.class_head = segmentor.class_head
 
-    def forward(self, *features: Tensor) -> Predictions:
+    def forward(self, *features: Tensor) -> DecoderOutput:
         mask_features, levels = self.pixel_decoder(list(features))
         queries, mask_embeddings = self.decoder(mask_features, levels)
         index = torch.arange(len(mask_features), device=mask_features.device)
-        return Predictions(self.class_head(queries), mask_embeddings, mask_features, index)
+        return DecoderOutput(self.class_head(queries), mask_embeddings, mask_features, index)
 
 
 class TheirDecoders(nn.Module):
@@ -100,7 +100,7 @@ class TheirDecoders(nn.Module):
 
     def __init__(self, segmentor: Segmentor):
         super().__init__()
-        config = mask2former_config(segmentor.settings)
+        config = mask2former_config(segmentor.config)
         self.pixel_decoder = Mask2FormerPixelDecoder(config, segmentor.connector.dims)
         self.pixel_decoder.load_state_dict(segmentor.pixel_decoder.state_dict())
         self.decoder = Mask2FormerTransformerModule(config.feature_size, config)
@@ -173,7 +173,7 @@ class Bench:
         for module in (*self.encoder, *self.decoders):
             cast_parameters(module, torch.bfloat16)
 
-    def our_loss(self, predictions: Predictions, place: str | None = None) -> Tensor:
+    def our_loss(self, predictions: DecoderOutput, place: str | None = None) -> Tensor:
         """`place`: the device on which the points are drawn (default: the modules')."""
         generators = [torch.Generator(place or self.device) for _ in range(NUM_IMAGES)]
         generators = [each.manual_seed(run) for run, each in enumerate(generators)]
@@ -246,7 +246,7 @@ def _compare_criterion(report: Report, bench: Bench) -> None:
         }
         leaves = [x.float().requires_grad_() for x in moved.values() if x.is_floating_point()]
         bench.targets = [Targets(t.masks.to(device), t.labels.to(device)) for t in bench.targets]
-        loss = bench.our_loss(Predictions(*leaves, moved["image_index"]), place="cpu")
+        loss = bench.our_loss(DecoderOutput(*leaves, moved["image_index"]), place="cpu")
         found.append([loss, *torch.autograd.grad(loss, leaves)])
     errors = [relative_error(*pair) for pair in zip(*found, strict=True)]
     names = "loss", "gradient_classes", "gradient_embeddings", "gradient_features"
@@ -267,8 +267,8 @@ def build_rows(bench: Bench) -> dict[str, Calls]:
         with torch.autocast(bench.device.type, torch.bfloat16):
             return function(*inputs)
 
-    def mean(outputs: Tensor | Predictions | list[Output]) -> Tensor:
-        if isinstance(outputs, Predictions):
+    def mean(outputs: Tensor | DecoderOutput | list[Output]) -> Tensor:
+        if isinstance(outputs, DecoderOutput):
             outputs = [{name: getattr(outputs, name) for name in _LEAVES}]
         elif isinstance(outputs, Tensor):
             outputs = [{"": outputs}]
@@ -281,7 +281,7 @@ def build_rows(bench: Bench) -> dict[str, Calls]:
     ):
         with torch.no_grad():
             found = mixed(decoders, *bench.features)
-        if isinstance(found, Predictions):
+        if isinstance(found, DecoderOutput):
             leaves = {name: getattr(found, name).requires_grad_() for name in _LEAVES}
             found = dataclasses.replace(found, **leaves)
         else:
@@ -317,9 +317,9 @@ def times(report: Report, bench: Bench, rounds: int, backend: str | None) -> Non
             _time_row(report, f"{name}, forward{suffix}", calls, bench.device, rounds)
         calls = {side: lambda call=call: backward(call) for side, call in calls.items()}
         _time_row(report, f"{name}, forward and backward{suffix}", calls, bench.device, rounds)
-    placement = Placement.fit(postprocess.SIZE, postprocess.CANVAS)
-    logits = (each.to(bench.device) for each in postprocess.model_outputs(0, placement))
-    pairs = {} if backend else postprocess.build_pairs(*logits, placement)
+    transform = ResizeAndPad.fit(postprocess.SIZE, postprocess.CANVAS)
+    logits = (each.to(bench.device) for each in postprocess.model_outputs(0, transform))
+    pairs = {} if backend else postprocess.build_pairs(*logits, transform)
     for name, pair in pairs.items():
         calls = dict(zip(("ours", "theirs"), pair, strict=True))
         with torch.no_grad():

@@ -26,21 +26,21 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
     Mask2FormerImageProcessorPil,
 )
 
-from xsam.data import Placement
-from xsam.postprocess import Reading, read_instances, read_panoptic, read_semantic
+from xsam.data import ResizeAndPad
+from xsam.postprocess import Reading, instance_inference, panoptic_inference, semantic_inference
 
 SIZE, CANVAS, MASK_SIZE = (480, 640), 1024, 256
 NUM_QUERIES, NUM_CLASSES, NUM_SURE = 200, 133, 30
 SCORE_THRESHOLD, OVERLAP_THRESHOLD = 0.5, 0.8
 
 
-def model_outputs(seed: int, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
+def model_outputs(seed: int, transform: ResizeAndPad) -> tuple[torch.Tensor, torch.Tensor]:
     """Class logits [Q, K+1] and mask logits [Q, h, w] as a trained model gives them."""
     rng = np.random.default_rng(seed)
     class_logits = rng.normal(size=(NUM_QUERIES, NUM_CLASSES + 1))
     mask_logits = torch.empty(NUM_QUERIES, MASK_SIZE, MASK_SIZE)
     rows, columns = torch.meshgrid(*[torch.arange(MASK_SIZE) + 0.5] * 2, indexing="ij")
-    shown = [side * MASK_SIZE / CANVAS for side in placement.resized]
+    shown = [side * MASK_SIZE / CANVAS for side in transform.resized]
 
     def blob(radius: float) -> torch.Tensor:
         """How far inside a wavy ellipse each place of the mask is."""
@@ -117,23 +117,23 @@ def agree_instances(ours: Reading, peer: dict) -> str:
     )
 
 
-def floors(probabilities: torch.Tensor, mask_logits: torch.Tensor, placement: Placement) -> dict:
+def floors(probabilities: torch.Tensor, mask_logits: torch.Tensor, transform: ResizeAndPad) -> dict:
     """What each reading cannot do without: bytes read and written, and operations, in words.
 
     A bilinear read is six operations (three lines between two values), a mask probability four
     (exponential, sum, quotient, sign) where an exponential counts as one.
     """
     pixels, per_pixel = SIZE[0] * SIZE[1], 6 + 4
-    shown = np.prod([side * MASK_SIZE // CANVAS for side in placement.resized])
-    panoptic, _, _ = read_panoptic(
-        probabilities, mask_logits, placement, [True] * NUM_CLASSES, SCORE_THRESHOLD, 0.0
+    shown = np.prod([side * MASK_SIZE // CANVAS for side in transform.resized])
+    panoptic, _, _ = panoptic_inference(
+        probabilities, mask_logits, transform, [True] * NUM_CLASSES, SCORE_THRESHOLD, 0.0
     )
     kept = int(
         ((probabilities.max(1).values > SCORE_THRESHOLD) & (probabilities.argmax(1) < NUM_CLASSES))
         .sum()
         .item()
     )
-    instances, _, _ = read_instances(probabilities, mask_logits, placement)
+    instances, _, _ = instance_inference(probabilities, mask_logits, transform)
     inside = int(instances.sum())
     return {
         "panoptic": (4 * kept * shown + panoptic.size, kept * pixels * (per_pixel + 2)),
@@ -146,10 +146,10 @@ def floors(probabilities: torch.Tensor, mask_logits: torch.Tensor, placement: Pl
 
 
 def build_pairs(
-    class_logits: torch.Tensor, mask_logits: torch.Tensor, placement: Placement
+    class_logits: torch.Tensor, mask_logits: torch.Tensor, transform: ResizeAndPad
 ) -> dict[str, tuple[Callable, Callable]]:
     """Of each reading our call and transformers', on the device of the logits."""
-    height, width = (round(side * MASK_SIZE / CANVAS) for side in placement.resized)
+    height, width = (round(side * MASK_SIZE / CANVAS) for side in transform.resized)
     outputs = SimpleNamespace(
         class_queries_logits=class_logits[None],
         masks_queries_logits=mask_logits[None, :, :height, :width].contiguous(),
@@ -157,12 +157,12 @@ def build_pairs(
     processor, sizes = Mask2FormerImageProcessorPil(), [SIZE]
 
     def read(reader: Callable, *rest) -> Reading:
-        return reader(class_logits.softmax(-1), mask_logits, placement, *rest)
+        return reader(class_logits.softmax(-1), mask_logits, transform, *rest)
 
     is_thing = [True] * NUM_CLASSES
     return {
         "panoptic": (
-            lambda: read(read_panoptic, is_thing, SCORE_THRESHOLD, OVERLAP_THRESHOLD),
+            lambda: read(panoptic_inference, is_thing, SCORE_THRESHOLD, OVERLAP_THRESHOLD),
             lambda: processor.post_process_panoptic_segmentation(
                 outputs,
                 threshold=SCORE_THRESHOLD,
@@ -172,11 +172,11 @@ def build_pairs(
             )[0],
         ),
         "semantic": (
-            lambda: read(read_semantic),
+            lambda: read(semantic_inference),
             lambda: processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)[0],
         ),
         "instances": (
-            lambda: read(read_instances, NUM_QUERIES),
+            lambda: read(instance_inference, NUM_QUERIES),
             lambda: processor.post_process_instance_segmentation(
                 outputs, threshold=0.0, target_sizes=sizes, return_binary_maps=True
             )[0],
@@ -189,21 +189,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    placement = Placement.fit(SIZE, CANVAS)
-    class_logits, mask_logits = model_outputs(options.seed, placement)
+    transform = ResizeAndPad.fit(SIZE, CANVAS)
+    class_logits, mask_logits = model_outputs(options.seed, transform)
     agreements = {
         "panoptic": agree_panoptic,
         "semantic": agree_semantic,
         "instances": agree_instances,
     }
-    needs = floors(class_logits.softmax(-1), mask_logits, placement)
+    needs = floors(class_logits.softmax(-1), mask_logits, transform)
     print(f"{NUM_QUERIES} queries, {NUM_CLASSES} classes, {SIZE[0]}x{SIZE[1]}, ", end="")
     print(f"{torch.get_num_threads()} threads, median of {options.rounds} rounds")
     print("| reading | ours | transformers | times faster | floor |")
     print("|---|---|---|---|---|")
     told = []
     with torch.no_grad():
-        for name, calls in build_pairs(class_logits, mask_logits, placement).items():
+        for name, calls in build_pairs(class_logits, mask_logits, transform).items():
             results = [call() for call in calls]
             device = mask_logits.device
             timings = time_in_turns(dict(enumerate(calls)), device, options.rounds)

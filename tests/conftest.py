@@ -74,7 +74,7 @@ def speaking_model(model, world) -> XSAM:
     Two rows of its output head tell the states that end a prompt from those that follow a <SEG>.
     """
     speaking = copy.deepcopy(model)
-    speaking.settings.score_threshold = speaking.settings.overlap_threshold = 0.0
+    speaking.config.score_threshold = speaking.config.overlap_threshold = 0.0
     reader = Processor(toy_config(), model.tokenizer)
     seg_id, end_id = model.llm.seg_id, model.tokenizer.convert_tokens_to_ids("<|end|>")
     queries, before, after = [], [], []
@@ -86,7 +86,7 @@ def speaking_model(model, world) -> XSAM:
         batch = reader.collate([reader.encode(sample) for sample in samples], pad_left=True)
         with torch.no_grad():
             embeddings, hidden_states = speaking.encode(batch)
-            nothing = torch.zeros(6, 1, speaking.settings.model.decoder_dim)
+            nothing = torch.zeros(6, 1, speaking.config.model.decoder_dim)
             index = torch.arange(6)
             speaking.segmentor.decode(hidden_states, index, None, nothing, nothing[..., 0] > 0)
             spoken = speaking.llm.model.get_input_embeddings()(torch.full((6, 1), seg_id))

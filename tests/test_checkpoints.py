@@ -69,7 +69,7 @@ def names(folder: Path) -> set[str]:
 
 def save(folder: Path, model: XSAM | Segmentor, step: int = 5, stage: int | None = None) -> Path:
     stage = stage or model.stage
-    return save_checkpoint(folder, model, model.settings, model.tokenizer, stage, step, STATES)
+    return save_checkpoint(folder, model, model.config, model.tokenizer, stage, step, STATES)
 
 
 class Small(nn.Module):
@@ -125,7 +125,7 @@ def test_a_checkpoint_comes_back_as_it_was(request, kind, tmp_path):
         loaded, stage = load_checkpoint(path)
         assert type(loaded) is type(model) and stage == (3 if kind == "model" else 1)
         assert same(snapshot(loaded), snapshot(model))
-        assert loaded.settings == model.settings and not loaded.training
+        assert loaded.config == model.config and not loaded.training
     assert read_header(folder)["step"] == 5
     (states,) = folder.glob(f"{STATES_FILE}*")
     assert same(load_file(states), STATES)
@@ -164,9 +164,9 @@ def test_without_the_optimizers_files_it_still_answers(segmentor, tmp_path):
 
 def test_a_checkpoint_of_another_stage_is_refused(segmentor, tmp_path):
     folder = save(tmp_path, segmentor)
-    assert check_checkpoint(folder, segmentor.settings, 1)["step"] == 5
+    assert check_checkpoint(folder, segmentor.config, 1)["step"] == 5
     with pytest.raises(ValueError, match=r"step_5: .* stage 1, .* stage 3"):
-        check_checkpoint(folder, segmentor.settings, 3)
+        check_checkpoint(folder, segmentor.config, 3)
 
 
 def test_a_checkpoint_of_another_model_is_refused(segmentor, config, tmp_path):
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_another_model_is_refused(segmentor, config, tmp_path):
 
 def test_stage_2_saves_the_projectors_alone(model, tmp_path):
     model = copy.deepcopy(model)
-    freeze(model, model.settings.stages[2], "")
+    freeze(model, model.config.stages[2], "")
     folder = save(tmp_path / "stage2", model, stage=2)
     saved = load_file(folder / MODEL_FILE)
     assert {name.split(".")[0] for name in saved} == {"visual_projector", "seg_projector"}
@@ -198,7 +198,7 @@ def test_stage_2_saves_the_projectors_alone(model, tmp_path):
 
 def test_a_resumed_stage_2_lacking_a_projector_is_refused(model, tmp_path):
     model = copy.deepcopy(model)
-    freeze(model, model.settings.stages[2], "")
+    freeze(model, model.config.stages[2], "")
     folder = save(tmp_path, model, stage=2)
     saved = load_file(folder / MODEL_FILE)
     saved.pop("visual_projector.model.0.weight")

@@ -1242,9 +1242,9 @@ def what_is_broken(case: Case, files: dict[str, Any], source: Source) -> str:
     return ""
 
 
-def corrupt_and_read(case: Case, root: Path, seed: int, left_out: dict) -> str:
+def corrupt_and_read(case: Case, root: Path, seed: int, skipped: dict) -> str:
     """What is wrong with the reader's dealing with corruption `seed`, "" if nothing. The files of
-    `case` lie under `root` and do again afterwards; `left_out` is what is left out of them."""
+    `case` lie under `root` and do again afterwards; `skipped` is what is left out of them."""
     corruption = Corruption(case.files, np.random.default_rng(seed))
     source, name = case.sources[seed % len(case.sources)], corruption.name
     changed = corruption.files.get(name)
@@ -1252,11 +1252,11 @@ def corrupt_and_read(case: Case, root: Path, seed: int, left_out: dict) -> str:
     try:
         broken = what_is_broken(case, corruption.files, source)
         messages, dataset = open_and_read(source, root, seed)
-        is_quiet = not messages and dataset.left_out == left_out[source]
+        is_quiet = not messages and dataset.skipped == skipped[source]
         for draw in range(NUM_DRAWS if broken and is_quiet else 0):
             messages += read_all(dataset, draw) if not messages else []
         wrong = ""
-        if broken and not messages and dataset.left_out == left_out[source]:
+        if broken and not messages and dataset.skipped == skipped[source]:
             wrong = f"accepted, but {broken}"
         for message in messages:
             if not message.startswith("/"):
@@ -1294,22 +1294,22 @@ def lay(case: Case, root: Path) -> dict[Source, Counter]:
     """Writes the files; what each source leaves out of them. They are sound."""
     for name, content in case.files.items():
         write(root, name, encode(name, content))
-    left_out = {}
+    skipped = {}
     for source in case.sources:
         messages, dataset = open_and_read(source, root, 0)
         assert messages == [] and len(dataset) > 0
         assert what_is_broken(case, case.files, source) == ""
-        left_out[source] = dataset.left_out
-    return left_out
+        skipped[source] = dataset.skipped
+    return skipped
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_corrupted_record_is_refused_with_a_message_or_is_sound(name, tmp_path, guard):
     case, failures = CASES[name](), []
-    left_out = lay(case, tmp_path)
+    skipped = lay(case, tmp_path)
     for seed in range(NUM_CORRUPTIONS):
         signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
-        failures.append(corrupt_and_read(case, tmp_path, seed, left_out))
+        failures.append(corrupt_and_read(case, tmp_path, seed, skipped))
     failures = [failure for failure in failures if failure]
     assert not failures, f"{len(failures)} of {NUM_CORRUPTIONS}:\n" + "\n".join(failures)
 

@@ -38,7 +38,7 @@ def any_model(request, model) -> XSAM:
 
 @pytest.fixture
 def any_processor(any_model) -> Processor:
-    return Processor(any_model.settings, any_model.tokenizer)
+    return Processor(any_model.config, any_model.tokenizer)
 
 
 def sample_of(world, name: str, index: int, is_answered: bool = True) -> Sample:
@@ -130,11 +130,15 @@ def test_points_lie_where_the_donors_own_canvas_has_them(processor, world, heigh
     sample = sample_of(world, f"{KIND}_cross", 0)
     region = np.zeros((height, width), bool)
     region[-1, -1] = True
-    donors = [sample.image.resize((width, height)) for _ in sample.names]
-    shown = dataclasses.replace(sample, region_images=donors, regions=[region] * len(donors))
+    reference_images = [sample.image.resize((width, height)) for _ in sample.names]
+    shown = dataclasses.replace(
+        sample, region_images=reference_images, regions=[region] * len(reference_images)
+    )
     points = collate(processor, shown).region_points
     size, longest = processor.config.model.seg_image_size, max(height, width)
-    corner = torch.tensor([height / longest, width / longest])  # of the donor on its canvas
+    corner = torch.tensor(
+        [height / longest, width / longest]
+    )  # of the reference_image on its canvas
     expected = corner - 0.5 / longest - 0.5 / size
     torch.testing.assert_close(points, expected.expand_as(points))
 

@@ -25,10 +25,10 @@ from xsam.data import (
     SEG_STD,
     Draw,
     Mixture,
-    Placement,
     Processor,
-    Refusal,
+    ResizeAndPad,
     Sample,
+    SampleTooLong,
     keep_names,
     repeat_factors,
 )
@@ -134,7 +134,9 @@ def test_words_that_are_too_many_are_refused_and_none_is_cut(processor, sample, 
     encoded = processor.encode(dataclasses.replace(sample), stage, rng())
     assert (encoded["ids"], encoded["labels"]) == whole
     processor.config.model.max_text_length = length - 1
-    with pytest.raises(Refusal, match=rf"{sample.task}/1: {length} text tokens.* {length - 1}$"):
+    with pytest.raises(
+        SampleTooLong, match=rf"{sample.task}/1: {length} text tokens.* {length - 1}$"
+    ):
         processor.encode(dataclasses.replace(sample), stage, rng())
 
 
@@ -176,13 +178,13 @@ def test_a_generic_prompt_that_fits_keeps_every_class(processor):
 def test_a_generic_prompt_of_present_classes_that_is_too_long_is_refused(processor):
     sample = generic(list(range(40)))
     processor.config.model.max_text_length = text_length(processor, sample) - 1
-    with pytest.raises(Refusal, match=r"generic/1: \d+ text tokens"):
+    with pytest.raises(SampleTooLong, match=r"generic/1: \d+ text tokens"):
         processor.encode(sample, STAGE, rng())
 
 
 def test_evaluation_names_every_class_or_refuses(processor):
     processor.config.model.max_text_length = 100
-    with pytest.raises(Refusal, match=r"generic/1: \d+ text tokens.* is 100"):
+    with pytest.raises(SampleTooLong, match=r"generic/1: \d+ text tokens.* is 100"):
         processor.encode(generic([3]))
 
 
@@ -332,7 +334,7 @@ def test_targets_follow_the_image_through_scale_crop_and_flip(config, seed):
     processor = Processor(config, None)
     encoded = processor.encode(coloured_sample(90, 120), AUGMENTED, rng(seed))
     pixels = unnormalised(encoded["seg_pixels"])
-    height, width = encoded["placement"].visible
+    height, width = encoded["transform"].visible
     on_image = torch.zeros(pixels.shape[1:], dtype=torch.bool)
     on_image[:height, :width] = True
     targets = encoded["targets"]
@@ -416,16 +418,16 @@ def test_region_points_lie_where_the_pixels_of_their_prompt_land(processor, seed
 def test_flips_and_crops_are_drawn(config):
     """The tests above would say nothing of a stage that never changes the picture."""
     processor = Processor(config, None)
-    placements, flips, counts = [], [], []
+    transforms, flips, counts = [], [], []
     for seed in range(30):
         sample = coloured_sample(90, 120)
         before = sample.masks[0].copy()
         encoded = processor.encode(sample, AUGMENTED, rng(seed))
-        placements.append(encoded["placement"])
+        transforms.append(encoded["transform"])
         flips.append(not (sample.masks[0] == before).all())
         counts.append(len(encoded["targets"].labels))
-    assert any(p.top for p in placements) and any(p.left for p in placements)
-    assert any(max(p.visible) < p.size for p in placements)
+    assert any(p.top for p in transforms) and any(p.left for p in transforms)
+    assert any(max(p.visible) < p.size for p in transforms)
     assert 5 < sum(flips) < 25 and min(counts) < 2
 
 
@@ -434,12 +436,12 @@ def test_a_mask_cut_away_is_no_generic_target_but_stays_a_referring_one(config):
     sample = coloured_sample(100, 100)
     sample.masks[1] = False
     sample.masks[1, :2, :2] = True
-    placement = processor.place(sample, Stage({}, (), scale_range=(2.0, 2.0)), rng(3))
-    assert placement.top > 4 and placement.left > 4
-    assert processor.targets(sample, placement).labels.tolist() == [0]
+    transform = processor.place(sample, Stage({}, (), scale_range=(2.0, 2.0)), rng(3))
+    assert transform.top > 4 and transform.left > 4
+    assert processor.targets(sample, transform).labels.tolist() == [0]
     for task in ("refer", "reason"):
         sample.task = task
-        targets = processor.targets(sample, placement)
+        targets = processor.targets(sample, transform)
         assert targets.labels.tolist() == [0, 1] and not targets.masks[1].any()
 
 
@@ -460,15 +462,15 @@ def visual(regions: dict[str, np.ndarray], task: str = "vgd", **fields) -> Sampl
 NOTHING = np.zeros(SIZE, bool)
 
 
-def coordinates(placement: Placement) -> np.ndarray:
+def coordinates(transform: ResizeAndPad) -> np.ndarray:
     """What row and column of the image each pixel of the canvas shows, [2, S, S], by resizing
     pictures of them; upscaled only, where that is exact but for the border."""
-    ramps = np.mgrid[: placement.original[0], : placement.original[1]].astype(np.float32)
-    canvas = np.full((2, placement.size, placement.size), np.nan)
+    ramps = np.mgrid[: transform.original[0], : transform.original[1]].astype(np.float32)
+    canvas = np.full((2, transform.size, transform.size), np.nan)
     for ramp, out in zip(ramps, canvas, strict=True):
-        resized = Image.fromarray(ramp).resize(placement.resized[::-1], Image.Resampling.BILINEAR)
-        piece = np.asarray(resized)[placement.top :, placement.left :]
-        piece = piece[: placement.size, : placement.size]
+        resized = Image.fromarray(ramp).resize(transform.resized[::-1], Image.Resampling.BILINEAR)
+        piece = np.asarray(resized)[transform.top :, transform.left :]
+        piece = piece[: transform.size, : transform.size]
         out[: piece.shape[0], : piece.shape[1]] = piece
     return canvas
 
@@ -489,12 +491,12 @@ def test_region_points_are_the_pixels_of_the_prompt_exactly(processor, seed):
     stage = Stage({}, (), scale_range=(0.5, 2.5))
     sample = visual({"cat": region})
     encoded = processor.encode(sample, stage, rng(seed))
-    placement = encoded["placement"]
-    canvas = coordinates(placement)
+    transform = encoded["transform"]
+    canvas = coordinates(transform)
     (points,) = encoded["region_points"]
     assert (points >= 0).all() and (points <= 1).all()
-    points = points.double().numpy() * placement.size
-    inner = (points > 1).all(axis=1) & (points < np.array(placement.visible) - 2).all(axis=1)
+    points = points.double().numpy() * transform.size
+    inner = (points > 1).all(axis=1) & (points < np.array(transform.visible) - 2).all(axis=1)
     pixels = read_at(canvas, points[inner])
     assert inner.sum() > 5
     assert np.abs(pixels - pixels.round()).max() < 1e-3
@@ -561,23 +563,25 @@ def test_no_answer_depends_on_the_batch(processor):
 @pytest.mark.parametrize("task", ["vgd", "interactive"])
 def test_a_sample_whose_prompts_are_all_empty_is_refused(processor, task):
     regions = {"cat": NOTHING, "dog": NOTHING} if task == "vgd" else {"object": NOTHING}
-    with pytest.raises(Refusal, match=f"{task}/1: no visual prompt has a pixel on the canvas"):
+    with pytest.raises(
+        SampleTooLong, match=f"{task}/1: no visual prompt has a pixel on the canvas"
+    ):
         processor.encode(visual(regions, task))
 
 
 def test_a_prompt_that_the_crop_cuts_away_is_empty(processor):
     corner, middle = box(0, 0, 2, 2), box(14, 18, 3, 3)
-    placement = Placement((30, 40), (240, 320), 128, top=50, left=90)
-    points = processor.region_points(visual({"cat": corner, "dog": middle}), placement, rng())
+    transform = ResizeAndPad((30, 40), (240, 320), 128, top=50, left=90)
+    points = processor.region_points(visual({"cat": corner, "dog": middle}), transform, rng())
     assert points[0] is None and len(points[1])
-    with pytest.raises(Refusal):
-        processor.region_points(visual({"cat": corner}), placement, rng())
+    with pytest.raises(SampleTooLong):
+        processor.region_points(visual({"cat": corner}), transform, rng())
 
 
 def across(sample: Sample, *shades: int) -> Sample:
     """The sample with each prompt in an image of its own, of one shade."""
-    donors = [Image.new("RGB", sample.image.size, (shade,) * 3) for shade in shades]
-    return dataclasses.replace(sample, regions=list(sample.regions), region_images=donors)
+    reference_images = [Image.new("RGB", sample.image.size, (shade,) * 3) for shade in shades]
+    return dataclasses.replace(sample, regions=list(sample.regions), region_images=reference_images)
 
 
 def test_images_that_show_a_prompt_follow_those_of_the_batch(processor):
@@ -591,9 +595,9 @@ def test_images_that_show_a_prompt_follow_those_of_the_batch(processor):
     encoded = [processor.encode(sample) for sample in samples]
     batch = processor.collate(encoded, pad_left=True)
     assert batch.region_index.tolist() == [3, 4, 1, 5]
-    assert len(batch.image_pixels) == len(batch.input_ids) == len(batch.placements) == 3
-    placement = Placement.fit(SIZE, processor.config.model.seg_image_size)
-    height, width = placement.visible
+    assert len(batch.image_pixels) == len(batch.input_ids) == len(batch.transforms) == 3
+    transform = ResizeAndPad.fit(SIZE, processor.config.model.seg_image_size)
+    height, width = transform.visible
     for row, shade in enumerate((0, 0, 0, 10, 20, 30)):
         pixels = unnormalised(batch.seg_pixels[row])[:, :height, :width]
         assert (pixels - shade).abs().max() < 1
@@ -607,8 +611,8 @@ def test_the_stage_changes_the_image_and_not_those_that_show_its_prompts(process
     sample = across(visual({"cat": corner}), 10)
     plain = processor.encode(across(visual({"cat": corner}), 10))
     changed = processor.encode(sample, stage, rng(1))
-    assert changed["placement"] != plain["placement"]
-    assert torch.equal(changed["donor_pixels"][0], plain["donor_pixels"][0])
+    assert changed["transform"] != plain["transform"]
+    assert torch.equal(changed["reference_pixels"][0], plain["reference_pixels"][0])
     size = processor.config.model.seg_image_size
     assert changed["region_points"][0].max() < 3 * size / SIZE[1] / size
 
@@ -632,7 +636,9 @@ def test_a_prompt_that_its_donor_lacks_is_filled_and_a_lost_name_takes_its_donor
         assert (first.category_ids, second.category_ids) == ([18, 17], [])
         read = [unnormalised(batch.seg_pixels[row])[0, 0, 0].item() for row in batch.region_index]
         assert np.round(read).tolist() == [40, 30, 40]
-        assert len(batch.seg_pixels) == 2 + 2  # a donor that shows nothing is not looked at
+        assert (
+            len(batch.seg_pixels) == 2 + 2
+        )  # a reference_image that shows nothing is not looked at
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -853,7 +859,7 @@ def test_places_and_epochs_draw_otherwise(processor):
     mix = mix_of(processor, Coded())
     items = [mix[Draw(0, 3, epoch, place)] for epoch in range(2) for place in range(1, 4)]
     assert len({item["run_seed"] for item in items}) == 6
-    assert len({item["placement"] for item in items}) == 6
+    assert len({item["transform"] for item in items}) == 6
 
 
 # ---- bad and refused samples ---------------------------------------------------------------------
@@ -874,7 +880,7 @@ def test_a_bad_record_comes_through_the_loader_as_its_message(processor):
     assert 1 <= len(errors) <= 2
     for error in errors:
         assert re.fullmatch(r"numbers\.json: record [25]: is wrong", str(error))
-    assert all(batch.left_out == [] for batch in batches if batch not in errors)
+    assert all(batch.skipped == [] for batch in batches if batch not in errors)
 
 
 def write_chats(root: Path) -> None:
@@ -904,8 +910,8 @@ def test_a_missing_image_stops_the_run_or_is_left_out(processor, tmp_path, skip_
             "llava_instruct/0",
             "llava_instruct/2",
         }
-        assert len(batch.samples) == 4 and batch.left_out
-        assert all("llava_images/1.jpg: cannot be read" in each for each in batch.left_out)
+        assert len(batch.samples) == 4 and batch.skipped
+        assert all("llava_images/1.jpg: cannot be read" in each for each in batch.skipped)
     else:
         assert isinstance(batch, ValueError) and "llava_images/1.jpg: cannot be read" in str(batch)
 
@@ -926,7 +932,7 @@ def test_the_place_of_what_is_left_out_is_taken_and_the_reason_told(
     assert len(mix) == 2  # so each record is asked for twice
     names = [sample.sample_id for batch in batches for sample in batch.samples]
     assert len(names) == 8 and not {"numbers/2", "numbers/5", "numbers/6"} & set(names)
-    reasons = [re.fullmatch(reason, each) for batch in batches for each in batch.left_out]
+    reasons = [re.fullmatch(reason, each) for batch in batches for each in batch.skipped]
     assert all(reasons) and {match[1] for match in reasons} == {"2", "5", "6"}
     draws = [draw for batch in mix.epoch(0) for draw in batch]
     for draw, name in zip(draws, names, strict=True):
@@ -934,7 +940,7 @@ def test_the_place_of_what_is_left_out_is_taken_and_the_reason_told(
             assert name == f"numbers/{draw.index}"
     for one, other in zip(batches, load(mix, 4, num_workers=0), strict=True):
         assert [s.sample_id for s in one.samples] == [s.sample_id for s in other.samples]
-        assert one.left_out == other.left_out and torch.equal(one.input_ids, other.input_ids)
+        assert one.skipped == other.skipped and torch.equal(one.input_ids, other.input_ids)
 
 
 def test_a_dataset_of_nothing_but_bad_records_ends(processor):
@@ -967,5 +973,5 @@ def test_an_empty_prompt_is_refused_and_another_sample_taken(processor):
     batches = load(mix, 6, num_workers=0)
     ids = {sample.sample_id for batch in batches for sample in batch.samples}
     assert ids <= {"coded/9", "coded/10", "coded/11"}
-    assert sum(len(batch.left_out) for batch in batches) >= 9
-    assert all("no visual prompt" in each for batch in batches for each in batch.left_out)
+    assert sum(len(batch.skipped) for batch in batches) >= 9
+    assert all("no visual prompt" in each for batch in batches for each in batch.skipped)

@@ -197,7 +197,7 @@ def test_panoptic_classes_are_ranks_of_ids_and_crowd_and_void_have_no_label(tmp_
 def test_panoptic_images_go_by_id_and_empty_ones_are_left_out(tmp_path):
     write_panoptic(tmp_path)
     dataset = open_dataset("coco_panoptic", tmp_path, all_classes=True)
-    assert +dataset.left_out == {"images without segments": 1} and not dataset.problems
+    assert +dataset.skipped == {"images without segments": 1} and not dataset.problems
     first, second = samples_of(dataset)
     assert (first.image.size, first.labels.tolist(), shade_of(first)) == ((4, 6), [1], 3)
     assert (second.image.size, second.labels.tolist(), shade_of(second)) == ((6, 4), [2, 3, 2], 7)
@@ -276,7 +276,7 @@ def write_instances(root: Path, path: str = f"{COCO}/annotations/instances_train
 def test_instances_of_polygons_and_rle_and_their_crowds(tmp_path):
     write_instances(tmp_path)
     dataset = open_dataset("coco_instance", tmp_path, all_classes=True)
-    assert +dataset.left_out == {"invalid rings": 1, "images without instances": 1}
+    assert +dataset.skipped == {"invalid rings": 1, "images without instances": 1}
     assert dataset.names == ["person", "backpack", "toothbrush"] and dataset.is_thing == [True] * 3
     first, second = samples_of(dataset)
     assert is_well_formed(first) and is_well_formed(second)
@@ -312,7 +312,7 @@ def test_instances_image_of_crowds_alone_is_left_out(tmp_path):
     edit(path, at("annotations", 3, "iscrowd", 1))
     dataset = open_dataset("coco_instance", tmp_path)
     assert [shade_of(sample) for sample in samples_of(dataset)] == [20]
-    assert dataset.left_out["images without instances"] == 2
+    assert dataset.skipped["images without instances"] == 2
 
 
 THIN = [[3, 3, 3.1, 3, 3.1, 3.1]]
@@ -353,7 +353,7 @@ def test_semantic_maps_hold_contiguous_classes_and_255(tmp_path):
     write_semantic(tmp_path)
     dataset = open_dataset("coco_semantic", tmp_path, all_classes=True)
     assert dataset.names == [f"kind {number}" for number in CLASS_IDS]
-    assert len(dataset) == 1 and +dataset.left_out == {"images without segments": 1}
+    assert len(dataset) == 1 and +dataset.skipped == {"images without segments": 1}
     sample = dataset.sample(0, rng())
     assert is_well_formed(sample) and sample.labels.tolist() == [0, 79, 80, 132]
     for mask, label in zip(sample.masks, (0, 79, 80, 132), strict=True):
@@ -760,7 +760,7 @@ def test_reasonseg_image_without_a_target_is_left_out(tmp_path):
     write_reason(tmp_path, {"0": without, **REASON, "c": record()})
     dataset = open_dataset("reasonseg", tmp_path)
     assert [shade_of(sample) for sample in samples_of(dataset)] == [2, 3]
-    assert +dataset.left_out == {"images without a target": 2}
+    assert +dataset.skipped == {"images without a target": 2}
 
 
 def test_reasonseg_image_whose_target_is_covered_is_left_out(tmp_path):
@@ -838,7 +838,7 @@ def test_gcg_spans_that_touch_or_overlap_are_dropped(tmp_path, spans, kept):
     caption = CAPTION.strip(' "').lower()
     for name, mask in zip(sample.names, sample.masks, strict=True):
         assert (mask == PARTS[[caption[slice(*span)] for span in spans].index(name)]).all()
-    assert sum(dataset.left_out.values()) == len(spans) - len(kept)
+    assert sum(dataset.skipped.values()) == len(spans) - len(kept)
 
 
 def test_gcg_caption_without_a_span_is_left_out(tmp_path):
@@ -846,7 +846,7 @@ def test_gcg_caption_without_a_span_is_left_out(tmp_path):
     write_grounded(tmp_path, other, grounded(), TWO_SPANS)
     dataset = open_dataset("gcg_grandf", tmp_path)
     assert len(dataset) == 1
-    assert +dataset.left_out == {"captions without a span": 2, "spans outside their caption": 1}
+    assert +dataset.skipped == {"captions without a span": 2, "spans outside their caption": 1}
 
 
 @pytest.mark.parametrize("size", [{}, {"height": 24, "width": 32}, {"height": "24", "width": "32"}])
@@ -897,7 +897,7 @@ def test_gcg_refcocog_spans_are_first_occurrences_and_absent_phrases_go(tmp_path
         "<p>a man in a hat</p> holds <p>the</p> dog that the man likes <SEG>"
     )
     assert (sample.masks == np.stack([PARTS[2], PARTS[3]])).all() and shade_of(sample) == 9
-    assert +dataset.left_out == {
+    assert +dataset.skipped == {
         "phrases that their caption lacks": 1,
         "overlapping or touching spans": 1,
     }
@@ -947,7 +947,7 @@ def write_flickr(root: Path, folder: str = FLICKR) -> None:
 def test_gcg_flickr_first_span_counts_and_short_captions_go(tmp_path, folder):
     write_flickr(tmp_path, folder)
     dataset = open_dataset("gcg_flickr", tmp_path)
-    assert +dataset.left_out == {"captions under three words": 1, "captions without a span": 1}
+    assert +dataset.skipped == {"captions under three words": 1, "captions without a span": 1}
     by_id = {sample.sample_id: sample for sample in samples_of(dataset)}
     assert set(by_id) == {"gcg_flickr/3", "gcg_flickr/5"}
     assert by_id["gcg_flickr/3"].turns[0][1] == "a dog and <p>a man</p> <SEG>"
@@ -995,7 +995,7 @@ def test_gcg_val_has_string_ids_and_no_info(tmp_path, split):
     write_scored(tmp_path, split)
     dataset = open_dataset(f"gcg_{split}", tmp_path)
     of_none = "images whose phrases do not belong to their masks"
-    assert +dataset.left_out == {"images without masks": 1, of_none: 1}
+    assert +dataset.skipped == {"images without masks": 1, of_none: 1}
     first, third = samples_of(dataset)
     assert is_well_formed(first) and is_well_formed(third)
     assert [shade_of(first), shade_of(third)] == [29, 30]
@@ -1015,7 +1015,7 @@ def test_gcg_val_captions_may_come_without_their_phrases(tmp_path):
     path = tmp_path / GCG / "annotations/val_test/val_gcg_coco_caption_gt.json"
     edit(path, without("annotations", 0, "labels"))
     dataset = open_dataset("gcg_val", tmp_path)
-    assert dataset.left_out["images whose phrases do not belong to their masks"] == 2
+    assert dataset.skipped["images whose phrases do not belong to their masks"] == 2
     assert dataset.sample(1, rng()).names == ["object"]
 
 
@@ -1090,14 +1090,14 @@ def test_interactive_evaluation_asks_for_each_object_that_has_the_prompt(tmp_pat
         assert (sample.regions == GROWN[kind]).all()
         assert "<p><region></p>" in sample.turns[0][0] and "<SEG>" in sample.turns[0][1]
     assert len({sample.sample_id for sample in samples}) == len(samples)
-    assert dataset.left_out["objects that no prompt shows"] == 4 - len(expected)
+    assert dataset.skipped["objects that no prompt shows"] == 4 - len(expected)
 
 
 def test_interactive_training_draws_an_object_and_a_prompt_but_no_crowd(tmp_path):
     write_interactive(tmp_path)
     dataset = open_dataset("coco_interactive", tmp_path)
     assert len(dataset) == 1
-    assert +dataset.left_out == {"crowd regions": 2, "images without a prompt": 1}
+    assert +dataset.skipped == {"crowd regions": 2, "images without a prompt": 1}
     drawn = set()
     for seed in range(150):
         sample = dataset.sample(0, rng(seed))
@@ -1168,7 +1168,7 @@ def whose(name: str, region: np.ndarray) -> tuple[int, str]:
 def test_vgd_training_shows_one_instance_and_wants_them_all(tmp_path):
     write_vgd(tmp_path)
     dataset = open_dataset("coco_vgd", tmp_path)
-    assert len(dataset) == 2 and not +dataset.left_out
+    assert len(dataset) == 2 and not +dataset.skipped
     orders, drawn = set(), set()
     for seed in range(200):
         sample = dataset.sample(0, rng(seed))
@@ -1196,8 +1196,8 @@ def test_vgd_evaluation_goes_by_category_with_one_kind_of_prompt(tmp_path, kind)
     expected = {(number, kind) for number in (1, 2, 3)} - {(2, "scribble"), (3, "point")}
     assert set(shown) == expected
     num_lost = {"box": 0, "scribble": 2}.get(kind, 1)
-    assert dataset.left_out["objects that no prompt shows"] == num_lost
-    assert dataset.left_out["images without a prompt"] == (kind != "box")
+    assert dataset.skipped["objects that no prompt shows"] == num_lost
+    assert dataset.skipped["images without a prompt"] == (kind != "box")
 
 
 LARGER = (40, 50)
@@ -1245,23 +1245,27 @@ def test_vgd_across_images_shows_each_category_in_another_image(tmp_path, kind, 
     for seed in range(20):
         for sample in samples_of(dataset, seed):
             assert is_well_formed(sample) and shade_of(sample) == sample.image_id
-            donors = [image.getpixel((0, 0))[0] for image in sample.region_images]
-            shown = zip(sample.category_ids, donors, strict=True)
-            found[sample.image_id] = {category: [donor] for category, donor in shown}
+            reference_images = [image.getpixel((0, 0))[0] for image in sample.region_images]
+            shown = zip(sample.category_ids, reference_images, strict=True)
+            found[sample.image_id] = {
+                category: [reference_image] for category, reference_image in shown
+            }
             assert sample.names == [dataset.category_names[each] for each in sample.category_ids]
             of_labels = [sample.category_ids[label] for label in sample.labels]
             kept = [each for each in objects[sample.image_id] if each in sample.category_ids]
             assert sorted(of_labels) == sorted(kept)
-            for donor, region in zip(donors, sample.regions, strict=True):
-                numbers = {9: (1, 2, 3), 4: (4, 5), 5: (7,), 6: ()}[donor]
+            for reference_image, region in zip(reference_images, sample.regions, strict=True):
+                numbers = {9: (1, 2, 3), 4: (4, 5), 5: (7,), 6: ()}[reference_image]
                 is_of = [n for n in numbers if (region == shifted(kind, n)).all()]
-                assert region.any() and (len(is_of) == 1 or donor == 6)
+                assert region.any() and (len(is_of) == 1 or reference_image == 6)
                 drawn.update(is_of)
     assert found == asked
     num_asked = sum(c in asked.get(image, ()) for image, cs in objects.items() for c in cs)
-    assert dataset.left_out["objects that no other image shows"] == 7 - num_asked
-    assert dataset.left_out["images that no other image shows a category of"] == 4 - len(asked)
-    assert {1, 3} - drawn == ({3} if kind == "point" else set())  # any object of the donor
+    assert dataset.skipped["objects that no other image shows"] == 7 - num_asked
+    assert dataset.skipped["images that no other image shows a category of"] == 4 - len(asked)
+    assert {1, 3} - drawn == (
+        {3} if kind == "point" else set()
+    )  # any object of the reference_image
 
 
 def test_vgd_training_keeps_a_category_that_nothing_shows(tmp_path):
@@ -1321,7 +1325,7 @@ CHATS = [
 def test_llava_turns(tmp_path):
     write_llava(tmp_path, CHATS)
     dataset = open_dataset("llava_instruct", tmp_path)
-    assert len(dataset) == 3 and +dataset.left_out == {"text without an image": 1}
+    assert len(dataset) == 3 and +dataset.skipped == {"text without an image": 1}
     samples = samples_of(dataset)
     assert [sample.turns for sample in samples] == [
         [("What is it?", "A ring.")],

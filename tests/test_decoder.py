@@ -21,10 +21,10 @@ from transformers.models.mask2former.modeling_mask2former import (
 
 from xsam.decoder import (
     CosineClassHead,
+    DecoderOutput,
     LinearClassHead,
     MaskedAttentionDecoder,
     PixelDecoder,
-    Predictions,
 )
 from xsam.variants import SamMaskDecoder
 
@@ -391,7 +391,7 @@ def test_runs_read_the_masks_of_their_own_image():
     """The last output's masks; several runs may share an image."""
     mask_embeddings, mask_features = torch.randn(2, 3, 4, 5), torch.randn(2, 5, 6, 7)
     image_index = torch.tensor([1, 0, 1])
-    masks = Predictions(None, mask_embeddings, mask_features, image_index).mask_logits()
+    masks = DecoderOutput(None, mask_embeddings, mask_features, image_index).mask_logits()
     assert masks.shape == (3, 4, 6, 7)
     for run, image in enumerate(image_index):
         pixels = mask_embeddings[-1, run] @ mask_features[image].flatten(1)
@@ -402,7 +402,7 @@ def test_runs_may_have_mask_features_of_their_own():
     """As SAM's decoder makes them: a run's features, whatever image it is of and in any order."""
     mask_embeddings, mask_features = torch.randn(2, 3, 4, 5), torch.randn(3, 5, 6, 7)
     image_index, feature_index = torch.tensor([1, 0, 1]), torch.tensor([2, 0, 1])
-    predictions = Predictions(None, mask_embeddings, mask_features, image_index, feature_index)
+    predictions = DecoderOutput(None, mask_embeddings, mask_features, image_index, feature_index)
     masks = predictions.mask_logits()
     assert masks.shape == (3, 4, 6, 7)
     for run, number in enumerate(feature_index):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from xsam.data import Mixture, Placement, Processor
+from xsam.data import Mixture, Processor, ResizeAndPad
 from xsam.datasets.registry import open_dataset
 from xsam.evaluate import reading_of
 from xsam.inference import answer, prepare
@@ -27,12 +27,12 @@ from xsam.model import checkpoint_activations
 from xsam.optimizer import build_optimizer, freeze, gradient_norms, update
 from xsam.plan import batch_loss
 from xsam.postprocess import (
-    read_instances,
-    read_interactive,
-    read_panoptic,
-    read_phrases,
-    read_semantic,
-    read_union,
+    instance_inference,
+    interactive_inference,
+    panoptic_inference,
+    phrase_inference,
+    semantic_inference,
+    union_inference,
 )
 from xsam.toy.preset import toy
 from xsam.train import pretrained_model
@@ -214,7 +214,7 @@ def test_an_answer_is_the_same_on_any_device(speaking_model, world, name):
     for device in (torch.device("cpu"), FAR):
         with far_device() if device == FAR else contextlib.nullcontext():
             model = copy.deepcopy(speaking_model).to(device)
-            questions = prepare(Processor(model.settings, model.tokenizer), samples)
+            questions = prepare(Processor(model.config, model.tokenizer), samples)
             results.append(answer(model, questions, reading_of(dataset), is_thing))
     for near, far in zip(*results, strict=True):
         assert (near.answer, near.labels) == (far.answer, far.labels)
@@ -225,23 +225,23 @@ def test_an_answer_is_the_same_on_any_device(speaking_model, world, name):
 def test_masks_are_read_out_the_same_on_any_device():
     """All readings, of outputs that give masks to each of them."""
     generator = torch.Generator().manual_seed(0)
-    placement = Placement.fit((60, 90), 128)
+    transform = ResizeAndPad.fit((60, 90), 128)
     probabilities = (4 * torch.randn(12, 5, generator=generator)).softmax(-1)
     logits = 4 * torch.randn(12, 4, 4, generator=generator)
     logits = torch.nn.functional.interpolate(logits[None], (32, 32), mode="bilinear")[0]
     region = np.zeros((60, 90), bool)
     region[10:40, 10:40] = True
     readings = {
-        read_panoptic: ([True, False, True, False], 0.1, 0.1),
-        read_semantic: (),
-        read_instances: (),
-        read_phrases: (),
-        read_union: (),
-        read_interactive: (region,),
+        panoptic_inference: ([True, False, True, False], 0.1, 0.1),
+        semantic_inference: (),
+        instance_inference: (),
+        phrase_inference: (),
+        union_inference: (),
+        interactive_inference: (region,),
     }
     for read, rest in readings.items():
-        masks, classes, scores = read(probabilities, logits, placement, *rest)
+        masks, classes, scores = read(probabilities, logits, transform, *rest)
         with far_device():
-            far = read(probabilities.to(FAR), logits.to(FAR), placement, *rest)
+            far = read(probabilities.to(FAR), logits.to(FAR), transform, *rest)
         assert masks.any() and (classes, scores) == far[1:], read.__name__
         np.testing.assert_array_equal(masks, far[0])

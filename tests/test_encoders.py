@@ -28,7 +28,7 @@ from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionEn
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from xsam.config import xsam
-from xsam.data import SEG_MEAN, SEG_STD, Placement, image_pixels, seg_pixels
+from xsam.data import SEG_MEAN, SEG_STD, ResizeAndPad, image_pixels, seg_pixels
 from xsam.encoders import ImageEncoder, SamEncoder, relative_positions
 from xsam.model import Segmentor
 from xsam.toy.preset import toy
@@ -223,14 +223,14 @@ def position_image(height: int, width: int) -> np.ndarray:
     return np.stack([4 * rows, 3 * columns, 0 * rows], axis=-1).astype(np.uint8)
 
 
-def place_both(array: np.ndarray, placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+def place_both(array: np.ndarray, transform: ResizeAndPad) -> tuple[np.ndarray, np.ndarray]:
     """The same content as an image and as a map: float [3, S, S] in 0..255, both."""
-    pixels = seg_pixels(Image.fromarray(array), placement).numpy()
-    outside = np.ones((placement.size, placement.size), bool)
-    outside[: placement.visible[0], : placement.visible[1]] = False
+    pixels = seg_pixels(Image.fromarray(array), transform).numpy()
+    outside = np.ones((transform.size, transform.size), bool)
+    outside[: transform.visible[0], : transform.visible[1]] = False
     assert (pixels[:, outside] == 0).all()
     pixels = pixels * np.float32(SEG_STD)[:, None, None] + np.float32(SEG_MEAN)[:, None, None]
-    placed = placement.place_map(array.transpose(2, 0, 1).astype(np.float32), fill=-1)
+    placed = transform.map_to_canvas(array.transpose(2, 0, 1).astype(np.float32), fill=-1)
     assert (placed[:, outside] == -1).all()
     assert (placed[:, ~outside] >= 0).all()
     return pixels[:, ~outside], placed[:, ~outside]
@@ -240,12 +240,12 @@ def place_both(array: np.ndarray, placement: Placement) -> tuple[np.ndarray, np.
 def test_image_and_map_land_on_the_same_pixels(seed):
     """At scale one nothing is interpolated, so a cropped image equals its map pixel for pixel."""
     array, size = position_image(60, 50), 40
-    placement = Placement.fit((60, 50), size, scale=60 / size)
-    assert placement.resized == placement.original
-    placement = placement.crop(np.random.default_rng(seed))
-    pixels, placed = place_both(array, placement)
+    transform = ResizeAndPad.fit((60, 50), size, scale=60 / size)
+    assert transform.resized == transform.original
+    transform = transform.crop(np.random.default_rng(seed))
+    pixels, placed = place_both(array, transform)
     np.testing.assert_allclose(pixels, placed, atol=1e-3)
-    assert placed[:2, 0].tolist() == [4 * placement.top, 3 * placement.left]
+    assert placed[:2, 0].tolist() == [4 * transform.top, 3 * transform.left]
 
 
 @pytest.mark.parametrize("original", [(60, 40), (33, 57), (50, 50)])
@@ -253,25 +253,25 @@ def test_image_and_map_land_on_the_same_pixels(seed):
 def test_image_and_map_agree_when_resized(original, scale):
     """They differ by no more than nearest and bilinear reading do, and by nothing on average."""
     size = 48
-    placement = Placement.fit(original, size, scale).crop(np.random.default_rng(0))
-    pixels, placed = place_both(position_image(*original), placement)
+    transform = ResizeAndPad.fit(original, size, scale).crop(np.random.default_rng(0))
+    pixels, placed = place_both(position_image(*original), transform)
     for channel, step in ((0, 4), (1, 3)):
-        factor = placement.resized[channel] / original[channel]
+        factor = transform.resized[channel] / original[channel]
         offset = (pixels[channel] - placed[channel]) / step * factor  # in pixels of the canvas
         assert abs(offset.mean()) < 0.3
         assert np.abs(offset).max() < 0.5 * max(1, factor) + 0.5
 
 
 def test_fit_keeps_the_shape():
-    placement = Placement.fit((480, 640), 1024)
-    assert placement.resized == (768, 1024) == placement.visible
-    assert (placement.top, placement.left) == (0, 0)
-    assert Placement.fit((640, 480), 1024, scale=0.5).visible == (512, 384)
-    assert Placement.fit((1, 5000), 64).resized == (1, 64)  # never an empty image
+    transform = ResizeAndPad.fit((480, 640), 1024)
+    assert transform.resized == (768, 1024) == transform.visible
+    assert (transform.top, transform.left) == (0, 0)
+    assert ResizeAndPad.fit((640, 480), 1024, scale=0.5).visible == (512, 384)
+    assert ResizeAndPad.fit((1, 5000), 64).resized == (1, 64)  # never an empty image
 
 
 def test_crop_stays_inside_and_reaches_every_edge():
-    whole = Placement.fit((30, 10), 24, scale=28 / 24)
+    whole = ResizeAndPad.fit((30, 10), 24, scale=28 / 24)
     crops = [whole.crop(np.random.default_rng(seed)) for seed in range(60)]
     assert {crop.top for crop in crops} == {0, 1, 2, 3, 4}
     assert {crop.left for crop in crops} == {0}  # narrower than the canvas: padded, not cropped
@@ -280,18 +280,18 @@ def test_crop_stays_inside_and_reaches_every_edge():
 
 def test_place_map_takes_stacks_and_keeps_the_type():
     masks = np.random.default_rng(0).random((3, 20, 30)) > 0.5
-    placement = Placement.fit((20, 30), 60)
-    placed = placement.place_map(masks)
+    transform = ResizeAndPad.fit((20, 30), 60)
+    placed = transform.map_to_canvas(masks)
     assert placed.dtype == bool and placed.shape == (3, 60, 60)
     assert (placed[:, :40:2, ::2] == masks).all() and (placed[:, 1:40:2, 1::2] == masks).all()
     assert not placed[:, 40:].any()
-    assert (placement.place_map(masks[0].astype(np.uint8), fill=255)[40:] == 255).all()
+    assert (transform.map_to_canvas(masks[0].astype(np.uint8), fill=255)[40:] == 255).all()
 
 
 def test_place_map_refuses_a_map_of_another_size():
     """Height and width exchanged is the usual mistake."""
     with pytest.raises(ValueError, match=r"\(30, 20\).*\(20, 30\)"):
-        Placement.fit((20, 30), 60).place_map(np.zeros((30, 20)))
+        ResizeAndPad.fit((20, 30), 60).map_to_canvas(np.zeros((30, 20)))
 
 
 def test_seg_pixels_are_normalised_as_sam_expects():

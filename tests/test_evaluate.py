@@ -30,7 +30,7 @@ from xsam.evaluation.prediction_files import (
     ABOUT_FILE,
     PREDICTIONS_FILE,
     UNFINISHED,
-    Predictions,
+    SavedPredictions,
     finished_records,
     keys_of,
 )
@@ -129,7 +129,7 @@ BATCH = 4  # of the six drawings: an uneven split
 def checkpoint(speaking_model, tmp_path_factory) -> Path:
     """Of a model that answers with masks."""
     folder, model = tmp_path_factory.mktemp("stage3"), speaking_model
-    return save_checkpoint(folder, model, model.settings, model.tokenizer, 3, 5, {})
+    return save_checkpoint(folder, model, model.config, model.tokenizer, 3, 5, {})
 
 
 @pytest.fixture(scope="module")
@@ -287,8 +287,8 @@ def test_a_model_is_not_shown_the_truth(speaking_model, world, tmp_path, monkeyp
 
 def test_loading_in_other_processes_changes_nothing(speaking_model, alone, world, tmp_path):
     model = copy.copy(speaking_model)
-    model.settings = copy.deepcopy(model.settings)
-    model.settings.num_workers, model.settings.eval_batch_size = 2, BATCH
+    model.config = copy.deepcopy(model.config)
+    model.config.num_workers, model.config.eval_batch_size = 2, BATCH
     dataset = open_dataset("refcoco_val", world / "data", all_classes=True)
     ask_dataset(model, dataset, tmp_path / "said")
     for name, content in contents(tmp_path / "said").items():
@@ -450,7 +450,7 @@ def test_predictions_of_other_weights_or_settings_are_not_mixed(
 
     model = copy.deepcopy(speaking_model)
     model.background_embedding.weight.data[0, 0] += 1
-    other = save_checkpoint(tmp_path, model, model.settings, model.tokenizer, 3, 6, {})
+    other = save_checkpoint(tmp_path, model, model.config, model.tokenizer, 3, 6, {})
     assert run("--checkpoint", other, *data) == 2
     assert "pope: holds predictions made with another weights" in capsys.readouterr().err
     assert contents(out) == before
@@ -459,7 +459,7 @@ def test_predictions_of_other_weights_or_settings_are_not_mixed(
 
 
 def test_a_segmentor_alone_is_scored_on_what_it_can(segmentor, world, tmp_path, capsys, results):
-    folder = save_checkpoint(tmp_path, segmentor, segmentor.settings, None, 1, 5, {})
+    folder = save_checkpoint(tmp_path, segmentor, segmentor.config, None, 1, 5, {})
     flags = ["--checkpoint", folder, "--data", world / "data"]
     assert run(*flags) == 0  # results lie beside the checkpoint
     told = capsys.readouterr().out
@@ -477,14 +477,14 @@ def test_a_segmentor_alone_is_scored_on_what_it_can(segmentor, world, tmp_path, 
 def shortened(model: XSAM, num_tokens: int) -> XSAM:
     """The model with room for so many tokens in a prompt."""
     model = copy.copy(model)
-    model.settings = copy.deepcopy(model.settings)
-    model.settings.model.max_text_length = num_tokens
+    model.config = copy.deepcopy(model.config)
+    model.config.model.max_text_length = num_tokens
     return model
 
 
 def asked_about(model: XSAM, sample: Sample) -> list[list[str]]:
     """The names of each prompt."""
-    parts = Processor(model.settings, model.tokenizer).split(sample)
+    parts = Processor(model.config, model.tokenizer).split(sample)
     for places, part in parts:
         assert part.names == [sample.names[place] for place in places]
     return [part.names for _, part in parts]
@@ -515,11 +515,11 @@ def test_masks_of_several_prompts_are_merged(speaking_model, classes):
     """What is said of a long list is what is said of its parts, asked alone."""
     model = shortened(speaking_model, 40)
     sample = classes.question(0)
-    parts = Processor(model.settings, model.tokenizer).split(sample)
+    parts = Processor(model.config, model.tokenizer).split(sample)
     assert len(parts) > 1
 
     def said(*samples: Sample) -> list[tuple]:
-        processor = Processor(model.settings, model.tokenizer)
+        processor = Processor(model.config, model.tokenizer)
         found = []
         for each in samples:
             (told,) = answer(model, prepare(processor, [each]), "instances")
@@ -545,7 +545,7 @@ def test_it_is_told_where_a_list_is_asked_in_parts(speaking_model, classes, tmp_
     (said,) = parted(capsys.readouterr().out)
     assert f"{len(classes.names)} names do not fit one prompt of 40 tokens" in said
     for folder in ("one", "several"):
-        entries = Predictions(tmp_path / folder, classes).entries
+        entries = SavedPredictions(tmp_path / folder, classes).entries
         found = {entry["category_id"] for said in entries.values() for _, entry in said}
         assert found == set(classes.category_index)
 
@@ -560,7 +560,7 @@ def test_it_is_told_where_only_a_later_question_has_to_be_parted(
         counts = [len(asked_about(model, sample)) for sample in samples]
         if counts[0] == 1 < max(counts):
             break
-    model.settings.eval_batch_size = 1
+    model.config.eval_batch_size = 1
     ask_dataset(model, classes, tmp_path / "said")
     assert len(parted(capsys.readouterr().out)) == 1
 

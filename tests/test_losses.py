@@ -18,7 +18,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from xsam.config import LossConfig
-from xsam.decoder import Predictions
+from xsam.decoder import DecoderOutput
 from xsam.losses import (
     Normalisers,
     Targets,
@@ -42,7 +42,7 @@ def make_targets(num_targets: int, generator: torch.Generator) -> Targets:
     return Targets(masks, torch.randint(K, (num_targets,), generator=generator))
 
 
-def scene(*num_targets: int, seed: int = 0) -> tuple[Predictions, list[Targets]]:
+def scene(*num_targets: int, seed: int = 0) -> tuple[DecoderOutput, list[Targets]]:
     """One run for each image; `num_targets` of each.
 
     Mask embeddings are one-hot, so the mask features are all outputs' mask logits, [B, L·Q, h, w].
@@ -52,7 +52,7 @@ def scene(*num_targets: int, seed: int = 0) -> tuple[Predictions, list[Targets]]
     mask_features = 3 * torch.randn(R, L * Q, 14, 10, generator=generator)
     mask_embeddings = torch.eye(L * Q).view(L, 1, Q, L * Q).repeat(1, R, 1, 1)
     class_logits = 2 * torch.randn(L, R, Q, K + 1, generator=generator)
-    predictions = Predictions(class_logits, mask_embeddings, mask_features, torch.arange(R))
+    predictions = DecoderOutput(class_logits, mask_embeddings, mask_features, torch.arange(R))
     for x in (class_logits, mask_embeddings, mask_features):
         x.requires_grad_()
     return predictions, [make_targets(count, generator) for count in num_targets]
@@ -64,7 +64,7 @@ def normalisers_of(targets: list[Targets]) -> Normalisers:
 
 
 def losses_of(
-    predictions: Predictions,
+    predictions: DecoderOutput,
     targets: list[Targets],
     config: LossConfig = CONFIG,
     seeds: list[int] | None = None,
@@ -76,9 +76,9 @@ def losses_of(
     return segmentation_losses(predictions, targets, generators, normalisers, config)
 
 
-def select(predictions: Predictions, runs: list[int]) -> Predictions:
+def select(predictions: DecoderOutput, runs: list[int]) -> DecoderOutput:
     """Some of the runs with their images, as another micro-batch would hold them."""
-    return Predictions(
+    return DecoderOutput(
         predictions.class_logits[:, runs],
         predictions.mask_embeddings[:, runs],
         predictions.mask_features[predictions.image_index[runs]],
@@ -104,7 +104,7 @@ def test_sample_masks_equals_grid_sample():
 
 
 def test_features_read_as_masks_do():
-    """Predictions and targets: 0 and 1 are the corners, centres of pixels half a pixel inside."""
+    """DecoderOutput and targets: 0 and 1 are the corners, centres of pixels half a pixel inside."""
     torch.manual_seed(0)
     masks = torch.rand(4, 8, 6) > 0.5
     points = torch.rand(4, 300, 2)
@@ -327,7 +327,7 @@ def test_without_targets_there_is_class_loss_only():
 # ---- unlabelled pixels ---------------------------------------------------------------------------
 
 
-def ignored_scene() -> tuple[Predictions, list[Targets], list[Targets]]:
+def ignored_scene() -> tuple[DecoderOutput, list[Targets], list[Targets]]:
     """A scene that ignores a rectangle, and the same with all targets flipped inside it.
 
     A bilinear reading just outside still sees the rim, so the flip keeps a pixel away from it.

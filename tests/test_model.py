@@ -21,7 +21,7 @@ from xsam.inference import REQUESTS, answer, predict, prepare
 from xsam.llm import IMAGE_TOKEN, REGION_TOKEN
 from xsam.losses import Normalisers, Objective
 from xsam.model import XSAM, Segmentor, checkpoint_activations, compile_blocks
-from xsam.postprocess import Prediction
+from xsam.postprocess import SegmentationResult
 from xsam.train import pretrained_model
 
 DATASETS = {
@@ -50,14 +50,14 @@ def questions(world, task: str, count: int = 6) -> list[Sample]:
     return [dataset.question(index) for index in range(count)]
 
 
-def respond(model: XSAM | Segmentor, samples: list[Sample]) -> list[Prediction]:
+def respond(model: XSAM | Segmentor, samples: list[Sample]) -> list[SegmentationResult]:
     reading = {"generic": "panoptic", "chat": "nothing"}.get(samples[0].task, "phrases")
-    processor = Processor(model.settings, model.tokenizer)
+    processor = Processor(model.config, model.tokenizer)
     return answer(model, prepare(processor, samples), reading, is_thing(model))
 
 
 def is_thing(model: XSAM | Segmentor) -> list[bool]:
-    return [category["is_thing"] for category in model.settings.categories]
+    return [category["is_thing"] for category in model.config.categories]
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_visual_tokens_are_the_image_encoders_then_the_segmentation_encoders(
     seg_tokens = model.seg_projector(pixel_shuffle(hidden_states[-2], 0.5)).flatten(0, 2)
     assert torch.allclose(tokens[count:], seg_tokens, atol=1e-5)
     assert len(tokens) == processor.num_visual_tokens
-    assert len(hidden_states) == 1 + model.settings.model.seg_depth
+    assert len(hidden_states) == 1 + model.config.model.seg_depth
     assert Processor(xsam(), None).num_visual_tokens == 27 * 27 + 32 * 32
 
 
@@ -338,8 +338,8 @@ def say(model, monkeypatch):
             return new, states[:, : -len(ids)], states[:, -len(ids) :]
 
         monkeypatch.setattr(model.llm, "generate", generate)
-        settings = dataclasses.replace(model.settings, score_threshold=0.0)
-        monkeypatch.setattr(model, "settings", settings)
+        settings = dataclasses.replace(model.config, score_threshold=0.0)
+        monkeypatch.setattr(model, "config", settings)
         return model
 
     return apply
@@ -402,14 +402,14 @@ def test_the_segmentor_segments_its_own_categories_only(segmentor):
     ):
         with pytest.raises(ValueError, match="stage-1 checkpoint"):
             predict(segmentor, picture(), **arguments)
-    own = [each["name"] for each in segmentor.settings.categories]
+    own = [each["name"] for each in segmentor.config.categories]
     for task in ("panoptic", "instance", "semantic"):
         assert set(predict(segmentor, picture(), task).labels) <= set(own)
     assert set(predict(segmentor, picture(), "semantic", stuff=own[3:1:-1]).labels) <= set(own[2:4])
 
 
 def test_a_model_without_categories_says_so(model, monkeypatch):
-    monkeypatch.setattr(model.settings, "categories", ())
+    monkeypatch.setattr(model.config, "categories", ())
     with pytest.raises(ValueError, match=r"things|stuff|categor"):
         model.predict(picture(), "panoptic")
 
@@ -445,7 +445,7 @@ def test_a_request_at_any_size_and_of_many_images(speaking_model):
 
 @pytest.mark.parametrize("task", REQUESTS)
 def test_every_request_is_answered_at_the_images_size(speaking_model, task):
-    region, donor = np.zeros((60, 100), bool), picture(80, 50)
+    region, reference_image = np.zeros((60, 100), bool), picture(80, 50)
     region[10:30, 20:50] = True
     arguments = {"text": "the red ring"} if task in ("chat", "refer", "reason") else {}
     if task in ("interactive", "vgd"):
@@ -457,16 +457,18 @@ def test_every_request_is_answered_at_the_images_size(speaking_model, task):
         assert (prediction.masks.sum(axis=0) == 1).all()
     if task == "vgd":
         others = [np.ones((80, 50), bool)] * 2
-        shown = speaking_model.predict(picture(), task, regions=others, region_image=donor)
+        shown = speaking_model.predict(
+            picture(), task, regions=others, region_image=reference_image
+        )
         assert set(shown.labels) == {"region 1", "region 2"}
         assert shown.masks.shape[1:] == (60, 100)
 
 
 def test_names_beyond_one_prompt_are_asked_in_several(speaking_model, monkeypatch):
     names = [f"{color} {shape}" for color in ("red", "green", "blue") for shape in ("ring", "star")]
-    monkeypatch.setattr(speaking_model.settings.model, "max_text_length", 320)
+    monkeypatch.setattr(speaking_model.config.model, "max_text_length", 320)
     whole = speaking_model.predict(picture(), "semantic", stuff=names)
-    monkeypatch.setattr(speaking_model.settings.model, "max_text_length", 45)
+    monkeypatch.setattr(speaking_model.config.model, "max_text_length", 45)
     split = speaking_model.predict(picture(), "semantic", stuff=names)
     assert whole.num_prompts == 1 and split.num_prompts > 1
     for prediction in (whole, split):
@@ -479,7 +481,9 @@ def test_names_beyond_one_prompt_are_asked_in_several(speaking_model, monkeypatc
 def test_a_prediction_as_json_is_the_prediction():
     masks = np.zeros((2, 30, 50), bool)
     masks[0, 4:9, 10:30] = masks[1, 20:, :7] = True
-    prediction = Prediction(picture(30, 50), masks, [0, 1], ["ring", "star"], [0.91, 0.5], "<SEG>")
+    prediction = SegmentationResult(
+        picture(30, 50), masks, [0, 1], ["ring", "star"], [0.91, 0.5], "<SEG>"
+    )
     document = prediction.to_dict()
     assert document["answer"] == "<SEG>"
     for mask, segment, label in zip(masks, document["segments"], ["ring", "star"], strict=True):
@@ -547,7 +551,7 @@ def test_compiled_blocks_give_the_same_gradients(world, model, processor, backen
             checkpoint_activations(copied)
             before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         batch = training_batch(processor, samples)
-        losses = Objective(copied, copied.settings)(batch, Normalisers(1.0, 1.0, 1.0))
+        losses = Objective(copied, copied.config)(batch, Normalisers(1.0, 1.0, 1.0))
         sum(losses.values()).backward()
         gradients.append([each.grad for each in copied.parameters() if each.grad is not None])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before >= 5  # kinds of blocks
@@ -594,7 +598,7 @@ def test_blocks_that_run_again_give_the_same_gradients(world, model, processor, 
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        objective = Objective(copied, copied.settings)
+        objective = Objective(copied, copied.config)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             batch = training_batch(processor, samples)
             losses = objective(batch, Normalisers(1.0, 1.0, 1.0))

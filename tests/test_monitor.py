@@ -18,8 +18,8 @@ from PIL import Image, ImageColor
 
 from xsam.datasets.registry import open_dataset
 from xsam.evaluation.benchmarks import TASKS, task_of
-from xsam.evaluation.prediction_files import Predictions
-from xsam.postprocess import Prediction
+from xsam.evaluation.prediction_files import SavedPredictions
+from xsam.postprocess import SegmentationResult
 from xsam.report import monitor
 from xsam.report import pictures as draw
 from xsam.report.monitor import (
@@ -41,14 +41,14 @@ from xsam.report.monitor import (
 )
 
 FIGURES = {"loss": 2.0, "class": 0.5, "mask": 1.25, "dice": 0.25, "grad_norm": 1.5, "lr": 1e-4}
-FIGURES |= {"images": 8, "tokens": 100, "left_out": 0, "skipped": 1}
+FIGURES |= {"images": 8, "tokens": 100, "skipped_samples": 0, "skipped": 1}
 FIGURES |= {"flops": 6e12, "data_seconds": 0.1, "seconds": 2.0}
 CPU = torch.device("cpu")
 
 
 def batch(*reasons: str) -> types.SimpleNamespace:
     """What is read of a batch."""
-    return types.SimpleNamespace(task="panoptic", left_out=list(reasons))
+    return types.SimpleNamespace(task="panoptic", skipped=list(reasons))
 
 
 def start(out: Path, first_step: int = 0, peak_tflops: float | None = None) -> Monitor:
@@ -110,7 +110,7 @@ def test_memory_is_that_of_this_process():
 def test_other_ranks_than_the_first_record_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     seen = start(tmp_path)
-    seen.step(0, [batch("a reason")], FIGURES | {"left_out": 1})
+    seen.step(0, [batch("a reason")], FIGURES | {"skipped_samples": 1})
     seen.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == "left out: a reason\n"
@@ -217,7 +217,7 @@ def test_the_first_reasons_are_printed_and_all_are_counted(tmp_path, capsys):
     seen = start(tmp_path)
     for step in range(5):
         batches = [batch(*(f"{step} {n} {part}" for n in range(3))) for part in "ab"]
-        seen.step(step, batches, FIGURES | {"left_out": 10})
+        seen.step(step, batches, FIGURES | {"skipped_samples": 10})
     told = [x for x in capsys.readouterr().out.splitlines() if x.startswith("left out: ")]
     expected = [f"left out: {s} {n} {part}" for s in range(5) for part in "ab" for n in range(3)]
     assert MOST_REASONS == 20 and told == expected[:20]
@@ -335,8 +335,8 @@ def test_a_run_without_a_finite_loss_is_drawn_empty(tmp_path):
 def trained(segmentor, monkeypatch):
     """A model in training, with few samples to validate on; the score is how many those are."""
     segmentor = copy.deepcopy(segmentor).train()
-    segmentor.settings.num_validation, segmentor.settings.num_pictures = 3, 2
-    segmentor.settings.eval_tasks = ("panoptic", "refer")  # the latter is not for this model
+    segmentor.config.num_validation, segmentor.config.num_pictures = 3, 2
+    segmentor.config.eval_tasks = ("panoptic", "refer")  # the latter is not for this model
     monkeypatch.setattr(
         "xsam.evaluate.score_dataset", lambda said, *_: {"PQ": float(len(said.keys))}
     )
@@ -360,7 +360,7 @@ def test_a_validation_scores_the_first_samples(trained, world, tmp_path, capsys)
 
 @pytest.mark.parametrize("tasks", [(), ("refer",)])
 def test_a_validation_without_a_task_has_no_figure(trained, world, tmp_path, capsys, tasks):
-    trained.settings.eval_tasks = tasks
+    trained.config.eval_tasks = tasks
     seen = start(tmp_path)
     seen.step(4, [batch()], FIGURES)
     seen.validate(4, trained, world / "data")
@@ -388,7 +388,7 @@ def test_scores_come_beside_those_from_before(trained, world, tmp_path, capsys):
     assert pictures == {f"stage1_panoptic_{index:05d}.png" for index in range(2)}
     for prefix in (UNTRAINED, "stage1"):  # they can be scored again
         dataset = open_dataset("coco_panoptic_val", world / "data", all_classes=True)
-        said = Predictions(tmp_path / "predictions" / prefix / dataset.name, dataset)
+        said = SavedPredictions(tmp_path / "predictions" / prefix / dataset.name, dataset)
         assert len(said.entries) == 6
 
 
@@ -424,8 +424,8 @@ def test_the_tasks_are_those_of_the_configuration(model, tmp_path, monkeypatch):
     )
     panel = Image.new("RGB", (4, 4))
     model = copy.copy(model)
-    model.settings = copy.deepcopy(model.settings)
-    model.settings.eval_tasks = ("refer", "chat")
+    model.config = copy.deepcopy(model.config)
+    model.config.eval_tasks = ("refer", "chat")
     monkeypatch.setenv("WORLD_SIZE", "2")
     scores = monitor.score_tasks(model, tmp_path, tmp_path / "data", "x", 3, 5)
     assert scores == {"refer": {"score": 1.0}}
@@ -453,7 +453,7 @@ def test_truth_stands_beside_what_is_predicted(world, name, panels):
     for count in (1, 2):
         labels, scores = ["one", "two"][:count], [0.9, 0.1][:count]
         shown = sample.image, masks[:count], [0] * count, labels, scores, "<SEG>"
-        pictures.append(draw_prediction(sample, Prediction(*shown), least))
+        pictures.append(draw_prediction(sample, SegmentationResult(*shown), least))
     panel = draw.draw_segments(sample.image, masks[:0], []).width
     assert {each.width for each in pictures} == {panels * panel + (panels + 1) * draw.GAP}
     # Chat has no masks; what is scored less than asked for is left out.

@@ -17,17 +17,17 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
 )
 
 from xsam import postprocess
-from xsam.data import Placement
+from xsam.data import ResizeAndPad
 from xsam.postprocess import (
     OriginalReader,
     Reading,
+    instance_inference,
+    interactive_inference,
     merge_parts,
-    read_instances,
-    read_interactive,
-    read_panoptic,
-    read_phrases,
-    read_semantic,
-    read_union,
+    panoptic_inference,
+    phrase_inference,
+    semantic_inference,
+    union_inference,
 )
 
 # Wide, tall, square, larger and smaller than the canvas, one pixel wide.
@@ -38,13 +38,15 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     return (a & b).sum() / (a | b).sum()
 
 
-def original_logits(mask_logits: torch.Tensor, placement: Placement) -> torch.Tensor:
+def original_logits(mask_logits: torch.Tensor, transform: ResizeAndPad) -> torch.Tensor:
     """The masks at the image's size, all at once."""
-    height, width = placement.original
-    return OriginalReader(mask_logits, placement)(mask_logits, (slice(0, height), slice(0, width)))
+    height, width = transform.original
+    return OriginalReader(mask_logits, transform)(mask_logits, (slice(0, height), slice(0, width)))
 
 
-def random_case(seed: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, Placement]:
+def random_case(
+    seed: int, size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, ResizeAndPad]:
     """Probabilities and smooth mask logits; every third case has doubles, which tie."""
     generator = torch.Generator().manual_seed(seed)
     Q = [1, 2, 7, 12][seed % 4]
@@ -55,7 +57,7 @@ def random_case(seed: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.T
     if seed % 3 == 0:
         probabilities[Q // 2 :] = probabilities[: Q - Q // 2].clone()
         mask_logits[Q // 2 :] = mask_logits[: Q - Q // 2].clone()
-    return probabilities, mask_logits, Placement.fit(size, 64)
+    return probabilities, mask_logits, ResizeAndPad.fit(size, 64)
 
 
 NUM_CASES = 8  # of each size
@@ -70,13 +72,13 @@ def band_values(request, monkeypatch):
 # ---- plain statements ----------------------------------------------------------------------------
 
 
-def sampled_logits(mask_logits: torch.Tensor, placement: Placement) -> torch.Tensor:
+def sampled_logits(mask_logits: torch.Tensor, transform: ResizeAndPad) -> torch.Tensor:
     """float64 [N, H, W]"""
-    starts = placement.top, placement.left
+    starts = transform.top, transform.left
     axes = []
-    for original, resized, start in zip(placement.original, placement.resized, starts, strict=True):
+    for original, resized, start in zip(transform.original, transform.resized, starts, strict=True):
         pixels = (torch.arange(original).double() + 0.5) * resized / original - start
-        axes.append(2 * pixels / placement.size - 1)
+        axes.append(2 * pixels / transform.size - 1)
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1)
     options = dict(mode="bilinear", padding_mode="border", align_corners=False)
     return F.grid_sample(mask_logits[None].double(), grid[None], **options)[0]
@@ -147,15 +149,15 @@ def assert_same(ours: Reading, plain: Reading) -> None:
 def test_original_logits_are_grid_samples(size, dtype):
     mask_logits = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = mask_logits.clone()
-    placements = [Placement.fit(size, 64), Placement.fit(size, 64, scale=0.6)]
-    placements.append(Placement.fit(size, 64, scale=1.7).crop(np.random.default_rng(0)))
-    for placement in placements:
-        logits = original_logits(mask_logits, placement)
+    transforms = [ResizeAndPad.fit(size, 64), ResizeAndPad.fit(size, 64, scale=0.6)]
+    transforms.append(ResizeAndPad.fit(size, 64, scale=1.7).crop(np.random.default_rng(0)))
+    for transform in transforms:
+        logits = original_logits(mask_logits, transform)
         assert logits.shape == (3, *size) and logits.dtype == torch.float32
-        expected = sampled_logits(mask_logits, placement).float()
+        expected = sampled_logits(mask_logits, transform).float()
         assert torch.allclose(logits, expected, atol=1e-5)
     assert torch.equal(mask_logits, before)
-    assert original_logits(mask_logits[:0], placement).shape == (0, *size)
+    assert original_logits(mask_logits[:0], transform).shape == (0, *size)
 
 
 @pytest.mark.parametrize("size", [(96, 160), (160, 90), (333, 500), (50, 37)])
@@ -168,21 +170,21 @@ def test_a_mask_comes_back_from_the_canvas(size):
             rows > 0.8 * size[0],
         ]
     )
-    placement = Placement.fit(size, 128)
-    on_canvas = torch.from_numpy(placement.place_map(masks)).float()
+    transform = ResizeAndPad.fit(size, 128)
+    on_canvas = torch.from_numpy(transform.map_to_canvas(masks)).float()
     at_mask_size = F.interpolate(on_canvas[None], size=(32, 32), mode="area")[0]
-    back = (original_logits(at_mask_size * 2 - 1, placement) > 0).numpy()
+    back = (original_logits(at_mask_size * 2 - 1, transform) > 0).numpy()
     assert back.shape == masks.shape
     for mask, returned in zip(masks, back, strict=True):
         assert iou(mask, returned) > 0.93
 
 
 def test_original_logits_are_the_resized_cropped_and_resized_ones():
-    """The published way by three steps, for a placement where each of them is exact."""
-    placement = Placement.fit((64, 96), 96)
+    """The published way by three steps, for a transform where each of them is exact."""
+    transform = ResizeAndPad.fit((64, 96), 96)
     logits = torch.randn(5, 24, 24, generator=torch.Generator().manual_seed(0))
     whole = F.interpolate(logits[None], (96, 96), mode="bilinear", align_corners=False)[0]
-    assert torch.allclose(original_logits(logits, placement), whole[:, :64], atol=1e-5)
+    assert torch.allclose(original_logits(logits, transform), whole[:, :64], atol=1e-5)
 
 
 # ---- each reader beside its rule -----------------------------------------------------------------
@@ -192,12 +194,12 @@ def test_original_logits_are_the_resized_cropped_and_resized_ones():
 @pytest.mark.usefixtures("band_values")
 def test_panoptic_is_its_rule(size):
     for seed in range(NUM_CASES):
-        probabilities, mask_logits, placement = random_case(seed, size)
+        probabilities, mask_logits, transform = random_case(seed, size)
         is_thing = [number % 2 == seed % 2 for number in range(probabilities.shape[1] - 1)]
-        logits = original_logits(mask_logits, placement)
+        logits = original_logits(mask_logits, transform)
         for thresholds in ((0.5, 0.8), (0.2, 0.0), (0.3, 1.0)):
             expected = plain_panoptic(probabilities, logits, is_thing, *thresholds)
-            ours = read_panoptic(probabilities, mask_logits, placement, is_thing, *thresholds)
+            ours = panoptic_inference(probabilities, mask_logits, transform, is_thing, *thresholds)
             assert_same(ours, expected)
             assert ours[0].sum(axis=0).max(initial=0) <= 1
 
@@ -206,31 +208,31 @@ def test_panoptic_is_its_rule(size):
 @pytest.mark.usefixtures("band_values")
 def test_semantic_is_its_rule(size):
     for seed in range(NUM_CASES):
-        probabilities, mask_logits, placement = random_case(seed, size)
-        ours = read_semantic(probabilities, mask_logits, placement)
-        expected = plain_semantic(probabilities, original_logits(mask_logits, placement))
+        probabilities, mask_logits, transform = random_case(seed, size)
+        ours = semantic_inference(probabilities, mask_logits, transform)
+        expected = plain_semantic(probabilities, original_logits(mask_logits, transform))
         assert_same(ours, expected)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_instances_are_their_rule(size):
     for seed in range(NUM_CASES):
-        probabilities, mask_logits, placement = random_case(seed, size)
-        logits = original_logits(mask_logits, placement)
+        probabilities, mask_logits, transform = random_case(seed, size)
+        logits = original_logits(mask_logits, transform)
         for most in (200, 3):
-            ours = read_instances(probabilities, mask_logits, placement, most)
+            ours = instance_inference(probabilities, mask_logits, transform, most)
             assert_same(ours, plain_instances(probabilities, logits, most))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_phrases_and_unions_are_their_rules(size):
     for seed in range(NUM_CASES):
-        probabilities, mask_logits, placement = random_case(seed, size)
-        masks = original_logits(mask_logits, placement).numpy() > 0
+        probabilities, mask_logits, transform = random_case(seed, size)
+        masks = original_logits(mask_logits, transform).numpy() > 0
         scores, best = (each.numpy() for each in probabilities[:, :-1].max(0))
         phrases = list(range(len(best)))
         assert_same(
-            read_phrases(probabilities, mask_logits, placement),
+            phrase_inference(probabilities, mask_logits, transform),
             (masks[best], phrases, scores.tolist()),
         )
         for threshold in (0.6, 0.3):
@@ -242,19 +244,19 @@ def test_phrases_and_unions_are_their_rules(size):
                     for query, column in zip(best, probabilities.numpy()[:, :-1].T, strict=True)
                 ]
             )
-            ours = read_union(probabilities, mask_logits, placement, threshold)
+            ours = union_inference(probabilities, mask_logits, transform, threshold)
             assert_same(ours, (union, phrases, scores.tolist()))
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_interactive_is_its_rule(size):
     for seed in range(NUM_CASES):
-        probabilities, mask_logits, placement = random_case(seed, size)
+        probabilities, mask_logits, transform = random_case(seed, size)
         probabilities = torch.stack([probabilities[:, 0], 1 - probabilities[:, 0]], dim=1)
         region = np.random.default_rng(seed).random(size) < 0.3
-        ours = read_interactive(probabilities, mask_logits, placement, region)
+        ours = interactive_inference(probabilities, mask_logits, transform, region)
         masks, _, scores = plain_instances(
-            probabilities, original_logits(mask_logits, placement), 200
+            probabilities, original_logits(mask_logits, transform), 200
         )
         candidates = [n for n, score in enumerate(scores) if score >= 0.5] or [0]
         if len(masks) == 0:
@@ -265,39 +267,44 @@ def test_interactive_is_its_rule(size):
 
 
 def test_nothing_is_found_without_a_class_or_a_mask():
-    placement = Placement.fit((20, 30), 64)
+    transform = ResizeAndPad.fit((20, 30), 64)
     shape = (0, 20, 30)
-    nothing = torch.tensor([[0.0, 1.0], [0.1, 0.9]]), torch.full((2, 16, 16), -3.0), placement
+    nothing = torch.tensor([[0.0, 1.0], [0.1, 0.9]]), torch.full((2, 16, 16), -3.0), transform
     for reading in (
-        read_panoptic(*nothing, [True], 0.5, 0.8),
-        read_panoptic(torch.tensor([[0.9, 0.1]] * 2), *nothing[1:], [True], 0.5, 0.8),
-        read_instances(*nothing),
-        read_interactive(*nothing, np.ones((20, 30), bool)),
+        panoptic_inference(*nothing, [True], 0.5, 0.8),
+        panoptic_inference(torch.tensor([[0.9, 0.1]] * 2), *nothing[1:], [True], 0.5, 0.8),
+        instance_inference(*nothing),
+        interactive_inference(*nothing, np.ones((20, 30), bool)),
         *(
             reader(torch.ones(2, 1), *nothing[1:])  # no names were asked for
-            for reader in (read_semantic, read_instances, read_phrases, read_union)
+            for reader in (
+                semantic_inference,
+                instance_inference,
+                phrase_inference,
+                union_inference,
+            )
         ),
     ):
         assert reading[0].shape == shape and reading[0].dtype == bool
         assert reading[1:] == ([], [])
-    assert not read_union(*nothing)[0].any() and read_union(*nothing)[1] == [0]
+    assert not union_inference(*nothing)[0].any() and union_inference(*nothing)[1] == [0]
 
 
 def test_bfloat16_masks_are_read_and_nothing_is_changed():
-    probabilities, mask_logits, placement = random_case(7, (71, 90))
+    probabilities, mask_logits, transform = random_case(7, (71, 90))
     mask_logits = mask_logits.bfloat16()
     before = probabilities.clone(), mask_logits.clone()
     region, is_thing = np.ones((71, 90), bool), [True, False, True, False, True]
     for reader, rest in (
-        (read_panoptic, (is_thing, 0.2, 0.5)),
-        (read_semantic, ()),
-        (read_instances, ()),
-        (read_phrases, ()),
-        (read_union, ()),
-        (read_interactive, (region,)),
+        (panoptic_inference, (is_thing, 0.2, 0.5)),
+        (semantic_inference, ()),
+        (instance_inference, ()),
+        (phrase_inference, ()),
+        (union_inference, ()),
+        (interactive_inference, (region,)),
     ):
-        ours = reader(probabilities, mask_logits, placement, *rest)
-        assert_same(ours, reader(probabilities, mask_logits.float(), placement, *rest))
+        ours = reader(probabilities, mask_logits, transform, *rest)
+        assert_same(ours, reader(probabilities, mask_logits.float(), transform, *rest))
     assert torch.equal(probabilities, before[0]) and torch.equal(mask_logits, before[1])
 
 
@@ -323,11 +330,11 @@ def test_prompts_merged_are_one_prompt():
     probabilities, logits = merge_parts(parts, places, 5)
     assert torch.equal(probabilities, whole) and torch.equal(logits, mask_logits)
 
-    placement = Placement.fit((50, 37), 64)
+    transform = ResizeAndPad.fit((50, 37), 64)
     asked = {index: range(sum(counts[:n]), sum(counts[: n + 1])) for n in range(3)
              for index in places[n]}  # fmt: skip
-    masks, classes, _ = read_instances(probabilities, logits, placement)
-    shown = original_logits(logits, placement).numpy() > 0
+    masks, classes, _ = instance_inference(probabilities, logits, transform)
+    shown = original_logits(logits, transform).numpy() > 0
     for mask, category in zip(masks, classes, strict=True):  # none of a name not asked of a query
         assert any(np.array_equal(mask, shown[query]) for query in asked[category])
     assert len(masks) == sum(int(shown[query].any()) for each in asked.values() for query in each)
@@ -345,7 +352,7 @@ def test_one_prompt_merged_is_itself():
 SIDE = 384  # to which the processor resizes mask logits; at that size its resizing changes nothing
 
 
-def sharp_case(seed: int) -> tuple[torch.Tensor, torch.Tensor, Placement]:
+def sharp_case(seed: int) -> tuple[torch.Tensor, torch.Tensor, ResizeAndPad]:
     """Class logits [Q, K+1] and confident masks of cells that cover the picture, [Q, 384, 384].
     Some cells are shown by two queries, one of them larger and less sure."""
     rng = np.random.default_rng(seed)
@@ -361,7 +368,7 @@ def sharp_case(seed: int) -> tuple[torch.Tensor, torch.Tensor, Placement]:
     class_logits = rng.normal(size=(len(masks), 5))
     class_logits[np.arange(len(masks)), categories] += [*[4] * 3, *[9] * 8]
     class_logits = torch.from_numpy(class_logits).float()
-    return class_logits, mask_logits, Placement.fit((SIDE, SIDE), SIDE)
+    return class_logits, mask_logits, ResizeAndPad.fit((SIDE, SIDE), SIDE)
 
 
 def peer_inputs(class_logits: torch.Tensor, mask_logits: torch.Tensor) -> SimpleNamespace:
@@ -377,7 +384,7 @@ def test_panoptic_is_transformers(seed):
     they compare the mask probability, a segment has all pixels that it wins, and one whose share is
     exactly the threshold is dropped. It lists every part of fused stuff, we the stuff once; after a
     fused part it gives numbers again that it has given, so here the stuff comes last."""
-    class_logits, mask_logits, placement = sharp_case(seed)
+    class_logits, mask_logits, transform = sharp_case(seed)
     thresholds, stuff = (0.5, 0.8), {3}
     peer = Mask2FormerImageProcessorPil().post_process_panoptic_segmentation(
         peer_inputs(class_logits, mask_logits),
@@ -387,8 +394,8 @@ def test_panoptic_is_transformers(seed):
         target_sizes=[(SIDE, SIDE)],
     )[0]
     is_thing = [number not in stuff for number in range(4)]
-    masks, classes, scores = read_panoptic(
-        class_logits.softmax(-1), mask_logits, placement, is_thing, *thresholds
+    masks, classes, scores = panoptic_inference(
+        class_logits.softmax(-1), mask_logits, transform, is_thing, *thresholds
     )
     first = {}
     for segment in peer["segments_info"]:
@@ -402,11 +409,11 @@ def test_panoptic_is_transformers(seed):
 
 def test_semantic_is_transformers():
     """The same where no mask is resized; else the processor resizes the sums, we the masks."""
-    class_logits, mask_logits, placement = sharp_case(0)
+    class_logits, mask_logits, transform = sharp_case(0)
     peer = Mask2FormerImageProcessorPil().post_process_semantic_segmentation(
         peer_inputs(class_logits, mask_logits), target_sizes=[(SIDE, SIDE)]
     )[0]
-    masks, classes, _ = read_semantic(class_logits.softmax(-1), mask_logits, placement)
+    masks, classes, _ = semantic_inference(class_logits.softmax(-1), mask_logits, transform)
     ours = (masks * np.array(classes)[:, None, None]).sum(0)
     assert np.array_equal(ours, peer.numpy())
 
@@ -414,7 +421,7 @@ def test_semantic_is_transformers():
 def test_instances_are_transformers():
     """The same where no mask is resized; else the processor resizes masks by nearest pixel, and
     scores them before. It takes as many pairs as there are queries, and does not sort them."""
-    class_logits, mask_logits, placement = sharp_case(0)
+    class_logits, mask_logits, transform = sharp_case(0)
     mask_logits = mask_logits + torch.linspace(-8, 8, SIDE)  # scores that differ
     peer = Mask2FormerImageProcessorPil().post_process_instance_segmentation(
         peer_inputs(class_logits, mask_logits),
@@ -422,8 +429,8 @@ def test_instances_are_transformers():
         target_sizes=[(SIDE, SIDE)],
         return_binary_maps=True,
     )[0]
-    masks, classes, scores = read_instances(
-        class_logits.softmax(-1), mask_logits, placement, len(class_logits)
+    masks, classes, scores = instance_inference(
+        class_logits.softmax(-1), mask_logits, transform, len(class_logits)
     )
     order = sorted(range(len(scores)), key=lambda n: -peer["segments_info"][n]["score"])
     segments = [peer["segments_info"][n] for n in order]
@@ -434,7 +441,7 @@ def test_instances_are_transformers():
 
 # ---- panoptic reading, case by case --------------------------------------------------------------
 
-PLACEMENT = Placement.fit((16, 32), 32)
+PLACEMENT = ResizeAndPad.fit((16, 32), 32)
 HIGH = 8.0  # of a logit
 
 
@@ -455,7 +462,7 @@ LEFT, RIGHT, ALL = slice(0, 16), slice(16, 32), slice(0, 32)
 
 def read(*rows, score_threshold: float = 0.8, overlap_threshold: float = 0.8):
     thresholds = score_threshold, overlap_threshold
-    return read_panoptic(*queries(*rows), PLACEMENT, THINGS, *thresholds)
+    return panoptic_inference(*queries(*rows), PLACEMENT, THINGS, *thresholds)
 
 
 def test_stuff_is_fused_and_things_are_kept_apart():
@@ -496,7 +503,7 @@ def test_panoptic_masks_never_overlap():
     class_logits = 4 * torch.randn(30, 4, generator=generator)
     mask_logits = 4 * torch.randn(30, 8, 8, generator=generator)
     mask_logits = F.interpolate(mask_logits[None], (32, 32), mode="bilinear")[0]
-    masks, categories, scores = read_panoptic(
+    masks, categories, scores = panoptic_inference(
         class_logits.softmax(-1), mask_logits, PLACEMENT, THINGS, 0.3, 0.0
     )
     assert len(masks) == len(categories) == len(scores) > 3
@@ -507,6 +514,6 @@ def test_panoptic_masks_never_overlap():
 def test_a_phrase_takes_the_query_that_fits_it_best():
     class_logits = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 0.0]])
     _, mask_logits = queries((0, 0, ALL, LEFT), (0, 0, ALL, RIGHT), (0, 0, ALL, ALL))
-    masks, categories, scores = read_phrases(class_logits.softmax(-1), mask_logits, PLACEMENT)
+    masks, categories, scores = phrase_inference(class_logits.softmax(-1), mask_logits, PLACEMENT)
     assert categories == [0] and scores == pytest.approx([0.8808], abs=1e-4)
     assert masks.shape == (1, 16, 32) and masks[0, :, 16:].all() and not masks[0, :, :16].any()

@@ -23,7 +23,7 @@ SIZE = 90, 60  # width and height of the picture
 @pytest.fixture
 def checkpoint(speaking_model, tmp_path) -> Path:
     model = speaking_model
-    return save_checkpoint(tmp_path, model, model.settings, model.tokenizer, 3, 5, {})
+    return save_checkpoint(tmp_path, model, model.config, model.tokenizer, 3, 5, {})
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_picture_and_its_masks_are_written(checkpoint, image, capsys, request_
 
 
 def test_the_segmentor_predicts_too(segmentor, image, tmp_path, capsys):
-    folder = save_checkpoint(tmp_path, segmentor, segmentor.settings, None, 1, 5, {})
+    folder = save_checkpoint(tmp_path, segmentor, segmentor.config, None, 1, 5, {})
     out = tmp_path / "named.by.hand"
     arguments = ["--checkpoint", folder, "--image", image, "--out", out]
     assert run("panoptic", *arguments) == 0

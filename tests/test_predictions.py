@@ -27,7 +27,7 @@ from xsam.evaluation.prediction_files import (
     PNG_FOLDER,
     PREDICTIONS_FILE,
     UNFINISHED,
-    Predictions,
+    SavedPredictions,
     Writer,
     begin,
     complete,
@@ -36,7 +36,7 @@ from xsam.evaluation.prediction_files import (
     keys_of,
     kind_of,
 )
-from xsam.postprocess import Prediction
+from xsam.postprocess import SegmentationResult
 
 ONE_OF_EACH = {
     "panoptic": "coco_panoptic_val",
@@ -47,10 +47,10 @@ ONE_OF_EACH = {
     "answer": "pope",
 }
 MADE_BY = {"weights": "0123", "settings": "4567"}
-Say = Callable[[Dataset, int], Prediction]
+Say = Callable[[Dataset, int], SegmentationResult]
 
 
-def perfect(dataset: Dataset, index: int) -> Prediction:
+def perfect(dataset: Dataset, index: int) -> SegmentationResult:
     """The ground truth, as a model would say it."""
     sample, answer = dataset.question(index), "Sure, <SEG>."
     places, labels = sample.labels.tolist(), [sample.names[label] for label in sample.labels]
@@ -61,7 +61,9 @@ def perfect(dataset: Dataset, index: int) -> Prediction:
         for name in dict.fromkeys(labels):
             answer = answer.replace(name, f"<p>{name}</p>", 1)
         answer += " <SEG>"
-    return Prediction(sample.image, sample.masks, places, labels, [1.0] * len(places), answer)
+    return SegmentationResult(
+        sample.image, sample.masks, places, labels, [1.0] * len(places), answer
+    )
 
 
 def write_rest(folder: Path, dataset: Dataset, say: Say, count: int | None) -> None:
@@ -100,7 +102,7 @@ def edit(path: Path, change: Callable) -> None:
 
 
 def score(folder: Path, dataset: Dataset, count: int | None = None) -> dict:
-    return score_dataset(Predictions(folder, dataset, count))
+    return score_dataset(SavedPredictions(folder, dataset, count))
 
 
 @pytest.fixture
@@ -122,7 +124,7 @@ PICTURED += ["reasonseg_val", "coco_interactive_val_box", "coco_vgd_val_mask"]
 PICTURED += ["coco_vgd_val_point_cross"]
 
 
-def spoken(dataset: Dataset, index: int) -> Prediction:
+def spoken(dataset: Dataset, index: int) -> SegmentationResult:
     """Something that a model could say, unlike the truth; of some records nothing."""
     rng, sample, kind = np.random.default_rng(index), dataset.question(index), kind_of(dataset)
     size = sample.image.height, sample.image.width
@@ -137,14 +139,14 @@ def spoken(dataset: Dataset, index: int) -> Prediction:
     scores = rng.random(len(places)).tolist()
     answer = "Yes, so it is.\n" if kind == "answer" else "Sure: <SEG> of <p>it</p>."
     labels = [names[place] for place in places]
-    return Prediction(sample.image, masks, places, labels, scores, answer)
+    return SegmentationResult(sample.image, masks, places, labels, scores, answer)
 
 
 @pytest.mark.parametrize("name", PICTURED)
 def test_a_prediction_comes_back_for_its_picture(sets, tmp_path, name):
     dataset = sets(name)
     write_predictions(tmp_path / name, dataset, spoken)
-    said, has_masks = Predictions(tmp_path / name, dataset), []
+    said, has_masks = SavedPredictions(tmp_path / name, dataset), []
     for index in range(len(dataset)):
         sample, told = dataset.question(index), spoken(dataset, index)
         back = said.prediction(index, sample)
@@ -161,7 +163,7 @@ def test_a_prediction_comes_back_for_its_picture(sets, tmp_path, name):
 
 
 def test_several_masks_of_an_expression_are_one(sets, tmp_path):
-    def in_parts(dataset: Dataset, index: int) -> Prediction:
+    def in_parts(dataset: Dataset, index: int) -> SegmentationResult:
         told = perfect(dataset, index)
         is_left = np.arange(told.image.width) < told.image.width / 2
         masks = np.concatenate([told.masks & is_left, told.masks & ~is_left])
@@ -172,7 +174,7 @@ def test_several_masks_of_an_expression_are_one(sets, tmp_path):
 
     dataset = sets("refcoco_val")
     write_predictions(tmp_path / "said", dataset, in_parts)
-    said = Predictions(tmp_path / "said", dataset)
+    said = SavedPredictions(tmp_path / "said", dataset)
     for index in range(len(dataset)):
         back = said.prediction(index, dataset.question(index))
         assert np.array_equal(back.masks, perfect(dataset, index).masks) and back.scores == [0.75]
@@ -183,7 +185,7 @@ def test_instances_are_in_the_format_that_pycocotools_reads(sets, world, tmp_pat
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    def moved(dataset: Dataset, index: int) -> Prediction:
+    def moved(dataset: Dataset, index: int) -> SegmentationResult:
         told, rng = perfect(dataset, index), np.random.default_rng(index)
         masks = np.stack([np.roll(mask, rng.integers(5), axis=1) for mask in told.masks])
         return dataclasses.replace(told, masks=masks, scores=rng.random(len(masks)).tolist())
@@ -251,7 +253,7 @@ def test_killed_at_any_operation_the_same_command_goes_on(sets, tmp_path, kind):
         finished, was_complete = finished_records(folder), (folder / PREDICTIONS_FILE).exists()
         asked = []
 
-        def watched(dataset: Dataset, index: int, asked: list = asked) -> Prediction:
+        def watched(dataset: Dataset, index: int, asked: list = asked) -> SegmentationResult:
             asked.append(dataset.key(index))
             return perfect(dataset, index)
 
@@ -572,13 +574,13 @@ def test_a_file_that_is_cut_or_absent_is_named(written, sets, tmp_path, file):
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=rf"{file}: not valid JSON"):
-        Predictions(folder, dataset)
+        SavedPredictions(folder, dataset)
     (folder / file).unlink()
     if file == ABOUT_FILE:
-        Predictions(folder, dataset)
+        SavedPredictions(folder, dataset)
         return
     with pytest.raises(ValueError, match=rf"{file}: cannot be read"):
-        Predictions(folder, dataset)
+        SavedPredictions(folder, dataset)
 
 
 def test_what_is_not_finished_is_not_scored(sets, tmp_path):
@@ -587,7 +589,7 @@ def test_what_is_not_finished_is_not_scored(sets, tmp_path):
     (folder / PREDICTIONS_FILE).unlink()
     begin(folder, "answer", keys_of(dataset), MADE_BY)
     with pytest.raises(ValueError, match="said: not finished; the command that began it goes on"):
-        Predictions(folder, dataset)
+        SavedPredictions(folder, dataset)
 
 
 def test_predictions_of_the_first_records_are_not_whole(sets, tmp_path):

@@ -36,8 +36,8 @@ from xsam.evaluation.benchmarks import (
     task_of,
 )
 from xsam.evaluation.metrics import phrase_similarity
-from xsam.evaluation.prediction_files import Predictions
-from xsam.postprocess import Prediction
+from xsam.evaluation.prediction_files import SavedPredictions
+from xsam.postprocess import SegmentationResult
 
 SIZE = HEIGHT, WIDTH = 20, 30
 # A square of 10 x 10 moved by 2 columns: 8 of the 12 columns that either covers are in both.
@@ -205,7 +205,7 @@ def score(tmp_path):
     number = itertools.count()
 
     def figures(name: str, *said: dict, embed=None) -> dict:
-        def say(dataset: Dataset, index: int) -> Prediction:
+        def say(dataset: Dataset, index: int) -> SegmentationResult:
             told = dataclasses.replace(perfect(dataset, index), **said[index])
             places = said[index].get("categories", list(range(len(told.masks))))
             scores = said[index].get("scores", [1.0] * len(told.masks))
@@ -215,7 +215,7 @@ def score(tmp_path):
         assert len(said) == len(dataset)
         folder = tmp_path / f"said{next(number)}"
         write_predictions(folder, dataset, say)
-        return score_dataset(Predictions(folder, dataset), embed)
+        return score_dataset(SavedPredictions(folder, dataset), embed)
 
     return figures
 

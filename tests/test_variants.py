@@ -47,7 +47,7 @@ from xsam.llm import REGION_TOKEN, LanguageModel
 from xsam.losses import Objective
 from xsam.model import XSAM, Segmentor
 from xsam.optimizer import build_optimizer, freeze
-from xsam.postprocess import Prediction
+from xsam.postprocess import SegmentationResult
 from xsam.toy.preset import toy
 from xsam.train import load_earlier_stage, pretrained_model, step_normalisers
 from xsam.variants import SwinEncoder
@@ -369,7 +369,7 @@ def unread(model: Segmentor | XSAM, task: str) -> tuple[str, ...]:
 
 def training_batches(model: Segmentor | XSAM, number: int, dataset: str, data: Path) -> list[Batch]:
     """The micro-batches of a stage's first step, were `dataset` its only one."""
-    config, stage = model.settings, model.settings.stages[number]
+    config, stage = model.config, model.config.stages[number]
     opened = open_dataset(dataset, data, number == 1)
     if isinstance(opened, Generic):
         config.categories = opened.categories
@@ -383,7 +383,7 @@ def training_batches(model: Segmentor | XSAM, number: int, dataset: str, data: P
 def train_step(model: Segmentor | XSAM, number: int, batches: list[Batch]) -> None:
     """One step as `train_stage` makes it, but for clipping and schedule. Exactly what is not frozen
     and not `unread` gets a gradient and moves."""
-    config, stage = model.settings, model.settings.stages[number]
+    config, stage = model.config, model.config.stages[number]
     task, prefix = batches[0].task, "segmentor." if number == 1 else ""
     freeze(model, stage, prefix)
     optimizer = build_optimizer(model, stage, prefix)
@@ -453,7 +453,7 @@ def trained_stages(variant: str, world: Path, weights: Path, out: Path) -> XSAM:
 # ---- answers -------------------------------------------------------------------------------------
 
 
-def same_answers(one: Prediction, other: Prediction) -> bool:
+def same_answers(one: SegmentationResult, other: SegmentationResult) -> bool:
     return (
         one.answer == other.answer
         and one.labels == other.labels
@@ -462,7 +462,7 @@ def same_answers(one: Prediction, other: Prediction) -> bool:
     )
 
 
-def replies(model: XSAM) -> list[Prediction]:
+def replies(model: XSAM) -> list[SegmentationResult]:
     """To every kind of request, on pictures of two sizes: first as the model pleases, then as one
     that says <SEG>."""
     rng = np.random.default_rng(0)
@@ -496,7 +496,7 @@ def test_a_variant_trains_answers_and_comes_back(world, weights, tmp_path, varia
     said = replies(model)
     model.save_pretrained(tmp_path / "saved")
     loaded = XSAM.from_pretrained(tmp_path / "saved", report=silent)
-    assert loaded.settings == model.settings
+    assert loaded.config == model.config
     # Those that are tied count once.
     names = [name for name, _ in model.named_parameters()]
     assert [name for name, _ in loaded.named_parameters()] == names

@@ -603,7 +603,7 @@ def test_a_published_model_comes_back_bit_by_bit(model, world, generation, kind,
     """Loaded, saved and read again, every tensor under a published name is the same bytes."""
     state = published(model, generation)
     path = write_published(state, tmp_path / "theirs", kind)
-    tokenizer = world / "weights" / model.settings.model.llm
+    tokenizer = world / "weights" / model.config.model.llm
     said = []
     loaded = XSAM.from_pretrained(path, config=toy(), tokenizer=tokenizer, report=said.append)
     assert f"published checkpoint of stage 3, {generation} generation" in said[0]
@@ -622,7 +622,7 @@ def test_a_published_model_comes_back_bit_by_bit(model, world, generation, kind,
     again = XSAM.from_pretrained(tmp_path / "ours", report=said.append)
     assert same(snapshot(again), snapshot(loaded))
     assert again.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
-    assert again.settings == loaded.settings
+    assert again.config == loaded.config
 
 
 def test_the_archived_generation_clamps_wider_and_pools_by_maximum(tmp_path, monkeypatch, model):
@@ -633,8 +633,8 @@ def test_the_archived_generation_clamps_wider_and_pools_by_maximum(tmp_path, mon
         write_published(published(model, generation), folder, "folder")
         model.tokenizer.save_pretrained(folder)
         loaded = XSAM.from_pretrained(folder, report=lambda _: None)
-        assert loaded.settings.model.logit_clamp == loaded.segmentor.class_head.clamp == clamp
-        assert loaded.settings.model.region_pooling == pooling
+        assert loaded.config.model.logit_clamp == loaded.segmentor.class_head.clamp == clamp
+        assert loaded.config.model.region_pooling == pooling
 
 
 def test_published_tables_may_end_with_the_three_tokens(model, world, tmp_path):
@@ -649,7 +649,7 @@ def test_published_tables_may_end_with_the_three_tokens(model, world, tmp_path):
     loaded = XSAM.from_pretrained(path, tokenizer=world / "weights/phi3-toy", **options)
     ids = loaded.llm.seg_id, loaded.llm.phrase_id, loaded.llm.phrase_end_id
     assert ids == (known, known + 1, known + 2)
-    assert loaded.settings.model.llm_config["vocab_size"] == known + 3
+    assert loaded.config.model.llm_config["vocab_size"] == known + 3
     words.add_tokens(["<another>"])
     words.save_pretrained(tmp_path / "longer")
     with pytest.raises(ValueError, match=r"longer: \d+ tokens with .*the tokenizer of another"):
@@ -679,7 +679,7 @@ def test_a_model_starts_from_published_parts(model, segmentor, generation, tmp_p
     with pytest.raises(ValueError, match="stage 2 holds the projectors alone"):
         load_checkpoint(two, config=toy())
 
-    fresh = XSAM(copy.deepcopy(model.settings))
+    fresh = XSAM(copy.deepcopy(model.config))
     before = snapshot(fresh)
     for path in (one, two):
         assert "loaded" in load_init(fresh, path, ())
@@ -706,7 +706,7 @@ def test_a_whole_published_model_may_lack_rows_that_no_token_has(model, tmp_path
     for name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"):
         state[name] = state[name][:200].clone()
     path = write_published(state, tmp_path / "theirs", "file")
-    fresh = XSAM(copy.deepcopy(model.settings))
+    fresh = XSAM(copy.deepcopy(model.config))
     before = snapshot(fresh)["llm.model.lm_head.weight"]
     assert "2 resized: llm.lm_head.weight, llm.model.embed_tokens.weight" in load_init(
         fresh, path, ()

@@ -10,8 +10,8 @@ and a resumed run, see the same. As a command it checks and builds data:
     python -m xsam.data check --data datas --show 4
     python -m xsam.data vgd --instances instances_train2017.json --out img_vgdseg_coco_train.json
 
-Legend: B images of a batch, D donors (images that show a visual prompt for another), R decoder
-runs, T targets, G visual prompts, H W image size, S canvas side, N tokens, P points.
+Legend: B images of a batch, D reference images (that show a visual prompt for another image), R
+decoder runs, T targets, G visual prompts, H W image size, S canvas side, N tokens, P points.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ SEG_MEAN, SEG_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pix
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class ResizeAndPad:
     """Where an image lies on the square canvas of the segmentation encoder, in pixels.
 
     The image of `original` (height, width) is resized to `resized`; the canvas shows it from (top,
@@ -78,12 +78,12 @@ class Placement:
     left: int = 0
 
     @classmethod
-    def fit(cls, original: tuple[int, int], size: int, scale: float = 1.0) -> Placement:
+    def fit(cls, original: tuple[int, int], size: int, scale: float = 1.0) -> ResizeAndPad:
         """The longest edge becomes size·scale."""
         factor = size * scale / max(original)
         return cls(original, tuple(max(1, round(side * factor)) for side in original), size)
 
-    def crop(self, rng: np.random.Generator) -> Placement:
+    def crop(self, rng: np.random.Generator) -> ResizeAndPad:
         """A random window where the resized image is larger than the canvas."""
         top, left = (int(rng.integers(max(0, side - self.size) + 1)) for side in self.resized)
         return dataclasses.replace(self, top=top, left=left)
@@ -94,7 +94,7 @@ class Placement:
         corner = self.resized[0] - self.top, self.resized[1] - self.left
         return min(self.size, corner[0]), min(self.size, corner[1])
 
-    def place_map(self, values: np.ndarray, fill: int = 0) -> np.ndarray:
+    def map_to_canvas(self, values: np.ndarray, fill: int = 0) -> np.ndarray:
         """Maps [..., H, W] of the original image on the canvas [..., S, S], by nearest pixel."""
         if values.shape[-2:] != self.original:
             raise ValueError(
@@ -131,21 +131,21 @@ class Placement:
         return np.stack([rows[row], columns[column]], axis=1) / self.size
 
 
-def seg_pixels(image: Image.Image, placement: Placement) -> Tensor:
+def seg_pixels(image: Image.Image, transform: ResizeAndPad) -> Tensor:
     """RGB image to the segmentation encoder's input: float [3, S, S], normalised, padding zero."""
-    rows, columns = placement.visible
+    rows, columns = transform.visible
     box = None  # of the original image, where the canvas does not show all of it
-    if (rows, columns) != placement.resized:
-        y, x = np.array(placement.original) / placement.resized
-        right, bottom = (placement.left + columns) * x, (placement.top + rows) * y
+    if (rows, columns) != transform.resized:
+        y, x = np.array(transform.original) / transform.resized
+        right, bottom = (transform.left + columns) * x, (transform.top + rows) * y
         box = (
-            placement.left * x,
-            placement.top * y,
+            transform.left * x,
+            transform.top * y,
             min(right, image.width),
             min(bottom, image.height),
         )
     resized = image.resize((columns, rows), Image.Resampling.BILINEAR, box)
-    canvas = np.zeros((3, placement.size, placement.size), np.float32)
+    canvas = np.zeros((3, transform.size, transform.size), np.float32)
     shown = canvas[:, :rows, :columns]
     shown[:] = np.asarray(resized).transpose(2, 0, 1)
     _normalise(shown, SEG_MEAN, SEG_STD)
@@ -181,7 +181,7 @@ PICTURES = ("image", "masks", "ignore", "regions", "region_images")  # fields of
 MOST_REPLACEMENTS = 100  # records in a row that may be left out before a run stops
 
 
-class Refusal(ValueError):
+class SampleTooLong(ValueError):
     """A sound sample that the model cannot be shown without losing an answer or a <SEG>."""
 
 
@@ -204,9 +204,9 @@ class Batch:
 
     targets: list[Targets]  # one per decoder run
     run_seeds: list[int]  # one per decoder run: where the criterion's points come from
-    placements: list[Placement]  # one per image
+    transforms: list[ResizeAndPad]  # one per image
     samples: list[Sample]  # of a Mixture without pictures and masks
-    left_out: list[str]  # why other records are not in it: refused, or bad with --skip-bad
+    skipped: list[str]  # why other records are not in it: refused, or bad with --skip-bad
 
     def to(self, device: torch.device) -> Batch:
         return self._change(lambda tensor: tensor.to(device, non_blocking=True))
@@ -253,18 +253,18 @@ class Processor:
         scale = rng.uniform(*stage.scale_range) if stage.scale_range else 1.0
         return self.fit(sample.image, scale).crop(rng)
 
-    def fit(self, image: Image.Image, scale: float = 1.0) -> Placement:
+    def fit(self, image: Image.Image, scale: float = 1.0) -> ResizeAndPad:
         size = self.config.model.seg_image_size
-        return Placement.fit((image.height, image.width), size, scale)
+        return ResizeAndPad.fit((image.height, image.width), size, scale)
 
     def tokenize(self, sample: Sample) -> tuple[list[int], list[int]]:
-        """Ids and labels. Raises Refusal where they are too many."""
+        """Ids and labels. Raises SampleTooLong where they are too many."""
         limit = self.config.model.max_text_length + self.num_visual_tokens
         turns = [(f"<image>\n{sample.turns[0][0]}", sample.turns[0][1]), *sample.turns[1:]]
         pieces = render_conversation(self.tokenizer, turns)
         ids, labels = tokenize(self.tokenizer, pieces, self.num_visual_tokens)
         if len(ids) > limit:
-            raise Refusal(
+            raise SampleTooLong(
                 f"{sample.sample_id}: {len(ids) - self.num_visual_tokens} text tokens, "
                 f"max_text_length is {self.config.model.max_text_length}"
             )
@@ -276,7 +276,7 @@ class Processor:
         while True:
             try:
                 return sample, self.tokenize(sample)
-            except Refusal:
+            except SampleTooLong:
                 absent = np.setdiff1d(np.arange(len(sample.names)), sample.labels)
                 least = int(len(absent) == len(sample.names))  # one name has to stay
                 if sample.task != "generic" or len(absent) <= least:
@@ -286,8 +286,8 @@ class Processor:
 
     def split(self, sample: Sample) -> list[tuple[list[int], Sample]]:
         """The sample asked in as few parts as its list of names fits into, of about as many names
-        each: their places in the list, and the sample about these alone. Raises Refusal where a
-        prompt is too long that has no list to split."""
+        each: their places in the list, and the sample about these alone. Raises SampleTooLong
+        where a prompt is too long that has no list to split."""
         places = np.arange(len(sample.names))
         for count in range(1, max(len(places), 1) + 1):
             pieces = [(list(range(len(places))), sample)]
@@ -298,18 +298,18 @@ class Processor:
                 for _, piece in pieces if self.tokenizer is not None else ():
                     self.tokenize(piece)
                 break
-            except Refusal:
+            except SampleTooLong:
                 if sample.task != "generic" or count == len(places):
                     raise
         return pieces
 
-    def targets(self, sample: Sample, placement: Placement) -> Targets:
+    def targets(self, sample: Sample, transform: ResizeAndPad) -> Targets:
         """The sample's masks on the canvas; a mask that the crop cut away is dropped, but where
         each has a <SEG> of its own."""
-        masks = placement.place_map(sample.masks)
+        masks = transform.map_to_canvas(sample.masks)
         ignore = None
         if sample.ignore is not None:
-            ignore = torch.from_numpy(placement.place_map(sample.ignore))
+            ignore = torch.from_numpy(transform.map_to_canvas(sample.ignore))
         labels = sample.labels
         if sample.task not in PER_PHRASE_TASKS:
             is_kept = masks.any(axis=(1, 2))
@@ -325,15 +325,15 @@ class Processor:
         run_seed: int = 0,
     ) -> dict:
         """One sample's tensors. With a `stage` its augmentation is drawn from `rng`."""
-        placement = self.place(sample, stage, rng)
+        transform = self.place(sample, stage, rng)
         if self.tokenizer is not None:
             may_shorten = stage is not None
             sample, words = self.shorten(sample) if may_shorten else (sample, self.tokenize(sample))
         encoded = {
             "sample": sample,
-            "placement": placement,
-            "seg_pixels": seg_pixels(sample.image, placement),
-            "targets": self.targets(sample, placement),
+            "transform": transform,
+            "seg_pixels": seg_pixels(sample.image, transform),
+            "targets": self.targets(sample, transform),
             "run_seed": run_seed,
         }
         if self.tokenizer is not None:
@@ -347,47 +347,51 @@ class Processor:
                     model.image_resample,
                 )
             encoded["ids"], encoded["labels"] = words
-            encoded["region_points"] = self.region_points(sample, placement, rng)
-            donors = [seg_pixels(each, self.fit(each)) for each in sample.region_images or ()]
-            encoded["donor_pixels"] = donors or [None] * len(encoded["region_points"])
+            encoded["region_points"] = self.region_points(sample, transform, rng)
+            reference_images = [
+                seg_pixels(each, self.fit(each)) for each in sample.region_images or ()
+            ]
+            encoded["reference_pixels"] = reference_images or [None] * len(encoded["region_points"])
         return encoded
 
     def region_points(
-        self, sample: Sample, placement: Placement, rng: np.random.Generator | None
+        self, sample: Sample, transform: ResizeAndPad, rng: np.random.Generator | None
     ) -> list[Tensor | None]:
         """Where the region sampler reads each visual prompt: (row, column) in 0..1 of the canvas of
         its image, [P, 2], with repetition where a prompt has fewer pixels; None for one that is
-        empty. Raises Refusal where all are."""
+        empty. Raises SampleTooLong where all are."""
         rng = rng or np.random.default_rng(0)
         count = self.config.model.num_region_points
         regions = sample.regions if sample.regions is not None else ()
-        placements = [placement] * len(regions)
+        transforms = [transform] * len(regions)
         if sample.region_images is not None:  # they are shown whole
-            placements = [self.fit(image) for image in sample.region_images]
+            transforms = [self.fit(image) for image in sample.region_images]
         points: list[Tensor | None] = []
-        for region, where in zip(regions, placements, strict=True):
+        for region, where in zip(regions, transforms, strict=True):
             drawn = where.draw_points(region, count, rng)
             points.append(torch.from_numpy(drawn).float() if len(drawn) else None)
         if points and all(each is None for each in points):
-            raise Refusal(f"{sample.sample_id}: no visual prompt has a pixel on the canvas")
+            raise SampleTooLong(f"{sample.sample_id}: no visual prompt has a pixel on the canvas")
         return points
 
     def fill_regions(
         self, encoded: list[dict], may_borrow: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Points [G, P, 2] of all visual prompts of a batch, the row [G] of its `seg_pixels` that
-        each is read from, and what the donors add to those.
+        each is read from, and what the reference_images add to those.
 
         An empty prompt is that of the same category in another image of the batch, if it
         `may_borrow`; a category that no image can show leaves its sample.
         """
-        donors: list[Tensor] = []
+        reference_images: list[Tensor] = []
         for row, item in enumerate(encoded):
             item["region_rows"] = []
-            for points, pixels in zip(item["region_points"], item["donor_pixels"], strict=True):
+            for points, pixels in zip(item["region_points"], item["reference_pixels"], strict=True):
                 is_elsewhere = points is not None and pixels is not None
-                item["region_rows"].append(len(encoded) + len(donors) if is_elsewhere else row)
-                donors += [pixels] if is_elsewhere else []
+                item["region_rows"].append(
+                    len(encoded) + len(reference_images) if is_elsewhere else row
+                )
+                reference_images += [pixels] if is_elsewhere else []
         found: dict[str, tuple[int, Tensor]] = {}
         for item in encoded if may_borrow else ():
             columns = item["sample"].names, item["region_rows"], item["region_points"]
@@ -403,9 +407,9 @@ class Processor:
             if any(is_lost):
                 keep = np.flatnonzero(~np.array(is_lost))
                 item["sample"] = sample = keep_names(item["sample"], keep)
-                item["targets"] = self.targets(sample, item["placement"])
+                item["targets"] = self.targets(sample, item["transform"])
                 item["ids"], item["labels"] = self.tokenize(sample)
-                for name in ("region_rows", "region_points", "donor_pixels"):
+                for name in ("region_rows", "region_points", "reference_pixels"):
                     item[name] = [item[name][number] for number in keep]
             pairs = zip(item["region_rows"], item["region_points"], strict=True)
             for number, (row, points) in enumerate(pairs):
@@ -413,7 +417,7 @@ class Processor:
                     row, points = found[item["sample"].names[number]]
                 all_points.append(points[None])
                 rows.append(row)
-        return torch.cat(all_points), torch.tensor(rows, dtype=torch.long), donors
+        return torch.cat(all_points), torch.tensor(rows, dtype=torch.long), reference_images
 
     def collate(self, encoded: list[dict], pad_left: bool = False) -> Batch:
         """Encoded samples of one task to a batch. Generation wants its padding at the left."""
@@ -424,8 +428,10 @@ class Processor:
             if self.image_size:
                 images = torch.stack([item["image_pixels"] for item in encoded])
             # In training only: no answer may depend on the batch.
-            points, region_index, donors = self.fill_regions(encoded, may_borrow=not pad_left)
-            pixels += donors
+            points, region_index, reference_images = self.fill_regions(
+                encoded, may_borrow=not pad_left
+            )
+            pixels += reference_images
             pad_id = self.tokenizer.pad_token_id
             ids = _pad([item["ids"] for item in encoded], pad_id, pad_left)
             labels = _pad([item["labels"] for item in encoded], IGNORE_LABEL, pad_left)
@@ -461,9 +467,9 @@ class Processor:
             image_index=torch.tensor(image_index, dtype=torch.long),
             targets=targets,
             run_seeds=run_seeds,
-            placements=[item["placement"] for item in encoded],
+            transforms=[item["transform"] for item in encoded],
             samples=[item["sample"] for item in encoded],
-            left_out=[reason for item in encoded for reason in item.get("left_out", ())],
+            skipped=[reason for item in encoded for reason in item.get("skipped", ())],
         )
 
 
@@ -473,13 +479,13 @@ def keep_names(sample: Sample, keep: np.ndarray) -> Sample:
     words = ["<region>"] * len(sample.names) if is_shown else sample.names
     question, answer = sample.turns[0]
     question = question.replace(join_phrases(words), join_phrases([words[i] for i in keep]))
-    regions, donors = sample.regions, sample.region_images
+    regions, reference_images = sample.regions, sample.region_images
     if isinstance(regions, list):
         regions = [regions[i] for i in keep]
     elif is_shown:
         regions = regions[keep]
-    if donors is not None:
-        donors = [donors[i] for i in keep]
+    if reference_images is not None:
+        reference_images = [reference_images[i] for i in keep]
     is_kept = np.isin(sample.labels, keep)
     return dataclasses.replace(
         sample,
@@ -489,7 +495,7 @@ def keep_names(sample: Sample, keep: np.ndarray) -> Sample:
         names=[sample.names[i] for i in keep],
         category_ids=[sample.category_ids[i] for i in keep] if sample.category_ids else [],
         regions=regions,
-        region_images=donors,
+        region_images=reference_images,
     )
 
 
@@ -590,21 +596,21 @@ class Mixture(torch.utils.data.Dataset):
         """An encoded sample. One that is refused, or bad with `skip_bad`, gives its place to
         another of its dataset, drawn, and its reason goes with that. Without `skip_bad` the error
         of a bad one is what comes back: a data loader would bury what it says."""
-        dataset, index, left_out = self.datasets[draw.dataset], draw.index, []
+        dataset, index, skipped = self.datasets[draw.dataset], draw.index, []
         # Not place 0: numpy takes a last 0 for none, which is the generator of the epoch's shuffle.
         rng = np.random.default_rng([self.seed, draw.epoch, draw.dataset, draw.place + 1])
-        while len(left_out) < MOST_REPLACEMENTS:
+        while len(skipped) < MOST_REPLACEMENTS:
             try:
                 sample = dataset.sample(index, rng)
                 run_seed = int(rng.integers(2**62))
                 item = self.processor.encode(sample, self.stage, rng, run_seed)
-                return item | {"left_out": left_out}
+                return item | {"skipped": skipped}
             except ValueError as error:
-                if not (self.skip_bad or isinstance(error, Refusal)):
+                if not (self.skip_bad or isinstance(error, SampleTooLong)):
                     return error
-                left_out.append(str(error))
+                skipped.append(str(error))
             index = int(rng.integers(len(dataset)))
-        return ValueError(f"{len(left_out)} samples in a row cannot be used, first {left_out[0]}")
+        return ValueError(f"{len(skipped)} samples in a row cannot be used, first {skipped[0]}")
 
     def collate(self, items: list[dict | ValueError]) -> Batch | ValueError:
         """The batch of encoded samples, or the first error among them. The samples lose their

@@ -366,7 +366,7 @@ class CosineClassHead(nn.Module):
 
 
 @dataclass
-class Predictions:
+class DecoderOutput:
     """What the decoder says, before any mask is painted."""
 
     class_logits: Tensor  # [L, R, Q, K+1], background last

@@ -45,7 +45,7 @@ from xsam.evaluation.benchmarks import (
     task_of,
 )
 from xsam.evaluation.prediction_files import (
-    Predictions,
+    SavedPredictions,
     Writer,
     begin,
     complete,
@@ -112,13 +112,13 @@ def ask_dataset(
     """Asks the model about the (first) records of a set, as far as `folder` does not have its
     answers yet; all ranks take part. Raises ValueError where the folder holds those of other
     weights or settings, unless these may be overwritten."""
-    settings, kind, keys = model.settings, kind_of(dataset), keys_of(dataset, num_samples)
+    config, kind, keys = model.config, kind_of(dataset), keys_of(dataset, num_samples)
     if distributed.rank() == 0:
         begin(folder, kind, keys, made_by(model, dataset), overwrite)
     distributed.barrier()
     if is_complete(folder):
         return
-    size = settings.eval_batch_size
+    size = config.eval_batch_size
     # Samples of about the same length share a batch; which ones does not depend on the ranks.
     order = sorted(range(len(keys)), key=lambda index: (dataset.num_words(index), index))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -127,9 +127,9 @@ def ask_dataset(
     mine = rest[distributed.rank() :: distributed.world_size()]
     distributed.barrier()  # every rank has seen what is finished before one adds to it
     loader = DataLoader(
-        _Loader(dataset, mine, Processor(settings, model.tokenizer)),
+        _Loader(dataset, mine, Processor(config, model.tokenizer)),
         batch_size=None,
-        num_workers=min(settings.num_workers, len(mine)),
+        num_workers=min(config.num_workers, len(mine)),
     )
     is_thing = dataset.is_thing if isinstance(dataset, Generic) else None
     reading, is_first = reading_of(dataset), distributed.rank() == 0
@@ -148,7 +148,7 @@ def ask_dataset(
                 is_told = True
                 tqdm.write(
                     f"{dataset.name}: {len(questions.samples[0].names)} names do not fit one "
-                    f"prompt of {settings.model.max_text_length} tokens; they are asked in "
+                    f"prompt of {config.model.max_text_length} tokens; they are asked in "
                     f"{len(questions.parts)} parts, whose masks are merged"
                 )
             predictions = answer(model, questions, reading, is_thing)
@@ -163,7 +163,7 @@ def ask_dataset(
 
 def made_by(model: Segmentor | XSAM, dataset: Dataset) -> dict[str, str]:
     """What predictions depend on, as digests."""
-    values = model.settings.to_dict()
+    values = model.config.to_dict()
     names = ("model", "score_threshold", "overlap_threshold", "eval_batch_size", "max_new_tokens")
     asked = {name: values[name] for name in names}
     asked["phrasings"] = dataset.phrasings
@@ -195,7 +195,7 @@ def evaluate(
     num_samples: int | None = None,
     words: list[str] | None = None,
     embed: Callable | None = None,
-    kept: Callable[[str, Predictions], None] | None = None,
+    kept: Callable[[str, SavedPredictions], None] | None = None,
     overwrite: bool = False,
 ) -> dict[str, dict[str, Figures]]:
     """{task: {figure's name: figure}} of the sets `names`, on all ranks.
@@ -205,7 +205,7 @@ def evaluate(
     `words`: other names for the classes of open vocabulary (`rename`). `kept` is called with the
     task and the predictions of each set. `overwrite`: those made in another way may go.
     """
-    phrasings = read_phrasings(model.settings.phrasings if model is not None else "")
+    phrasings = read_phrasings(model.config.phrasings if model is not None else "")
 
     def opened(name: str) -> Dataset:
         dataset = open_dataset(name, data, all_classes=True, phrasings=phrasings)
@@ -223,7 +223,7 @@ def evaluate(
         if model is not None:
             ask_dataset(model, dataset, folder / name, num_samples, label, overwrite)
         task, suffix = task_of(name)
-        said = Predictions(folder / name, dataset, num_samples)
+        said = SavedPredictions(folder / name, dataset, num_samples)
         figures = score_dataset(said, embed, label)
         results.setdefault(task, {}).update(named(figures, suffix))
         if kept is not None:
@@ -387,20 +387,20 @@ def run(
         )
         column = f"stage {stage}"
         names = chosen_sets(options.tasks or "all", is_segmentor=stage == 1)
-        settings = model.settings
-        settings.eval_batch_size = options.batch_size or settings.eval_batch_size
-        settings.phrasings = options.phrasings or settings.phrasings
-        if stage == 1 and not settings.categories:  # a published one: those of COCO
+        config = model.config
+        config.eval_batch_size = options.batch_size or config.eval_batch_size
+        config.phrasings = options.phrasings or config.phrasings
+        if stage == 1 and not config.categories:  # a published one: those of COCO
             check_paths(["coco_panoptic_val"], options.data)
-            settings.categories = open_dataset("coco_panoptic_val", options.data).categories
+            config.categories = open_dataset("coco_panoptic_val", options.data).categories
         checkpoint = options.checkpoint
         out = options.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
         folder = out / FOLDER
     check_paths(names, options.data)
     sets = {}  # what was counted
 
-    def note(_: str, said: Predictions) -> None:
-        sets[said.dataset.name] = {"records": len(said.keys), "left_out": said.dataset.left_out}
+    def note(_: str, said: SavedPredictions) -> None:
+        sets[said.dataset.name] = {"records": len(said.keys), "skipped": said.dataset.skipped}
 
     results = evaluate(
         model, names, options.data, folder, options.limit, words, embed, note, options.overwrite
@@ -434,7 +434,7 @@ def write_results(out: Path, results: dict[str, dict[str, Figures]], about: dict
     (out / "results.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     for name, each in sets.items():
-        reasons = [f"{count} {reason}" for reason, count in each["left_out"].items() if count]
+        reasons = [f"{count} {reason}" for reason, count in each["skipped"].items() if count]
         if reasons:
             print(f"{name}: scored without {', '.join(reasons)}")
     missing = [

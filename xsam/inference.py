@@ -18,19 +18,19 @@ from torch import Tensor
 
 from xsam.checkpoints import latest_checkpoint, read_header, write_header
 from xsam.config import SPECIAL_TOKENS, Config, xsam
-from xsam.data import Batch, Placement, Processor, Sample
+from xsam.data import Batch, Processor, ResizeAndPad, Sample
 from xsam.llm import add_special_tokens
 from xsam.model import XSAM, Segmentor
 from xsam.postprocess import (
-    Prediction,
     Reading,
+    SegmentationResult,
+    instance_inference,
+    interactive_inference,
     merge_parts,
-    read_instances,
-    read_interactive,
-    read_panoptic,
-    read_phrases,
-    read_semantic,
-    read_union,
+    panoptic_inference,
+    phrase_inference,
+    semantic_inference,
+    union_inference,
 )
 from xsam.prompts import ask, check_words, find_phrases
 from xsam.weights import (
@@ -104,7 +104,7 @@ def answer(
     questions: Questions,
     reading: str,
     is_thing: list[bool] | None = None,
-) -> list[Prediction]:
+) -> list[SegmentationResult]:
     """What a model says of `questions`, its masks taken by `reading` (REQUESTS; "union" for
     expressions that may mean several objects).
 
@@ -112,21 +112,21 @@ def answer(
     sample that the model answers without a <SEG> has no masks.
     """
     model.eval()
-    settings = model.settings
+    config = model.config
     parameter = next(model.parameters())
     device, is_mixed = parameter.device, parameter.dtype != torch.float32  # as in training
     texts = [""] * len(questions.samples)
     found = [[] for _ in questions.samples]  # class probabilities, mask logits, places of names
-    placements = [None] * len(questions.samples)
+    transforms = [None] * len(questions.samples)
     for part in questions.parts:
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
-            answers, predictions = model.infer(part.batch.to(device), settings.max_new_tokens)
+            answers, predictions = model.infer(part.batch.to(device), config.max_new_tokens)
         runs, mask_logits = {}, None
         if predictions is not None:
             runs = {row: run for run, row in enumerate(predictions.image_index.tolist())}
             mask_logits = predictions.mask_logits()
         for number, (row, text) in enumerate(zip(part.rows, answers, strict=True)):
-            texts[row], placements[row] = texts[row] or text, part.batch.placements[number]
+            texts[row], transforms[row] = texts[row] or text, part.batch.transforms[number]
             if number not in runs:
                 continue
             sample, places = part.batch.samples[number], part.places[number]
@@ -144,19 +144,19 @@ def answer(
     for row, (sample, text) in enumerate(zip(questions.samples, texts, strict=True)):
         names = find_phrases(text) if sample.task == "gcg" else sample.names
         masks, categories, scores = _read(
-            reading, found[row], len(names), placements[row], sample, is_thing, settings
+            reading, found[row], len(names), transforms[row], sample, is_thing, config
         )
         labels = [names[category] for category in categories]
         num_prompts = sum(row in part.rows for part in questions.parts)
         results.append(
-            Prediction(sample.image, masks, categories, labels, scores, text, num_prompts)
+            SegmentationResult(sample.image, masks, categories, labels, scores, text, num_prompts)
         )
     return results
 
 
 def _own_columns(model: Segmentor, sample: Sample) -> list[int]:
     """Which outputs of the linear head are the classes of a sample."""
-    own = [category["name"] for category in model.settings.categories]
+    own = [category["name"] for category in model.config.categories]
     if unknown := [name for name in sample.names if name not in own]:
         raise ValueError(
             f"a stage-1 checkpoint segments the {len(own)} categories that it was trained on; "
@@ -169,24 +169,24 @@ def _read(
     reading: str,
     found: list[tuple[Tensor, Tensor, list[int]]],
     num_names: int,
-    placement: Placement,
+    transform: ResizeAndPad,
     sample: Sample,
     is_thing: list[bool] | None,
-    settings: Config,
+    config: Config,
 ) -> Reading:
     """Masks at the image's size, their places among the names, and scores."""
     if reading == "nothing" or not found or not num_names:
-        return np.zeros((0, *placement.original), bool), [], []
+        return np.zeros((0, *transform.original), bool), [], []
     parts = [(probabilities, mask_logits) for probabilities, mask_logits, _ in found]
-    outputs = (*merge_parts(parts, [places for *_, places in found], num_names), placement)
+    outputs = (*merge_parts(parts, [places for *_, places in found], num_names), transform)
     if reading == "panoptic":
-        return read_panoptic(
-            *outputs, is_thing, settings.score_threshold, settings.overlap_threshold
+        return panoptic_inference(
+            *outputs, is_thing, config.score_threshold, config.overlap_threshold
         )
     if reading == "interactive":
-        return read_interactive(*outputs, sample.regions[0])
-    readers = {"instances": read_instances, "semantic": read_semantic}
-    readers |= {"phrases": read_phrases, "union": read_union}
+        return interactive_inference(*outputs, sample.regions[0])
+    readers = {"instances": instance_inference, "semantic": semantic_inference}
+    readers |= {"phrases": phrase_inference, "union": union_inference}
     return readers[reading](*outputs)
 
 
@@ -199,7 +199,7 @@ def predict(
     stuff: list[str] | None = None,
     regions: list[np.ndarray] | None = None,
     region_image: Image.Image | None = None,
-) -> Prediction | list[Prediction]:
+) -> SegmentationResult | list[SegmentationResult]:
     """One request, or a list of images with the same one or a list of texts.
 
     task (REQUESTS): "panoptic", "instance" and "semantic" segment the categories `things` and
@@ -233,7 +233,7 @@ def predict(
         ]
         categories = categories or [
             (each["name"], each["is_thing"])
-            for each in model.settings.categories
+            for each in model.config.categories
             if each["is_thing"] or task != "instance"
         ]
         if not categories:
@@ -269,7 +269,7 @@ def predict(
                 region_images=[region_image] * len(classes) if region_image else None,
             )
         )
-    questions = prepare(Processor(model.settings, model.tokenizer), samples)
+    questions = prepare(Processor(model.config, model.tokenizer), samples)
     predictions = answer(model, questions, reading, is_thing)
     return predictions if isinstance(image, list) else predictions[0]
 
@@ -280,7 +280,7 @@ def save_pretrained(model: Segmentor | XSAM, folder: Path, max_shard_bytes: int)
         raise ValueError(f"{folder}: not empty; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     save_model(folder, own_tensors(model), model.prefix, max_shard_bytes)
-    write_header(folder, model.settings, model.stage, step=0)
+    write_header(folder, model.config, model.stage, step=0)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
 

@@ -21,7 +21,7 @@ from xsam.config import Config, LossConfig
 
 if TYPE_CHECKING:
     from xsam.data import Batch
-    from xsam.decoder import Predictions
+    from xsam.decoder import DecoderOutput
     from xsam.model import XSAM, Segmentor
 
 
@@ -155,7 +155,7 @@ def mask_losses(mask_logits: Tensor, target_values: Tensor, valid: Tensor) -> tu
 
 
 def segmentation_losses(
-    predictions: Predictions,
+    predictions: DecoderOutput,
     targets: list[Targets],
     generators: list[torch.Generator],
     normalisers: Normalisers,

@@ -29,11 +29,11 @@ from xsam.connector import (
 from xsam.decoder import (
     CosineClassHead,
     DecoderLayer,
+    DecoderOutput,
     LinearClassHead,
     MaskedAttentionDecoder,
     PixelDecoder,
     PixelDecoderLayer,
-    Predictions,
 )
 from xsam.encoders import Block, ImageEncoder, SamEncoder
 from xsam.llm import IGNORE_LABEL, LanguageModel
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from xsam.data import Batch
-    from xsam.postprocess import Prediction
+    from xsam.postprocess import SegmentationResult
     from xsam.variants import SwinEncoder
 
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 class Outputs:
     """What a forward pass leaves for the losses."""
 
-    predictions: Predictions | None  # None where nothing is segmented
+    predictions: DecoderOutput | None  # None where nothing is segmented
     token_loss: Tensor | None  # summed over the labelled tokens; None in stage 1
 
 
@@ -88,21 +88,24 @@ class Segmentor(nn.Module):
     stage, prefix = 1, "segmentor."  # of its checkpoints; what its names begin with on disk
     tokenizer = None  # this model reads no text
 
-    def __init__(self, settings: Config, class_head: nn.Module | None = None):
+    def __init__(self, config: Config, class_head: nn.Module | None = None):
         """`class_head` None: the linear head of stage 1."""
         super().__init__()
-        self.settings, config = settings, settings.model
-        self.encoder = build_seg_encoder(config)
+        self.config, model_config = config, config.model
+        self.encoder = build_seg_encoder(model_config)
         self.connector = self.pixel_decoder = None
         decoder_sizes = dict(
-            dim=config.decoder_dim,
-            num_layers=config.decoder_layers,
-            num_heads=config.decoder_heads,
-            mlp_dim=config.decoder_mlp_dim,
-            num_queries=config.num_queries,
+            dim=model_config.decoder_dim,
+            num_layers=model_config.decoder_layers,
+            num_heads=model_config.decoder_heads,
+            mlp_dim=model_config.decoder_mlp_dim,
+            num_queries=model_config.num_queries,
         )
-        if config.decoder == "sam":
-            if config.seg_backbone_config or config.seg_neck_dim != config.decoder_dim:
+        if model_config.decoder == "sam":
+            if (
+                model_config.seg_backbone_config
+                or model_config.seg_neck_dim != model_config.decoder_dim
+            ):
                 raise ValueError(
                     "decoder sam reads the neck of SAM's encoder: it wants a SAM seg_encoder and "
                     "decoder_dim equal to seg_neck_dim"
@@ -111,25 +114,27 @@ class Segmentor(nn.Module):
 
             self.decoder = SamMaskDecoder(**decoder_sizes)
         else:
-            if not config.seg_backbone_config:
+            if not model_config.seg_backbone_config:
                 self.connector = SegmentationConnector(
-                    config.connector,
-                    config.seg_dim,
-                    config.connector_dim,
-                    config.connector_scales,
-                    config.connector_layers,
+                    model_config.connector,
+                    model_config.seg_dim,
+                    model_config.connector_dim,
+                    model_config.connector_scales,
+                    model_config.connector_layers,
                 )
             self.pixel_decoder = PixelDecoder(
                 in_dims=(self.connector or self.encoder).dims,
-                dim=config.decoder_dim,
-                num_layers=config.pixel_decoder_layers,
-                num_heads=config.decoder_heads,
-                num_points=config.pixel_decoder_points,
-                mlp_dim=config.pixel_decoder_mlp_dim,
+                dim=model_config.decoder_dim,
+                num_layers=model_config.pixel_decoder_layers,
+                num_heads=model_config.decoder_heads,
+                num_points=model_config.pixel_decoder_points,
+                mlp_dim=model_config.pixel_decoder_mlp_dim,
             )
             num_levels = self.pixel_decoder.num_levels
             self.decoder = MaskedAttentionDecoder(**decoder_sizes, num_levels=num_levels)
-        self.class_head = class_head or LinearClassHead(config.decoder_dim, config.num_classes)
+        self.class_head = class_head or LinearClassHead(
+            model_config.decoder_dim, model_config.num_classes
+        )
 
     def decode(
         self,
@@ -137,7 +142,7 @@ class Segmentor(nn.Module):
         image_index: Tensor,
         seg_embeddings: Tensor | None,
         *conditions: Tensor,
-    ) -> Predictions:
+    ) -> DecoderOutput:
         """Masks and class logits of each run. An image is decoded to features once, however many
         runs (image_index [R]) read them; `conditions` are the class head's."""
         feature_index = None
@@ -156,7 +161,9 @@ class Segmentor(nn.Module):
                 mask_features[image_index], levels, seg_embeddings
             )
         class_logits = self.class_head(queries, *conditions)
-        return Predictions(class_logits, mask_embeddings, mask_features, image_index, feature_index)
+        return DecoderOutput(
+            class_logits, mask_embeddings, mask_features, image_index, feature_index
+        )
 
     def forward(self, batch: Batch) -> Outputs:
         """Stage 1: one run for each image, classes of the linear head."""
@@ -165,7 +172,7 @@ class Segmentor(nn.Module):
         return Outputs(self.decode(hidden_states, image_index, None), None)
 
     @torch.no_grad()
-    def infer(self, batch: Batch, max_new_tokens: int = 0) -> tuple[list[str], Predictions]:
+    def infer(self, batch: Batch, max_new_tokens: int = 0) -> tuple[list[str], DecoderOutput]:
         """Answers (none here) and predictions, as `XSAM.infer` gives them."""
         return [""] * len(batch.seg_pixels), self(batch).predictions
 
@@ -177,7 +184,7 @@ class XSAM(nn.Module):
 
     def __init__(
         self,
-        settings: Config,
+        config: Config,
         tokenizer: PreTrainedTokenizerBase | None = None,
         image_encoder: ImageEncoder | None = None,
         llm: LanguageModel | None = None,
@@ -186,16 +193,16 @@ class XSAM(nn.Module):
         not run (`set_tokenizer`). An image encoder or language model that is given is used, and not
         made anew."""
         super().__init__()
-        self.settings, config = settings, settings.model
-        self.segmentor = Segmentor(settings, CosineClassHead(config.logit_clamp))
+        self.config, model_config = config, config.model
+        self.segmentor = Segmentor(config, CosineClassHead(model_config.logit_clamp))
         self.image_encoder = self.image_projector = None
-        self.llm = llm or LanguageModel(config.llm_config)
-        if config.image_encoder != "none":
-            self.image_encoder = image_encoder or ImageEncoder(config.image_encoder_config)
+        self.llm = llm or LanguageModel(model_config.llm_config)
+        if model_config.image_encoder != "none":
+            self.image_encoder = image_encoder or ImageEncoder(model_config.image_encoder_config)
             self.image_projector = Projector(self.image_encoder.dim, self.llm.dim)
-        self.seg_projector = Projector(4 * config.seg_dim, self.llm.dim)
-        self.llm_projector = Projector(self.llm.dim, config.decoder_dim)
-        self.background_embedding = nn.Embedding(1, config.decoder_dim)
+        self.seg_projector = Projector(4 * model_config.seg_dim, self.llm.dim)
+        self.llm_projector = Projector(self.llm.dim, model_config.decoder_dim)
+        self.background_embedding = nn.Embedding(1, model_config.decoder_dim)
         if tokenizer is not None:
             self.set_tokenizer(tokenizer)
 
@@ -203,22 +210,25 @@ class XSAM(nn.Module):
         """Takes over the tokenizer; the configuration keeps the vocabulary's size."""
         self.tokenizer = tokenizer
         rows = self.llm.set_tokenizer(tokenizer)
-        self.settings.model.llm_config = self.settings.model.llm_config | {"vocab_size": rows}
+        self.config.model.llm_config = self.config.model.llm_config | {"vocab_size": rows}
 
     def encode(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Embeddings [B, N, C] of the batch's words, visual tokens and regions, and the hidden
         states of the segmentation encoder for its images. Image tokens come before segmentation
         tokens. An image that only shows a region for another passes the segmentation encoder."""
         B = len(batch.input_ids)
-        images, *donors = batch.seg_pixels.split(B)
+        images, *reference_images = batch.seg_pixels.split(B)
         hidden_states = self.segmentor.encoder(images)
-        shown = [hidden_states[-2], *(self.segmentor.encoder(each)[-2] for each in donors)]
+        shown = [
+            hidden_states[-2],
+            *(self.segmentor.encoder(each)[-2] for each in reference_images),
+        ]
         grid = self.seg_projector(pixel_shuffle(torch.cat(shown), 0.5))  # [B + D, H, W, C]
         visual_tokens = grid[:B].flatten(1, 2)
         if self.image_encoder is not None:
             image_tokens = self.image_projector(self.image_encoder(batch.image_pixels))
             visual_tokens = torch.cat([image_tokens, visual_tokens], dim=1)
-        pooling = self.settings.model.region_pooling
+        pooling = self.config.model.region_pooling
         regions = sample_regions(grid, batch.region_points, batch.region_index, pooling)
         return self.llm.embed(batch.input_ids, visual_tokens, regions), hidden_states
 
@@ -239,7 +249,7 @@ class XSAM(nn.Module):
 
     def segment(
         self, task: str, hidden_states: list[Tensor], states: Tensor, input_ids: Tensor
-    ) -> Predictions | None:
+    ) -> DecoderOutput | None:
         """Runs the segmentor once for each <SEG> among input_ids [B, N]; None where there is none.
 
         Most tasks have one run an image, whose classes are the image's phrases. Referring and
@@ -297,7 +307,7 @@ class XSAM(nn.Module):
         return sums / index.bincount(minlength=num_phrases)[:, None]
 
     @torch.no_grad()
-    def infer(self, batch: Batch, max_new_tokens: int) -> tuple[list[str], Predictions | None]:
+    def infer(self, batch: Batch, max_new_tokens: int) -> tuple[list[str], DecoderOutput | None]:
         """Greedy answers to a left-padded batch, and what their <SEG> tokens segment."""
         embeddings, hidden_states = self.encode(batch)
         new_ids, states, new_states = self.llm.generate(
@@ -318,7 +328,7 @@ class XSAM(nn.Module):
 
     def predict(
         self, image: Image.Image | list[Image.Image], task: str, text: str | list[str] = "", **names
-    ) -> Prediction | list[Prediction]:
+    ) -> SegmentationResult | list[SegmentationResult]:
         """See `inference.predict`."""
         from xsam.inference import predict
 

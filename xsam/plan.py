@@ -134,9 +134,9 @@ def example_batch(
         image_index=torch.arange(size).repeat_interleave(num_runs),
         targets=targets,
         run_seeds=list(range(len(targets))),
-        placements=[],
+        transforms=[],
         samples=[],
-        left_out=[],
+        skipped=[],
     )
 
 

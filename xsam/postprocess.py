@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from xsam.data import Placement
+from xsam.data import ResizeAndPad
 from xsam.datasets.formats import encode_mask
 from xsam.report.pictures import draw_segments
 
@@ -36,7 +36,7 @@ BAND_VALUES = 2**22  # of float32 16 MB: near what caches hold, and few steps
 
 
 @dataclass
-class Prediction:
+class SegmentationResult:
     """What a model says of one image, at the image's own size."""
 
     image: Image.Image
@@ -105,12 +105,12 @@ class OriginalReader:
     """Reads masks [h, w] of a canvas bilinearly at the pixels of the original image. The padding
     drops out, and no mask of the canvas's full size is made."""
 
-    def __init__(self, mask_logits: Tensor, placement: Placement):
+    def __init__(self, mask_logits: Tensor, transform: ResizeAndPad):
         """For masks of the size and on the device of mask_logits [N, h, w]."""
-        starts = placement.top, placement.left
-        sizes = zip(placement.original, placement.resized, starts, strict=True)
+        starts = transform.top, transform.left
+        sizes = zip(transform.original, transform.resized, starts, strict=True)
         self.rows, self.columns = (
-            Taps(*of_image, placement.size, size, mask_logits.device)
+            Taps(*of_image, transform.size, size, mask_logits.device)
             for of_image, size in zip(sizes, mask_logits.shape[-2:], strict=True)
         )
 
@@ -128,10 +128,10 @@ class OriginalReader:
         return torch.lerp(above, below, weight[:, None], out=above)
 
 
-def read_insides(mask_logits: Tensor, placement: Placement) -> Iterator[tuple[Box, Tensor]]:
+def read_insides(mask_logits: Tensor, transform: ResizeAndPad) -> Iterator[tuple[Box, Tensor]]:
     """Of each mask [N, h, w] a box of the original image, outside of which no logit is positive,
     and its logits there; the box of a mask that is nowhere positive is empty."""
-    read = OriginalReader(mask_logits, placement)
+    read = OriginalReader(mask_logits, transform)
     limits = []  # of rows, then of columns: start and stop of each mask
     for taps, other in (read.rows, -1), (read.columns, -2):
         is_positive = (mask_logits.amax(other) > 0).cpu().numpy()  # [N, h] or [N, w]
@@ -147,10 +147,10 @@ def read_insides(mask_logits: Tensor, placement: Placement) -> Iterator[tuple[Bo
             yield (slice(0, 0), slice(0, 0)), torch.zeros(0, 0, device=mask_logits.device)
 
 
-def bands(placement: Placement, depth: int) -> Iterator[Box]:
+def bands(transform: ResizeAndPad, depth: int) -> Iterator[Box]:
     """The original image from top to bottom, in bands of rows that have about BAND_VALUES values
     where each pixel has `depth` of them."""
-    height, width = placement.original
+    height, width = transform.original
     step = max(1, BAND_VALUES // max(1, depth * width))
     for top in range(0, height, step):
         yield slice(top, min(top + step, height)), slice(0, width)
@@ -184,10 +184,10 @@ def merge_parts(
     return torch.cat(merged), torch.cat([mask_logits for _, mask_logits in parts])
 
 
-def read_panoptic(
+def panoptic_inference(
     probabilities: Tensor,
     mask_logits: Tensor,
-    placement: Placement,
+    transform: ResizeAndPad,
     is_thing: list[bool],
     score_threshold: float,
     overlap_threshold: float,
@@ -206,13 +206,13 @@ def read_panoptic(
     scores, categories, mask_logits = (each[is_kept] for each in (scores, categories, mask_logits))
     count = len(scores)
     if not count:
-        return np.zeros((0, *placement.original), bool), [], []
+        return np.zeros((0, *transform.original), bool), [], []
     scores, categories = scores.tolist(), categories.tolist()
-    read = OriginalReader(mask_logits, placement)
+    read = OriginalReader(mask_logits, transform)
     whole = torch.zeros(count, dtype=torch.int64, device=mask_logits.device)
     won, shown = np.zeros((2, count), np.int64)
-    segments = np.empty(placement.original, np.int16)  # which query a pixel shows; -1: none
-    for band in bands(placement, 4):  # a mask, the best so far and what compares them
+    segments = np.empty(transform.original, np.int16)  # which query a pixel shows; -1: none
+    for band in bands(transform, 4):  # a mask, the best so far and what compares them
         size = segments[band].shape
         best = mask_logits.new_full(size, -1, dtype=torch.float32)
         winner = torch.zeros(size, dtype=torch.int16, device=mask_logits.device)
@@ -249,18 +249,20 @@ def read_panoptic(
     return masks, [categories[number] for number in chosen], [scores[number] for number in chosen]
 
 
-def read_semantic(probabilities: Tensor, mask_logits: Tensor, placement: Placement) -> Reading:
+def semantic_inference(
+    probabilities: Tensor, mask_logits: Tensor, transform: ResizeAndPad
+) -> Reading:
     """Semantic reading: each pixel is of the class with the largest sum over queries of class times
     mask probability (Mask2Former, Cheng et al. 2022). A mask for each class that is present, in
     the order of classes; its score is the mean of that sum over its pixels."""
     Q, K = len(probabilities), probabilities.shape[1] - 1
     if K == 0:
-        return np.zeros((0, *placement.original), bool), [], []
-    read = OriginalReader(mask_logits, placement)
+        return np.zeros((0, *transform.original), bool), [], []
+    read = OriginalReader(mask_logits, transform)
     weights = probabilities[:, :-1].T.contiguous()  # [K, Q]
-    classes = np.empty(placement.original, np.int64)
+    classes = np.empty(transform.original, np.int64)
     areas, sums = np.zeros((2, K))
-    for band in bands(placement, Q + K):
+    for band in bands(transform, Q + K):
         masks = read(mask_logits, band).sigmoid_().flatten(1)  # [Q, pixels]
         best, category = (weights @ masks).max(0)
         best, category = best.cpu().numpy(), category.cpu().numpy()
@@ -274,15 +276,15 @@ def read_semantic(probabilities: Tensor, mask_logits: Tensor, placement: Placeme
     return masks, present.tolist(), (sums[present] / areas[present]).tolist()
 
 
-def read_instances(
-    probabilities: Tensor, mask_logits: Tensor, placement: Placement, most: int = 200
+def instance_inference(
+    probabilities: Tensor, mask_logits: Tensor, transform: ResizeAndPad, most: int = 200
 ) -> Reading:
     """Instance reading: the best `most` (query, class) pairs, by class probability times the mean
     mask probability inside the mask, best first. Masks may overlap; empty ones are left out, and
     so are pairs of probability zero, those of names that a query was not asked about."""
     K = probabilities.shape[1] - 1
     if K == 0:
-        return np.zeros((0, *placement.original), bool), [], []
+        return np.zeros((0, *transform.original), bool), [], []
     scores = probabilities[:, :-1].flatten()
     least = scores.topk(min(most, len(scores))).values[-1]
     chosen = ((scores >= least) & (scores > 0)).nonzero()[:, 0]  # of equals the first are taken
@@ -291,7 +293,7 @@ def read_instances(
     queries, categories = chosen // K, chosen % K
     used, place = queries.unique(return_inverse=True)
     boxes, insides, areas, qualities = [], [], [], []
-    for box, logits in read_insides(mask_logits[used], placement):
+    for box, logits in read_insides(mask_logits[used], transform):
         is_inside = logits > 0
         area = is_inside.count_nonzero()
         boxes.append(box)
@@ -299,30 +301,32 @@ def read_instances(
         areas.append(area)
         qualities.append(logits.sigmoid_().mul_(is_inside).sum() / area)
     if not boxes:
-        return np.zeros((0, *placement.original), bool), [], []
+        return np.zeros((0, *transform.original), bool), [], []
     is_kept = torch.stack(areas)[place] > 0
     scores, categories, place = (each[is_kept] for each in (scores, categories, place))
     scores, order = (scores * torch.stack(qualities)[place]).sort(descending=True, stable=True)
-    masks = np.zeros((len(order), *placement.original), bool)
+    masks = np.zeros((len(order), *transform.original), bool)
     for mask, number in zip(masks, place[order].tolist(), strict=True):
         mask[boxes[number]] = insides[number]
     return masks, categories[order].tolist(), scores.tolist()
 
 
-def read_phrases(probabilities: Tensor, mask_logits: Tensor, placement: Placement) -> Reading:
+def phrase_inference(
+    probabilities: Tensor, mask_logits: Tensor, transform: ResizeAndPad
+) -> Reading:
     """Referring reading: for each phrase the mask of the query that fits it best, [K, H, W], and
     its score. A mask may be empty."""
     scores, best = probabilities[:, :-1].max(0)
-    masks = np.zeros((len(best), *placement.original), bool)
-    for mask, (box, logits) in zip(masks, read_insides(mask_logits[best], placement), strict=True):
+    masks = np.zeros((len(best), *transform.original), bool)
+    for mask, (box, logits) in zip(masks, read_insides(mask_logits[best], transform), strict=True):
         mask[box] = (logits > 0).cpu().numpy()
     return masks, list(range(len(best))), scores.tolist()
 
 
-def read_union(
+def union_inference(
     probabilities: Tensor,
     mask_logits: Tensor,
-    placement: Placement,
+    transform: ResizeAndPad,
     score_threshold: float = 0.6,
 ) -> Reading:
     """Generalised referring reading (gRefCOCO, Liu et al. 2023): for each phrase all that the
@@ -332,8 +336,8 @@ def read_union(
     is_chosen = probabilities[:, :-1] >= score_threshold  # [Q, K]
     is_chosen[best, torch.arange(len(best), device=best.device)] = True
     used = is_chosen.any(1).nonzero()[:, 0]
-    masks = np.zeros((len(best), *placement.original), bool)
-    insides = read_insides(mask_logits[used], placement)
+    masks = np.zeros((len(best), *transform.original), bool)
+    insides = read_insides(mask_logits[used], transform)
     for phrases, (box, logits) in zip(is_chosen[used].cpu().numpy(), insides, strict=True):
         is_inside = (logits > 0).cpu().numpy()
         for phrase in phrases.nonzero()[0]:
@@ -341,16 +345,16 @@ def read_union(
     return masks, list(range(len(best))), scores.tolist()
 
 
-def read_interactive(
+def interactive_inference(
     probabilities: Tensor,
     mask_logits: Tensor,
-    placement: Placement,
+    transform: ResizeAndPad,
     region: np.ndarray,
     score_threshold: float = 0.5,
 ) -> Reading:
     """Interactive reading, probabilities [Q, 2]: among the instances at or above the threshold, or
     the best one, that whose mask has the best IoU with the prompt `region`, bool [H, W]."""
-    masks, categories, scores = read_instances(probabilities, mask_logits, placement)
+    masks, categories, scores = instance_inference(probabilities, mask_logits, transform)
     if not len(masks):
         return masks, categories, scores
     ious = []

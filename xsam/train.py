@@ -125,7 +125,7 @@ def load_earlier_stage(model: XSAM, stage: int, out: Path) -> str:
     """What an earlier stage trained: the segmentor of stage 1 without its class head, the
     projectors of stage 2."""
     folder = latest_checkpoint(stage_folder(out, stage))
-    check_checkpoint(folder, model.settings, stage)
+    check_checkpoint(folder, model.config, stage)
     stored = list_tensors(folder)
     if stage == 2:
         return load_tensors(model, stored, folder, only=("visual_projector.", "seg_projector."))
@@ -351,9 +351,9 @@ def open_mixture(
     ]
     mixture = Mixture(datasets, processor, stage, config.seed, options.skip_bad)
     for dataset, factor in zip(datasets, mixture.factors, strict=True):
-        left_out = [f"{count} {reason}" for reason, count in (+dataset.left_out).items()]
-        left_out += [f"{len(dataset.problems)} bad records"] if dataset.problems else []
-        without = f"; left out: {', '.join(left_out)}" if left_out else ""
+        skipped = [f"{count} {reason}" for reason, count in (+dataset.skipped).items()]
+        skipped += [f"{len(dataset.problems)} bad records"] if dataset.problems else []
+        without = f"; left out: {', '.join(skipped)}" if skipped else ""
         report(f"{dataset.name}: {len(dataset)} samples x {factor:.2f}{without}")
     generic = [dataset for dataset in datasets if isinstance(dataset, Generic)]
     if generic:
@@ -401,7 +401,7 @@ def add_up(
     counts = {
         "images": sum(len(batch.samples) for batch in batches),
         "tokens": sum(int(b.attention_mask.sum()) for b in batches if b.attention_mask is not None),
-        "left_out": sum(len(batch.left_out) for batch in batches),
+        "skipped_samples": sum(len(batch.skipped) for batch in batches),
     }
     stacked = torch.stack([torch.stack(list(parts.values())) for parts in losses])
     named = dict(zip(losses[0], stacked.sum(dim=0).tolist(), strict=True))

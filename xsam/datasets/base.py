@@ -50,7 +50,7 @@ class Dataset:
     """What the readers have in common. A subclass fills `records` in `index` and makes a `Sample`
     of one in `sample`.
 
-    `left_out` counts what the format's rules drop; `problems` has a message for each record that
+    `skipped` counts what the format's rules drop; `problems` has a message for each record that
     breaks them.
     """
 
@@ -70,7 +70,7 @@ class Dataset:
         )
         self.masks, self.instances = locate(root, source.masks), locate(root, source.instances)
         self.records: list | Packed = []
-        self.left_out: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
         self.problems: list[str] = []
         self.index()
         contents = []

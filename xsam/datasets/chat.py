@@ -24,7 +24,7 @@ class Llava(Dataset):
             where = f"{self.annotations}: record {place}"
             with self.record():
                 if not expect(record, dict, where).get("image"):
-                    self.left_out["text without an image"] += 1
+                    self.skipped["text without an image"] += 1
                     continue
                 take(record, "image", str, where)
                 if "id" in record:

@@ -42,7 +42,7 @@ class Report:
     missing: list[str] = field(default_factory=list)
     num_samples: int = 0
     num_read: int = 0
-    left_out: Counter = field(default_factory=Counter)
+    skipped: Counter = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -92,7 +92,7 @@ def check_dataset(
     except ValueError as error:
         report.problems.append(str(error))
         return report, None
-    report.num_samples, report.left_out = len(dataset), +dataset.left_out
+    report.num_samples, report.skipped = len(dataset), +dataset.skipped
     report.problems += dataset.problems
     count = min(limit, len(dataset)) if limit else len(dataset)
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
@@ -125,7 +125,7 @@ def table(reports: list[Report]) -> str:
     rows = [("set", "task", "for", "state", "samples", "read", "left out by the rules")]
     for report in reports:
         default = "scoring" if report.name in SOURCES and _is_scored(report.name) else "choice"
-        left_out = ", ".join(f"{count} {reason}" for reason, count in report.left_out.items())
+        skipped = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
         rows.append(
             (
                 report.name,
@@ -134,7 +134,7 @@ def table(reports: list[Report]) -> str:
                 report.state,
                 str(report.num_samples or ""),
                 str(report.num_read or ""),
-                left_out,
+                skipped,
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -124,7 +124,7 @@ class Panoptic(Generic):
             if segments.get(number):
                 self.records.append((image, segments[number]))
             else:
-                self.left_out["images without segments"] += 1
+                self.skipped["images without segments"] += 1
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray, list[dict]]:
         """Image, map [H, W] of 1 + the place of each pixel's segment (0 is void), and the segments,
@@ -186,14 +186,14 @@ class Instances(Generic):
                 if number not in images:
                     raise ValueError(f"{at}: image {number} is not in its images")
                 take_flag(record, "iscrowd", at)
-                self.left_out["invalid rings"] += num_bad_rings(record.get("segmentation"))
+                self.skipped["invalid rings"] += num_bad_rings(record.get("segmentation"))
                 by_image[number].append(record)
         for number, image in images.items():
             is_scored = self.source.split == "val"
             if is_scored or any(not record.get("iscrowd") for record in by_image[number]):
                 self.records.append((image, by_image[number]))
             else:
-                self.left_out["images without instances"] += 1
+                self.skipped["images without instances"] += 1
 
     def read(self, index: int) -> tuple[Image.Image, list[tuple[int, np.ndarray, bool]]]:
         """Image, and of each object its contiguous class, its mask, bool [H, W], empty for a few of
@@ -236,7 +236,7 @@ class Semantic(Generic):
             if number in labelled:
                 self.records.append(image)
             else:
-                self.left_out["images without segments"] += 1
+                self.skipped["images without segments"] += 1
 
     def key(self, index: int) -> int | str:
         return self.records[index]["id"]

@@ -53,16 +53,16 @@ class Gcg(Dataset):
             kept, end = [], -1
             for span in sorted(caption.spans, key=lambda span: span[:2]):
                 if not 0 <= span[0] < span[1] <= len(caption.text):
-                    self.left_out["spans outside their caption"] += 1
+                    self.skipped["spans outside their caption"] += 1
                 elif span[0] <= end:
-                    self.left_out["overlapping or touching spans"] += 1
+                    self.skipped["overlapping or touching spans"] += 1
                 else:
                     kept.append(span)
                     end = span[1]
             if kept:
                 self.records.append(dataclasses.replace(caption, spans=kept))
             else:
-                self.left_out["captions without a span"] += 1
+                self.skipped["captions without a span"] += 1
 
     def captions(self) -> Iterator[Caption]:
         raise NotImplementedError
@@ -157,7 +157,7 @@ class GcgRefs(Gcg):
                     phrase = clean_caption(take(ref, "sentence", str, where))
                     start = text.find(phrase) if phrase else -1
                     if start < 0:
-                        self.left_out["phrases that their caption lacks"] += 1
+                        self.skipped["phrases that their caption lacks"] += 1
                         continue
                     shape = take(ref, "segmentation", (list, dict), where)
                     spans.append((start, start + len(phrase), shape))
@@ -184,7 +184,7 @@ class GcgFlickr(Gcg):
             with self.record():
                 text = clean_caption(take(image, "caption", str, at))
                 if len(text.split()) < 3:
-                    self.left_out["captions under three words"] += 1
+                    self.skipped["captions under three words"] += 1
                     continue
                 spans, ignored = [], []
                 for record in by_image[number]:
@@ -220,7 +220,7 @@ class GcgScored(Dataset):
                 number = take(record, "image_id", (str, int), at)
                 at = f"{at} of image {number}"
                 if number in texts:
-                    self.left_out["further captions of an image"] += 1
+                    self.skipped["further captions of an image"] += 1
                     continue
                 phrases = take(record, "labels", list, at) if "labels" in record else []
                 phrases = [check_words(expect(each, str, f"{at}: labels"), at) for each in phrases]
@@ -231,11 +231,11 @@ class GcgScored(Dataset):
             elif by_image[number]:
                 text, phrases = texts[number]
                 if len(phrases) != len(by_image[number]):
-                    self.left_out["images whose phrases do not belong to their masks"] += 1
+                    self.skipped["images whose phrases do not belong to their masks"] += 1
                     phrases = []
                 self.records.append((image, text, phrases, by_image[number]))
             else:
-                self.left_out["images without masks"] += 1
+                self.skipped["images without masks"] += 1
 
     def key(self, index: int) -> int | str:
         return self.records[index][0]["id"]
@@ -328,15 +328,15 @@ class VisualPrompts(Dataset):
         is_training = self.source.split == "train"
         if self.source.task == "interactive" and is_training:
             single = [each for each in annotations if not each[0].get("iscrowd")]
-            self.left_out["crowd regions"] += len(annotations) - len(single)
+            self.skipped["crowd regions"] += len(annotations) - len(single)
             annotations = single
         kept = usable = self.with_prompt(annotations)
         if self.source.task == "vgd":  # one object shows all of its category
             shown = {category for _, category, _, _ in usable}
             kept = [each for each in annotations if is_training or each[1] in shown]
-        self.left_out["objects that no prompt shows"] += len(annotations) - len(kept)
+        self.skipped["objects that no prompt shows"] += len(annotations) - len(kept)
         if not usable:
-            self.left_out["images without a prompt"] += 1
+            self.skipped["images without a prompt"] += 1
         elif self.source.task == "interactive" and not is_training:
             self.records += [(*entry, [each]) for each in usable]
         else:
@@ -349,21 +349,26 @@ class VisualPrompts(Dataset):
 
     def index_donors(self) -> None:
         """What shows each category, and of each image the objects that another image shows."""
-        donors, self.showing = defaultdict(list), defaultdict(list)  # the latter: ids of images
+        reference_images, self.showing = (
+            defaultdict(list),
+            defaultdict(list),
+        )  # the latter: ids of images
         for *entry, annotations in self.records:
             for _, category, prompts, where in self.with_prompt(annotations):
-                donor = (*entry, [({}, category, prompts, where)])
-                donors[category].append(pack(donor, where))
+                reference_image = (*entry, [({}, category, prompts, where)])
+                reference_images[category].append(pack(reference_image, where))
                 self.showing[category].append(entry[1])
-        self.donors = {category: Packed(contents) for category, contents in donors.items()}
+        self.reference_images = {
+            category: Packed(contents) for category, contents in reference_images.items()
+        }
         images, self.records = self.records, []
         for file_name, number, size, is_stored_thin, annotations in images:
             kept = [each for each in annotations if any(n != number for n in self.showing[each[1]])]
-            self.left_out["objects that no other image shows"] += len(annotations) - len(kept)
+            self.skipped["objects that no other image shows"] += len(annotations) - len(kept)
             if kept:
                 self.records.append((file_name, number, size, is_stored_thin, kept))
             else:
-                self.left_out["images that no other image shows a category of"] += 1
+                self.skipped["images that no other image shows a category of"] += 1
 
     def key(self, index: int) -> int | str:
         _, number, _, _, annotations = self.records[index]
@@ -386,10 +391,10 @@ class VisualPrompts(Dataset):
         shown = list(groups)
         if self.source.split == "train":
             shown = rng.permutation(shown).tolist()
-        donors = None
+        reference_images = None
         if self.source.is_cross:
             pairs = [self.region_elsewhere(category, number, rng) for category in shown]
-            donors, regions = map(list, zip(*pairs, strict=True))
+            reference_images, regions = map(list, zip(*pairs, strict=True))
         else:
             objects = [[each for each, _ in groups[category]] for category in shown]
             regions = np.stack([self.region(each, size, is_stored_thin, rng) for each in objects])
@@ -403,7 +408,7 @@ class VisualPrompts(Dataset):
             labels=np.repeat(np.arange(len(shown)), counts),
             names=["object"] if is_interactive else [self.category_names[each] for each in shown],
             regions=regions,
-            region_images=donors,
+            region_images=reference_images,
             category_ids=shown,
             image_id=number,
         )
@@ -433,7 +438,7 @@ class VisualPrompts(Dataset):
         """An image other than `number` and the prompt of one of its objects of `category`, drawn
         among all such objects."""
         others = [place for place, image in enumerate(self.showing[category]) if image != number]
-        donor = self.donors[category][others[rng.integers(len(others))]]
-        file_name, _, size, is_stored_thin, group = donor
+        reference_image = self.reference_images[category][others[rng.integers(len(others))]]
+        file_name, _, size, is_stored_thin, group = reference_image
         picture = read_image(self.images / file_name, size)
         return picture, self.region(group, size, is_stored_thin, rng)

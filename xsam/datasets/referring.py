@@ -242,7 +242,7 @@ class Reason(Dataset):
             if label != "flag":
                 shapes.append(("ignore" in label, _corners(shape, where)))
         if not self.has_target(shapes, path):
-            self.left_out["images without a target"] += 1
+            self.skipped["images without a target"] += 1
             return
         texts = [check_words(text.strip(), str(path)) for text in texts]
         chosen = [texts] if self.source.split == "train" else [[text] for text in texts]

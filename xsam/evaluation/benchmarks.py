@@ -20,7 +20,7 @@ from xsam.datasets.base import Dataset
 from xsam.datasets.formats import encode_mask
 from xsam.datasets.sources import PROMPT_TYPES
 from xsam.evaluation import metrics
-from xsam.evaluation.prediction_files import Predictions
+from xsam.evaluation.prediction_files import SavedPredictions
 
 Figures = dict[str, float | None]  # by metric; None where there is nothing that it counts
 
@@ -235,13 +235,13 @@ def task_of(name: str) -> tuple[str, str]:
 # ---- one record ----------------------------------------------------------------------------------
 
 
-def _panoptic(said: Predictions, index: int) -> list[tuple[str, int, float]]:
+def _panoptic(said: SavedPredictions, index: int) -> list[tuple[str, int, float]]:
     _, owner, segments = said.dataset.read(index)
     truth = {place: (each["class"], each["iscrowd"]) for place, each in enumerate(segments, 1)}
     return metrics.match_segments(owner, truth, *said.segments(said.keys[index], owner.shape))
 
 
-def _instances(said: Predictions, index: int) -> dict:
+def _instances(said: SavedPredictions, index: int) -> dict:
     dataset, key = said.dataset, said.keys[index]
     if dataset.source.format == "instance":
         picture, annotations = dataset.read(index)
@@ -257,19 +257,19 @@ def _instances(said: Predictions, index: int) -> dict:
     return metrics.match_instances(key, len(said.categories), truth, found)
 
 
-def _semantic(said: Predictions, index: int) -> np.ndarray:
+def _semantic(said: SavedPredictions, index: int) -> np.ndarray:
     _, truth = said.dataset.read(index)
     guess = said.class_map(said.keys[index], truth.shape)
     return metrics.count_pixels(truth, guess, len(said.categories))
 
 
-def _mask(said: Predictions, index: int) -> tuple[int, int, bool, bool]:
+def _mask(said: SavedPredictions, index: int) -> tuple[int, int, bool, bool]:
     sample = said.dataset.question(index)
     guess = said.mask(said.keys[index], (sample.image.height, sample.image.width))
     return metrics.mask_overlap(sample.masks.any(axis=0), guess, sample.ignore)
 
 
-def _grounded(said: Predictions, index: int, embed: Callable | None) -> tuple:
+def _grounded(said: SavedPredictions, index: int, embed: Callable | None) -> tuple:
     """Its masks matched as instances of one class, and paired with their phrases."""
     key, sample = said.keys[index], said.dataset.question(index)
     found = said.instances(key, (sample.image.height, sample.image.width))
@@ -282,7 +282,7 @@ def _grounded(said: Predictions, index: int, embed: Callable | None) -> tuple:
     return matches, pairs
 
 
-def _answer(said: Predictions, index: int) -> Any:
+def _answer(said: SavedPredictions, index: int) -> Any:
     row, answer = said.dataset.records[index], said.answer(said.keys[index])
     options = said.dataset.options(row)
     truth = row["answer"].strip()
@@ -302,7 +302,9 @@ def _answer(said: Predictions, index: int) -> Any:
 # ---- a set ---------------------------------------------------------------------------------------
 
 
-def score_dataset(said: Predictions, embed: Callable | None = None, label: str = "") -> Figures:
+def score_dataset(
+    said: SavedPredictions, embed: Callable | None = None, label: str = ""
+) -> Figures:
     """The figures of a set; all ranks take part and all get them. `embed` gives embeddings of
     phrases, where there are any (`bert_embedder`)."""
     measure = {
@@ -327,7 +329,7 @@ def score_dataset(said: Predictions, embed: Callable | None = None, label: str =
     return _summarise(said, ordered, embed is not None)
 
 
-def _summarise(said: Predictions, records: list, is_by_meaning: bool) -> Figures:
+def _summarise(said: SavedPredictions, records: list, is_by_meaning: bool) -> Figures:
     dataset, num_categories = said.dataset, len(said.categories)
     if said.kind == "panoptic":
         return metrics.panoptic_quality(records, dataset.is_thing)
@@ -372,7 +374,7 @@ def _answer_quality(dataset: Dataset, records: list) -> Figures:
     return metrics.choice_accuracy(records)
 
 
-def _caption_quality(said: Predictions) -> Figures:
+def _caption_quality(said: SavedPredictions) -> Figures:
     """METEOR and CIDEr; None each where what they need is not installed, which is said."""
     figures: list[Figures] = []
     if distributed.rank() == 0:

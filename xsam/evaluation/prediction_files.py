@@ -32,7 +32,7 @@ from xsam.datasets.formats import (
     read_segment_ids,
     take,
 )
-from xsam.postprocess import Prediction
+from xsam.postprocess import SegmentationResult
 from xsam.prompts import strip_marks
 
 PREDICTIONS_FILE, CAPTIONS_FILE, ABOUT_FILE = "predictions.json", "captions.json", "about.json"
@@ -96,7 +96,7 @@ def category_index(dataset: Dataset) -> dict[int, int]:
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def _entries(kind: str, key, sample: Sample, prediction: Prediction) -> list[dict]:
+def _entries(kind: str, key, sample: Sample, prediction: SegmentationResult) -> list[dict]:
     """A prediction as entries of its set's file; panoptic segments are numbered from 1."""
     entry = {LAYOUTS[kind].key: key}
     if kind == "answer":
@@ -153,7 +153,9 @@ class Writer:
     def __exit__(self, *_) -> None:
         self.file.close()
 
-    def write(self, keys: list, samples: list[Sample], predictions: list[Prediction]) -> None:
+    def write(
+        self, keys: list, samples: list[Sample], predictions: list[SegmentationResult]
+    ) -> None:
         lines = []
         for key, sample, prediction in zip(keys, samples, predictions, strict=True):
             if self.kind == "panoptic":
@@ -244,7 +246,7 @@ def _temporary(path: Path) -> Path:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-class Predictions:
+class SavedPredictions:
     """The predictions for a set, read from its folder and checked against the set.
 
     Raises ValueError that names file and entry at a record that the set lacks, one that is there
@@ -406,7 +408,7 @@ class Predictions:
             return checked_rle(shape, size, where)
         return encode_mask(decode_mask(shape, size, where, may_be_empty=True))
 
-    def prediction(self, index: int, sample: Sample) -> Prediction:
+    def prediction(self, index: int, sample: Sample) -> SegmentationResult:
         """What was said of a record, as the model gave it: for a picture."""
         key, size = self.keys[index], (sample.image.height, sample.image.width)
         masks, places, scores, labels = [], [], [], []
@@ -434,4 +436,4 @@ class Predictions:
             labels = [by_place.get(place, sample.names[0]) for place in places]
         stacked = np.stack(masks) if masks else np.zeros((0, *size), bool)
         scores = None if None in scores else scores  # its format has none
-        return Prediction(sample.image, stacked, places, labels, scores, answer)
+        return SegmentationResult(sample.image, stacked, places, labels, scores, answer)

@@ -22,9 +22,9 @@ from xsam import distributed
 from xsam.data import Batch, Sample
 from xsam.evaluate import FOLDER, evaluate
 from xsam.evaluation.benchmarks import SEGMENTOR_TASKS, TASKS, Figures, table
-from xsam.evaluation.prediction_files import Predictions
+from xsam.evaluation.prediction_files import SavedPredictions
 from xsam.model import XSAM, Segmentor
-from xsam.postprocess import SHOWN_SCORE, Prediction
+from xsam.postprocess import SHOWN_SCORE, SegmentationResult
 from xsam.report import pictures as draw
 
 METRICS_FILE, CURVES_FILE, RESULTS_FILE = "metrics.jsonl", "curves.png", "results.json"
@@ -70,7 +70,7 @@ class Monitor:
             disable=not self.is_on, unit="step", dynamic_ncols=True,
         )  # fmt: skip
         self.recent: deque[tuple[float, float]] = deque(maxlen=WATCHED_STEPS)
-        self.num_reasons = self.num_left_out = 0  # of this rank, of all
+        self.num_reasons = self.num_skipped_samples = 0  # of this rank, of all
         self.board = None
         if self.is_on:
             if first_step < num_steps:  # of a stage that is over nothing is recorded again
@@ -86,12 +86,12 @@ class Monitor:
 
     def step(self, step: int, batches: list[Batch], figures: dict[str, float]) -> None:
         """Records a step of these micro-batches: `figures` are its losses, norm and rate, and what
-        it cost, of all ranks: "images", "tokens", "left_out", of one: "flops", "seconds", …"""
-        reasons = [reason for batch in batches for reason in batch.left_out]
+        it cost, of all ranks: "images", "tokens", "skipped_samples", of one: "flops", …"""
+        reasons = [reason for batch in batches for reason in batch.skipped]
         for reason in reasons[: max(0, MOST_REASONS - self.num_reasons)]:
             tqdm.write(f"left out: {reason}")
         self.num_reasons += len(reasons)
-        self.num_left_out += figures["left_out"]
+        self.num_skipped_samples += figures["skipped_samples"]
         if not self.is_on:
             return
         record = {"stage": self.stage, "step": step, "task": batches[0].task} | figures
@@ -119,9 +119,9 @@ class Monitor:
 
     def validate(self, step: int, model: Segmentor | XSAM, data: Path) -> None:
         """Scores the first samples of every set of the tasks; every rank takes part."""
-        count = model.settings.num_validation
+        count = model.config.num_validation
         prefix = f"stage{self.stage}_step{step + 1}"
-        scores = score_tasks(model, self.out, data, prefix, model.settings.num_pictures, count)
+        scores = score_tasks(model, self.out, data, prefix, model.config.num_pictures, count)
         model.train()
         figures = {f"{task} {name}": x for task, row in scores.items() for name, x in row.items()}
         self._write({"stage": self.stage, "step": step, "validation": figures})
@@ -143,8 +143,8 @@ class Monitor:
 
     def close(self) -> None:
         self.bar.close()
-        if self.is_on and self.num_left_out:
-            print(f"{self.num_left_out} samples were left out, refused or bad, and others drawn")
+        if self.is_on and self.num_skipped_samples:
+            print(f"{self.num_skipped_samples} samples were skipped, and others drawn")
         if self.board is not None:
             self.board.close()
 
@@ -240,7 +240,7 @@ def _series(records: list[dict], names: Iterable[str]) -> dict[str, tuple[list, 
 def score(column: str, model: Segmentor | XSAM, out: Path, data: Path) -> None:
     """Evaluates `model`, adds the column to OUT/results.json and results.md, draws pictures."""
     results = read_results(out)
-    num_pictures = 0 if column == UNTRAINED else model.settings.num_pictures
+    num_pictures = 0 if column == UNTRAINED else model.config.num_pictures
     results[column] = score_tasks(model, out, data, column.replace(" ", ""), num_pictures)
     if distributed.rank() == 0:
         # The last column's figures stand at the top level: {"panoptic": {"PQ": …}, …}.
@@ -264,14 +264,14 @@ def score_tasks(
     whose names begin with `prefix`. Predictions are kept in OUT/predictions/PREFIX, but those of
     the first `num_samples` alone, which are not whole; None: all."""
     tasks = [
-        task for task in model.settings.eval_tasks
+        task for task in model.config.eval_tasks
         if isinstance(model, XSAM) or task in SEGMENTOR_TASKS
     ]  # fmt: skip
     pictures, folder = out / "pictures", out / FOLDER / prefix
     pictures.mkdir(exist_ok=True)
     drawn: set[str] = set()
 
-    def draw_some(task: str, said: Predictions) -> None:
+    def draw_some(task: str, said: SavedPredictions) -> None:
         if task in drawn:
             return
         drawn.add(task)
@@ -296,7 +296,9 @@ def read_results(out: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))["columns"] if path.is_file() else {}
 
 
-def draw_prediction(sample: Sample, prediction: Prediction, min_score: float = 0.0) -> Image.Image:
+def draw_prediction(
+    sample: Sample, prediction: SegmentationResult, min_score: float = 0.0
+) -> Image.Image:
     """Ground truth beside prediction; what is shown to the model beside both."""
     question = textwrap.shorten(sample.turns[0][0], 200, placeholder=" …")
     if sample.task == "chat":

@@ -227,10 +227,10 @@ def draw_prompts(
         is_alone = regions is None
         return [draw_segments(image, nothing if is_alone else regions, [] if is_alone else labels)]
     pictures = []
-    for number, donor in enumerate(region_images):
-        masks = np.zeros((number + 1, donor.height, donor.width), bool)
+    for number, reference_image in enumerate(region_images):
+        masks = np.zeros((number + 1, reference_image.height, reference_image.width), bool)
         masks[number] = regions[number]  # in the colour of its number
-        pictures.append(draw_segments(donor, masks, labels[: number + 1]))
+        pictures.append(draw_segments(reference_image, masks, labels[: number + 1]))
     return [*pictures, draw_segments(image, nothing, [])]
 
 

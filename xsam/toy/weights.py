@@ -213,22 +213,22 @@ def _patches(scene: Scene, model: ModelConfig):
     """A scene as the encoder's pixels and the commonest class of each patch [h, w], void last."""
     import torch
 
-    from xsam.data import Placement, seg_pixels
+    from xsam.data import ResizeAndPad, seg_pixels
 
-    placement = Placement.fit(scene.owner.shape, model.seg_image_size)
+    transform = ResizeAndPad.fit(scene.owner.shape, model.seg_image_size)
     names = [*CLASSES, ""]
     table = [len(CLASSES)] + [
         len(CLASSES) if segment.is_crowd else names.index(segment.category)
         for segment in scene.segments
     ]
-    classes = torch.from_numpy(placement.place_map(np.array(table)[scene.owner], len(CLASSES)))
+    classes = torch.from_numpy(transform.map_to_canvas(np.array(table)[scene.owner], len(CLASSES)))
     size = model.seg_patch_size
     votes = (
         torch.nn.functional.one_hot(classes, len(CLASSES) + 1)
         .unflatten(0, (-1, size))
         .unflatten(2, (-1, size))
     )
-    return seg_pixels(Image.fromarray(scene.image), placement), votes.sum((1, 3)).argmax(-1)
+    return seg_pixels(Image.fromarray(scene.image), transform), votes.sum((1, 3)).argmax(-1)
 
 
 def _language_model_texts(tokenizer, seed: int, num_scenes: int) -> list[str]:
