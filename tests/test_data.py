@@ -221,7 +221,7 @@ def test_padding_is_at_one_side_and_carries_nothing(processor, two_referring, pa
 
 def test_each_phrase_is_a_run_whose_class_is_its_place_in_the_batch(processor, two_referring):
     batch = processor.collate(two_referring)
-    assert batch.image_index.tolist() == [0, 0, 1]
+    assert batch.runs.image_index.tolist() == [0, 0, 1]
     assert [target.labels.tolist() for target in batch.targets] == [[0], [1], [2]]
     assert batch.run_seeds == [0, 1, 100]
     expected = torch.cat([item["targets"].masks for item in two_referring])
@@ -231,11 +231,11 @@ def test_each_phrase_is_a_run_whose_class_is_its_place_in_the_batch(processor, t
 def test_a_loader_pins_every_tensor_of_a_batch(processor, two_referring, monkeypatch):
     """Through its own function, which passes over classes that have no pin_memory."""
     batch = processor.collate(two_referring)
-    owners = [batch, *batch.targets]
+    owners = [batch, batch.runs, *batch.targets]
     tensors = [x for owner in owners for x in vars(owner).values() if isinstance(x, Tensor)]
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor.clone())  # it wants a GPU
     pinned = pin_memory(batch)
-    kept = [x for owner in (pinned, *pinned.targets) for x in vars(owner).values()]
+    kept = [x for owner in (pinned, pinned.runs, *pinned.targets) for x in vars(owner).values()]
     assert not {id(each) for each in tensors} & {id(each) for each in kept}
     assert len(tensors) > 10 and sum(isinstance(each, Tensor) for each in kept) == len(tensors)
 
@@ -248,7 +248,7 @@ def test_an_absent_phrase_has_no_run_but_is_a_class_of_the_others(processor, tok
     ]
     encoded = [processor.encode(sample) for sample in samples]
     batch = processor.collate(encoded)
-    assert batch.image_index.tolist() == [0, 0, 2]
+    assert batch.runs.image_index.tolist() == [0, 0, 2]
     assert [target.labels.tolist() for target in batch.targets] == [[0], [2], [4]]
     opened = batch.input_ids == tokenizer.convert_tokens_to_ids("<p>")
     assert opened.sum(dim=1).tolist() == [3, 1, 1]
@@ -262,7 +262,7 @@ def test_an_absent_phrase_has_no_run_but_is_a_class_of_the_others(processor, tok
 
 def test_a_batch_of_absent_phrases_alone_has_no_run(processor):
     batch = processor.collate([processor.encode(referring(["a star"], [])) for _ in range(2)])
-    assert batch.targets == [] and batch.run_seeds == [] and batch.image_index.shape == (0,)
+    assert batch.targets == [] and batch.run_seeds == [] and batch.runs.image_index.shape == (0,)
     assert batch.seg_pixels.shape[0] == 2
 
 
@@ -287,7 +287,7 @@ def test_other_tasks_have_one_run_for_an_image_or_none(processor, task, num_runs
     sample = chat(PAIRS[0]) if task == "chat" else generic([3, 5, 3], NAMES[:6])
     sample.task = task
     batch = processor.collate([processor.encode(dataclasses.replace(sample)) for _ in range(3)])
-    assert batch.image_index.tolist() == [0, 1, 2][: 3 * num_runs]
+    assert (batch.runs.image_index.tolist() if num_runs else []) == [0, 1, 2][: 3 * num_runs]
     assert [t.labels.tolist() for t in batch.targets] == [[3, 5, 3]] * (3 * num_runs)
 
 
@@ -295,7 +295,7 @@ def test_a_batch_for_the_segmentor_has_no_text(config):
     processor = Processor(config, None)
     batch = processor.collate([processor.encode(generic([k, 3])) for k in range(3)])
     assert batch.input_ids is batch.labels is batch.image_pixels is batch.region_points is None
-    assert batch.image_index.tolist() == [0, 1, 2]
+    assert batch.runs is None
     assert [target.labels.tolist() for target in batch.targets] == [[k, 3] for k in range(3)]
 
 

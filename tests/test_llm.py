@@ -15,6 +15,7 @@ from xsam.llm import (
     LanguageModel,
     add_special_tokens,
     end_of_turn,
+    find_runs,
     render_conversation,
     tokenize,
 )
@@ -204,7 +205,7 @@ def test_token_loss_without_labels_is_zero_with_a_gradient(model):
     assert loss == 0 and not states.grad.any()
 
 
-def test_phrase_numbers(model):
+def test_phrases_are_numbered_over_the_batch(model):
     P, E, x = model.llm.phrase_id, model.llm.phrase_end_id, 20
     rows = [
         [x, P, x, x, E, x, P, x, E, P, E],
@@ -219,8 +220,41 @@ def test_phrase_numbers(model):
                 current = number
             expected.append(current)
             current = -1 if token == E else current
-    numbers = model.llm.phrase_numbers(torch.tensor(rows))
-    assert numbers.flatten().tolist() == expected
+    runs = find_runs(torch.tensor(rows), model.llm.special_ids)
+    assert runs.phrase_number.flatten().tolist() == expected
+    assert runs.num_phrases == 5 and len(runs.image_index) == 0
+
+
+def test_runs_of_the_examples_in_the_docstring():
+    seg, start, end, cat, sky, word = 1, 2, 3, 10, 11, 12
+    ids = (seg, start, end)
+    row = [start, cat, end, start, sky, end, word, seg, word, seg]
+    runs = find_runs(torch.tensor([row]), ids)
+    assert runs.image_index.tolist() == [0] and runs.seg_position.tolist() == [7]
+    assert runs.phrase_index.tolist() == [-1] and runs.classes.tolist() == [[0, 1]]
+    row = [start, cat, end, seg, start, sky, end, seg]
+    runs = find_runs(torch.tensor([row, row]), ids, is_per_phrase=True)
+    assert runs.image_index.tolist() == [0, 0, 1, 1] and runs.seg_position.tolist() == [3, 7] * 2
+    assert runs.phrase_index.tolist() == [0, 1, 2, 3]
+    assert runs.classes.tolist() == [[0], [1], [2], [3]]
+    runs = find_runs(torch.tensor([row, row]), ids, is_per_phrase=True, shares_classes=True)
+    assert runs.classes.tolist() == [[0, 1, 2, 3]] * 4
+
+
+def test_runs_of_odd_texts():
+    """A phrase that is not closed is none, a <SEG> before any phrase or after an answered one
+    answers none, and shorter prompts are padded."""
+    seg, start, end, x = 1, 2, 3, 10
+    rows = [
+        [seg, start, x, start, x, end, seg, seg],
+        [x, x, end, x, x, start, x, x],
+    ]
+    runs = find_runs(torch.tensor(rows), (seg, start, end), is_per_phrase=True)
+    assert runs.seg_position.tolist() == [6] and runs.classes.tolist() == [[0]]
+    assert runs.phrase_number.tolist() == [[-1, -1, -1, 0, 0, 0, -1, -1], [-1] * 8]
+    rows = [[start, x, end, start, x, end, seg], [start, x, end, seg, x, x, x]]
+    runs = find_runs(torch.tensor(rows), (seg, start, end))
+    assert runs.classes.tolist() == [[0, 1], [2, -1]]
 
 
 # ---- generation ----------------------------------------------------------------------------------

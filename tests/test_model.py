@@ -19,6 +19,7 @@ from xsam.data import Batch, Processor, Sample
 from xsam.datasets.registry import open_dataset
 from xsam.inference import REQUESTS, answer, predict, prepare
 from xsam.llm import IMAGE_TOKEN, REGION_TOKEN
+from xsam.llm import find_runs
 from xsam.losses import Normalisers, Objective
 from xsam.model import XSAM, Segmentor, checkpoint_activations, compile_blocks
 from xsam.postprocess import SegmentationResult
@@ -188,7 +189,9 @@ def test_training_on_phrases_takes_those_of_the_whole_batch_as_classes(model, pr
     assert together.class_logits.shape[1:] == (sum(counts), 20, sum(counts) + 1)
     start = 0
     for sample, count in zip(samples, counts, strict=True):
-        alone = model(training_batch(processor, [sample])).predictions
+        batch = training_batch(processor, [sample])
+        batch.runs = find_runs(batch.input_ids, model.llm.special_ids, is_per_phrase=True)
+        alone = model(batch).predictions
         own = torch.arange(start, start + count)
         logits = together.class_logits[:, own]
         # Each phrase alone against the background: its own column and the last.

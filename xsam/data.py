@@ -31,7 +31,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from xsam.config import Config, Stage
-from xsam.llm import IGNORE_LABEL, render_conversation, tokenize
+from xsam.llm import (
+    IGNORE_LABEL,
+    Runs,
+    find_runs,
+    render_conversation,
+    special_ids,
+    tokenize,
+)
 from xsam.losses import Targets
 from xsam.prompts import PER_PHRASE_TASKS, join_phrases
 
@@ -200,7 +207,7 @@ class Batch:
     labels: Tensor | None  # [B, N]
     region_points: Tensor | None  # [G, P, 2] (row, column) in 0..1, of each <region>
     region_index: Tensor | None  # [G] row of seg_pixels that each <region> is read from
-    image_index: Tensor  # [R] image of each decoder run
+    runs: Runs | None  # what the tokens ask the decoder for; None in stage 1, and in questions
 
     targets: list[Targets]  # one per decoder run
     run_seeds: list[int]  # one per decoder run: where the criterion's points come from
@@ -216,10 +223,10 @@ class Batch:
         return self._change(Tensor.pin_memory)
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        for owner in (self, *self.targets):
-            for name, value in vars(owner).items():
+        for part in filter(None, (self, self.runs, *self.targets)):
+            for name, value in vars(part).items():
                 if isinstance(value, Tensor):
-                    setattr(owner, name, change(value))
+                    setattr(part, name, change(value))
         return self
 
 
@@ -422,7 +429,7 @@ class Processor:
     def collate(self, encoded: list[dict], pad_left: bool = False) -> Batch:
         """Encoded samples of one task to a batch. Generation wants its padding at the left."""
         task = encoded[0]["sample"].task
-        ids = attention_mask = labels = images = points = region_index = None
+        ids = attention_mask = labels = images = points = region_index = runs = None
         pixels = [item["seg_pixels"] for item in encoded]
         if self.tokenizer is not None:
             if self.image_size:
@@ -436,25 +443,26 @@ class Processor:
             ids = _pad([item["ids"] for item in encoded], pad_id, pad_left)
             labels = _pad([item["labels"] for item in encoded], IGNORE_LABEL, pad_left)
             attention_mask = _pad([[1] * len(item["ids"]) for item in encoded], 0, pad_left)
-        targets, run_seeds, image_index = [], [], []
-        num_phrases = 0
-        for row, item in enumerate(encoded):
+            if not pad_left and task != "chat":
+                is_per_phrase = task in PER_PHRASE_TASKS
+                runs = find_runs(ids, special_ids(self.tokenizer), is_per_phrase, is_per_phrase)
+        targets, run_seeds, num_phrases = [], [], 0
+        for item in encoded if task != "chat" else ():
             of_image: Targets = item["targets"]
-            if task == "chat":
-                runs = []
-            elif task in PER_PHRASE_TASKS:
-                # Each <SEG> is a decoder run with one target; its class is the place of its phrase
-                # among the phrases of the whole batch.
-                runs = [
+            of_runs = [of_image]
+            if task in PER_PHRASE_TASKS:
+                # Each <SEG> is a decoder run with one target; its class is the number of its
+                # phrase among the phrases of the whole batch.
+                of_runs = [
                     Targets(mask[None], label[None] + num_phrases, of_image.ignore)
                     for mask, label in zip(of_image.masks, of_image.labels, strict=True)
                 ]
                 num_phrases += len(item["sample"].names)
-            else:
-                runs = [of_image]
-            targets += runs
-            run_seeds += [item["run_seed"] + number for number in range(len(runs))]
-            image_index += [row] * len(runs)
+            targets += of_runs
+            run_seeds += [item["run_seed"] + number for number in range(len(of_runs))]
+        samples = [item["sample"] for item in encoded]
+        if runs is not None:
+            check_runs(runs, targets, samples)
         return Batch(
             task=task,
             seg_pixels=torch.stack(pixels),
@@ -464,13 +472,32 @@ class Processor:
             labels=labels,
             region_points=points,
             region_index=region_index,
-            image_index=torch.tensor(image_index, dtype=torch.long),
+            runs=runs,
             targets=targets,
             run_seeds=run_seeds,
             transforms=[item["transform"] for item in encoded],
-            samples=[item["sample"] for item in encoded],
+            samples=samples,
             skipped=[reason for item in encoded for reason in item.get("skipped", ())],
         )
+
+
+def check_runs(runs: Runs, targets: list[Targets], samples: list[Sample]) -> None:
+    """Raises ValueError where the text of a batch's samples asks for other decoder runs than their
+    masks are for."""
+    asked = list(zip(runs.image_index.tolist(), runs.phrase_index.tolist(), strict=True))
+    if samples[0].task in PER_PHRASE_TASKS:
+        counts = [len(sample.labels) for sample in samples]
+        images = [image for image, count in enumerate(counts) for _ in range(count)]
+        wanted = [(image, int(t.labels)) for image, t in zip(images, targets, strict=True)]
+    else:
+        wanted = [(image, -1) for image in range(len(samples))]
+    for image, sample in enumerate(samples):
+        found, needed = ([n for i, n in each if i == image] for each in (asked, wanted))
+        if found != needed:
+            raise ValueError(
+                f"{sample.sample_id}: its text asks for {len(found)} decoder runs, its masks are "
+                f"for {len(needed)} (phrases {found} and {needed})"
+            )
 
 
 def keep_names(sample: Sample, keep: np.ndarray) -> Sample:

@@ -356,11 +356,12 @@ class CosineClassHead(nn.Module):
         self.clamp = clamp
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
-    def forward(self, queries: Tensor, conditions: Tensor, is_padding: Tensor) -> Tensor:
-        """queries [L, R, Q, C], conditions [R, K, C], is_padding [R, K] to logits [L, R, Q, K]."""
+    def forward(self, queries: Tensor, condition_embeddings: Tensor, is_padding: Tensor) -> Tensor:
+        """queries [L, R, Q, C], condition_embeddings [R, K, C] and is_padding [R, K] to logits
+        [L, R, Q, K]."""
         queries = F.normalize(queries.float(), dim=-1)
-        conditions = F.normalize(conditions.float(), dim=-1)
-        logits = self.logit_scale.float().exp() * (queries @ conditions.transpose(1, 2))
+        classes = F.normalize(condition_embeddings.float(), dim=-1)
+        logits = self.logit_scale.float().exp() * (queries @ classes.transpose(1, 2))
         logits = logits.clamp(-self.clamp, self.clamp)
         return logits.masked_fill(is_padding[:, None], -1e4)
 

@@ -7,6 +7,7 @@ Legend: B samples, N positions, C width, V visual tokens of a sample, R regions,
 """
 
 import re
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,11 @@ IGNORE_LABEL = -100
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """Adds <SEG>, <p> and </p>; does nothing to a tokenizer that has them."""
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
+    """The ids of <SEG>, <p> and </p>."""
+    return tuple(tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
 
 
 def render_conversation(
@@ -103,6 +109,80 @@ def tokenize(
     return ids, labels
 
 
+# ---- decoder runs --------------------------------------------------------------------------------
+
+
+@dataclass
+class Runs:
+    """The decoder runs that the tokens of a batch ask for, and the phrases that are their classes.
+
+    Phrases are counted over the whole batch, in reading order.
+    """
+
+    image_index: Tensor  # int64 [R], image of each run
+    seg_position: Tensor  # int64 [R], where its <SEG> stands in the image's row
+    phrase_index: Tensor  # int64 [R], the phrase that it answers; -1: all of its image
+    classes: Tensor  # int64 [R, K], the phrases that are its classes; -1: padding
+    phrase_number: Tensor  # int64 [B, N], the phrase that a token lies in; -1: none
+    num_phrases: int
+
+
+def find_runs(
+    input_ids: Tensor,
+    special_ids: tuple[int, int, int],
+    is_per_phrase: bool = False,
+    shares_classes: bool = False,
+) -> Runs:
+    """Finds the runs in input_ids [B, N]; `special_ids` are those of <SEG>, <p> and </p>.
+
+    Most tasks have one run for an image, at its first <SEG>, and all phrases of the image are its
+    classes. Two classes of one token each:
+
+        position  0    1    2     3    4    5     6     7      8
+        token     <p>  cat  </p>  <p>  sky  </p>  Sure  <SEG>  .
+        phrase    0    0    0     1    1    1     -1    -1     -1
+
+    This is one run: seg_position [7], classes [[0, 1]]. Referring and reasoning (`is_per_phrase`)
+    have a run for each <SEG> that answers a phrase, the last one before it:
+
+        position  0    1    2     3      4    5    6     7
+        token     <p>  cat  </p>  <SEG>  <p>  sky  </p>  <SEG>
+
+    These are two: seg_position [3, 7], phrase_index [0, 1], classes [[0], [1]]. In training they
+    share their classes, [[0, 1], [0, 1]], so that the other phrases of the batch are negatives. At
+    inference no answer may depend on the batch.
+    """
+    seg, phrase_start, phrase_end = special_ids
+    phrase_number = torch.full(input_ids.shape, -1)
+    runs, of_image = [], []  # (image, position of <SEG>, phrase); the phrases of each image
+    num_phrases = 0
+    for image, row in enumerate(input_ids.tolist()):
+        start, is_answered = None, is_per_phrase
+        of_image.append([])
+        for position, token in enumerate(row):
+            if token == phrase_start:
+                start = position
+            elif token == phrase_end and start is not None:
+                phrase_number[image, start : position + 1] = num_phrases
+                of_image[image].append(num_phrases)
+                num_phrases, start = num_phrases + 1, None
+                is_answered &= not is_per_phrase
+            elif token == seg and not is_answered:
+                runs.append((image, position, num_phrases - 1 if is_per_phrase else -1))
+                is_answered = True
+    if is_per_phrase:
+        every = list(range(num_phrases))
+        classes = [every if shares_classes else [phrase] for *_, phrase in runs]
+    else:
+        classes = [of_image[image] for image, *_ in runs]
+    width = max(map(len, classes), default=0)
+    classes = [each + [-1] * (width - len(each)) for each in classes]
+    device = input_ids.device
+    columns = torch.tensor(runs, device=device).view(-1, 3).unbind(1)
+    table = torch.tensor(classes, dtype=torch.long, device=device).view(len(runs), width)
+    return Runs(*columns, table, phrase_number.to(device), num_phrases)
+
+
 # ---- model side ----------------------------------------------------------------------------------
 
 
@@ -117,13 +197,15 @@ class LanguageModel(nn.Module):
     def dim(self) -> int:
         return self.model.config.hidden_size
 
+    @property
+    def special_ids(self) -> tuple[int, int, int]:
+        return self.seg_id, self.phrase_id, self.phrase_end_id
+
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Learns the ids of the special tokens and grows both tables where the vocabulary outgrew
         them; a new row starts as the mean of the old ones. Returns the number of rows."""
         add_special_tokens(tokenizer)
-        self.seg_id, self.phrase_id, self.phrase_end_id = tokenizer.convert_tokens_to_ids(
-            list(SPECIAL_TOKENS)
-        )
+        self.seg_id, self.phrase_id, self.phrase_end_id = special_ids(tokenizer)
         old_size = self.model.get_input_embeddings().num_embeddings
         if len(tokenizer) > old_size:
             self.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -157,33 +239,6 @@ class LanguageModel(nn.Module):
         is_labelled = labels[:, 1:] != IGNORE_LABEL
         logits = self.model.get_output_embeddings()(states[:, :-1][is_labelled])
         return F.cross_entropy(logits.float(), labels[:, 1:][is_labelled], reduction="sum")
-
-    def phrase_numbers(self, input_ids: Tensor) -> Tensor:
-        """For every position the number of the phrase it lies in, <p> and </p> included, counted
-        over the whole batch in reading order; -1 outside. [B, N]"""
-        opens, closes = input_ids == self.phrase_id, input_ids == self.phrase_end_id
-        depth = opens.cumsum(1) - closes.cumsum(1) + closes.long()
-        number = opens.flatten().cumsum(0).view_as(input_ids) - 1
-        return torch.where(depth == 1, number, -1)
-
-    def keep_closed_phrases(self, ids: Tensor) -> Tensor:
-        """Ids [B, T] without the <p> and </p> that do not pair up, IGNORE_LABEL in their place: the
-        phrases that `prompts.find_phrases` finds in the text."""
-        kept = ids.clone()
-        for row in kept:
-            start = None
-            for place, token in enumerate(row.tolist()):
-                if token == self.phrase_id:
-                    if start is not None:
-                        row[start] = IGNORE_LABEL
-                    start = place
-                elif token == self.phrase_end_id:
-                    if start is None:
-                        row[place] = IGNORE_LABEL
-                    start = None
-            if start is not None:
-                row[start] = IGNORE_LABEL
-        return kept
 
     @torch.no_grad()
     def generate(

@@ -239,6 +239,9 @@ class Objective(nn.Module):
         losses = {}
         if batch.task != "chat":  # every rank has the same names, also where nothing is found
             losses = {name: torch.zeros((), device=device) for name in ("class", "mask", "dice")}
+        num_runs = 0 if outputs.predictions is None else len(outputs.predictions.image_index)
+        if num_runs != len(batch.targets):
+            raise ValueError(f"{num_runs} decoder runs for {len(batch.targets)} sets of targets")
         if outputs.predictions is not None:
             generators = [torch.Generator(device).manual_seed(seed) for seed in batch.run_seeds]
             parts = segmentation_losses(

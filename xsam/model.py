@@ -36,7 +36,7 @@ from xsam.decoder import (
     PixelDecoderLayer,
 )
 from xsam.encoders import Block, ImageEncoder, SamEncoder
-from xsam.llm import IGNORE_LABEL, LanguageModel
+from xsam.llm import IGNORE_LABEL, LanguageModel, Runs, find_runs
 from xsam.prompts import PER_PHRASE_TASKS
 
 if TYPE_CHECKING:
@@ -141,10 +141,10 @@ class Segmentor(nn.Module):
         hidden_states: list[Tensor],
         image_index: Tensor,
         seg_embeddings: Tensor | None,
-        *conditions: Tensor,
+        *condition_embeddings: Tensor,
     ) -> DecoderOutput:
         """Masks and class logits of each run. An image is decoded to features once, however many
-        runs (image_index [R]) read them; `conditions` are the class head's."""
+        runs (image_index [R]) read them; `condition_embeddings` are the class head's."""
         feature_index = None
         if self.pixel_decoder is None:
             neck = self.encoder.neck(hidden_states[-1])[image_index]
@@ -160,7 +160,7 @@ class Segmentor(nn.Module):
             queries, mask_embeddings = self.decoder(
                 mask_features[image_index], levels, seg_embeddings
             )
-        class_logits = self.class_head(queries, *conditions)
+        class_logits = self.class_head(queries, *condition_embeddings)
         return DecoderOutput(
             class_logits, mask_embeddings, mask_features, image_index, feature_index
         )
@@ -238,7 +238,7 @@ class XSAM(nn.Module):
         token_loss = self.llm.token_loss(states, batch.labels)
         if batch.task == "chat":
             return Outputs(None, token_loss)
-        predictions = self.segment(batch.task, hidden_states, states, batch.input_ids)
+        predictions = self.segment(hidden_states, states, batch.runs)
         if predictions is None and self.training:
             # Nothing that is asked for is there. The segmentor takes part with a gradient of zero,
             # as it does on the ranks, and in the micro-batches, that find something.
@@ -248,63 +248,31 @@ class XSAM(nn.Module):
         return Outputs(predictions, token_loss)
 
     def segment(
-        self, task: str, hidden_states: list[Tensor], states: Tensor, input_ids: Tensor
+        self, hidden_states: list[Tensor], states: Tensor, runs: Runs
     ) -> DecoderOutput | None:
-        """Runs the segmentor once for each <SEG> among input_ids [B, N]; None where there is none.
-
-        Most tasks have one run an image, whose classes are the image's phrases. Referring and
-        reasoning have a run for each <SEG> that answers a phrase, the last one before it; in
-        training the phrases of the whole batch are the classes, so that the others are negatives,
-        at inference the phrase stands alone and no answer depends on the batch.
-        """
-        is_per_phrase = task in PER_PHRASE_TASKS
-        number = self.llm.phrase_numbers(input_ids)
-        phrases = self._phrase_means(states, number)  # [P, C]
-        opens = input_ids == self.llm.phrase_id
-        phrase_counts = opens.sum(1)  # [B]
-        first_phrase = phrase_counts.cumsum(0) - phrase_counts
-
-        image_index, position = (input_ids == self.llm.seg_id).nonzero(as_tuple=True)
-        last_phrase = opens.flatten().cumsum(0).view_as(input_ids)[image_index, position] - 1
-        # Of the <SEG>s of one phrase, or of one image, the first counts.
-        owner = last_phrase if is_per_phrase else image_index
-        is_run = owner != F.pad(owner, (1, 0), value=-1)[:-1]
-        if is_per_phrase:
-            is_run &= last_phrase >= first_phrase[image_index]
-        image_index, position, last_phrase = (
-            each[is_run] for each in (image_index, position, last_phrase)
-        )  # [R]
-        if len(image_index) == 0:
+        """Runs the segmentor once for each of `runs`, on what the language model says of them:
+        states [B, N, C]. None where nothing is asked for."""
+        if len(runs.image_index) == 0:
             return None
-
-        if is_per_phrase and self.training:
-            conditions = phrases.expand(len(image_index), -1, -1)
-            is_padding = conditions.new_zeros(conditions.shape[:2], dtype=torch.bool)
-        elif is_per_phrase:
-            conditions = phrases[last_phrase][:, None]
-            is_padding = conditions.new_zeros(conditions.shape[:2], dtype=torch.bool)
-        else:
-            column = torch.arange(int(phrase_counts.max()), device=states.device)
-            is_padding = column >= phrase_counts[image_index][:, None]  # [R, K]
-            rows = first_phrase[image_index][:, None] + column
-            conditions = phrases[rows.clamp(max=max(len(phrases) - 1, 0))]
-        background = self.background_embedding.weight.expand(len(image_index), 1, -1)
-        conditions = torch.cat([conditions, background], dim=1)
-        is_padding = F.pad(is_padding, (0, 1))
-
-        seg_embeddings = self.llm_projector(states[image_index, position])
+        condition_embeddings, is_padding = self.gather_condition_embeddings(states, runs)
+        seg_embeddings = self.llm_projector(states[runs.image_index, runs.seg_position])
         return self.segmentor.decode(
-            hidden_states, image_index, seg_embeddings, conditions, is_padding
+            hidden_states, runs.image_index, seg_embeddings, condition_embeddings, is_padding
         )
 
-    def _phrase_means(self, states: Tensor, number: Tensor) -> Tensor:
-        """Means of the projected states of each phrase: [P, C]."""
-        inside = number >= 0
+    def gather_condition_embeddings(self, states: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
+        """The classes of each run, the background last, [R, K + 1, C], and which of them are
+        padding, bool [R, K + 1]. A class is the mean of the projected states of its phrase's
+        tokens, <p> and </p> included."""
+        inside = runs.phrase_number >= 0
         projected = self.llm_projector(states[inside])
-        index = number[inside]
-        num_phrases = int(index.max()) + 1 if len(index) else 0
-        sums = projected.new_zeros(num_phrases, projected.shape[-1]).index_add(0, index, projected)
-        return sums / index.bincount(minlength=num_phrases)[:, None]
+        index = runs.phrase_number[inside]
+        sums = projected.new_zeros(runs.num_phrases, projected.shape[-1])
+        sums = sums.index_add(0, index, projected)
+        phrases = sums / index.bincount(minlength=runs.num_phrases)[:, None]  # [P, C]
+        background = self.background_embedding.weight.expand(len(runs.classes), 1, -1)
+        embeddings = torch.cat([phrases[runs.classes.clamp(min=0)], background], dim=1)
+        return embeddings, F.pad(runs.classes < 0, (0, 1))
 
     @torch.no_grad()
     def infer(self, batch: Batch, max_new_tokens: int) -> tuple[list[str], DecoderOutput | None]:
@@ -317,14 +285,13 @@ class XSAM(nn.Module):
         if batch.task == "chat":
             return answers, None
         # The classes are the question's phrases, or where it has none (GCG) those of the answer.
-        if batch.task == "gcg":
-            new_ids = self.llm.keep_closed_phrases(new_ids)
-        else:
-            spans = torch.tensor([self.llm.phrase_id, self.llm.phrase_end_id]).to(new_ids)
-            new_ids = new_ids.masked_fill(torch.isin(new_ids, spans), IGNORE_LABEL)
+        if batch.task != "gcg":
+            marks = torch.tensor(self.llm.special_ids[1:]).to(new_ids)
+            new_ids = new_ids.masked_fill(torch.isin(new_ids, marks), IGNORE_LABEL)
         input_ids = torch.cat([batch.input_ids, new_ids], dim=1)
+        runs = find_runs(input_ids, self.llm.special_ids, batch.task in PER_PHRASE_TASKS)
         states = torch.cat([states, new_states], dim=1)
-        return answers, self.segment(batch.task, hidden_states, states, input_ids)
+        return answers, self.segment(hidden_states, states, runs)
 
     def predict(
         self, image: Image.Image | list[Image.Image], task: str, text: str | list[str] = "", **names

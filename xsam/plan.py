@@ -30,7 +30,7 @@ from xsam.data import Batch, Processor, repeat_factors, share_batches
 from xsam.datasets.registry import open_dataset
 from xsam.datasets.sources import find_source, locate
 from xsam.encoders import Block
-from xsam.llm import IGNORE_LABEL, IMAGE_TOKEN
+from xsam.llm import IGNORE_LABEL, IMAGE_TOKEN, find_runs
 from xsam.losses import Normalisers, Objective, Targets
 from xsam.model import BLOCKS, XSAM, Segmentor, checkpoint_activations
 from xsam.optimizer import freeze
@@ -99,7 +99,7 @@ def example_batch(
     model, canvas = config.model, config.model.seg_image_size
     processor = Processor(config, None)
     is_per_phrase = task in PER_PHRASE_TASKS
-    num_classes, ids, labels, images, attention_mask = model.num_classes, *[None] * 4
+    num_classes, ids, labels, images, attention_mask, runs = model.num_classes, *[None] * 5
     if stage > 1:
         rows = model.llm_config["vocab_size"]
         word, (seg, phrase, phrase_end) = rows // 2, special_rows(config)
@@ -116,6 +116,8 @@ def example_batch(
             images = torch.rand(size, 3, processor.image_size, processor.image_size)
         attention_mask = torch.ones_like(ids)
         attention_mask[1:, -1] = 0  # as where lengths differ: without any padding no mask is made
+    if stage > 1 and task != "chat" and not ids.is_meta:
+        runs = find_runs(ids, special_rows(config), is_per_phrase, is_per_phrase)
     targets = []
     for run in range(size * num_runs):
         numbers = torch.arange(min(MOST_TARGETS, model.num_queries)) % num_classes
@@ -131,7 +133,7 @@ def example_batch(
         labels=labels,
         region_points=torch.zeros(0, model.num_region_points, 2),
         region_index=torch.zeros(0, dtype=torch.long),
-        image_index=torch.arange(size).repeat_interleave(num_runs),
+        runs=runs,
         targets=targets,
         run_seeds=list(range(len(targets))),
         transforms=[],
@@ -423,7 +425,7 @@ class FlopCount:
                 boxes["vocabulary head"](states[:, :1])
                 condition = torch.empty(1, 1, config.model.decoder_dim)
                 scores = condition, torch.zeros(1, 1, dtype=torch.bool)
-                model.segmentor.decode(hidden_states, batch.image_index, condition[0], *scores)
+                model.segmentor.decode(hidden_states, torch.arange(1), condition[0], *scores)
         self.costs["segmentation encoder"] -= bias_flops(boxes["segmentation encoder"])
         is_below = False  # is anything trained that comes before
         for name, box in boxes.items():
@@ -452,7 +454,7 @@ class FlopCount:
         return float(total)
 
     def of(self, batch: Batch) -> float:
-        size, num_runs = len(batch.seg_pixels), len(batch.image_index)
+        size, num_runs = len(batch.seg_pixels), len(batch.targets)
         if batch.input_ids is None:
             return self.count(size, 0, 0, num_runs)
         num_answer = int((batch.labels[:, 1:] >= 0).sum())
