@@ -191,6 +191,18 @@ def test_regions_are_means_over_points_of_their_own_image():
     torch.testing.assert_close(sample_regions(tokens, points, image_index), expected)
 
 
+def test_a_region_may_be_several_vectors():
+    """Each of as many points, in their order: 8 points as 4 vectors are those of 4 regions of 2."""
+    torch.manual_seed(0)
+    tokens, points = torch.randn(2, 6, 5, 7), torch.rand(3, 8, 2)
+    image_index = torch.tensor([1, 0, 1])
+    for pooling in ("mean", "max"):
+        vectors = sample_regions(tokens, points, image_index, pooling, num_vectors=4)
+        pairs = points.reshape(12, 2, 2), image_index.repeat_interleave(4)
+        assert vectors.shape == (12, 7)
+        torch.testing.assert_close(vectors, sample_regions(tokens, *pairs, pooling))
+
+
 def test_regions_may_be_maxima():
     """Channel by channel, of the readings at the single points; all negative, so that a reading
     mixed with zeros would win."""

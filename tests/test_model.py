@@ -18,8 +18,7 @@ from xsam.connector import pixel_shuffle
 from xsam.data import Batch, Processor, Sample
 from xsam.datasets.registry import open_dataset
 from xsam.inference import REQUESTS, answer, predict, prepare
-from xsam.llm import IMAGE_TOKEN, REGION_TOKEN
-from xsam.llm import find_runs
+from xsam.llm import IMAGE_TOKEN, REGION_TOKEN, find_runs
 from xsam.losses import Normalisers, Objective
 from xsam.model import XSAM, Segmentor, checkpoint_activations, compile_blocks
 from xsam.postprocess import SegmentationResult

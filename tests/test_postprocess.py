@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.mask2former.image_processing_pil_mask2former import (
     Mask2FormerImageProcessorPil,
+    compute_segments,
 )
 
 from xsam import postprocess
@@ -405,6 +406,36 @@ def test_panoptic_is_transformers(seed):
     ours = (masks * np.arange(1, len(masks) + 1)[:, None, None]).sum(0)
     assert np.array_equal(ours, peer["segmentation"].numpy())
     assert len(masks) > 3 and (ours > 0).mean() > 0.5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_published_rule_is_that_of_transformers_segments(seed):
+    """The published code takes its classes without the background and gives the rest to the rule
+    that transformers keeps in `compute_segments`. Nothing is fused here, where the latter gives
+    numbers twice."""
+    generator = torch.Generator().manual_seed(seed)
+    class_logits = 3 * torch.randn(12, 5, generator=generator)
+    coarse = 4 * torch.randn(1, 12, 4, 4, generator=generator)
+    mask_logits = F.interpolate(coarse, (SIDE, SIDE), mode="bilinear")[0]
+    transform = ResizeAndPad.fit((SIDE, SIDE), SIDE)
+    scores, labels = class_logits[:, :-1].softmax(-1).max(-1)
+    found = 0
+    for overlap in (0.0, 0.3, 0.8):
+        segmentation, segments = compute_segments(
+            mask_logits.sigmoid(), scores, labels, 0.5, overlap, set()
+        )
+        masks, classes, ours = panoptic_inference(
+            class_logits.softmax(-1), mask_logits, transform, [True] * 4, 0.0, overlap, "published"
+        )
+        assert classes == [segment["label_id"] for segment in segments]
+        assert ours == pytest.approx([segment["score"] for segment in segments], abs=1e-6)
+        painted = (masks * np.arange(1, len(masks) + 1)[:, None, None]).sum(0)
+        assert np.array_equal(painted, segmentation.numpy())
+        found += len(masks)
+    assert found > 5
+    args = class_logits.softmax(-1), mask_logits, transform, [True] * 4, 0.0, 0.0
+    ours, published = panoptic_inference(*args)[0], panoptic_inference(*args, "published")[0]
+    assert published.any(axis=0).sum() > ours.any(axis=0).sum()
 
 
 def test_semantic_is_transformers():

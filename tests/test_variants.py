@@ -4,6 +4,7 @@ that transformers' own classes have written to a saved model that answers as bef
 pytest tests/test_variants.py
 """
 
+import argparse
 import copy
 import dataclasses
 import re
@@ -42,6 +43,7 @@ from xsam.config import ARCHITECTURES, Config, ModelConfig, xsam
 from xsam.data import Batch, Mixture, Processor, Sample
 from xsam.datasets.generic import Generic
 from xsam.datasets.registry import open_dataset
+from xsam.datasets.sources import required_paths
 from xsam.encoders import ImageEncoder
 from xsam.llm import REGION_TOKEN, LanguageModel
 from xsam.losses import Objective
@@ -49,7 +51,13 @@ from xsam.model import XSAM, Segmentor
 from xsam.optimizer import build_optimizer, freeze
 from xsam.postprocess import SegmentationResult
 from xsam.toy.preset import toy
-from xsam.train import load_earlier_stage, pretrained_model, step_normalisers
+from xsam.train import (
+    load_earlier_stage,
+    load_init,
+    pretrained_model,
+    starting_model,
+    step_normalisers,
+)
 from xsam.variants import SwinEncoder
 
 # ---- folders as the hub has them -----------------------------------------------------------------
@@ -184,6 +192,8 @@ VARIANTS = {
     "connector linear": dict(connector="linear"),
     "one scale": dict(connector_scales=(1.0,), connector_layers=(3,)),
     "four scales": dict(connector_scales=(4.0, 2.0, 1.0, 0.5), connector_layers=(1, 2, 2, 3)),
+    "image tokens alone": dict(seg_tokens=False),
+    "two vectors a region": dict(num_region_vectors=2),
     "decoder SAM": dict(decoder="sam", num_queries=2),  # fewer than an image has masks
 }
 VARIANTS["Swin, image encoder none, Qwen3"] = (
@@ -362,6 +372,8 @@ def unread(model: Segmentor | XSAM, task: str) -> tuple[str, ...]:
             names.append(f"{swin}swin.encoder.layers.3.")
         else:
             names += ["segmentor.encoder.layers.2.", "segmentor.encoder.neck."]
+        if model.stage == 3 and model.seg_projector is None:  # it is shown the image tokens alone
+            names.append("segmentor.encoder.")
         names += [f"segmentor.{part}." for part in ("connector", "pixel_decoder", "decoder")]
         names += ["segmentor.class_head.", "llm_projector.", "background_embedding."]
     return tuple(names)
@@ -555,6 +567,67 @@ def test_region_pooling_max_is_not_mean_and_both_train(weights):
     assert losses["max"] != losses["mean"]
 
 
+# ---- where a stage begins ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("init", ["none", "stage 2", "stage 1", "SAM's folder"])
+def test_no_stage_begins_with_a_random_segmentation_encoder(weights, tmp_path, stage, init):
+    """Without stage 1 the public folder is loaded (paper, table 8, row "S3")."""
+    config, lines = tiny(), []
+    config.stages[stage].starts_from = ()
+    public = pretrained_model(1, tiny(), weights, silent)
+    expected, paths = public.encoder.state_dict(), []
+    if init == "stage 1":
+        with torch.no_grad():
+            public.encoder.pos_embed.add_(1)
+        paths = [save_checkpoint(tmp_path / "1", public, tiny(), None, 1, 1, {})]
+    elif init == "stage 2":
+        earlier = pretrained_model(2, tiny(), weights, silent)
+        freeze(earlier, tiny().stages[2], "")
+        about = earlier, tiny(), earlier.tokenizer, 2, 1, {}
+        paths = [save_checkpoint(tmp_path / "2", *about)]
+    elif init == "SAM's folder":
+        paths = [weights / "sam"]
+    options = argparse.Namespace(weights=weights, out=tmp_path, stages=[stage], init=paths)
+    options.allow_missing = []
+    model = starting_model(stage, config, options, lines.append)
+    found = model.segmentor.encoder.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert sum("segmentor.encoder" in line for line in lines) == 1
+    required = required_paths(config, [stage], Path("d"), weights, tmp_path, bool(paths))
+    assert ((weights / "sam") in dict(required)) == (init == "none")
+
+
+def test_init_takes_the_folders_of_other_parts(weights):
+    model = pretrained_model(3, tiny(), weights, silent)
+    with torch.no_grad():
+        for parameter in model.image_encoder.parameters():
+            parameter.zero_()
+    line, parts = load_init(model, weights / "siglip2", ())
+    assert parts == {"image_encoder"} and "siglip2" in line
+    assert all(parameter.any() for parameter in model.image_encoder.parameters())
+    with pytest.raises(ValueError, match="this model has no image_encoder"):
+        load_init(Segmentor(tiny()), weights / "siglip2", ())
+
+
+def test_regions_of_image_tokens_are_read_where_they_are_in_the_image(world):
+    """The image encoder squashes an image, the canvas pads it: a point in the middle of a wide
+    image is in the middle of the tokens' grid."""
+    config = tiny(seg_tokens=False, num_region_points=4)
+    processor = Processor(config, AutoTokenizer.from_pretrained(world / "weights/phi3-toy"))
+    mask = np.zeros((20, 60), bool)
+    mask[10, 30] = True
+    sample = Sample("wide", "vgd", Image.new("RGB", (60, 20)), [], mask[None], np.zeros(1, int))
+    sample.regions = mask[None]
+    (points,) = processor.region_points(sample, processor.fit(sample.image), None)
+    assert torch.allclose(points, torch.full((4, 2), 0.5), atol=0.03)
+    config.model.seg_tokens = True
+    (points,) = processor.region_points(sample, processor.fit(sample.image), None)
+    assert torch.allclose(points[:, 0], torch.full((4,), 0.5 / 3), atol=0.03)
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 
@@ -593,6 +666,15 @@ def test_names_of_several_parts():
     assert model.seg_neck_dim == model.decoder_dim
     swin = parsed("--seg_encoder", "mask2former-swin-large-coco-panoptic")
     assert swin.seg_backbone_config["depths"] == [2, 2, 18, 2] and swin.seg_dim == 768
+
+
+def test_an_unknown_segmentation_encoder_is_refused(capsys):
+    """It would mean SAM-L otherwise."""
+    with pytest.raises(SystemExit):
+        parsed("--seg_encoder", "sam-vit-giant")
+    message = capsys.readouterr().err
+    assert "unknown seg_encoder sam-vit-giant; known are sam-vit-base, sam-vit-large" in message
+    assert parsed("--seg_encoder", "sam-vit-toy", config="toy").seg_dim == 64
 
 
 def test_a_flag_wins_over_what_a_name_brings():

@@ -41,7 +41,9 @@ STATES_FILE = "optimizer"  # what the names of the files with the optimizer's st
 STATES_BYTES = 10**9  # largest of them
 
 
-LANGUAGE_FIELDS = ("image_", "llm", "max_text", "num_region", "region_", "logit_")  # not in stage 1
+LANGUAGE_FIELDS = (  # of ModelConfig, begin with; not in stage 1
+    *("image_", "llm", "max_text", "num_region", "region_", "seg_tokens", "logit_"),
+)
 
 
 # ---- writing -------------------------------------------------------------------------------------

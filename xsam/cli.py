@@ -137,6 +137,8 @@ def apply_flags(config: Config, flags: dict, stages: list[int]) -> Config:
     brought: dict[str, Any] = {}
     for part, known in ARCHITECTURES.items():
         if part in flags:
+            if part == "seg_encoder" and flags[part] not in (*known, config.model.seg_encoder):
+                raise ValueError(f"unknown seg_encoder {flags[part]}; known are {', '.join(known)}")
             unknown = {f"{part}_config": {}} if f"{part}_config" in vars(config.model) else {}
             brought |= copy.deepcopy(known.get(flags[part], unknown))
             if part == "seg_encoder" and "seg_backbone_config" not in brought:
@@ -222,7 +224,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     options.weights = options.weights or (
         options.world / "weights" if options.world else Path("weights")
     )
-    config = apply_flags(CONFIGS[options.config](), flags, options.stages)
+    try:
+        config = apply_flags(CONFIGS[options.config](), flags, options.stages)
+    except ValueError as error:
+        parser.error(str(error))
     if options.init:  # in place of what the first stage would start from
         config.stages[options.stages[0]].starts_from = ()
     for number in options.stages:
@@ -244,7 +249,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
 
 def preflight(options: argparse.Namespace, config: Config) -> str:
     """What stands in the way of the run, as one message; empty where nothing does."""
-    required = required_paths(config, options.stages, options.data, options.weights, options.out)
+    folders = options.data, options.weights, options.out
+    required = required_paths(config, options.stages, *folders, has_init=bool(options.init))
     made = [options.data] * options.makes_data + [options.weights] * options.makes_weights
     required += [(path, "the checkpoint of --init") for path in options.init]
     missing = [

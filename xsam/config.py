@@ -142,6 +142,7 @@ class ModelConfig:
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of pixels in 0..1
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_resample: Literal["bicubic", "bilinear"] = "bicubic"
+    seg_tokens: bool = True  # False: the language model is shown the image encoder's tokens alone
     llm: str = "Phi-3-mini-4k-instruct"
     llm_config: dict = field(default_factory=lambda: _phi3_mini()["llm_config"])
     max_text_length: int = 2319  # text tokens of one sample, visual tokens not counted
@@ -155,6 +156,9 @@ class ModelConfig:
 
     # Region sampler: points read inside a visual prompt, and how they become one vector.
     num_region_points: int = 256
+    num_region_vectors: int = (
+        1  # of a <region>; the published code of 2026 has 64, of 4 points each
+    )
     region_pooling: Literal["mean", "max"] = "mean"
 
     # Segmentation decoder: Mask2Former's (pixel decoder and masked-attention decoder) or SAM's mask
@@ -231,6 +235,7 @@ class Config:
     peak_tflops: float = 0.0  # of one GPU in bfloat16, for the utilisation; 0: by the GPU's name
     eval_batch_size: int = 8
     max_new_tokens: int = 256
+    panoptic_rule: Literal["mask2former", "published"] = "mask2former"  # postprocess.py
     score_threshold: float = 0.8  # panoptic: queries below it are dropped
     overlap_threshold: float = 0.8  # panoptic: least visible share of a segment
     eval_tasks: tuple[str, ...] = ()  # scored before the first stage and after each

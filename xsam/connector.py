@@ -97,16 +97,22 @@ class SegmentationConnector(nn.Module):
 
 
 def sample_regions(
-    tokens: Tensor, points: Tensor, image_index: Tensor, pooling: str = "mean"
+    tokens: Tensor,
+    points: Tensor,
+    image_index: Tensor,
+    pooling: str = "mean",
+    num_vectors: int = 1,
 ) -> Tensor:
-    """Region sampler: one vector for each visual prompt, the mean (or, channel by channel, the
-    maximum) of the tokens read bilinearly at its points.
+    """Region sampler: `num_vectors` for each visual prompt, the mean (or, channel by channel, the
+    maximum) of the tokens read bilinearly at as many of its points each.
 
-    tokens [B, H, W, C] are projected segmentation tokens; points [R, P, 2] are (row, column) in
-    0..1 where 0 and 1 are the centres of the outermost tokens; image_index [R] names each prompt's
-    image. Returns [R, C].
+    tokens [B, H, W, C] are projected visual tokens; points [R, P, 2] are (row, column) in 0..1
+    where 0 and 1 are the centres of the outermost tokens; image_index [R] names each prompt's
+    image. Returns [R·num_vectors, C].
     """
     grid = points.flip(-1)[:, :, None] * 2 - 1  # grid_sample wants (x, y) in -1..1
     maps = tokens.permute(0, 3, 1, 2)[image_index]
     sampled = F.grid_sample(maps, grid.to(maps.dtype), align_corners=True)  # [R, C, P, 1]
-    return sampled.mean(dim=(2, 3)) if pooling == "mean" else sampled.amax(dim=(2, 3))
+    groups = sampled[..., 0].unflatten(2, (num_vectors, -1))  # [R, C, vectors, points of each]
+    vectors = groups.mean(-1) if pooling == "mean" else groups.amax(-1)
+    return vectors.transpose(1, 2).flatten(0, 1)

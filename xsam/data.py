@@ -200,7 +200,9 @@ class Batch:
     """What one forward pass reads (the first block) and what its losses need."""
 
     task: str
-    seg_pixels: Tensor  # [B + D, 3, S, S]: the images, then D others that show a visual prompt
+    # D reference images, which show a visual prompt for another, follow the B images in seg_pixels,
+    # or where regions are read from image tokens (seg_tokens false), in image_pixels.
+    seg_pixels: Tensor  # [B + D, 3, S, S]
     image_pixels: Tensor | None  # [B, 3, s, s]; None without image encoder
     input_ids: Tensor | None  # [B, N] with placeholders
     attention_mask: Tensor | None  # [B, N]
@@ -239,8 +241,8 @@ class Processor:
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase | None):
         self.config, self.tokenizer = config, tokenizer
         model = config.model
-        self.num_visual_tokens = math.ceil(model.seg_image_size / model.seg_patch_size / 2) ** 2
-        self.image_size = 0
+        side = math.ceil(model.seg_image_size / model.seg_patch_size / 2) * model.seg_tokens
+        self.num_visual_tokens, self.image_size = side**2, 0
         if model.image_encoder != "none" and model.image_encoder_config:
             self.image_size = model.image_encoder_config["image_size"]
             grid = self.image_size // model.image_encoder_config["patch_size"]
@@ -269,7 +271,8 @@ class Processor:
         limit = self.config.model.max_text_length + self.num_visual_tokens
         turns = [(f"<image>\n{sample.turns[0][0]}", sample.turns[0][1]), *sample.turns[1:]]
         pieces = render_conversation(self.tokenizer, turns)
-        ids, labels = tokenize(self.tokenizer, pieces, self.num_visual_tokens)
+        vectors = self.config.model.num_region_vectors
+        ids, labels = tokenize(self.tokenizer, pieces, self.num_visual_tokens, vectors)
         if len(ids) > limit:
             raise SampleTooLong(
                 f"{sample.sample_id}: {len(ids) - self.num_visual_tokens} text tokens, "
@@ -345,30 +348,34 @@ class Processor:
         }
         if self.tokenizer is not None:
             if self.image_size:
-                model = self.config.model
-                encoded["image_pixels"] = image_pixels(
-                    sample.image,
-                    self.image_size,
-                    model.image_mean,
-                    model.image_std,
-                    model.image_resample,
-                )
+                encoded["image_pixels"] = self.image_pixels(sample.image)
             encoded["ids"], encoded["labels"] = words
             encoded["region_points"] = self.region_points(sample, transform, rng)
-            reference_images = [
-                seg_pixels(each, self.fit(each)) for each in sample.region_images or ()
+            reference_pixels = [
+                seg_pixels(image, self.fit(image))
+                if self.config.model.seg_tokens
+                else self.image_pixels(image)
+                for image in sample.region_images or ()
             ]
-            encoded["reference_pixels"] = reference_images or [None] * len(encoded["region_points"])
+            encoded["reference_pixels"] = reference_pixels or [None] * len(encoded["region_points"])
         return encoded
+
+    def image_pixels(self, image: Image.Image) -> Tensor:
+        """The image encoder's input."""
+        model = self.config.model
+        statistics = model.image_mean, model.image_std, model.image_resample
+        return image_pixels(image, self.image_size, *statistics)
 
     def region_points(
         self, sample: Sample, transform: ResizeAndPad, rng: np.random.Generator | None
     ) -> list[Tensor | None]:
         """Where the region sampler reads each visual prompt: (row, column) in 0..1 of the canvas of
         its image, [P, 2], with repetition where a prompt has fewer pixels; None for one that is
-        empty. Raises SampleTooLong where all are."""
+        empty. Where regions are read from image tokens it is of the image, which they show whole.
+        Raises SampleTooLong where all are empty."""
         rng = rng or np.random.default_rng(0)
-        count = self.config.model.num_region_points
+        count, is_on_canvas = self.config.model.num_region_points, self.config.model.seg_tokens
+        transform = transform if is_on_canvas else self.fit(sample.image)
         regions = sample.regions if sample.regions is not None else ()
         transforms = [transform] * len(regions)
         if sample.region_images is not None:  # they are shown whole
@@ -376,6 +383,8 @@ class Processor:
         points: list[Tensor | None] = []
         for region, where in zip(regions, transforms, strict=True):
             drawn = where.draw_points(region, count, rng)
+            if not is_on_canvas:
+                drawn *= where.size / np.array(where.resized)
             points.append(torch.from_numpy(drawn).float() if len(drawn) else None)
         if points and all(each is None for each in points):
             raise SampleTooLong(f"{sample.sample_id}: no visual prompt has a pixel on the canvas")
@@ -432,13 +441,14 @@ class Processor:
         ids = attention_mask = labels = images = points = region_index = runs = None
         pixels = [item["seg_pixels"] for item in encoded]
         if self.tokenizer is not None:
-            if self.image_size:
-                images = torch.stack([item["image_pixels"] for item in encoded])
             # In training only: no answer may depend on the batch.
             points, region_index, reference_images = self.fill_regions(
                 encoded, may_borrow=not pad_left
             )
-            pixels += reference_images
+            if self.image_size:
+                images = [item["image_pixels"] for item in encoded]
+                images = torch.stack(images + reference_images * (not self.config.model.seg_tokens))
+            pixels += reference_images * self.config.model.seg_tokens
             pad_id = self.tokenizer.pad_token_id
             ids = _pad([item["ids"] for item in encoded], pad_id, pad_left)
             labels = _pad([item["labels"] for item in encoded], IGNORE_LABEL, pad_left)

@@ -36,6 +36,7 @@ from xsam.prompts import ask, check_words, find_phrases
 from xsam.weights import (
     CONFIG_FILE,
     EMBEDDING,
+    SHARD_BYTES,
     complete_architecture,
     disk_name,
     list_tensors,
@@ -181,7 +182,11 @@ def _read(
     outputs = (*merge_parts(parts, [places for *_, places in found], num_names), transform)
     if reading == "panoptic":
         return panoptic_inference(
-            *outputs, is_thing, config.score_threshold, config.overlap_threshold
+            *outputs,
+            is_thing,
+            config.score_threshold,
+            config.overlap_threshold,
+            config.panoptic_rule,
         )
     if reading == "interactive":
         return interactive_inference(*outputs, sample.regions[0])
@@ -274,8 +279,12 @@ def predict(
     return predictions if isinstance(image, list) else predictions[0]
 
 
-def save_pretrained(model: Segmentor | XSAM, folder: Path, max_shard_bytes: int) -> None:
-    """See `XSAM.save_pretrained`."""
+def save_pretrained(
+    model: Segmentor | XSAM, folder: Path, max_shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes a folder that `load_checkpoint` reads: weights in safetensors, in several files above
+    `max_shard_bytes`, config.json and the tokenizer. Raises ValueError where the folder holds
+    something already."""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not empty; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)

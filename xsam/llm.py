@@ -91,17 +91,20 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[str, bool]], num_visual_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    pieces: list[tuple[str, bool]],
+    num_visual_tokens: int,
+    num_region_vectors: int = 1,
 ) -> tuple[list[int], list[int]]:
-    """Rendered pieces to token ids and labels: <image> and <region> become placeholders, only
-    answers keep their label."""
+    """Rendered pieces to token ids and labels: <image> and <region> become as many placeholders as
+    there are vectors for them, only answers keep their label."""
     ids, labels = [], []
     for text, is_answer in pieces:
         for part in re.split(r"(<image>|<region>)", text):
             if part == "<image>":
                 new = [IMAGE_TOKEN] * num_visual_tokens
             elif part == "<region>":
-                new = [REGION_TOKEN]
+                new = [REGION_TOKEN] * num_region_vectors
             else:
                 new = tokenizer.encode(part, add_special_tokens=False) if part else []
             ids += new

@@ -8,6 +8,7 @@ Legend: B images, R decoder runs, P phrases, Q queries, K classes, C channels, V
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -200,7 +201,11 @@ class XSAM(nn.Module):
         if model_config.image_encoder != "none":
             self.image_encoder = image_encoder or ImageEncoder(model_config.image_encoder_config)
             self.image_projector = Projector(self.image_encoder.dim, self.llm.dim)
-        self.seg_projector = Projector(4 * model_config.seg_dim, self.llm.dim)
+        elif not model_config.seg_tokens:
+            raise ValueError("seg_tokens false: the language model needs an image_encoder then")
+        self.seg_projector = None
+        if model_config.seg_tokens:
+            self.seg_projector = Projector(4 * model_config.seg_dim, self.llm.dim)
         self.llm_projector = Projector(self.llm.dim, model_config.decoder_dim)
         self.background_embedding = nn.Embedding(1, model_config.decoder_dim)
         if tokenizer is not None:
@@ -215,21 +220,32 @@ class XSAM(nn.Module):
     def encode(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Embeddings [B, N, C] of the batch's words, visual tokens and regions, and the hidden
         states of the segmentation encoder for its images. Image tokens come before segmentation
-        tokens. An image that only shows a region for another passes the segmentation encoder."""
-        B = len(batch.input_ids)
+        tokens. Regions are read from the segmentation tokens, or where the language model is shown
+        none, from the image tokens. A reference image passes the encoder that its region is read
+        from."""
+        B, model_config = len(batch.input_ids), self.config.model
         images, *reference_images = batch.seg_pixels.split(B)
         hidden_states = self.segmentor.encoder(images)
-        shown = [
-            hidden_states[-2],
-            *(self.segmentor.encoder(each)[-2] for each in reference_images),
-        ]
-        grid = self.seg_projector(pixel_shuffle(torch.cat(shown), 0.5))  # [B + D, H, W, C]
-        visual_tokens = grid[:B].flatten(1, 2)
+        visual_tokens = []
         if self.image_encoder is not None:
             image_tokens = self.image_projector(self.image_encoder(batch.image_pixels))
-            visual_tokens = torch.cat([image_tokens, visual_tokens], dim=1)
-        pooling = self.config.model.region_pooling
-        regions = sample_regions(grid, batch.region_points, batch.region_index, pooling)
+            visual_tokens.append(image_tokens[:B])
+        if self.seg_projector is not None:
+            shown = [self.segmentor.encoder(each)[-2] for each in reference_images]
+            shown = torch.cat([hidden_states[-2], *shown])
+            grid = self.seg_projector(pixel_shuffle(shown, 0.5))  # [B + D, H, W, C]
+            visual_tokens.append(grid[:B].flatten(1, 2))
+        else:
+            side = math.isqrt(image_tokens.shape[1])
+            grid = image_tokens.unflatten(1, (side, side))
+        visual_tokens = torch.cat(visual_tokens, dim=1)
+        regions = sample_regions(
+            grid,
+            batch.region_points,
+            batch.region_index,
+            model_config.region_pooling,
+            model_config.num_region_vectors,
+        )
         return self.llm.embed(batch.input_ids, visual_tokens, regions), hidden_states
 
     def forward(self, batch: Batch) -> Outputs:

@@ -63,6 +63,7 @@ from xsam.optimizer import (
 )
 from xsam.prompts import read_phrasings
 from xsam.weights import (
+    PREFIXES,
     Stored,
     complete_architecture,
     disk_name,
@@ -71,6 +72,7 @@ from xsam.weights import (
     load_tensors,
     parameters_on_meta,
     part_name,
+    part_of_folder,
     read_tokenizer,
 )
 
@@ -90,8 +92,9 @@ def pretrained_model(
     stage: int, config: Config, weights: Path, report: Callable[[str], None] = print
 ) -> Segmentor | XSAM:
     """A stage's model with the public weights: the segmentation encoder in stage 1, then image
-    encoder and language model; all else is random. Parameters are of `config.dtype`. `report` is
-    told what was loaded."""
+    encoder and language model; all else is random, also the segmentation encoder of a later stage
+    (`starting_model` fills it). Parameters are of `config.dtype`. `report` is told what was
+    loaded."""
     names, dtype = config.model, getattr(torch, config.dtype)
     if stage == 1:
         model = Segmentor(config)
@@ -134,10 +137,23 @@ def load_earlier_stage(model: XSAM, stage: int, out: Path) -> str:
     return load_tensors(model, without_class_head(stored), folder, only=only)
 
 
-def load_init(model: Segmentor | XSAM, path: Path, allow_missing: tuple[str, ...]) -> str:
-    """A checkpoint named by --init, whole or a stage's part, over what the model holds: every part
-    that it has must be there from its first tensor to its last."""
+def load_init(
+    model: Segmentor | XSAM, path: Path, allow_missing: tuple[str, ...]
+) -> tuple[str, set[str]]:
+    """What --init names, over what the model holds: a checkpoint, whole or a stage's part, of which
+    every part must be there from its first tensor to its last, or the Hugging Face folder of an
+    encoder or a language model. Returns the line that says so, and the parts loaded."""
     path = latest_checkpoint(path) or path
+    if part := part_of_folder(path):
+        segmentor = model if model.stage == 1 else model.segmentor
+        modules = {"seg_encoder": segmentor.encoder}
+        if model.stage != 1:
+            modules |= {"image_encoder": model.image_encoder, "llm": model.llm}
+        if modules.get(part) is None:
+            raise ValueError(f"--init {path}: this model has no {part}")
+        dtype = next(model.parameters()).dtype
+        line = load_folder(modules[part], part, path, dtype=dtype)
+        return line, {PREFIXES[part].removesuffix(".")}
     stored = list_tensors(path)
     if model.stage != 1:
         stored = without_class_head(stored)
@@ -145,7 +161,7 @@ def load_init(model: Segmentor | XSAM, path: Path, allow_missing: tuple[str, ...
     parts = {part_name(disk_name(name)) for name in stored}
     only = tuple(name for name in own if part_name(name) in parts)
     options = {"only": only, "allow_missing": allow_missing, "short_vocabulary": True}
-    return load_tensors(model, stored, path, model.prefix, **options)
+    return load_tensors(model, stored, path, model.prefix, **options), parts
 
 
 def without_class_head(stored: dict[str, Stored]) -> dict[str, Stored]:
@@ -300,10 +316,18 @@ def starting_model(
     bring, and frozen what the stage does not train. The same on every rank."""
     torch.manual_seed(config.seed + number)
     model = pretrained_model(number, config, options.weights, report)
-    for earlier in config.stages[number].starts_from:
+    earlier_stages = config.stages[number].starts_from
+    has_encoder = number == 1 or 1 in earlier_stages
+    for earlier in earlier_stages:
         report(load_earlier_stage(model, earlier, options.out))
     for path in options.init if number == options.stages[0] else []:
-        report(load_init(model, path, tuple(options.allow_missing)))
+        line, parts = load_init(model, path, tuple(options.allow_missing))
+        report(line)
+        has_encoder |= "segmentor.encoder" in parts
+    if not has_encoder:  # neither an earlier stage nor --init holds it (paper table 8, row "S3")
+        folder = options.weights / config.model.seg_encoder
+        dtype = getattr(torch, config.dtype)
+        report(load_folder(model.segmentor.encoder, "seg_encoder", folder, dtype=dtype))
     freeze(model, config.stages[number], model.prefix)
     return model
 

@@ -370,6 +370,15 @@ def read_model_type(folder: Path, part: str) -> str:
     return model_type
 
 
+def part_of_folder(folder: Path) -> str | None:
+    """The part of the model whose Hugging Face folder this is; None where it is none."""
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    parts = [part for part, types in FOLDERS.items() if values.get("model_type") in types]
+    return parts[0] if parts else None
+
+
 def complete_architecture(config: ModelConfig, part: str, folder: Path) -> None:
     """Puts what the folder of the image encoder or the language model says of itself into
     `config`: its config.json, and of its preprocessor_config.json mean, deviation and resampling.
@@ -459,7 +468,7 @@ def read_published(stored: dict[str, Stored], path: Path) -> tuple[int, str, dic
         )
     if any(re.match(pattern, name) for pattern, _ in ARCHIVED_NAMES for name in stored):
         return stage, "archived", {"logit_clamp": 500.0, "region_pooling": "max"}
-    return stage, "current", {}
+    return stage, "current", {"num_region_vectors": 64}
 
 
 # ---- writing -------------------------------------------------------------------------------------

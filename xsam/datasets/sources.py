@@ -306,19 +306,28 @@ def find_source(name: str) -> Source:
 
 
 def required_paths(
-    config: Config, stages: list[int], data: Path, weights: Path, out: Path
+    config: Config,
+    stages: list[int],
+    data: Path,
+    weights: Path,
+    out: Path,
+    has_init: bool = False,
 ) -> list[tuple[Path, str]]:
     """(path, what belongs there) for all that the named stages read and no earlier one of them
-    makes."""
+    makes. `has_init`: the first of them begins with checkpoints of its own, in which the
+    segmentation encoder may be."""
     required: dict[Path, str] = {}
     for number in stages:
         stage = config.stages[number]
+        has_init &= number == stages[0]
         for name in stage.datasets:
             source = find_source(name)
             for path in source.paths():
                 required[locate(data, path)] = source.about
         model = config.model
-        folders = [model.seg_encoder] if number == 1 else [model.image_encoder, model.llm]
+        folders = [] if number == 1 else [model.image_encoder, model.llm]
+        if number == 1 or not (has_init or 1 in stage.starts_from):
+            folders.insert(0, model.seg_encoder)
         for folder in folders:
             if folder == "none":
                 continue
