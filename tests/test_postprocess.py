@@ -415,7 +415,7 @@ def test_the_published_rule_is_that_of_transformers_segments(seed):
     numbers twice."""
     generator = torch.Generator().manual_seed(seed)
     class_logits = 3 * torch.randn(12, 5, generator=generator)
-    coarse = 4 * torch.randn(1, 12, 4, 4, generator=generator)
+    coarse = 4 * torch.randn(1, 12, 4, 4, generator=generator) - 3
     mask_logits = F.interpolate(coarse, (SIDE, SIDE), mode="bilinear")[0]
     transform = ResizeAndPad.fit((SIDE, SIDE), SIDE)
     scores, labels = class_logits[:, :-1].softmax(-1).max(-1)
