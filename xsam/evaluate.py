@@ -76,7 +76,7 @@ def reading_of(dataset: Dataset) -> str:
         if dataset.source.task == "interactive":
             return "interactive"
         return "union" if dataset.name.startswith("grefcoco") else "phrases"
-    return {"grounded": "phrases", "answer": "nothing"}.get(kind, kind)
+    return {"grounded": "phrases", "answer": "none"}.get(kind, kind)
 
 
 class _Loader(torch.utils.data.Dataset):

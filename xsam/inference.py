@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,18 +49,39 @@ from xsam.weights import (
     save_model,
 )
 
-# What is asked for, by the word of the command line: the task whose questions ask for it (of
-# `prompts.PHRASINGS`), and how its masks are read.
+
+@dataclass(frozen=True)
+class Request:
+    """What a word of the command line asks for."""
+
+    task: str  # whose questions ask for it (prompts.PHRASINGS)
+    needs: Literal["categories", "text", "regions", "image"]  # what the question is about
+    post_processing: str  # a key of POST_PROCESSING; "none": the answer alone
+
+
 REQUESTS = {
-    "chat": ("chat", "nothing"),
-    "panoptic": ("generic", "panoptic"),
-    "instance": ("generic", "instances"),
-    "semantic": ("generic", "semantic"),
-    "refer": ("refer", "phrases"),
-    "reason": ("reason", "phrases"),
-    "gcg": ("gcg", "phrases"),
-    "interactive": ("interactive", "interactive"),
-    "vgd": ("vgd", "instances"),
+    "chat": Request("chat", "text", "none"),
+    "panoptic": Request("generic", "categories", "panoptic"),
+    "instance": Request("generic", "categories", "instances"),
+    "semantic": Request("generic", "categories", "semantic"),
+    "refer": Request("refer", "text", "phrases"),
+    "reason": Request("reason", "text", "phrases"),
+    "gcg": Request("gcg", "image", "phrases"),
+    "interactive": Request("interactive", "regions", "interactive"),
+    "vgd": Request("vgd", "regions", "instances"),
+}
+
+# From class probabilities, mask logits and the image's transform, with the sample, the flags of its
+# things and the configuration beside, to masks at the image's size, class numbers and scores.
+POST_PROCESSING = {
+    "panoptic": lambda outputs, sample, is_thing, config: panoptic_inference(
+        *outputs, is_thing, config.score_threshold, config.overlap_threshold, config.panoptic_rule
+    ),
+    "instances": lambda outputs, *_: instance_inference(*outputs),
+    "semantic": lambda outputs, *_: semantic_inference(*outputs),
+    "phrases": lambda outputs, *_: phrase_inference(*outputs),
+    "union": lambda outputs, *_: union_inference(*outputs),
+    "interactive": lambda outputs, sample, *_: interactive_inference(*outputs, sample.regions[0]),
 }
 
 
@@ -69,7 +91,7 @@ class Part:
 
     batch: Batch
     rows: list[int]
-    places: list[list[int]]  # of each row's names in its sample's
+    indices: list[list[int]]  # of each row's names among its sample's
 
 
 @dataclass
@@ -89,13 +111,13 @@ def prepare(processor: Processor, samples: list[Sample]) -> Questions:
         rows = [row for row, each in enumerate(pieces) if number < len(each)]
         encoded = [processor.encode(pieces[row][number][1]) for row in rows]
         batch = processor.collate(encoded, pad_left=True)
-        places = []
+        indices = []
         for row, kept in zip(rows, batch.samples, strict=True):
-            place, piece = pieces[row][number]
+            index, piece = pieces[row][number]
             if len(kept.names) < len(piece.names):  # a visual prompt without a pixel is not asked
-                place = [samples[row].names.index(name) for name in kept.names]
-            places.append(place)
-        parts.append(Part(batch, rows, places))
+                index = [samples[row].names.index(name) for name in kept.names]
+            indices.append(index)
+        parts.append(Part(batch, rows, indices))
     return Questions(samples, parts)
 
 
@@ -103,10 +125,10 @@ def prepare(processor: Processor, samples: list[Sample]) -> Questions:
 def answer(
     model: Segmentor | XSAM,
     questions: Questions,
-    reading: str,
+    post_processing: str,
     is_thing: list[bool] | None = None,
 ) -> list[SegmentationResult]:
-    """What a model says of `questions`, its masks taken by `reading` (REQUESTS; "union" for
+    """What a model predicts of `questions`, its masks by an entry of POST_PROCESSING ("union" for
     expressions that may mean several objects).
 
     `is_thing` tells for each class of a panoptic prompt whether its instances are kept apart. A
@@ -117,7 +139,7 @@ def answer(
     parameter = next(model.parameters())
     device, is_mixed = parameter.device, parameter.dtype != torch.float32  # as in training
     texts = [""] * len(questions.samples)
-    found = [[] for _ in questions.samples]  # class probabilities, mask logits, places of names
+    found = [[] for _ in questions.samples]  # class probabilities, mask logits, indices of names
     transforms = [None] * len(questions.samples)
     for part in questions.parts:
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
@@ -130,22 +152,22 @@ def answer(
             texts[row], transforms[row] = texts[row] or text, part.batch.transforms[number]
             if number not in runs:
                 continue
-            sample, places = part.batch.samples[number], part.places[number]
+            sample, indices = part.batch.samples[number], part.indices[number]
             if sample.task == "gcg":
-                places = list(range(len(find_phrases(text))))
+                indices = list(range(len(find_phrases(text))))
             logits = predictions.class_logits[-1, runs[number]].float()
             if isinstance(model, Segmentor):  # its classes are its own, however they are asked for
                 columns = _own_columns(model, sample)
                 probabilities = logits.softmax(-1)[:, [*columns, -1]]
             else:  # padded to the longest prompt
-                logits = torch.cat([logits[:, : len(places)], logits[:, -1:]], dim=1)
+                logits = torch.cat([logits[:, : len(indices)], logits[:, -1:]], dim=1)
                 probabilities = logits.softmax(-1)
-            found[row].append((probabilities, mask_logits[runs[number]], places))
+            found[row].append((probabilities, mask_logits[runs[number]], indices))
     results = []
     for row, (sample, text) in enumerate(zip(questions.samples, texts, strict=True)):
         names = find_phrases(text) if sample.task == "gcg" else sample.names
-        masks, categories, scores = _read(
-            reading, found[row], len(names), transforms[row], sample, is_thing, config
+        masks, categories, scores = post_process(
+            post_processing, found[row], len(names), transforms[row], sample, is_thing, config
         )
         labels = [names[category] for category in categories]
         num_prompts = sum(row in part.rows for part in questions.parts)
@@ -166,8 +188,8 @@ def _own_columns(model: Segmentor, sample: Sample) -> list[int]:
     return [own.index(name) for name in sample.names]
 
 
-def _read(
-    reading: str,
+def post_process(
+    name: str,
     found: list[tuple[Tensor, Tensor, list[int]]],
     num_names: int,
     transform: ResizeAndPad,
@@ -175,24 +197,13 @@ def _read(
     is_thing: list[bool] | None,
     config: Config,
 ) -> Reading:
-    """Masks at the image's size, their places among the names, and scores."""
-    if reading == "nothing" or not found or not num_names:
+    """Masks at the image's size, their numbers among the names, and scores, from the class
+    probabilities and mask logits of each prompt and the numbers of its names."""
+    if name == "none" or not found or not num_names:
         return np.zeros((0, *transform.original), bool), [], []
-    parts = [(probabilities, mask_logits) for probabilities, mask_logits, _ in found]
-    outputs = (*merge_parts(parts, [places for *_, places in found], num_names), transform)
-    if reading == "panoptic":
-        return panoptic_inference(
-            *outputs,
-            is_thing,
-            config.score_threshold,
-            config.overlap_threshold,
-            config.panoptic_rule,
-        )
-    if reading == "interactive":
-        return interactive_inference(*outputs, sample.regions[0])
-    readers = {"instances": instance_inference, "semantic": semantic_inference}
-    readers |= {"phrases": phrase_inference, "union": union_inference}
-    return readers[reading](*outputs)
+    outputs = [(probabilities, mask_logits) for probabilities, mask_logits, _ in found]
+    merged = merge_parts(outputs, [indices for *_, indices in found], num_names)
+    return POST_PROCESSING[name]((*merged, transform), sample, is_thing, config)
 
 
 def predict(
@@ -218,12 +229,12 @@ def predict(
     """
     if task not in REQUESTS:
         raise ValueError(f"unknown task {task!r}; known are {', '.join(REQUESTS)}")
-    kind, reading = REQUESTS[task]
-    if isinstance(model, Segmentor) and kind != "generic":
+    request, regions = REQUESTS[task], regions or []
+    if isinstance(model, Segmentor) and request.task != "generic":
         raise ValueError(f"a stage-1 checkpoint has no language model, which {task} needs")
-    if kind in ("chat", "refer", "reason") and not text:
+    if request.needs == "text" and not text:
         raise ValueError(f"task {task} needs a text")
-    if kind in ("interactive", "vgd") and not regions:
+    if request.needs == "regions" and not regions:
         raise ValueError(f"task {task} needs regions")
     if task == "interactive" and (len(regions) > 1 or region_image is not None):
         raise ValueError("task interactive takes one region, of the image itself")
@@ -232,51 +243,69 @@ def predict(
     if len(texts) != len(images):
         raise ValueError(f"{len(images)} images but {len(texts)} texts")
     names, is_thing = [], []
-    if kind == "generic":
-        categories = [(name, True) for name in things or []] + [
-            (name, False) for name in stuff or []
-        ]
-        categories = categories or [
-            (each["name"], each["is_thing"])
-            for each in model.config.categories
-            if each["is_thing"] or task != "instance"
-        ]
-        if not categories:
-            raise ValueError("this model knows no categories of its own: name things or stuff")
-        names, is_thing = map(list, zip(*categories, strict=True))
+    if request.needs == "categories":
+        names, is_thing = chosen_categories(model.config, task, things, stuff)
     for words in [*filter(None, texts), *names]:  # a generic request takes no text
         check_words(words, "a text or a name")
-    region_image = region_image and region_image.convert("RGB")
-    samples = []
-    for picture, words in zip(images, texts, strict=True):
-        picture = picture.convert("RGB")
-        shape = (region_image or picture).size[::-1]
-        if wrong := [region.shape for region in regions or () if region.shape != shape]:
-            raise ValueError(f"a region of {wrong[0]} in an image of {shape} (height, width)")
-        question, classes = words, []
-        if kind == "generic":
-            question, classes = ask(kind, names), names
-        elif kind in ("refer", "reason"):
-            question, classes = ask(kind, [words]), [words]
-        elif kind != "chat":
-            classes = [f"region {number}" for number in range(1, len(regions or ()) + 1)]
-            question = ask(kind, ["<region>"] * len(classes))
-        samples.append(
-            Sample(
-                sample_id="request",
-                task=kind,
-                image=picture,
-                turns=[(question, None)],
-                masks=np.zeros((0, picture.height, picture.width), bool),
-                labels=np.zeros(0, np.int64),
-                names=classes,
-                regions=np.stack(regions) if regions and not region_image else regions,
-                region_images=[region_image] * len(classes) if region_image else None,
-            )
-        )
+    samples = [
+        build_sample(request, picture, words, names, regions, region_image)
+        for picture, words in zip(images, texts, strict=True)
+    ]
     questions = prepare(Processor(model.config, model.tokenizer), samples)
-    predictions = answer(model, questions, reading, is_thing)
+    predictions = answer(model, questions, request.post_processing, is_thing)
     return predictions if isinstance(image, list) else predictions[0]
+
+
+def chosen_categories(
+    config: Config, task: str, things: list[str] | None, stuff: list[str] | None
+) -> tuple[list[str], list[bool]]:
+    """Names of categories, and which of them are things: those given, or the model's own."""
+    categories = [(name, True) for name in things or []] + [(name, False) for name in stuff or []]
+    if not categories:
+        categories = [
+            (category["name"], category["is_thing"])
+            for category in config.categories
+            if category["is_thing"] or task != "instance"
+        ]
+    if not categories:
+        raise ValueError("this model knows no categories of its own: name things or stuff")
+    names, is_thing = map(list, zip(*categories, strict=True))
+    return names, is_thing
+
+
+def build_sample(
+    request: Request,
+    image: Image.Image,
+    text: str,
+    names: list[str],
+    regions: list[np.ndarray],
+    region_image: Image.Image | None,
+) -> Sample:
+    """The sample whose question makes a request, its answer left to the model."""
+    image, region_image = image.convert("RGB"), region_image and region_image.convert("RGB")
+    shape = (region_image or image).size[::-1]
+    if wrong := [region.shape for region in regions if region.shape != shape]:
+        raise ValueError(f"a region of {wrong[0]} in an image of {shape} (height, width)")
+    if request.needs == "text":
+        names = [] if request.task == "chat" else [text]
+    elif request.needs != "categories":
+        names = [f"region {number}" for number in range(1, len(regions) + 1)]
+    words = ["<region>"] * len(regions) if request.needs == "regions" else names
+    question = text if request.task == "chat" else ask(request.task, words)
+    return Sample(
+        sample_id="request",
+        task=request.task,
+        image=image,
+        turns=[(question, None)],
+        masks=np.zeros((0, image.height, image.width), bool),
+        labels=np.zeros(0, np.int64),
+        names=names,
+        regions=(regions if region_image else np.stack(regions)) if regions else None,
+        region_images=[region_image] * len(regions) if region_image else None,
+    )
+
+
+# ---- models from disk ----------------------------------------------------------------------------
 
 
 def save_pretrained(
