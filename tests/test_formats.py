@@ -8,6 +8,7 @@ import itertools
 import json
 import pickle
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,11 +16,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from xsam.datasets.formats import (
+    Flag,
+    Size,
     decode_mask,
     dilate,
     encode_mask,
     expect,
     num_bad_rings,
+    parse,
     read_class_map,
     read_image,
     read_image_size,
@@ -31,8 +35,6 @@ from xsam.datasets.formats import (
     read_tsv,
     rle_area,
     take,
-    take_flag,
-    take_size,
 )
 
 SIZE = (9, 14)
@@ -347,26 +349,31 @@ def test_take_names_the_record_and_the_key():
 
 @pytest.mark.parametrize("value", [30, "30", " 30 "])
 def test_sizes_may_be_strings(value):
-    assert take_size({"height": value, "width": 40}, "x") == (30, 40)
+    assert parse(Size, {"height": value, "width": 40}, "x") == (30, 40)
 
 
 @pytest.mark.parametrize("value", [0, -30, "thirty", "", None, 30.5, True, 1e9, [30], "30.0", "²"])
 def test_a_size_that_is_no_number_of_pixels_is_refused(value):
     with pytest.raises(ValueError, match=r"image 7.*'height'"):
-        take_size({"height": value, "width": 40}, "image 7")
+        parse(Size, {"height": value, "width": 40}, "image 7")
+
+
+class Flags(NamedTuple):
+    iscrowd: Flag = False
+    isthing: Flag = True
 
 
 @pytest.mark.parametrize("value", [0, 1, False, True])
 def test_flags_are_0_or_1(value):
-    flag = take_flag({"iscrowd": value}, "iscrowd", "x")
+    flag, _ = parse(Flags, {"iscrowd": value}, "x")
     assert flag is bool(value)
-    assert take_flag({}, "iscrowd", "x") is False and take_flag({}, "iscrowd", "x", True) is True
+    assert parse(Flags, {}, "x") == (False, True)
 
 
 @pytest.mark.parametrize("value", [2, -1, "0", "no", None, 0.0, [], 1.0])
 def test_a_flag_that_is_neither_is_refused(value):
     with pytest.raises(ValueError, match=r"annotation 5: 'iscrowd' is .*, neither 0 nor 1"):
-        take_flag({"iscrowd": value}, "iscrowd", "annotation 5")
+        parse(Flags, {"iscrowd": value}, "annotation 5")
 
 
 # ---- pickles -------------------------------------------------------------------------------------

@@ -1,10 +1,9 @@
 """Files that are made, not downloaded: COCO-VGD, COCO's semantic maps, ADE20K for three tasks.
 
-Stands beside the data chain (sources → formats → convert); the readers open what it writes. Every
-image is a job of its own in a pool of processes, and its randomness comes from its own ids, so the
-bytes do not depend on the number of workers. An output takes its name only once it is complete.
-Wrong records raise ValueError naming file and record, an output that exists FileExistsError.
-Legend: H W image size, h w size of a connected component.
+Images are processed by a pool of processes, and what is drawn at random for an image depends on its
+ids alone, so the output is the same for any number of workers. An output takes its name only once
+it is complete. Wrong records raise ValueError naming file and record, an output that exists
+FileExistsError. Legend: H W image size, h w size of a connected component.
 
     python -m xsam.data vgd --instances instances_val2017.json --out img_vgdseg_coco_val.json
 """
@@ -16,13 +15,12 @@ import inspect
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import zlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -30,21 +28,29 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from xsam.datasets.formats import (
+    CocoImage,
+    CocoInstance,
+    CocoPanoptic,
+    CocoSegment,
+    Id,
     bounding_box,
+    by_id,
+    check_category,
     decode_mask,
     dilate,
     encode_mask,
-    expect,
     num_bad_rings,
+    parse,
     read_class_map,
     read_image,
     read_json,
     read_segment_ids,
     read_tsv,
+    segment_colours,
     take,
-    take_size,
 )
 from xsam.datasets.sources import PROMPT_RADII, PROMPT_TYPES
+from xsam.files import complete, refuse_existing
 
 # ---- visual prompts ------------------------------------------------------------------------------
 
@@ -138,12 +144,12 @@ def _unite(prompt: np.ndarray, patch: np.ndarray, corner: np.ndarray) -> None:
     into |= patch[max(-top, 0) :, max(-left, 0) :][: into.shape[0], : into.shape[1]]
 
 
-# ---- pool and outputs ----------------------------------------------------------------------------
+# ---- reading and writing -------------------------------------------------------------------------
 
 
 def _each(function: Callable, jobs: list, num_workers: int | None) -> Iterator:
-    """`function` of each job, in their order, behind a progress bar. `num_workers` processes do
-    them: as many as there are cores where it is None, none but this one at 0 or 1."""
+    """`function` of each job, in their order, behind a progress bar: by `num_workers` processes, as
+    many as there are cores where it is None, in this one at 0 or 1."""
     num_workers = min(os.cpu_count() or 1 if num_workers is None else num_workers, len(jobs))
     with contextlib.ExitStack() as stack:
         results = map(function, jobs)
@@ -155,72 +161,32 @@ def _each(function: Callable, jobs: list, num_workers: int | None) -> Iterator:
         yield from tqdm(results, total=len(jobs), unit="image")
 
 
-def _refuse_existing(*targets: Path) -> None:
-    for target in targets:
-        if target.exists():
-            raise FileExistsError(f"{target} exists already: delete it or name another")
-
-
-@contextlib.contextmanager
-def complete(*targets: Path) -> Iterator[list[Path]]:
-    """Names to write under; they become `targets` where the block ends well, else they go."""
-    _refuse_existing(*targets)
-    for target in targets:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    partials = [target.with_name(f"{target.name}.partial") for target in targets]
-    _remove(partials)  # what a killed run has left
-    try:
-        yield partials
-        for partial, target in zip(partials, targets, strict=True):
-            partial.rename(target)
-    finally:
-        _remove(partials)
-
-
-def _remove(paths: Sequence[Path]) -> None:
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def _report(made: Path | str, counts: dict[str, int]) -> dict[str, int]:
     print(f"{made}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
     return dict(counts)
 
 
-def _read_coco(path: Path) -> tuple[list[tuple[dict, list]], list[int]]:
-    """A COCO file as (image, [(where, annotation)]) in order of image id, and its category ids in
-    ascending order."""
-    content = read_json(path, dict)
-    jobs: dict[Any, tuple[dict, list]] = {}
-    for index, image in enumerate(take(content, "images", list, str(path))):
-        where = f"{path}: images[{index}]"
-        image_id = take(image, "id", (int, str), where)
-        if image_id in jobs:
-            raise ValueError(f"{where}: image {image_id!r} is listed twice")
-        take(image, "file_name", str, where)
-        take_size(image, where)
-        jobs[image_id] = image, []
-    for index, annotation in enumerate(take(content, "annotations", list, str(path))):
-        where = f"{path}: annotations[{index}]"
-        image_id = take(annotation, "image_id", (int, str), where)
+class Job(NamedTuple):
+    """An image and its annotations as (where, record)."""
+
+    image: CocoImage
+    annotations: list[tuple[str, dict]]
+
+
+def _read_coco(path: Path) -> tuple[list[Job], list[int]]:
+    """The images of a COCO file and its category ids, both in ascending order."""
+    content, file = read_json(path, dict), str(path)
+    jobs = {
+        number: Job(parse(CocoImage, image, f"{file}: image {number}"), [])
+        for number, image in by_id(content, "images", file).items()
+    }
+    for index, annotation in enumerate(take(content, "annotations", list, file)):
+        where = f"{file}: annotations[{index}]"
+        image_id = take(annotation, "image_id", Id, where)
         if image_id not in jobs:
-            raise ValueError(f"{where}: image {image_id!r} is not among its images")
-        jobs[image_id][1].append((where, annotation))
-    categories = [
-        take(category, "id", int, f"{path}: categories[{index}]")
-        for index, category in enumerate(take(content, "categories", list, str(path)))
-    ]
-    in_order = sorted(jobs, key=lambda image_id: (isinstance(image_id, str), image_id))
-    return [jobs[image_id] for image_id in in_order], sorted(set(categories))
-
-
-def _check_category(record: dict, categories: Container[int], where: str) -> None:
-    category = take(record, "category_id", int, where)
-    if category not in categories:
-        raise ValueError(f"{where}: category {category} is not among the file's categories")
+            raise ValueError(f"{where}: image {image_id!r} is not in its images")
+        jobs[image_id].annotations.append((where, annotation))
+    return list(jobs.values()), list(by_id(content, "categories", file, int))
 
 
 # ---- COCO-VGD ------------------------------------------------------------------------------------
@@ -234,8 +200,8 @@ def build_vgd(
     """Writes COCO-VGD, a list with a record per image, from a COCO instances file.
 
     Annotations keep what they have and gain `bbox_mode` and `visual_prompts` (X-SAM, section 3.4).
-    Crowd, invalid rings, annotations without a valid ring and images without an annotation are left
-    out; returns how many, and prints it. The prompts depend on the seed and the ids alone.
+    Crowd, invalid rings, annotations without a valid ring and images without an annotation are
+    skipped; returns how many, and prints it. The prompts depend on the seed and the ids alone.
     """
     counts = Counter(images=0, annotations=0, crowd=0, bad_rings=0, invalid=0, empty_images=0)
     with complete(Path(out)) as (partial,), partial.open("w", encoding="utf-8") as file:
@@ -249,20 +215,17 @@ def build_vgd(
     return _report(out, counts)
 
 
-def _vgd_record(job: tuple, seed: int, categories: set[int]) -> tuple[str, Counter]:
+def _vgd_record(job: Job, seed: int, categories: set[int]) -> tuple[str, Counter]:
     """One image's record as JSON, empty where no annotation is left, and what was counted."""
     image, annotations = job
-    height, width = take_size(image, str(image["id"]))
-    info = dict(id=image["id"], file_name=image["file_name"], height=height, width=width)
-    record = dict(image_file=image["file_name"], image_id=image["id"], image_size=[height, width])
-    record |= dict(image_info=info, annotations=[])
-    counts: Counter = Counter()
+    kept, counts = [], Counter()
     for where, annotation in annotations:
-        _check_category(annotation, categories, where)
-        if expect(annotation.get("iscrowd", 0), int, where):
+        instance = parse(CocoInstance, annotation, where)
+        check_category(instance.category_id, categories, where)
+        if instance.iscrowd:
             counts["crowd"] += 1
             continue
-        shape = take(annotation, "segmentation", (list, dict), where)
+        shape = instance.segmentation
         counts["bad_rings"] += num_bad_rings(shape)
         if isinstance(shape, list):
             shape = [part for part in shape if not num_bad_rings([part])]
@@ -270,15 +233,18 @@ def _vgd_record(job: tuple, seed: int, categories: set[int]) -> tuple[str, Count
             counts["invalid"] += 1
             continue
         take(annotation, "bbox", list, where)
-        ids = image["id"], take(annotation, "id", (int, str), where)
-        rng = np.random.default_rng([seed, *(zlib.crc32(str(each).encode()) for each in ids)])
-        prompts = visual_prompts(decode_mask(shape, (height, width), where, True), rng)
+        digits = [zlib.crc32(str(number).encode()) for number in (image.id, instance.id)]
+        mask = decode_mask(shape, image.size, where, may_be_empty=True)
+        prompts = visual_prompts(mask, np.random.default_rng([seed, *digits]))
         encoded = {f"{kind}_visual_prompt": encode_mask(mask) for kind, mask in prompts.items()}
         added = dict(segmentation=shape, bbox_mode=XYWH_ABS, visual_prompts=encoded)
-        record["annotations"].append(annotation | added)
-    if not record["annotations"]:
+        kept.append(annotation | added)
+    if not kept:
         return "", counts + Counter(empty_images=1)
-    return json.dumps(record), counts + Counter(images=1, annotations=len(record["annotations"]))
+    info = dict(id=image.id, file_name=image.file_name, height=image.size[0], width=image.size[1])
+    record = dict(image_file=image.file_name, image_id=image.id, image_size=list(image.size))
+    record |= dict(image_info=info, annotations=kept)
+    return json.dumps(record), counts + Counter(images=1, annotations=len(kept))
 
 
 # ---- COCO's semantic maps ------------------------------------------------------------------------
@@ -298,7 +264,7 @@ def build_coco_semantic(
         jobs, categories = _read_coco(Path(panoptic))
         if len(categories) > IGNORED:
             raise ValueError(f"{panoptic}: {len(categories)} categories, 8 bits hold {IGNORED}")
-        labelled = [job for job in jobs if job[1]]
+        labelled = [job for job in jobs if job.annotations]
         counts = Counter(images=0, segments=0, images_without_annotation=len(jobs) - len(labelled))
         partial.mkdir()
         indices = {category: index for index, category in enumerate(categories)}
@@ -308,17 +274,18 @@ def build_coco_semantic(
     return _report(out, counts)
 
 
-def _semantic_map(job: tuple, masks: Path, out: Path, indices: dict[int, int]) -> int:
+def _semantic_map(job: Job, masks: Path, out: Path, indices: dict[int, int]) -> int:
     """Writes one image's map; returns its number of segments."""
     image, annotations = job
-    name, size = f"{Path(image['file_name']).stem}.png", take_size(image, str(image["id"]))
-    ids = read_segment_ids(masks / name, size)
-    classes = np.full(size, IGNORED, np.uint8)
+    name = f"{Path(image.file_name).stem}.png"
+    ids = read_segment_ids(masks / name, image.size)
+    classes = np.full(image.size, IGNORED, np.uint8)
     num_segments = 0
     for where, annotation in annotations:
-        for segment in take(annotation, "segments_info", list, where):
-            _check_category(segment, indices, where)
-            classes[ids == take(segment, "id", int, where)] = indices[segment["category_id"]]
+        for record in parse(CocoPanoptic, annotation, where).segments_info:
+            segment = parse(CocoSegment, record, where)
+            check_category(segment.category_id, indices, where)
+            classes[ids == segment.id] = indices[segment.category_id]
             num_segments += 1
     unknown = ids[(classes == IGNORED) & (ids != 0)]
     if unknown.size:
@@ -355,7 +322,7 @@ def convert_ade20k(
     folder = Path(folder)
     for split in splits:
         _check_downloads(folder, split)
-        _refuse_existing(*_ade_outputs(folder, split))
+        refuse_existing(*_ade_outputs(folder, split))
     categories, things = _read_ade_classes(folder)
     return {
         split: _convert_split(folder, split, categories, things, num_workers) for split in splits
@@ -472,8 +439,7 @@ def _ade_image(
         if segment_id > len(stuff):
             instances.append(dict(image_id=stem) | about | dict(segmentation=encode_mask(mask)))
     Image.fromarray(classes).save(semantic / name)
-    colours = (ids[..., None] >> (0, 8, 16)) & 255  # [H, W, 3]
-    Image.fromarray(colours.astype(np.uint8)).save(panoptic / name)
+    Image.fromarray(segment_colours(ids)).save(panoptic / name)
     image = dict(id=stem, file_name=f"{stem}.jpg", width=size[1], height=size[0])
     return image, segments, instances
 

@@ -1,35 +1,52 @@
 """Conversation: LLaVA's training sets and the benchmarks in VLMEvalKit's tables."""
 
 import base64
-import binascii
 import io
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from xsam.data import Sample
 from xsam.datasets.base import Dataset
-from xsam.datasets.formats import expect, first_file, read_image, read_json, read_tsv, take
+from xsam.datasets.formats import (
+    expect,
+    first_file,
+    label,
+    read_image,
+    read_json,
+    read_tsv,
+    take,
+)
 from xsam.prompts import check_words, choice_question
+
+SHORTEST_IMAGE = 64  # characters; what is shorter is the index of another row
+
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg")
 
 
+class Turn(NamedTuple):
+    """What the person ("human") or the model ("gpt") says."""
+
+    from_: str
+    value: str
+
+
 class Llava(Dataset):
-    """LLaVA conversations about one image; samples without an image are left out."""
+    """LLaVA conversations about one image; those without an image are skipped."""
 
     def index(self) -> None:
-        for place, record in enumerate(read_json(self.annotations, list)):
-            where = f"{self.annotations}: record {place}"
+        for index, record in enumerate(read_json(self.annotations, list)):
+            where = f"{self.annotations}: record {index}"
             with self.record():
                 if not expect(record, dict, where).get("image"):
                     self.skipped["text without an image"] += 1
                     continue
                 take(record, "image", str, where)
-                if "id" in record:
-                    where = f"{self.annotations}: record {place}, id {record['id']}"
-                self.records.append((record, where))
+                self.records.append((record, where + label(record, "id", ", id {}", "")))
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         record, where = self.records[index]
@@ -45,27 +62,26 @@ class Llava(Dataset):
         )
 
     def find(self, name: str) -> Path:
-        """The image, also where a download spells TextVQA's folder or a file's suffix in another
-        way (OCR-VQA has some as .gif and .png)."""
+        """The path of an image, also where a download spells TextVQA's folder or a file's suffix
+        in another way (OCR-VQA has some as .gif and .png)."""
         names = name, name.replace("textvqa/", "text_vqa/"), name.replace("text_vqa/", "textvqa/")
-        paths = [self.images / each for each in names]
+        paths = [self.images / name for name in names]
         paths += [paths[0].with_suffix(suffix) for suffix in IMAGE_SUFFIXES]
         return first_file(paths)
 
     def turns(self, record: dict, where: str) -> list[tuple[str, str]]:
-        """(question, answer) pairs; a leading answer is skipped, <image> is taken out."""
-        speakers, texts = [], []
-        for turn in take(record, "conversations", list, where):
-            speakers.append(take(turn, "from", str, where))
-            texts.append(take(turn, "value", str, where).replace("<image>", "").strip())
-            if texts[-1]:  # a question may be the image alone
-                check_words(texts[-1], where, tokens=("<region>", "<SEG>"))
-            if speakers[-1] not in ("human", "gpt"):
-                raise ValueError(f"{where}: turn from {speakers[-1]!r}; expected human or gpt")
-        if speakers[:1] == ["gpt"]:
-            speakers, texts = speakers[1:], texts[1:]
+        """(question, answer) pairs, without an answer that comes first and without <image>."""
+        turns = take(record, "conversations", list[Turn], where)
+        for speaker, _ in turns:
+            if speaker not in ("human", "gpt"):
+                raise ValueError(f"{where}: turn from {speaker!r}; expected human or gpt")
+        turns = turns[1:] if turns and turns[0].from_ == "gpt" else turns
+        speakers = [speaker for speaker, _ in turns]
         if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
             raise ValueError(f"{where}: its turns do not alternate human and gpt: {speakers}")
+        texts = [text.replace("<image>", "").strip() for _, text in turns]
+        for text in filter(None, texts):  # a question may be the image alone
+            check_words(text, where, tokens=("<region>", "<SEG>"))
         if not all(texts[1::2]):
             raise ValueError(f"{where}: an answer is empty")
         return list(zip(texts[0::2], texts[1::2], strict=True))
@@ -82,20 +98,18 @@ class Benchmark(Dataset):
         rows = read_tsv(self.annotations)
         images = {row.get("index", ""): row.get("image", "") for row in rows}
         num_rows = Counter(row.get("index") for row in rows)
-        for place, row in enumerate(rows):
-            where = f"{self.annotations}: row {place}"
+        for number, row in enumerate(rows):
             with self.record():
                 for key in ("index", "question", "answer"):
                     if not row.get(key, "").strip():
-                        raise ValueError(f"{where}: has no {key!r}")
-                where = f"{self.annotations}: index {row['index']}"
+                        raise ValueError(f"{self.annotations}: row {number}: has no {key!r}")
+                where, image = f"{self.annotations}: index {row['index']}", row.get("image", "")
                 if num_rows[row["index"]] > 1:
                     raise ValueError(f"{where}: is there more than once")
-                if not row.get("image") and not row.get("image_path"):
+                if not image and not row.get("image_path"):
                     raise ValueError(f"{where}: has neither image nor image_path")
-                image = row.get("image", "")
-                if image and len(image) < 64:  # too short for any picture
-                    if len(images.get(image, "")) < 64:
+                if 0 < len(image) < SHORTEST_IMAGE:
+                    if len(images.get(image, "")) < SHORTEST_IMAGE:
                         raise ValueError(f"{where}: its image is row {image}, which has none")
                     image = images[image]
                 self.records.append(row | {"image": image})
@@ -106,17 +120,7 @@ class Benchmark(Dataset):
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         row = self.records[index]
         where = f"{self.annotations}: index {row['index']}"
-        if row["image"]:
-            try:
-                content = base64.b64decode(row["image"], validate=True)
-            except (binascii.Error, ValueError) as error:
-                raise ValueError(f"{where}: its image is not base64 ({error})") from error
-            try:
-                image = read_image(io.BytesIO(content))
-            except ValueError as error:
-                raise ValueError(f"{where}: its image cannot be read ({error})") from error
-        else:
-            image = read_image(self.annotations.parent / row["image_path"])
+        image = self.image(row, where)
         options = self.options(row)
         answer = check_words(row["answer"].strip(), where)
         if options and answer not in options:
@@ -131,6 +135,18 @@ class Benchmark(Dataset):
             labels=np.zeros(0, np.int64),
             image_id=row["index"],
         )
+
+    def image(self, row: dict[str, str], where: str) -> Image.Image:
+        if not row["image"]:
+            return read_image(self.annotations.parent / row["image_path"])
+        try:
+            content = base64.b64decode(row["image"], validate=True)
+        except ValueError as error:
+            raise ValueError(f"{where}: its image is not base64 ({error})") from error
+        try:
+            return read_image(io.BytesIO(content))
+        except ValueError as error:
+            raise ValueError(f"{where}: its image cannot be read ({error})") from error
 
     def options(self, row: dict[str, str]) -> dict[str, str]:
         """The options of a question by letter; none of one that is open."""

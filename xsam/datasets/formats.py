@@ -1,19 +1,22 @@
-"""What lies on disk, read with suspicion: JSON, pickles, images, masks in every encoding.
+"""How files are read and checked: JSON, pickles, images, and masks in every encoding.
 
-Second link of the data chain (sources → formats → prompts → samples → datasets → data). Everything
-here raises ValueError that names the file or the record, whatever the bytes. Legend: H W image
-size.
+The readers (generic.py, referring.py, grounded.py, chat.py) declare the records of their format as
+NamedTuples, and `parse` checks a record against its declaration. Whatever the bytes of a file, all
+functions here raise ValueError that names the file or the record. Legend: H W image size.
 """
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
 import pickle
 import sys
+from collections import Counter
+from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NewType, TypeVar, get_args, get_origin
 
 import numpy as np
 from PIL import Image
@@ -26,14 +29,21 @@ from scipy import ndimage
 def read_json(path: Path, kind: type | None = None) -> Any:
     """The content of a JSON file, which must be of `kind` (list or dict) at its top."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with _json_errors(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
     if kind is not None and not isinstance(content, kind):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a {kind.__name__}")
     return content
+
+
+@contextlib.contextmanager
+def _json_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -60,17 +70,14 @@ def read_refs(path: Path) -> list[dict]:
 
 def read_labelme(path: Path) -> dict:
     """A ReasonSeg annotation: UTF-8, or the Windows code page that some of the files have."""
-    content = path.read_bytes() if path.is_file() else None
-    if content is None:
+    if not path.is_file():
         raise ValueError(f"{path}: missing, the image beside it has no annotation")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        text = content.decode("cp1252", errors="replace")
-    try:
+    with _json_errors(path):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            text = path.read_text(encoding="cp1252", errors="replace")
         record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
     return expect(record, dict, str(path))
 
 
@@ -90,10 +97,133 @@ def read_tsv(path: Path) -> list[dict[str, str]]:
 
 # ---- records -------------------------------------------------------------------------------------
 
+Id = int | str
+Segmentation = dict | list  # a mask in any of COCO's encodings
+Flag = NewType("Flag", bool)  # 0 or 1 on disk, or absent
+Side = NewType("Side", int)  # of an image in pixels; some files write it as a string
 
-def expect(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
-    """`value`, which must be of `kind`; an int may stand for a float, a bool never for a number."""
-    kinds = kind if isinstance(kind, tuple) else (kind,)
+
+class Size(NamedTuple):
+    """Of an image, as arrays have it."""
+
+    height: Side
+    width: Side
+
+
+class CocoImage(NamedTuple):
+    """An image of a file in COCO's layout."""
+
+    id: Id
+    file_name: str
+    height: Side
+    width: Side
+
+    @property
+    def size(self) -> Size:
+        return Size(self.height, self.width)
+
+
+class CocoInstance(NamedTuple):
+    """An annotation of COCO's instances file."""
+
+    id: Id
+    image_id: Id
+    category_id: int
+    segmentation: Segmentation
+    iscrowd: Flag = False
+
+
+class CocoPanoptic(NamedTuple):
+    """The one annotation of an image in COCO's panoptic file."""
+
+    image_id: Id
+    segments_info: list
+
+
+class CocoSegment(NamedTuple):
+    """A segment of a panoptic PNG."""
+
+    id: int
+    category_id: int
+    iscrowd: Flag = False
+
+
+Record = TypeVar("Record", bound=tuple)
+
+
+def parse(kind: type[Record], record: Any, where: str) -> Record:
+    """A JSON object as the NamedTuple `kind`, which declares the fields to read and their types.
+
+    A type is a class or a union of classes, Flag, Side, another NamedTuple, or a list of one of
+    these. A field with a default may be absent; an underscore at the end of its name is not part
+    of the name on disk. Raises ValueError that names `where` and the field.
+    """
+    values = []
+    for key, field_kind, classes, default in _fields(kind):
+        if isinstance(record, dict) and type(record.get(key)) in classes:
+            values.append(record[key])
+        elif default is _REQUIRED or key in record:
+            values.append(take(record, key, field_kind, where))
+        else:
+            values.append(default)
+    return kind(*values)
+
+
+_REQUIRED = object()
+
+
+@functools.cache
+def _fields(kind: type[Record]) -> list[tuple[str, Any, set[type], Any]]:
+    """Key, type and default of each field, and which classes need no second look: a set of COCO's
+    size has millions of fields."""
+    fields = []
+    for field, field_kind in kind.__annotations__.items():
+        classes = {field_kind, *get_args(field_kind)} if get_origin(field_kind) is not list else ()
+        default = kind._field_defaults.get(field, _REQUIRED)
+        fields.append(
+            (field.removesuffix("_"), field_kind, {int, str, list, dict} & {*classes}, default)
+        )
+    return fields
+
+
+def take(record: Any, key: str, kind: Any, where: str) -> Any:
+    """`record[key]`, which must be there and of a type that `parse` knows."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a dict, got {_shorten(record)}")
+    if key not in record:
+        raise ValueError(f"{where}: has no {key!r}")
+    value = record[key]
+    if kind is Flag:
+        return _flag(value, key, where)
+    if kind is Side:
+        return _side(value, key, where)
+    if hasattr(kind, "_fields"):
+        return parse(kind, expect(value, dict, f"{where}: {key!r}"), where)
+    if get_origin(kind) is list:
+        items, (item_kind,) = expect(value, list, f"{where}: {key!r}"), get_args(kind)
+        return [take({key: item}, key, item_kind, where) for item in items]
+    return expect(value, kind, f"{where}: {key!r}")
+
+
+def _flag(value: Any, key: str, where: str) -> bool:
+    if not isinstance(value, int) or value not in (0, 1):
+        raise ValueError(f"{where}: {key!r} is {_shorten(value)}, neither 0 nor 1")
+    return bool(value)
+
+
+def _side(value: Any, key: str, where: str) -> int:
+    side = expect(value, Id, f"{where}: {key!r}")
+    if isinstance(side, str) and side.strip().isdecimal() and len(side) < 9:
+        side = int(side)
+    if not isinstance(side, int) or not 0 < side < 2**16:
+        raise ValueError(f"{where}: {key!r} is {_shorten(side)}, no number of pixels")
+    return side
+
+
+def expect(value: Any, kind: Any, where: str) -> Any:
+    """`value`, which must be of `kind`, a class, a union or a tuple of classes; an int may stand
+    for a float, a bool never for a number."""
+    kinds = kind if isinstance(kind, tuple) else get_args(kind) or (kind,)
     accepted = (*kinds, int) if float in kinds else kinds
     is_number = not isinstance(value, float) or math.isfinite(value)
     if isinstance(value, accepted) and (not isinstance(value, bool) or bool in kinds) and is_number:
@@ -102,34 +232,26 @@ def expect(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
     raise ValueError(f"{where}: expected {names}, got {_shorten(value)}")
 
 
-def take(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """`record[key]`, which must be there and of `kind`."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a dict, got {_shorten(record)}")
-    if key not in record:
-        raise ValueError(f"{where}: has no {key!r}")
-    return expect(record[key], kind, f"{where}: {key!r}")
+def label(record: Any, key: str, known: str, unknown: str) -> str:
+    """How messages name a record: `known` with its `key` for {}, or `unknown` if it has none."""
+    value = record.get(key) if isinstance(record, dict) else None
+    return known.format(value) if isinstance(value, Id) else unknown
 
 
-def take_flag(record: dict, key: str, where: str, default: bool = False) -> bool:
-    """`record[key]`, 0 or 1; `default` where it is not there."""
-    value = record.get(key, default)
-    if not isinstance(value, int) or value not in (0, 1):
-        raise ValueError(f"{where}: {key!r} is {_shorten(value)}, neither 0 nor 1")
-    return bool(value)
+def by_id(content: dict, key: str, where: str, kind: Any = Id) -> dict:
+    """The records `content[key]` as {id: record}, in order of their ids, which must differ."""
+    where, records = f"{where}: {key}", take(content, key, list, where)
+    pairs = [(take(record, "id", kind, where), record) for record in records]
+    table = dict(sorted(pairs, key=lambda pair: (isinstance(pair[0], str), pair[0])))
+    if len(table) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"{where}: id {twice} is there more than once")
+    return table
 
 
-def take_size(record: dict, where: str) -> tuple[int, int]:
-    """(height, width) of a record, which some files write as strings."""
-    sides = []
-    for key in ("height", "width"):
-        side = take(record, key, (int, str), where)
-        if isinstance(side, str) and side.strip().isdecimal() and len(side) < 9:
-            side = int(side)
-        if not isinstance(side, int) or not 0 < side < 2**16:
-            raise ValueError(f"{where}: {key!r} is {_shorten(side)}, no number of pixels")
-        sides.append(side)
-    return sides[0], sides[1]
+def check_category(number: int, categories: Container[int], where: str) -> None:
+    if number not in categories:
+        raise ValueError(f"{where}: category {number} is not in its categories")
 
 
 def _shorten(value: Any) -> str:
@@ -139,7 +261,7 @@ def _shorten(value: Any) -> str:
 
 # ---- images --------------------------------------------------------------------------------------
 
-SEGMENT_IDS = range(2**24)  # three channels of eight bits, red the lowest
+SEGMENT_IDS = range(2**24)  # COCO panoptic writes them as colours: red + 256 green + 256² blue
 
 
 # What Pillow's decoders raise on damaged bytes.
@@ -175,6 +297,11 @@ def read_segment_ids(path: Path, size: tuple[int, int]) -> np.ndarray:
     """A COCO panoptic PNG as segment ids, int32 [H, W]; 0 is void."""
     colours = np.asarray(_open_png(path, size).convert("RGBA"))
     return (colours.view("<u4")[..., 0] & 0xFFFFFF).astype(np.int32)
+
+
+def segment_colours(ids: np.ndarray) -> np.ndarray:
+    """Segment ids [H, W] as the pixels of a COCO panoptic PNG, uint8 [H, W, 3]."""
+    return ((ids[..., None] >> (0, 8, 16)) & 255).astype(np.uint8)
 
 
 def read_class_map(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -348,10 +475,8 @@ def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
     """The mask grown by a disc of `radius` pixels, bool [H, W]."""
     if not mask.any():
         return mask
-    rows, columns = ndimage.find_objects(mask.astype(np.uint8))[0]
-    window = tuple(
-        slice(max(0, each.start - radius), each.stop + radius) for each in (rows, columns)
-    )
+    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+    window = tuple(slice(max(0, side.start - radius), side.stop + radius) for side in box)
     grown = mask.copy()
     grown[window] = ndimage.distance_transform_edt(~mask[window]) <= radius
     return grown
