@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from xsam.data import Sample
-from xsam.datasets.formats import Flag, Id, by_id, parse, take
+from xsam.datasets.records import Flag, Id, by_id, take
 from xsam.datasets.sources import Source, locate
 from xsam.prompts import PHRASINGS, ask, check_words, clean_name, reply
 
@@ -131,17 +131,17 @@ class Dataset:
 
 
 class Category(NamedTuple):
-    """A class of a file in COCO's layout."""
+    """A class as prompts name it."""
 
     name: str
-    isthing: Flag = True
+    is_thing: bool
 
 
 def read_categories(content: dict, where: str) -> dict[int, Category]:
-    """The categories of a COCO file in order of id, their names as prompts have them."""
+    """The categories of a COCO file in order of id; they are things unless it says otherwise."""
     categories = {}
     for number, record in by_id(content, "categories", where, int).items():
         at = f"{where}: category {number}"
-        category = parse(Category, record, at)
-        categories[number] = category._replace(name=check_words(clean_name(category.name), at))
+        name = check_words(clean_name(take(record, "name", str, at)), at)
+        categories[number] = Category(name, take({"isthing": 1} | record, "isthing", Flag, at))
     return categories

@@ -27,28 +27,9 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
-from xsam.datasets.formats import (
-    CocoImage,
-    CocoInstance,
-    CocoPanoptic,
-    CocoSegment,
-    Id,
-    bounding_box,
-    by_id,
-    check_category,
-    decode_mask,
-    dilate,
-    encode_mask,
-    num_bad_rings,
-    parse,
-    read_class_map,
-    read_image,
-    read_json,
-    read_segment_ids,
-    read_tsv,
-    segment_colours,
-    take,
-)
+from xsam.datasets import formats, records
+from xsam.datasets.formats import bounding_box, decode_mask, dilate, encode_mask, num_bad_rings
+from xsam.datasets.records import CocoImage, CocoInstance, CocoSegment, Id, by_id, parse, take
 from xsam.datasets.sources import PROMPT_RADII, PROMPT_TYPES
 from xsam.files import complete, refuse_existing
 
@@ -175,11 +156,9 @@ class Job(NamedTuple):
 
 def _read_coco(path: Path) -> tuple[list[Job], list[int]]:
     """The images of a COCO file and its category ids, both in ascending order."""
-    content, file = read_json(path, dict), str(path)
-    jobs = {
-        number: Job(parse(CocoImage, image, f"{file}: image {number}"), [])
-        for number, image in by_id(content, "images", file).items()
-    }
+    content, file = formats.read_json(path, dict), str(path)
+    images = by_id(content, "images", file).items()
+    jobs = {n: Job(parse(CocoImage, image, f"{file}: image {n}"), []) for n, image in images}
     for index, annotation in enumerate(take(content, "annotations", list, file)):
         where = f"{file}: annotations[{index}]"
         image_id = take(annotation, "image_id", Id, where)
@@ -221,7 +200,7 @@ def _vgd_record(job: Job, seed: int, categories: set[int]) -> tuple[str, Counter
     kept, counts = [], Counter()
     for where, annotation in annotations:
         instance = parse(CocoInstance, annotation, where)
-        check_category(instance.category_id, categories, where)
+        records.check_category(instance.category_id, categories, where)
         if instance.iscrowd:
             counts["crowd"] += 1
             continue
@@ -278,13 +257,13 @@ def _semantic_map(job: Job, masks: Path, out: Path, indices: dict[int, int]) -> 
     """Writes one image's map; returns its number of segments."""
     image, annotations = job
     name = f"{Path(image.file_name).stem}.png"
-    ids = read_segment_ids(masks / name, image.size)
+    ids = formats.read_segment_ids(masks / name, image.size)
     classes = np.full(image.size, IGNORED, np.uint8)
     num_segments = 0
     for where, annotation in annotations:
-        for record in parse(CocoPanoptic, annotation, where).segments_info:
+        for record in take(annotation, "segments_info", list, where):
             segment = parse(CocoSegment, record, where)
-            check_category(segment.category_id, indices, where)
+            records.check_category(segment.category_id, indices, where)
             classes[ids == segment.id] = indices[segment.category_id]
             num_segments += 1
     unknown = ids[(classes == IGNORED) & (ids != 0)]
@@ -332,14 +311,10 @@ def convert_ade20k(
 def _check_downloads(folder: Path, split: str) -> None:
     if split not in _ADE_SPLITS:
         raise ValueError(f"unknown split {split!r} of ADE20K; known are {', '.join(_ADE_SPLITS)}")
-    images = f"unpack {_ADE_URLS[0]} and take its folder ADEChallengeData2016"
-    mends = {
-        "objectInfo150.txt": images,
-        f"images/{split}": images,
-        f"annotations/{split}": images,
-        f"annotations_instance/{split}": f"it has an archive of its own: {_ADE_URLS[1]}",
-        _MAPPING: "copy it from the folder datasets of github.com/facebookresearch/Mask2Former",
-    }
+    scenes = f"unpack {_ADE_URLS[0]} and take its folder ADEChallengeData2016"
+    mends = dict.fromkeys(("objectInfo150.txt", f"images/{split}", f"annotations/{split}"), scenes)
+    mends[f"annotations_instance/{split}"] = f"it has an archive of its own: {_ADE_URLS[1]}"
+    mends[_MAPPING] = "copy it from the folder datasets of github.com/facebookresearch/Mask2Former"
     for name, mend in mends.items():
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder / name} is missing: {mend}")
@@ -348,18 +323,15 @@ def _check_downloads(folder: Path, split: str) -> None:
 def _ade_outputs(folder: Path, split: str) -> list[Path]:
     """Semantic PNGs, panoptic PNGs, panoptic file, instance file."""
     name = _ADE_SPLITS[split]
-    return [
-        folder / "annotations_detectron2" / split,
-        folder / f"ade20k_panoptic_{name}",
-        folder / f"ade20k_panoptic_{name}.json",
-        folder / f"ade20k_instance_{name}.json",
-    ]
+    panoptic = [f"ade20k_panoptic_{name}", f"ade20k_panoptic_{name}.json"]
+    names = [f"annotations_detectron2/{split}", *panoptic, f"ade20k_instance_{name}.json"]
+    return [folder / name for name in names]
 
 
 def _read_ade_classes(folder: Path) -> tuple[list[dict], dict[int, int]]:
     """COCO's panoptic categories, and the category id of each instance class."""
     path = folder / "objectInfo150.txt"
-    rows = [list(row.values()) for row in read_tsv(path)]
+    rows = [list(row.values()) for row in formats.read_tsv(path)]
     if [row[0].strip() for row in rows] != [str(index + 1) for index in range(len(rows))]:
         raise ValueError(f"{path}: its first column does not count the classes from 1")
     path, things = folder / _MAPPING, {}
@@ -375,16 +347,11 @@ def _read_ade_classes(folder: Path) -> tuple[list[dict], dict[int, int]]:
             )
         if columns and things.setdefault(columns[0], columns[1] - 1) != columns[1] - 1:
             raise ValueError(f"{path}: line {number}: instance class {columns[0]} has two classes")
-    categories = [
-        dict(
-            id=index,
-            name=row[-1],
-            isthing=int(index in things.values()),
-            # An odd step through 24 bits: no two are alike.
-            color=[(index + 1) * 0x9E3779 >> shift & 255 for shift in (0, 8, 16)],
-        )
-        for index, row in enumerate(rows)
-    ]
+    categories = []
+    for index, row in enumerate(rows):
+        color = [(index + 1) * 0x9E3779 >> shift & 255 for shift in (0, 8, 16)]  # all different
+        isthing = int(index in things.values())
+        categories.append(dict(id=index, name=row[-1], isthing=isthing, color=color))
     return categories, things
 
 
@@ -399,21 +366,22 @@ def _convert_split(
         *folders, panoptic_file, instance_file = partials
         for each in folders:
             each.mkdir()
-        paths = folder / "images" / split, folder / "annotations" / split
-        paths = (*paths, folder / "annotations_instance" / split, *folders)
+        inputs = [
+            folder / kind / split for kind in ("images", "annotations", "annotations_instance")
+        ]
+        paths = (*inputs, *folders)
         make = functools.partial(_ade_image, folders=paths, categories=categories, things=things)
         for image, segments, objects in _each(make, stems, num_workers):
             images.append(image)
-            record = dict(image_id=image["id"], file_name=f"{image['id']}.png")
-            annotations.append(record | dict(segments_info=segments))
-            instances += [
-                dict(id=number) | o for number, o in enumerate(objects, len(instances) + 1)
-            ]
-        both = dict(images=images, annotations=annotations, categories=categories)
-        panoptic_file.write_text(json.dumps(both), encoding="utf-8")
+            name = f"{image['id']}.png"
+            annotations.append(dict(image_id=image["id"], file_name=name, segments_info=segments))
+            first = len(instances) + 1
+            instances += [dict(id=number) | each for number, each in enumerate(objects, first)]
+        content = dict(images=images, annotations=annotations, categories=categories)
+        panoptic_file.write_text(json.dumps(content), encoding="utf-8")
         named = [dict(id=c["id"], name=c["name"]) for c in categories if c["isthing"]]
-        both = dict(images=images, annotations=instances, categories=named)
-        instance_file.write_text(json.dumps(both), encoding="utf-8")
+        content = dict(images=images, annotations=instances, categories=named)
+        instance_file.write_text(json.dumps(content), encoding="utf-8")
     num_segments = sum(len(annotation["segments_info"]) for annotation in annotations)
     counts = dict(images=len(images), segments=num_segments, instances=len(instances))
     return _report(f"{folder}, {split}", counts)
@@ -425,11 +393,13 @@ def _ade_image(
     """Writes the semantic and panoptic PNG of an image; returns its record, its segments_info and
     its instance annotations, as yet without ids."""
     jpgs, class_maps, instance_maps, semantic, panoptic = folders
-    picture, name = read_image(jpgs / f"{stem}.jpg"), f"{stem}.png"
+    picture, name = formats.read_image(jpgs / f"{stem}.jpg"), f"{stem}.png"
     size = picture.height, picture.width
-    classes = read_class_map(class_maps / name, size) - np.uint8(1)  # unlabelled wraps to IGNORED
+    classes = formats.read_class_map(class_maps / name, size)
+    classes = classes - np.uint8(1)  # what is unlabelled, 0, becomes IGNORED
     stuff = list(_stuff_masks(classes, categories, class_maps / name))
-    objects = _thing_masks(read_image(instance_maps / name, size), things, instance_maps / name)
+    codes = formats.read_image(instance_maps / name, size)
+    objects = _thing_masks(codes, things, instance_maps / name)
     ids = np.zeros(size, np.int32)
     segments, instances = [], []
     for segment_id, (category, mask) in enumerate([*stuff, *objects], start=1):
@@ -439,7 +409,7 @@ def _ade_image(
         if segment_id > len(stuff):
             instances.append(dict(image_id=stem) | about | dict(segmentation=encode_mask(mask)))
     Image.fromarray(classes).save(semantic / name)
-    Image.fromarray(segment_colours(ids)).save(panoptic / name)
+    Image.fromarray(formats.segment_colours(ids)).save(panoptic / name)
     image = dict(id=stem, file_name=f"{stem}.jpg", width=size[1], height=size[0])
     return image, segments, instances
 
@@ -468,35 +438,25 @@ def _thing_masks(picture: Image.Image, things: dict[int, int], path: Path) -> It
 def add_commands(subparsers: Any) -> None:
     """Adds vgd, coco-semantic and ade20k to what `ArgumentParser.add_subparsers` gives; each sets
     `run`, which takes the options and returns the exit code."""
-    add = _add_command(
-        subparsers,
-        "vgd",
-        build_vgd,
-        "COCO instances to COCO-VGD: four visual prompts for each object",
-        "--instances instances_val2017.json --out img_vgdseg_coco_val.json",
-    )
-    add("--instances", type=Path, required=True, metavar="FILE", help="COCO instances")
-    add("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
+    path = dict(type=Path, required=True)
+    about = "COCO instances to COCO-VGD: four visual prompts for each object"
+    example = "--instances instances_val2017.json --out img_vgdseg_coco_val.json"
+    add = _add_command(subparsers, "vgd", build_vgd, about, example)
+    add("--instances", metavar="FILE", help="COCO instances", **path)
+    add("--out", metavar="FILE", help="JSON to write", **path)
     add("--seed", type=int, default=0, help="of the prompts; default: %(default)s")
-    add = _add_command(
-        subparsers,
-        "coco-semantic",
-        build_coco_semantic,
-        "COCO panoptic to PNGs of classes",
-        "--panoptic panoptic_val2017.json --masks panoptic_val2017 --out panoptic_semseg_val2017",
+    about = "COCO panoptic to PNGs of classes"
+    example = (
+        "--panoptic panoptic_val2017.json --masks panoptic_val2017 --out panoptic_semseg_val2017"
     )
-    add("--panoptic", type=Path, required=True, metavar="FILE", help="COCO panoptic")
-    add("--masks", type=Path, required=True, metavar="DIR", help="the folder of its PNGs")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    add = _add_command(
-        subparsers,
-        "ade20k",
-        convert_ade20k,
-        "ADE20K-150 as downloaded to semantic, panoptic and instance annotations beside it",
-        "--folder img_ovseg/ade20k --splits validation",
-    )
-    add("--folder", type=Path, required=True, metavar="DIR", help="holds images, annotations, ...")
-    splits = ",".join(_ADE_SPLITS)
+    add = _add_command(subparsers, "coco-semantic", build_coco_semantic, about, example)
+    add("--panoptic", metavar="FILE", help="COCO panoptic", **path)
+    add("--masks", metavar="DIR", help="the folder of its PNGs", **path)
+    add("--out", metavar="DIR", help="folder to write", **path)
+    about = "ADE20K-150 as downloaded to semantic, panoptic and instance annotations beside it"
+    example, splits = "--folder img_ovseg/ade20k --splits validation", ",".join(_ADE_SPLITS)
+    add = _add_command(subparsers, "ade20k", convert_ade20k, about, example)
+    add("--folder", metavar="DIR", help="holds images, annotations, ...", **path)
     add("--splits", type=lambda text: text.split(","), default=splits, help="default: %(default)s")
 
 
@@ -504,9 +464,8 @@ def _add_command(subparsers: Any, name: str, build: Callable, about: str, exampl
     """A sub-command that calls `build` with its options; returns what adds options to it."""
     example = f"example: python -m xsam.data {name} {example}"
     parser = subparsers.add_parser(name, help=about, description=about, epilog=example)
-    parser.add_argument(
-        "--workers", type=int, dest="num_workers", metavar="N", help="default: one for each core"
-    )
+    workers = "default: one for each core"
+    parser.add_argument("--workers", type=int, dest="num_workers", metavar="N", help=workers)
 
     def run(options: argparse.Namespace) -> int:
         build(**{key: getattr(options, key) for key in inspect.signature(build).parameters})

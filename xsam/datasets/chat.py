@@ -4,22 +4,14 @@ import base64
 import io
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from xsam.data import Sample
 from xsam.datasets.base import Dataset
-from xsam.datasets.formats import (
-    expect,
-    first_file,
-    label,
-    read_image,
-    read_json,
-    read_tsv,
-    take,
-)
+from xsam.datasets.formats import first_file, read_image, read_json, read_tsv
+from xsam.datasets.records import expect, label, take, unpack
 from xsam.prompts import check_words, choice_question
 
 SHORTEST_IMAGE = 64  # characters; what is shorter is the index of another row
@@ -28,11 +20,9 @@ SHORTEST_IMAGE = 64  # characters; what is shorter is the index of another row
 IMAGE_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg")
 
 
-class Turn(NamedTuple):
-    """What the person ("human") or the model ("gpt") says."""
-
-    from_: str
-    value: str
+def conversation(sample_id: str, image: Image.Image, turns: list, image_id: str) -> Sample:
+    masks, labels = np.zeros((0, image.height, image.width), bool), np.zeros(0, np.int64)
+    return Sample(sample_id, "chat", image, turns, masks, labels, image_id=image_id)
 
 
 class Llava(Dataset):
@@ -51,15 +41,8 @@ class Llava(Dataset):
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         record, where = self.records[index]
         image = read_image(self.find(record["image"]))
-        return Sample(
-            sample_id=f"{self.name}/{record.get('id', index)}",
-            task="chat",
-            image=image,
-            turns=self.turns(record, where),
-            masks=np.zeros((0, image.height, image.width), bool),
-            labels=np.zeros(0, np.int64),
-            image_id=record["image"],
-        )
+        sample_id = f"{self.name}/{record.get('id', index)}"
+        return conversation(sample_id, image, self.turns(record, where), record["image"])
 
     def find(self, name: str) -> Path:
         """The path of an image, also where a download spells TextVQA's folder or a file's suffix
@@ -71,11 +54,12 @@ class Llava(Dataset):
 
     def turns(self, record: dict, where: str) -> list[tuple[str, str]]:
         """(question, answer) pairs, without an answer that comes first and without <image>."""
-        turns = take(record, "conversations", list[Turn], where)
+        turns = take(record, "conversations", list, where)
+        turns = [unpack(turn, where, **{"from": str, "value": str}) for turn in turns]
         for speaker, _ in turns:
             if speaker not in ("human", "gpt"):
                 raise ValueError(f"{where}: turn from {speaker!r}; expected human or gpt")
-        turns = turns[1:] if turns and turns[0].from_ == "gpt" else turns
+        turns = turns[1:] if turns and turns[0][0] == "gpt" else turns
         speakers = [speaker for speaker, _ in turns]
         if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
             raise ValueError(f"{where}: its turns do not alternate human and gpt: {speakers}")
@@ -126,15 +110,8 @@ class Benchmark(Dataset):
         if options and answer not in options:
             raise ValueError(f"{where}: its answer {answer!r} is none of {list(options)}")
         question = choice_question(row["question"].strip(), options, row.get("hint", "").strip())
-        return Sample(
-            sample_id=f"{self.name}/{row['index']}",
-            task="chat",
-            image=image,
-            turns=[(check_words(question, where), answer)],
-            masks=np.zeros((0, image.height, image.width), bool),
-            labels=np.zeros(0, np.int64),
-            image_id=row["index"],
-        )
+        turns = [(check_words(question, where), answer)]
+        return conversation(f"{self.name}/{row['index']}", image, turns, row["index"])
 
     def image(self, row: dict[str, str], where: str) -> Image.Image:
         if not row["image"]:

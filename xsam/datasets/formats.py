@@ -1,27 +1,25 @@
-"""How files are read and checked: JSON, pickles, images, and masks in every encoding.
+"""How files are read and checked: JSON, pickles, tables, images, and masks in every encoding.
 
-The readers (generic.py, referring.py, grounded.py, chat.py) declare the records of their format as
-NamedTuples, and `parse` checks a record against its declaration. Whatever the bytes of a file, all
-functions here raise ValueError that names the file or the record. Legend: H W image size.
+Whatever the bytes of a file, all functions here raise ValueError that names the file or the record
+(records.py has what a record must hold). Legend: H W image size.
 """
 
 import contextlib
 import csv
-import functools
 import io
 import json
-import math
 import pickle
 import sys
-from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NewType, TypeVar, get_args, get_origin
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
+
+from xsam.datasets.records import Segmentation, expect, take
 
 # ---- files ---------------------------------------------------------------------------------------
 
@@ -93,170 +91,6 @@ def read_tsv(path: Path) -> list[dict[str, str]]:
             ]
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path}: not a table of tab-separated values ({error})") from error
-
-
-# ---- records -------------------------------------------------------------------------------------
-
-Id = int | str
-Segmentation = dict | list  # a mask in any of COCO's encodings
-Flag = NewType("Flag", bool)  # 0 or 1 on disk, or absent
-Side = NewType("Side", int)  # of an image in pixels; some files write it as a string
-
-
-class Size(NamedTuple):
-    """Of an image, as arrays have it."""
-
-    height: Side
-    width: Side
-
-
-class CocoImage(NamedTuple):
-    """An image of a file in COCO's layout."""
-
-    id: Id
-    file_name: str
-    height: Side
-    width: Side
-
-    @property
-    def size(self) -> Size:
-        return Size(self.height, self.width)
-
-
-class CocoInstance(NamedTuple):
-    """An annotation of COCO's instances file."""
-
-    id: Id
-    image_id: Id
-    category_id: int
-    segmentation: Segmentation
-    iscrowd: Flag = False
-
-
-class CocoPanoptic(NamedTuple):
-    """The one annotation of an image in COCO's panoptic file."""
-
-    image_id: Id
-    segments_info: list
-
-
-class CocoSegment(NamedTuple):
-    """A segment of a panoptic PNG."""
-
-    id: int
-    category_id: int
-    iscrowd: Flag = False
-
-
-Record = TypeVar("Record", bound=tuple)
-
-
-def parse(kind: type[Record], record: Any, where: str) -> Record:
-    """A JSON object as the NamedTuple `kind`, which declares the fields to read and their types.
-
-    A type is a class or a union of classes, Flag, Side, another NamedTuple, or a list of one of
-    these. A field with a default may be absent; an underscore at the end of its name is not part
-    of the name on disk. Raises ValueError that names `where` and the field.
-    """
-    values = []
-    for key, field_kind, classes, default in _fields(kind):
-        if isinstance(record, dict) and type(record.get(key)) in classes:
-            values.append(record[key])
-        elif default is _REQUIRED or key in record:
-            values.append(take(record, key, field_kind, where))
-        else:
-            values.append(default)
-    return kind(*values)
-
-
-_REQUIRED = object()
-
-
-@functools.cache
-def _fields(kind: type[Record]) -> list[tuple[str, Any, set[type], Any]]:
-    """Key, type and default of each field, and which classes need no second look: a set of COCO's
-    size has millions of fields."""
-    fields = []
-    for field, field_kind in kind.__annotations__.items():
-        classes = {field_kind, *get_args(field_kind)} if get_origin(field_kind) is not list else ()
-        default = kind._field_defaults.get(field, _REQUIRED)
-        fields.append(
-            (field.removesuffix("_"), field_kind, {int, str, list, dict} & {*classes}, default)
-        )
-    return fields
-
-
-def take(record: Any, key: str, kind: Any, where: str) -> Any:
-    """`record[key]`, which must be there and of a type that `parse` knows."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a dict, got {_shorten(record)}")
-    if key not in record:
-        raise ValueError(f"{where}: has no {key!r}")
-    value = record[key]
-    if kind is Flag:
-        return _flag(value, key, where)
-    if kind is Side:
-        return _side(value, key, where)
-    if hasattr(kind, "_fields"):
-        return parse(kind, expect(value, dict, f"{where}: {key!r}"), where)
-    if get_origin(kind) is list:
-        items, (item_kind,) = expect(value, list, f"{where}: {key!r}"), get_args(kind)
-        return [take({key: item}, key, item_kind, where) for item in items]
-    return expect(value, kind, f"{where}: {key!r}")
-
-
-def _flag(value: Any, key: str, where: str) -> bool:
-    if not isinstance(value, int) or value not in (0, 1):
-        raise ValueError(f"{where}: {key!r} is {_shorten(value)}, neither 0 nor 1")
-    return bool(value)
-
-
-def _side(value: Any, key: str, where: str) -> int:
-    side = expect(value, Id, f"{where}: {key!r}")
-    if isinstance(side, str) and side.strip().isdecimal() and len(side) < 9:
-        side = int(side)
-    if not isinstance(side, int) or not 0 < side < 2**16:
-        raise ValueError(f"{where}: {key!r} is {_shorten(side)}, no number of pixels")
-    return side
-
-
-def expect(value: Any, kind: Any, where: str) -> Any:
-    """`value`, which must be of `kind`, a class, a union or a tuple of classes; an int may stand
-    for a float, a bool never for a number."""
-    kinds = kind if isinstance(kind, tuple) else get_args(kind) or (kind,)
-    accepted = (*kinds, int) if float in kinds else kinds
-    is_number = not isinstance(value, float) or math.isfinite(value)
-    if isinstance(value, accepted) and (not isinstance(value, bool) or bool in kinds) and is_number:
-        return value
-    names = " or ".join(each.__name__ for each in kinds)
-    raise ValueError(f"{where}: expected {names}, got {_shorten(value)}")
-
-
-def label(record: Any, key: str, known: str, unknown: str) -> str:
-    """How messages name a record: `known` with its `key` for {}, or `unknown` if it has none."""
-    value = record.get(key) if isinstance(record, dict) else None
-    return known.format(value) if isinstance(value, Id) else unknown
-
-
-def by_id(content: dict, key: str, where: str, kind: Any = Id) -> dict:
-    """The records `content[key]` as {id: record}, in order of their ids, which must differ."""
-    where, records = f"{where}: {key}", take(content, key, list, where)
-    pairs = [(take(record, "id", kind, where), record) for record in records]
-    table = dict(sorted(pairs, key=lambda pair: (isinstance(pair[0], str), pair[0])))
-    if len(table) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"{where}: id {twice} is there more than once")
-    return table
-
-
-def check_category(number: int, categories: Container[int], where: str) -> None:
-    if number not in categories:
-        raise ValueError(f"{where}: category {number} is not in its categories")
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -364,7 +198,7 @@ def _check_size(path, image: Image.Image, size: tuple[int, int] | None) -> None:
 
 
 def decode_mask(
-    segmentation: dict | list, size: tuple[int, int], where: str, may_be_empty: bool = False
+    segmentation: Segmentation, size: tuple[int, int], where: str, may_be_empty: bool = False
 ) -> np.ndarray:
     """Any of the four COCO encodings as a mask, bool [H, W]: RLE with list or string counts, a list
     of RLEs, a list of polygons. A ring of under six or of an odd number of coordinates is dropped.
@@ -391,7 +225,7 @@ def decode_mask(
     return mask
 
 
-def num_bad_rings(segmentation: dict | list) -> int:
+def num_bad_rings(segmentation: Segmentation) -> int:
     """Rings that `decode_mask` drops."""
     rings = segmentation if isinstance(segmentation, list) else []
     return sum(isinstance(ring, list) and (len(ring) < 6 or len(ring) % 2) for ring in rings)
@@ -431,9 +265,7 @@ def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list:
 def checked_rle(rle: dict, size: tuple[int, int], where: str) -> dict:
     """An RLE as pycocotools takes it, whose runs fill the image exactly."""
     if take(rle, "size", list, where) != list(size):
-        raise ValueError(
-            f"{where}: RLE of size {_shorten(rle['size'])} in an image of {list(size)}"
-        )
+        raise ValueError(f"{where}: RLE of size {rle['size']!r:.60} in an image of {list(size)}")
     counts = take(rle, "counts", (list, str, bytes), where)
     if isinstance(counts, list):
         try:

@@ -12,25 +12,19 @@ import numpy as np
 from PIL import Image
 
 from xsam.data import Sample
+from xsam.datasets import formats
 from xsam.datasets.base import Dataset, read_categories
-from xsam.datasets.formats import (
-    SEGMENT_IDS,
+from xsam.datasets.records import (
     CocoImage,
     CocoInstance,
-    CocoPanoptic,
     CocoSegment,
     Id,
     by_id,
     check_category,
-    decode_mask,
     label,
-    num_bad_rings,
     parse,
-    read_class_map,
-    read_image,
-    read_json,
-    read_segment_ids,
     take,
+    unpack,
 )
 
 
@@ -42,11 +36,11 @@ class Generic(Dataset):
     """
 
     def index(self) -> None:
-        content, where = read_json(self.annotations, dict), str(self.annotations)
+        content, where = formats.read_json(self.annotations, dict), str(self.annotations)
         categories = read_categories(content, where)
         self.category_index = {number: index for index, number in enumerate(categories)}
         self.names = [category.name for category in categories.values()]
-        self.is_thing = [category.isthing for category in categories.values()]
+        self.is_thing = [category.is_thing for category in categories.values()]
         images = by_id(content, "images", where)
         self.index_images(images, take(content, "annotations", list, where))
 
@@ -68,7 +62,7 @@ class Generic(Dataset):
     def open_image(self, image: CocoImage) -> tuple[Image.Image, Path]:
         """The picture, and the path of the PNG that belongs to it."""
         name = Path(image.file_name)
-        return read_image(self.images / name, image.size), self.masks / f"{name.stem}.png"
+        return formats.read_image(self.images / name, image.size), self.masks / f"{name.stem}.png"
 
     def make(
         self,
@@ -89,19 +83,12 @@ class Generic(Dataset):
             prompt = rng.permutation(np.concatenate([present, negatives]))
         prompt = prompt.tolist()
         position = {category: index for index, category in enumerate(prompt)}
+        labels = np.array([position[category] for category in classes], np.int64)
         names, ids = [self.names[category] for category in prompt], list(self.category_index)
-        return Sample(
-            sample_id=f"{self.name}/{image.id}",
-            task="generic",
-            image=picture,
-            turns=[self.turn(names, rng)],
-            masks=masks,
-            labels=np.array([position[category] for category in classes], np.int64),
-            ignore=ignore,
-            names=names,
-            category_ids=[ids[category] for category in prompt],
-            image_id=image.id,
-        )
+        sample_id, turns = f"{self.name}/{image.id}", [self.turn(names, rng)]
+        sample = Sample(sample_id, "generic", picture, turns, masks, labels, ignore, names)
+        sample.category_ids, sample.image_id = [ids[category] for category in prompt], image.id
+        return sample
 
 
 class Panoptic(Generic):
@@ -114,12 +101,12 @@ class Panoptic(Generic):
             with self.record():
                 name = label(record, "image_id", "image {}", "annotation")
                 where = f"{self.annotations}: {name}"
-                annotation = parse(CocoPanoptic, record, where)
-                if annotation.image_id not in images:
+                number, infos = unpack(record, where, image_id=Id, segments_info=list)
+                if number not in images:
                     raise ValueError(f"{where}: has segments but is not in its images")
-                if annotation.image_id in segments:
+                if number in segments:
                     raise ValueError(f"{where}: is annotated more than once")
-                segments[annotation.image_id] = annotation.segments_info
+                segments[number] = infos
         for number, image in images.items():
             if not segments.get(number):
                 self.skipped["images without segments"] += 1
@@ -136,7 +123,7 @@ class Panoptic(Generic):
         ids = [0, *(segment.id for segment in segments)]
         if len(set(ids)) < len(ids):
             raise ValueError(f"{where}: a segment id is there twice")
-        if not 0 <= min(ids) <= max(ids) < len(SEGMENT_IDS):
+        if not 0 <= min(ids) <= max(ids) < len(formats.SEGMENT_IDS):
             raise ValueError(f"{where}: a segment id is no colour")
         return segments
 
@@ -145,9 +132,11 @@ class Panoptic(Generic):
         being void; and the segments, with their contiguous class as "class"."""
         image, segments = self.records[index]
         picture, path = self.open_image(image)
-        ids = read_segment_ids(path, image.size)
+        ids = formats.read_segment_ids(path, image.size)
         numbers = [0, *(segment.id for segment in segments)]
-        table = np.zeros(len(SEGMENT_IDS), np.int32)  # the pages that are not used cost nothing
+        table = np.zeros(
+            len(formats.SEGMENT_IDS), np.int32
+        )  # the pages that are not used cost nothing
         table[numbers] = np.arange(len(numbers))
         segment_index = table[ids]
         is_unknown = (segment_index == 0) & (ids != 0)
@@ -185,7 +174,7 @@ class Instances(Generic):
                 seen.add(instance.id)
                 if instance.image_id not in images:
                     raise ValueError(f"{where}: image {instance.image_id} is not in its images")
-                self.skipped["invalid rings"] += num_bad_rings(instance.segmentation)
+                self.skipped["invalid rings"] += formats.num_bad_rings(instance.segmentation)
                 by_image[instance.image_id].append(instance)
         is_scored = self.source.split == "val"
         for number, image in images.items():
@@ -206,7 +195,7 @@ class Instances(Generic):
         objects = []
         for instance in instances:
             where = f"{self.annotations}: annotation {instance.id}"
-            mask = decode_mask(instance.segmentation, image.size, where, may_be_empty=True)
+            mask = formats.decode_mask(instance.segmentation, image.size, where, may_be_empty=True)
             category = self.category_index[instance.category_id]
             objects.append((category, mask, instance.iscrowd))
         return picture, objects
@@ -244,7 +233,7 @@ class Semantic(Generic):
         """The picture and its class map, uint8 [H, W]."""
         (image,) = self.records[index]
         picture, path = self.open_image(image)
-        classes = read_class_map(path, image.size)
+        classes = formats.read_class_map(path, image.size)
         largest = classes.max(initial=0, where=classes != 255)
         if largest >= len(self.names):
             raise ValueError(f"{path}: class {largest}, but there are {len(self.names)}")

@@ -8,28 +8,23 @@ targets, H W image size.
 import itertools
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from xsam.data import Sample
+from xsam.datasets import formats
 from xsam.datasets.base import Dataset, Packed, pack
-from xsam.datasets.formats import (
+from xsam.datasets.formats import decode_mask, read_image, read_json
+from xsam.datasets.records import (
     CocoImage,
     Segmentation,
     by_id,
-    decode_mask,
     expect,
     label,
     parse,
-    read_image,
-    read_image_size,
-    read_json,
-    read_labelme,
-    read_mask_image,
-    read_refs,
     take,
+    unpack,
 )
 from xsam.prompts import check_words
 
@@ -51,37 +46,15 @@ class Referring(Dataset):
         rng: np.random.Generator,
     ) -> Sample:
         """The sample of (expression, mask bool [H, W] or None where there is no such thing)."""
-        names = [expression for expression, _ in objects]
-        masks = [mask for _, mask in objects if mask is not None]
-        size = picture.height, picture.width
+        names, masks = map(list, zip(*objects, strict=True))
+        kinds = ["absent" if mask is None else "answers" for mask in masks]
+        turns = [self.turn([name], rng, kind) for name, kind in zip(names, kinds, strict=True)]
+        labels = np.flatnonzero([mask is not None for mask in masks])
+        found = np.array([masks[index] for index in labels], bool)
+        found = found.reshape(-1, picture.height, picture.width)
         return Sample(
-            sample_id=sample_id,
-            task="refer",
-            image=picture,
-            turns=[
-                self.turn([name], rng, "absent" if mask is None else "answers")
-                for name, mask in objects
-            ],
-            masks=np.stack(masks) if masks else np.zeros((0, *size), bool),
-            labels=np.flatnonzero([mask is not None for _, mask in objects]),
-            names=names,
-            image_id=image_id,
+            sample_id, "refer", picture, turns, found, labels, names=names, image_id=image_id
         )
-
-
-class Sentence(NamedTuple):
-    """An expression of a ref."""
-
-    sent: str
-
-
-class Ref(NamedTuple):
-    """A referred object of RefCOCO; of gRefCOCO several ([1, 2]) or none ([-1])."""
-
-    image_id: int
-    ann_id: int | list
-    sentences: list[Sentence]
-    split: str
 
 
 class RefCoco(Referring):
@@ -98,14 +71,11 @@ class RefCoco(Referring):
         images = by_id(content, "images", where)
         annotations = by_id(content, "annotations", where)
         by_image, split_of = defaultdict(list), {}
-        for index, record in enumerate(read_refs(self.annotations)):
+        for index, ref in enumerate(formats.read_refs(self.annotations)):
             with self.record():
-                where = f"{self.annotations}: {label(record, 'ref_id', 'ref {}', f'ref {index}')}"
-                ref = parse(Ref, record, where)
-                numbers = self.annotation_ids(ref, images, annotations, where)
-                texts = self.texts(ref, where)
-                split_of.setdefault(ref.image_id, ref.split)
-                by_image[ref.image_id].append((numbers, texts))
+                image_id, split, numbers, texts = self.read_ref(ref, index, images, annotations)
+                split_of.setdefault(image_id, split)
+                by_image[image_id].append((numbers, texts))
         chosen = {i: by_image[i] for i in sorted(by_image) if split_of[i] == self.source.split}
         # The files hold four times as many annotations as are referred to.
         used = sorted({n for refs in chosen.values() for numbers, _ in refs for n in numbers})
@@ -115,30 +85,32 @@ class RefCoco(Referring):
             indexed = [([index_of[n] for n in numbers], texts) for numbers, texts in refs]
             self.index_image(images[image_id], indexed)
 
-    def annotation_ids(self, ref: Ref, images: dict, annotations: dict, where: str) -> list[int]:
-        """The annotations that a ref means; none where it says that there is no such thing."""
-        if ref.image_id not in images:
-            raise ValueError(f"{where}: image {ref.image_id} is not in {self.instances}")
-        if ref.ann_id == []:
+    def read_ref(
+        self, ref: dict, index: int, images: dict, annotations: dict
+    ) -> tuple[int, str, list[int], list[str]]:
+        """Image, split, annotations (none: there is no such thing), and sentences in lower case;
+        for training sorted and without repeats."""
+        where = f"{self.annotations}: {label(ref, 'ref_id', 'ref {}', f'ref {index}')}"
+        image_id, numbers, sentences, split = unpack(
+            ref, where, image_id=int, ann_id=int | list, sentences=list, split=str
+        )
+        if image_id not in images:
+            raise ValueError(f"{where}: image {image_id} is not in {self.instances}")
+        if numbers == []:
             raise ValueError(f"{where}: 'ann_id' is empty; [-1] says that there is no such thing")
-        numbers = ref.ann_id if isinstance(ref.ann_id, list) else [ref.ann_id]
-        if ref.ann_id == [-1]:
-            return []
+        numbers = [] if numbers == [-1] else numbers if isinstance(numbers, list) else [numbers]
         for number in numbers:
             if expect(number, int, where) not in annotations:
                 raise ValueError(f"{where}: annotation {number} is not in {self.instances}")
-            if annotations[number].get("image_id") != ref.image_id:
+            if annotations[number].get("image_id") != image_id:
                 raise ValueError(f"{where}: annotation {number} is of another image")
-        return numbers
-
-    def texts(self, ref: Ref, where: str) -> list[str]:
-        """The sentences of a ref in lower case; for training sorted and without repeats."""
-        texts = [sentence.sent.strip().lower() for sentence in ref.sentences]
+        texts = [take(sentence, "sent", str, where).strip().lower() for sentence in sentences]
         if not texts or "" in texts:
             raise ValueError(f"{where}: an expression is missing")
         for text in texts:
             check_words(text, where)
-        return sorted(set(texts)) if self.source.split == "train" else texts
+        is_training = self.source.split == "train"
+        return image_id, split, numbers, sorted(set(texts)) if is_training else texts
 
     def index_image(self, image: dict, refs: list[tuple[list[int], list[str]]]) -> None:
         """The records of an image; a ref is indices into `self.objects` and sentences."""
@@ -173,23 +145,16 @@ class RefCoco(Referring):
         return decode_mask(take(annotation, "segmentation", Segmentation, where), size, where)
 
 
-class OwnRecord(NamedTuple):
-    """An image of a user's own file. A mask is a list of polygons, an RLE, the path of a PNG, or
-    null where the image has no such thing; a text is a string or a list of alternatives."""
-
-    image: str
-    masks: list
-    texts: list
-
-
 class OwnReferring(Referring):
-    """A user's own file: a list of OwnRecord, as many masks as texts."""
+    """A user's own: a list of {"image", "masks", "texts"}, as many masks as texts. A mask is a list
+    of polygons, an RLE, the path of a PNG, or null where the image has no such thing; a text is a
+    string or a list of alternatives."""
 
     def index(self) -> None:
         for index, record in enumerate(read_json(self.annotations, list)):
             where = f"{self.annotations}: record {index}"
             with self.record():
-                image, masks, texts = parse(OwnRecord, record, where)
+                image, masks, texts = unpack(record, where, image=str, masks=list, texts=list)
                 if not masks or len(masks) != len(texts):
                     raise ValueError(f"{where}: {len(masks)} masks but {len(texts)} texts")
                 pairs = list(zip(masks, texts, strict=True))
@@ -207,7 +172,7 @@ class OwnReferring(Referring):
                 raise ValueError(f"{where}: a text is empty or no string")
             text = check_words(texts[rng.integers(len(texts))].strip(), where)
             if isinstance(mask, str):
-                mask = read_mask_image(self.images / mask, size)
+                mask = formats.read_mask_image(self.images / mask, size)
             elif mask is not None:
                 mask = decode_mask(expect(mask, Segmentation, f"{where}: a mask"), size, where)
             objects.append((text, mask))
@@ -220,28 +185,6 @@ def is_texts(values: list) -> bool:
 
 
 # ---- reasoning -----------------------------------------------------------------------------------
-
-
-class Explanation(NamedTuple):
-    """Why an image's target is the answer, in words."""
-
-    image: str
-    outputs: str
-
-
-class LabelmeFile(NamedTuple):
-    """The annotation of an image."""
-
-    text: list
-    is_sentence: bool
-    shapes: list
-
-
-class LabelmeShape(NamedTuple):
-    """A polygon: a target, a region to ignore, or a flag, which is no region."""
-
-    label: str
-    points: list
 
 
 Shape = tuple[bool, list[tuple[int, int]]]  # whether it is ignored, and its corners
@@ -261,7 +204,7 @@ class Reason(Dataset):
         for index, record in enumerate(records):
             where = f"{self.instances}: record {index}"
             with self.record():
-                image, outputs = parse(Explanation, record, where)
+                image, outputs = unpack(record, where, image=str, outputs=str)
                 self.explanations[Path(image).stem].append(check_words(outputs.strip(), where))
         stems = {path.stem for path in self.annotations.glob("*.jpg")}
         for path in sorted(self.annotations.glob("*.json")):
@@ -272,16 +215,17 @@ class Reason(Dataset):
                 self.index_image(stem, self.annotations / f"{stem}.json")
 
     def index_image(self, stem: str, path: Path) -> None:
-        texts, is_sentence, records = parse(LabelmeFile, read_labelme(path), str(path))
+        texts, is_sentence, records = unpack(
+            formats.read_labelme(path), str(path), text=list, is_sentence=bool, shapes=list
+        )
         if not is_texts(texts):
             raise ValueError(f"{path}: a text is missing or no string")
         shapes = []
         for index, record in enumerate(records):
             where = f"{path}: shape {index}"
-            shape = parse(LabelmeShape, record, where)
-            kind = shape.label.lower()
-            if kind != "flag":
-                shapes.append(("ignore" in kind, whole_pixels(shape.points, where)))
+            kind, points = unpack(record, where, label=str, points=list)
+            if kind.lower() != "flag":
+                shapes.append(("ignore" in kind.lower(), whole_pixels(points, where)))
         if not self.has_target(shapes, path):
             self.skipped["images without a target"] += 1
             return
@@ -294,7 +238,7 @@ class Reason(Dataset):
         num_ignored = sum(is_ignored for is_ignored, _ in shapes)
         if num_ignored in (0, len(shapes)):
             return num_ignored < len(shapes)
-        size = read_image_size(path.with_suffix(".jpg"))
+        size = formats.read_image_size(path.with_suffix(".jpg"))
         return bool((paint_shapes(shapes, size, str(path)) == 1).any())
 
     def key(self, index: int) -> str:
@@ -312,16 +256,10 @@ class Reason(Dataset):
         explanations = self.explanations.get(stem)
         if explanations and rng.random() < 0.5:
             answer = f"{explanations[rng.integers(len(explanations))]} {answer}"
+        sample_id, turns, masks = f"{self.name}/{stem}/{index}", [(question, answer)], labels == 1
+        labels, ignore = np.zeros(1, np.int64), labels == 255
         return Sample(
-            sample_id=f"{self.name}/{stem}/{index}",
-            task="reason",
-            image=picture,
-            turns=[(question, answer)],
-            masks=(labels == 1)[None],
-            labels=np.zeros(1, np.int64),
-            ignore=labels == 255,
-            names=[text],
-            image_id=stem,
+            sample_id, "reason", picture, turns, masks[None], labels, ignore, [text], image_id=stem
         )
 
     def num_words(self, index: int) -> int:
