@@ -129,7 +129,7 @@ def _unite(prompt: np.ndarray, patch: np.ndarray, corner: np.ndarray) -> None:
 
 
 def _each(function: Callable, jobs: list, num_workers: int | None) -> Iterator:
-    """`function` of each job, in their order, behind a progress bar: by `num_workers` processes, as
+    """`function` of all jobs, in their order, behind a progress bar: by `num_workers` processes, as
     many as there are cores where it is None, in this one at 0 or 1."""
     num_workers = min(os.cpu_count() or 1 if num_workers is None else num_workers, len(jobs))
     with contextlib.ExitStack() as stack:
@@ -329,7 +329,7 @@ def _ade_outputs(folder: Path, split: str) -> list[Path]:
 
 
 def _read_ade_classes(folder: Path) -> tuple[list[dict], dict[int, int]]:
-    """COCO's panoptic categories, and the category id of each instance class."""
+    """COCO's panoptic categories, and the category ids of the instance classes."""
     path = folder / "objectInfo150.txt"
     rows = [list(row.values()) for row in formats.read_tsv(path)]
     if [row[0].strip() for row in rows] != [str(index + 1) for index in range(len(rows))]:
@@ -338,8 +338,8 @@ def _read_ade_classes(folder: Path) -> tuple[list[dict], dict[int, int]]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines[1:], start=2):
         # Runs of tabs part the columns. The last one, the class of the full ADE, is not needed, but
-        # an instance class that joins several of those has a line for each.
-        columns = [int(each) if each.isdecimal() else 0 for each in line.split()[:2]]
+        # an instance class that joins several of those has a line for every one.
+        columns = [int(word) if word.isdecimal() else 0 for word in line.split()[:2]]
         if columns and (len(columns) < 2 or min(columns) < 1 or columns[1] > len(rows)):
             raise ValueError(
                 f"{path}: line {number} is {line!r}, expected an instance class and one of the "
@@ -364,8 +364,8 @@ def _convert_split(
     images, annotations, instances = [], [], []
     with complete(*_ade_outputs(folder, split)) as partials:
         *folders, panoptic_file, instance_file = partials
-        for each in folders:
-            each.mkdir()
+        for path in folders:
+            path.mkdir()
         inputs = [
             folder / kind / split for kind in ("images", "annotations", "annotations_instance")
         ]
@@ -376,7 +376,7 @@ def _convert_split(
             name = f"{image['id']}.png"
             annotations.append(dict(image_id=image["id"], file_name=name, segments_info=segments))
             first = len(instances) + 1
-            instances += [dict(id=number) | each for number, each in enumerate(objects, first)]
+            instances += [dict(id=number) | record for number, record in enumerate(objects, first)]
         content = dict(images=images, annotations=annotations, categories=categories)
         panoptic_file.write_text(json.dumps(content), encoding="utf-8")
         named = [dict(id=c["id"], name=c["name"]) for c in categories if c["isthing"]]
@@ -415,7 +415,7 @@ def _ade_image(
 
 
 def _stuff_masks(classes: np.ndarray, categories: list[dict], path: Path) -> Iterator[tuple]:
-    """(category id, mask) of each stuff class in a map from 0; IGNORED is none."""
+    """(category id, mask) of the stuff classes in a map from 0; IGNORED is none."""
     for index in np.unique(classes[classes != IGNORED]).tolist():
         if index >= len(categories):
             raise ValueError(f"{path}: class {index + 1}, objectInfo150.txt has {len(categories)}")
@@ -424,7 +424,7 @@ def _stuff_masks(classes: np.ndarray, categories: list[dict], path: Path) -> Ite
 
 
 def _thing_masks(picture: Image.Image, things: dict[int, int], path: Path) -> Iterator[tuple]:
-    """(category id, mask) of each object: red is the instance class, green counts, 0 is void."""
+    """(category id, mask) of the objects: red is the instance class, green counts, 0 is void."""
     codes = np.asarray(picture, np.int32) @ (256, 1, 0)  # [H, W]
     for code in np.unique(codes[codes % 256 > 0]).tolist():
         if code // 256 not in things:
@@ -436,10 +436,10 @@ def _thing_masks(picture: Image.Image, things: dict[int, int], path: Path) -> It
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds vgd, coco-semantic and ade20k to what `ArgumentParser.add_subparsers` gives; each sets
+    """Adds vgd, coco-semantic and ade20k to what `ArgumentParser.add_subparsers` gives; they set
     `run`, which takes the options and returns the exit code."""
     path = dict(type=Path, required=True)
-    about = "COCO instances to COCO-VGD: four visual prompts for each object"
+    about = "COCO instances to COCO-VGD: four visual prompts for every object"
     example = "--instances instances_val2017.json --out img_vgdseg_coco_val.json"
     add = _add_command(subparsers, "vgd", build_vgd, about, example)
     add("--instances", metavar="FILE", help="COCO instances", **path)
@@ -464,7 +464,7 @@ def _add_command(subparsers: Any, name: str, build: Callable, about: str, exampl
     """A sub-command that calls `build` with its options; returns what adds options to it."""
     example = f"example: python -m xsam.data {name} {example}"
     parser = subparsers.add_parser(name, help=about, description=about, epilog=example)
-    workers = "default: one for each core"
+    workers = "default: one for every core"
     parser.add_argument("--workers", type=int, dest="num_workers", metavar="N", help=workers)
 
     def run(options: argparse.Namespace) -> int:

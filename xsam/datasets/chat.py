@@ -54,18 +54,19 @@ class Llava(Dataset):
 
     def turns(self, record: dict, where: str) -> list[tuple[str, str]]:
         """(question, answer) pairs, without an answer that comes first and without <image>."""
-        turns = take(record, "conversations", list, where)
-        turns = [unpack(turn, where, **{"from": str, "value": str}) for turn in turns]
-        for speaker, _ in turns:
+        turns = []
+        for turn in take(record, "conversations", list, where):
+            speaker, text = unpack(turn, where, **{"from": str, "value": str})
             if speaker not in ("human", "gpt"):
                 raise ValueError(f"{where}: turn from {speaker!r}; expected human or gpt")
-        turns = turns[1:] if turns and turns[0][0] == "gpt" else turns
-        speakers = [speaker for speaker, _ in turns]
+            turns.append((speaker, text.replace("<image>", "").strip()))
+            if turns[-1][1]:  # a question may be the image alone
+                check_words(turns[-1][1], where, tokens=("<region>", "<SEG>"))
+        if turns and turns[0][0] == "gpt":
+            del turns[0]
+        speakers, texts = [speaker for speaker, _ in turns], [text for _, text in turns]
         if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
             raise ValueError(f"{where}: its turns do not alternate human and gpt: {speakers}")
-        texts = [text.replace("<image>", "").strip() for _, text in turns]
-        for text in filter(None, texts):  # a question may be the image alone
-            check_words(text, where, tokens=("<region>", "<SEG>"))
         if not all(texts[1::2]):
             raise ValueError(f"{where}: an answer is empty")
         return list(zip(texts[0::2], texts[1::2], strict=True))

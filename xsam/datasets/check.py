@@ -97,15 +97,16 @@ def check_dataset(
     report.num_samples, report.skipped = len(dataset), +dataset.skipped
     indices = evenly(len(dataset), limit or len(dataset))
     report.num_read = len(indices)
-    _start(dataset, seed)
     with contextlib.ExitStack() as stack:
-        results = map(_read, indices)
         if num_workers > 1:
             pool = multiprocessing.Pool(num_workers, _start, (dataset, seed))
             results = stack.enter_context(pool).imap(_read, indices, chunksize=16)
+        else:
+            _start(dataset, seed)
+            results = map(_read, indices)
         found = list(tqdm(results, total=len(indices), desc=name, unit="sample", leave=False))
     # One damaged file may be read for several samples.
-    report.problems = list(dict.fromkeys(dataset.problems + [each for each in found if each]))
+    report.problems = list(dict.fromkeys([*dataset.problems, *filter(None, found)]))
     return report, dataset
 
 
@@ -140,14 +141,14 @@ def _is_scored(name: str) -> bool:
 
 
 def missing_text(reports: list[Report], data: Path) -> str:
-    """What is missing and where it goes, each path once."""
+    """What is missing and where it goes, every path once."""
     about = {path: find_source(report.name).about for report in reports for path in report.missing}
     lines = [f"  {data / path}\n      {text}" for path, text in about.items()]
     return "\n".join([f"\n{len(lines)} paths are missing:", *lines]) if lines else ""
 
 
 def problems_text(reports: list[Report], most: int) -> str:
-    """The first bad records of each set."""
+    """The first bad records of every set."""
     lines = []
     for report in reports:
         if report.problems:

@@ -295,8 +295,8 @@ def _runs(counts: bytes) -> np.ndarray:
     starts = np.concatenate([[0], ends[:-1] + 1])
     if (ends - starts).max() > 6:
         raise ValueError("a run is too long")
-    place = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
-    numbers = np.add.reduceat((codes & 31) << (5 * place), starts)
+    position = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    numbers = np.add.reduceat((codes & 31) << (5 * position), starts)
     numbers -= np.where(codes[ends] & 16, 1 << (5 * (ends - starts + 1)), 0)
     numbers[1::2] = np.cumsum(numbers[1::2])
     numbers[2::2] = np.cumsum(numbers[2::2])

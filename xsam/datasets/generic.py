@@ -134,9 +134,7 @@ class Panoptic(Generic):
         picture, path = self.open_image(image)
         ids = formats.read_segment_ids(path, image.size)
         numbers = [0, *(segment.id for segment in segments)]
-        table = np.zeros(
-            len(formats.SEGMENT_IDS), np.int32
-        )  # the pages that are not used cost nothing
+        table = np.zeros(len(formats.SEGMENT_IDS), np.int32)  # unused pages take no memory
         table[numbers] = np.arange(len(numbers))
         segment_index = table[ids]
         is_unknown = (segment_index == 0) & (ids != 0)

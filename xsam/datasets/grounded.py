@@ -145,7 +145,7 @@ class GcgRefs(Gcg):
 
 
 class GcgFlickr(Gcg):
-    """Flickr30k: COCO's layout with a caption for each image entry; of an annotation's spans the
+    """Flickr30k: COCO's layout with a caption in every image entry; of an annotation's spans the
     first is meant. Captions under three words or without annotations are skipped."""
 
     def captions(self) -> Iterator[Caption]:
@@ -225,7 +225,7 @@ class GcgScored(Dataset):
         return [self.records[index][2]]
 
     def phrases(self, index: int) -> list[str]:
-        """The phrase of each mask of an image; none where they are not told."""
+        """The phrases of the masks of an image; none where they are not told."""
         return self.records[index][3]
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:

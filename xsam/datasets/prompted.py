@@ -41,12 +41,12 @@ class VisualPrompts(Dataset):
     """COCO-Interactive (PSALM's file) and COCO-VGD: COCO annotations with four prompt masks each.
 
     Interactive asks for the one object that the prompt marks: in training one object of an image,
-    drawn; in evaluation one sample for each object that has the prompt. VGD shows one object of
-    each category present and asks for all of these categories. `source.prompt` is the type of
+    drawn; in evaluation one sample for every object that has the prompt. VGD shows one object of
+    every category present and asks for all of these categories. `source.prompt` is the type of
     prompt, "" a random one of those that are not empty. PSALM's file stores points and scribbles
     one pixel wide and has crowd regions, which are asked for in evaluation only.
 
-    With `source.is_cross` VGD shows each category in another image of the set (paper figure 13),
+    With `source.is_cross` VGD shows a category in another image of the set (paper figure 13),
     and does not ask for one that no other image shows.
     """
 
@@ -116,7 +116,7 @@ class VisualPrompts(Dataset):
         return [o for o in objects if (kind in o.prompts if kind else o.prompts)]
 
     def index_references(self, images: list[PromptedImage]) -> None:
-        """The records of sets across images. Of each category, `showing` are the ids of the images
+        """The records of sets across images. Of every category, `showing` are the ids of the images
         that show it, and `reference_images` are these images with the one object that does."""
         references, self.showing = defaultdict(list), defaultdict(list)
         for image in images:
@@ -149,12 +149,12 @@ class VisualPrompts(Dataset):
         if self.is_interactive:
             objects = [objects[rng.integers(len(objects))]]
         groups, masks = defaultdict(list), defaultdict(list)  # by category
-        for each in sorted(objects, key=lambda o: o.category):
+        for target in sorted(objects, key=lambda o: o.category):
             may_be_empty = not self.is_interactive
-            mask = decode_mask(each.segmentation, image.size, each.where, may_be_empty)
+            mask = decode_mask(target.segmentation, image.size, target.where, may_be_empty)
             if mask.any():  # a few of COCO's objects are smaller than a pixel
-                groups[each.category].append(each)
-                masks[each.category].append(mask)
+                groups[target.category].append(target)
+                masks[target.category].append(mask)
         if not groups:
             raise ValueError(f"{self.annotations}: image {image.id}: no object has a pixel")
         shown = list(groups)

@@ -68,7 +68,7 @@ def expect(value: Any, kind: Any, where: str) -> Any:
     is_number = not isinstance(value, float) or math.isfinite(value)
     if isinstance(value, accepted) and (not isinstance(value, bool) or bool in kinds) and is_number:
         return value
-    names = " or ".join(each.__name__ for each in kinds)
+    names = " or ".join(accepted.__name__ for accepted in kinds)
     raise ValueError(f"{where}: expected {names}, got {_shorten(value)}")
 
 

@@ -35,7 +35,7 @@ MAX_TURNS = 8  # referred objects of one training conversation
 
 
 class Referring(Dataset):
-    """Samples of one turn for each expression; an expression that nothing fits is answered so."""
+    """Conversations with a turn for every expression, even one that nothing in the image fits."""
 
     def make(
         self,
@@ -60,10 +60,10 @@ class Referring(Dataset):
 class RefCoco(Referring):
     """RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO, whose expressions may mean several objects or none.
 
-    Training: a conversation with one turn for each of up to MAX_TURNS referred objects of an image;
-    the k-th sample of an image takes the k-th combination of its objects' sentences, for as many
-    samples as the image has sentences, or combinations where those are fewer. Evaluation: one
-    sample per object and sentence. An image belongs to the split of its first ref.
+    Training: a conversation has a turn for up to MAX_TURNS referred objects of an image; the k-th
+    sample of an image takes the k-th combination of its objects' sentences, for as many samples as
+    the image has sentences, or combinations where those are fewer. Evaluation: one sample per
+    object and sentence. An image belongs to the split of its first ref.
     """
 
     def index(self) -> None:
@@ -195,7 +195,7 @@ class Reason(Dataset):
     mask; pixels of "ignore" polygons have no label.
 
     Training: one sample an image, which draws one of its texts, and half of the time the
-    explanation, where there is one. Evaluation: one sample for each text.
+    explanation, where there is one. Evaluation: one sample for every text.
     """
 
     def index(self) -> None:
