@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from xsam.datasets import records
 from xsam.datasets.formats import (
     decode_mask,
     dilate,
     encode_mask,
-    expect,
     num_bad_rings,
     read_class_map,
     read_image,
@@ -30,10 +30,9 @@ from xsam.datasets.formats import (
     read_segment_ids,
     read_tsv,
     rle_area,
-    take,
-    take_flag,
-    take_size,
+    segment_colours,
 )
+from xsam.datasets.records import Flag, Id, Side, Size, expect, label, parse, take
 
 SIZE = (9, 14)
 WHERE = "instances.json: annotation 5"
@@ -345,28 +344,44 @@ def test_take_names_the_record_and_the_key():
     assert len(str(caught.value)) < 200
 
 
+def test_unpack_gives_the_fields_in_the_order_of_their_names():
+    record = {"id": "a", "more": 1, "spans": [2], "score": 3, "crowd": 1, "height": " 30 "}
+    kinds = dict(score=float, id=Id, crowd=Flag, ignore=Flag, spans=list | dict, height=Side)
+    assert records.unpack(record, WHERE, **kinds) == [3, "a", True, False, [2], 30]
+    for field, value in (("id", None), ("spans", "x"), ("score", True), ("crowd", 2)):
+        with pytest.raises(ValueError, match=f"annotation 5: '{field}'"):
+            records.unpack(record | {field: value}, WHERE, **kinds)
+    with pytest.raises(ValueError, match="annotation 5: expected a dict"):
+        records.unpack(None, WHERE, ignore=Flag)
+
+
+def test_a_record_is_named_by_its_id_where_it_has_one():
+    for record, name in (({"id": 7}, "image 7"), ({"id": "a"}, "image a"), ({}, "record"),
+                         ({"id": [7]}, "record"), (None, "record")):  # fmt: skip
+        assert label(record, "id", "image {}", "record") == name
+
+
 @pytest.mark.parametrize("value", [30, "30", " 30 "])
 def test_sizes_may_be_strings(value):
-    assert take_size({"height": value, "width": 40}, "x") == (30, 40)
+    assert parse(Size, {"height": value, "width": 40}, "x") == (30, 40)
 
 
 @pytest.mark.parametrize("value", [0, -30, "thirty", "", None, 30.5, True, 1e9, [30], "30.0", "²"])
 def test_a_size_that_is_no_number_of_pixels_is_refused(value):
     with pytest.raises(ValueError, match=r"image 7.*'height'"):
-        take_size({"height": value, "width": 40}, "image 7")
+        parse(Size, {"height": value, "width": 40}, "image 7")
 
 
 @pytest.mark.parametrize("value", [0, 1, False, True])
 def test_flags_are_0_or_1(value):
-    flag = take_flag({"iscrowd": value}, "iscrowd", "x")
-    assert flag is bool(value)
-    assert take_flag({}, "iscrowd", "x") is False and take_flag({}, "iscrowd", "x", True) is True
+    assert take({"iscrowd": value}, "iscrowd", Flag, "x") is bool(value)
+    assert take({}, "iscrowd", Flag, "x") is False
 
 
 @pytest.mark.parametrize("value", [2, -1, "0", "no", None, 0.0, [], 1.0])
 def test_a_flag_that_is_neither_is_refused(value):
     with pytest.raises(ValueError, match=r"annotation 5: 'iscrowd' is .*, neither 0 nor 1"):
-        take_flag({"iscrowd": value}, "iscrowd", "annotation 5")
+        take({"iscrowd": value}, "iscrowd", Flag, "annotation 5")
 
 
 # ---- pickles -------------------------------------------------------------------------------------
@@ -518,7 +533,9 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
 
 def test_segment_ids_use_all_three_channels(tmp_path):
     ids = np.array([[0, 1, 255, 256], [65535, 65536, 70001, 2**24 - 1]])
-    Image.fromarray((ids[..., None] >> [0, 8, 16] & 255).astype(np.uint8)).save(tmp_path / "x.png")
+    colours = (ids[..., None] >> [0, 8, 16] & 255).astype(np.uint8)
+    assert (segment_colours(ids) == colours).all() and segment_colours(ids).dtype == np.uint8
+    Image.fromarray(colours).save(tmp_path / "x.png")
     assert (read_segment_ids(tmp_path / "x.png", (2, 4)) == ids).all()
     with pytest.raises(ValueError, match=r"x\.png: is 2x4"):
         read_segment_ids(tmp_path / "x.png", (4, 2))

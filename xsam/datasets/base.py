@@ -1,9 +1,8 @@
-"""What a dataset gives: `Sample`s, one record each at the image's own size; and what all readers of
-datasets have in common.
+"""What all readers have in common: a `Dataset` gives `Sample`s at the size of their image.
 
-Opening a dataset reads its annotations and says what it leaves out and what is wrong; `sample` then
-reads one image with its masks and draws the words. Everything random comes from the generator that
-is passed in. Legend: T targets, G visual prompts, H W image size.
+Opening a dataset reads and checks its annotations, and counts what it skips; `sample` then reads
+one image with its masks and draws the words. All randomness comes from the generator that is passed
+in. The records stay packed in one array until they are asked for.
 """
 
 import contextlib
@@ -11,11 +10,12 @@ import pickle
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from xsam.data import Sample
-from xsam.datasets.formats import take
+from xsam.datasets.records import Flag, Id, by_id, take
 from xsam.datasets.sources import Source, locate
 from xsam.prompts import PHRASINGS, ask, check_words, clean_name, reply
 
@@ -47,10 +47,9 @@ class Packed:
 
 
 class Dataset:
-    """What the readers have in common. A subclass fills `records` in `index` and makes a `Sample`
-    of one in `sample`.
+    """A subclass fills `records` in `index` and makes a `Sample` of one of them in `sample`.
 
-    `skipped` counts what the format's rules drop; `problems` has a message for each record that
+    `skipped` counts what the rules of a format drop, `problems` has a message for every record that
     breaks them.
     """
 
@@ -62,21 +61,20 @@ class Dataset:
         all_classes: bool = False,
         phrasings: dict = PHRASINGS,
     ):
-        self.name, self.source, self.all_classes = name, source, all_classes
-        self.phrasings = phrasings
-        self.annotations, self.images = (
-            locate(root, source.annotations),
-            locate(root, source.images),
+        self.name, self.source = name, source
+        self.all_classes, self.phrasings = all_classes, phrasings
+        paths = (source.annotations, source.images, source.masks, source.instances)
+        self.annotations, self.images, self.masks, self.instances = (
+            locate(root, path) for path in paths
         )
-        self.masks, self.instances = locate(root, source.masks), locate(root, source.instances)
         self.records: list | Packed = []
         self.skipped: Counter[str] = Counter()
         self.problems: list[str] = []
         self.index()
         contents = []
-        for place, record in enumerate(self.records):
+        for index, record in enumerate(self.records):
             with self.record():
-                contents.append(pack(record, f"{self.annotations}: sample {place}"))
+                contents.append(pack(record, f"{self.annotations}: sample {index}"))
         self.records = Packed(contents)
 
     def __len__(self) -> int:
@@ -85,7 +83,7 @@ class Dataset:
     def index(self) -> None:
         raise NotImplementedError
 
-    def key(self, index: int) -> int | str:
+    def key(self, index: int) -> Id:
         """What predictions for record `index` are filed under: the id of its image, or where an
         image has several records an id of its own."""
         raise NotImplementedError
@@ -95,33 +93,34 @@ class Dataset:
         raise NotImplementedError
 
     def num_words(self, index: int) -> int:
-        """How long the prompt of a record is, by a measure that reads no image: what differs from
-        one record to the next, in words or in categories."""
+        """How long the prompt of a record is, in words or categories, counting only what differs
+        between the records of the set. Reads no image."""
         return 0
 
     def question(self, index: int) -> Sample:
-        """Record `index` as evaluation asks it: its words are drawn from fixed numbers, its answers
-        left to the model."""
+        """Record `index` for evaluation: the same words every time, and no answers."""
         sample = self.sample(index, np.random.default_rng([0, index]))
-        sample.turns = [(asked, None) for asked, _ in sample.turns]
+        sample.turns = [(question, None) for question, _ in sample.turns]
         return sample
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
-        """Keeps the message of a record that cannot be read, and goes on with the next."""
+        """Around the reading of one record: where it raises ValueError, its message is kept in
+        `problems` and reading goes on with the next."""
         try:
             yield
         except ValueError as error:
             self.problems.append(str(error))
 
-    def group_by_image(self, content: dict, images: dict) -> dict[int | str, list[dict]]:
-        """The annotations of a COCO file by image; one of an image that it lacks is a problem."""
-        where, groups = str(self.annotations), defaultdict(list)
-        for record in take(content, "annotations", list, where):
+    def group_by_image(self, content: dict, images: dict) -> dict[Id, list[dict]]:
+        """The annotations of a COCO file by image; one of an unknown image is a problem."""
+        groups = defaultdict(list)
+        for record in take(content, "annotations", list, str(self.annotations)):
             with self.record():
-                number = take(record, "image_id", (int, str), f"{where}: annotation")
+                number = take(record, "image_id", Id, f"{self.annotations}: annotation")
                 if number not in images:
-                    raise ValueError(f"{where}: annotation of image {number}, which it lacks")
+                    where = f"{self.annotations}: annotation of image {number}"
+                    raise ValueError(f"{where}: the image is not in its images")
                 groups[number].append(record)
         return groups
 
@@ -131,21 +130,18 @@ class Dataset:
         return question, reply(self.source.task, rng, self.phrasings, kind)
 
 
-def read_categories(content: dict, where: str) -> dict[int, dict]:
-    """The categories of a COCO file in order of id, their names as prompts have them."""
-    categories = by_id(take(content, "categories", list, where), f"{where}: categories", (int,))
-    for number, category in categories.items():
+class Category(NamedTuple):
+    """A class as prompts name it."""
+
+    name: str
+    is_thing: bool
+
+
+def read_categories(content: dict, where: str) -> dict[int, Category]:
+    """The categories of a COCO file in order of id; they are things unless it says otherwise."""
+    categories = {}
+    for number, record in by_id(content, "categories", where, int).items():
         at = f"{where}: category {number}"
-        name = check_words(clean_name(take(category, "name", str, at)), at)
-        categories[number] = category | {"name": name}
+        name = check_words(clean_name(take(record, "name", str, at)), at)
+        categories[number] = Category(name, take({"isthing": 1} | record, "isthing", Flag, at))
     return categories
-
-
-def by_id(records: list, where: str, kinds: tuple[type, ...] = (int, str)) -> dict:
-    """{id: record}, in order of the ids, which must differ."""
-    pairs = [(take(record, "id", kinds, where), record) for record in records]
-    table = dict(sorted(pairs, key=lambda pair: (isinstance(pair[0], str), pair[0])))
-    if len(table) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"{where}: id {twice} is there more than once")
-    return table

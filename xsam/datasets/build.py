@@ -1,10 +1,9 @@
 """Files that are made, not downloaded: COCO-VGD, COCO's semantic maps, ADE20K for three tasks.
 
-Stands beside the data chain (sources → formats → convert); the readers open what it writes. Every
-image is a job of its own in a pool of processes, and its randomness comes from its own ids, so the
-bytes do not depend on the number of workers. An output takes its name only once it is complete.
-Wrong records raise ValueError naming file and record, an output that exists FileExistsError.
-Legend: H W image size, h w size of a connected component.
+Images are processed by a pool of processes, and what is drawn at random for an image depends on its
+ids alone, so the output is the same for any number of workers. An output takes its name only once
+it is complete. Wrong records raise ValueError naming file and record, an output that exists
+FileExistsError. Legend: H W image size, h w size of a connected component.
 
     python -m xsam.data vgd --instances instances_val2017.json --out img_vgdseg_coco_val.json
 """
@@ -16,35 +15,23 @@ import inspect
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import zlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
-from xsam.datasets.formats import (
-    bounding_box,
-    decode_mask,
-    dilate,
-    encode_mask,
-    expect,
-    num_bad_rings,
-    read_class_map,
-    read_image,
-    read_json,
-    read_segment_ids,
-    read_tsv,
-    take,
-    take_size,
-)
+from xsam.datasets import formats, records
+from xsam.datasets.formats import bounding_box, decode_mask, dilate, encode_mask, num_bad_rings
+from xsam.datasets.records import CocoImage, CocoInstance, CocoSegment, Id, by_id, parse, take
 from xsam.datasets.sources import PROMPT_RADII, PROMPT_TYPES
+from xsam.files import complete, refuse_existing
 
 # ---- visual prompts ------------------------------------------------------------------------------
 
@@ -138,12 +125,12 @@ def _unite(prompt: np.ndarray, patch: np.ndarray, corner: np.ndarray) -> None:
     into |= patch[max(-top, 0) :, max(-left, 0) :][: into.shape[0], : into.shape[1]]
 
 
-# ---- pool and outputs ----------------------------------------------------------------------------
+# ---- reading and writing -------------------------------------------------------------------------
 
 
 def _each(function: Callable, jobs: list, num_workers: int | None) -> Iterator:
-    """`function` of each job, in their order, behind a progress bar. `num_workers` processes do
-    them: as many as there are cores where it is None, none but this one at 0 or 1."""
+    """`function` of all jobs, in their order, behind a progress bar: by `num_workers` processes, as
+    many as there are cores where it is None, in this one at 0 or 1."""
     num_workers = min(os.cpu_count() or 1 if num_workers is None else num_workers, len(jobs))
     with contextlib.ExitStack() as stack:
         results = map(function, jobs)
@@ -155,72 +142,30 @@ def _each(function: Callable, jobs: list, num_workers: int | None) -> Iterator:
         yield from tqdm(results, total=len(jobs), unit="image")
 
 
-def _refuse_existing(*targets: Path) -> None:
-    for target in targets:
-        if target.exists():
-            raise FileExistsError(f"{target} exists already: delete it or name another")
-
-
-@contextlib.contextmanager
-def complete(*targets: Path) -> Iterator[list[Path]]:
-    """Names to write under; they become `targets` where the block ends well, else they go."""
-    _refuse_existing(*targets)
-    for target in targets:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    partials = [target.with_name(f"{target.name}.partial") for target in targets]
-    _remove(partials)  # what a killed run has left
-    try:
-        yield partials
-        for partial, target in zip(partials, targets, strict=True):
-            partial.rename(target)
-    finally:
-        _remove(partials)
-
-
-def _remove(paths: Sequence[Path]) -> None:
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def _report(made: Path | str, counts: dict[str, int]) -> dict[str, int]:
     print(f"{made}: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
     return dict(counts)
 
 
-def _read_coco(path: Path) -> tuple[list[tuple[dict, list]], list[int]]:
-    """A COCO file as (image, [(where, annotation)]) in order of image id, and its category ids in
-    ascending order."""
-    content = read_json(path, dict)
-    jobs: dict[Any, tuple[dict, list]] = {}
-    for index, image in enumerate(take(content, "images", list, str(path))):
-        where = f"{path}: images[{index}]"
-        image_id = take(image, "id", (int, str), where)
-        if image_id in jobs:
-            raise ValueError(f"{where}: image {image_id!r} is listed twice")
-        take(image, "file_name", str, where)
-        take_size(image, where)
-        jobs[image_id] = image, []
-    for index, annotation in enumerate(take(content, "annotations", list, str(path))):
-        where = f"{path}: annotations[{index}]"
-        image_id = take(annotation, "image_id", (int, str), where)
+class Job(NamedTuple):
+    """An image and its annotations as (where, record)."""
+
+    image: CocoImage
+    annotations: list[tuple[str, dict]]
+
+
+def _read_coco(path: Path) -> tuple[list[Job], list[int]]:
+    """The images of a COCO file and its category ids, both in ascending order."""
+    content, file = formats.read_json(path, dict), str(path)
+    images = by_id(content, "images", file).items()
+    jobs = {n: Job(parse(CocoImage, image, f"{file}: image {n}"), []) for n, image in images}
+    for index, annotation in enumerate(take(content, "annotations", list, file)):
+        where = f"{file}: annotations[{index}]"
+        image_id = take(annotation, "image_id", Id, where)
         if image_id not in jobs:
-            raise ValueError(f"{where}: image {image_id!r} is not among its images")
-        jobs[image_id][1].append((where, annotation))
-    categories = [
-        take(category, "id", int, f"{path}: categories[{index}]")
-        for index, category in enumerate(take(content, "categories", list, str(path)))
-    ]
-    in_order = sorted(jobs, key=lambda image_id: (isinstance(image_id, str), image_id))
-    return [jobs[image_id] for image_id in in_order], sorted(set(categories))
-
-
-def _check_category(record: dict, categories: Container[int], where: str) -> None:
-    category = take(record, "category_id", int, where)
-    if category not in categories:
-        raise ValueError(f"{where}: category {category} is not among the file's categories")
+            raise ValueError(f"{where}: image {image_id!r} is not in its images")
+        jobs[image_id].annotations.append((where, annotation))
+    return list(jobs.values()), list(by_id(content, "categories", file, int))
 
 
 # ---- COCO-VGD ------------------------------------------------------------------------------------
@@ -234,8 +179,8 @@ def build_vgd(
     """Writes COCO-VGD, a list with a record per image, from a COCO instances file.
 
     Annotations keep what they have and gain `bbox_mode` and `visual_prompts` (X-SAM, section 3.4).
-    Crowd, invalid rings, annotations without a valid ring and images without an annotation are left
-    out; returns how many, and prints it. The prompts depend on the seed and the ids alone.
+    Crowd, invalid rings, annotations without a valid ring and images without an annotation are
+    skipped; returns how many, and prints it. The prompts depend on the seed and the ids alone.
     """
     counts = Counter(images=0, annotations=0, crowd=0, bad_rings=0, invalid=0, empty_images=0)
     with complete(Path(out)) as (partial,), partial.open("w", encoding="utf-8") as file:
@@ -249,20 +194,17 @@ def build_vgd(
     return _report(out, counts)
 
 
-def _vgd_record(job: tuple, seed: int, categories: set[int]) -> tuple[str, Counter]:
+def _vgd_record(job: Job, seed: int, categories: set[int]) -> tuple[str, Counter]:
     """One image's record as JSON, empty where no annotation is left, and what was counted."""
     image, annotations = job
-    height, width = take_size(image, str(image["id"]))
-    info = dict(id=image["id"], file_name=image["file_name"], height=height, width=width)
-    record = dict(image_file=image["file_name"], image_id=image["id"], image_size=[height, width])
-    record |= dict(image_info=info, annotations=[])
-    counts: Counter = Counter()
+    kept, counts = [], Counter()
     for where, annotation in annotations:
-        _check_category(annotation, categories, where)
-        if expect(annotation.get("iscrowd", 0), int, where):
+        instance = parse(CocoInstance, annotation, where)
+        records.check_category(instance.category_id, categories, where)
+        if instance.iscrowd:
             counts["crowd"] += 1
             continue
-        shape = take(annotation, "segmentation", (list, dict), where)
+        shape = instance.segmentation
         counts["bad_rings"] += num_bad_rings(shape)
         if isinstance(shape, list):
             shape = [part for part in shape if not num_bad_rings([part])]
@@ -270,15 +212,18 @@ def _vgd_record(job: tuple, seed: int, categories: set[int]) -> tuple[str, Count
             counts["invalid"] += 1
             continue
         take(annotation, "bbox", list, where)
-        ids = image["id"], take(annotation, "id", (int, str), where)
-        rng = np.random.default_rng([seed, *(zlib.crc32(str(each).encode()) for each in ids)])
-        prompts = visual_prompts(decode_mask(shape, (height, width), where, True), rng)
+        digits = [zlib.crc32(str(number).encode()) for number in (image.id, instance.id)]
+        mask = decode_mask(shape, image.size, where, may_be_empty=True)
+        prompts = visual_prompts(mask, np.random.default_rng([seed, *digits]))
         encoded = {f"{kind}_visual_prompt": encode_mask(mask) for kind, mask in prompts.items()}
         added = dict(segmentation=shape, bbox_mode=XYWH_ABS, visual_prompts=encoded)
-        record["annotations"].append(annotation | added)
-    if not record["annotations"]:
+        kept.append(annotation | added)
+    if not kept:
         return "", counts + Counter(empty_images=1)
-    return json.dumps(record), counts + Counter(images=1, annotations=len(record["annotations"]))
+    info = dict(id=image.id, file_name=image.file_name, height=image.size[0], width=image.size[1])
+    record = dict(image_file=image.file_name, image_id=image.id, image_size=list(image.size))
+    record |= dict(image_info=info, annotations=kept)
+    return json.dumps(record), counts + Counter(images=1, annotations=len(kept))
 
 
 # ---- COCO's semantic maps ------------------------------------------------------------------------
@@ -298,7 +243,7 @@ def build_coco_semantic(
         jobs, categories = _read_coco(Path(panoptic))
         if len(categories) > IGNORED:
             raise ValueError(f"{panoptic}: {len(categories)} categories, 8 bits hold {IGNORED}")
-        labelled = [job for job in jobs if job[1]]
+        labelled = [job for job in jobs if job.annotations]
         counts = Counter(images=0, segments=0, images_without_annotation=len(jobs) - len(labelled))
         partial.mkdir()
         indices = {category: index for index, category in enumerate(categories)}
@@ -308,17 +253,18 @@ def build_coco_semantic(
     return _report(out, counts)
 
 
-def _semantic_map(job: tuple, masks: Path, out: Path, indices: dict[int, int]) -> int:
+def _semantic_map(job: Job, masks: Path, out: Path, indices: dict[int, int]) -> int:
     """Writes one image's map; returns its number of segments."""
     image, annotations = job
-    name, size = f"{Path(image['file_name']).stem}.png", take_size(image, str(image["id"]))
-    ids = read_segment_ids(masks / name, size)
-    classes = np.full(size, IGNORED, np.uint8)
+    name = f"{Path(image.file_name).stem}.png"
+    ids = formats.read_segment_ids(masks / name, image.size)
+    classes = np.full(image.size, IGNORED, np.uint8)
     num_segments = 0
     for where, annotation in annotations:
-        for segment in take(annotation, "segments_info", list, where):
-            _check_category(segment, indices, where)
-            classes[ids == take(segment, "id", int, where)] = indices[segment["category_id"]]
+        for record in take(annotation, "segments_info", list, where):
+            segment = parse(CocoSegment, record, where)
+            records.check_category(segment.category_id, indices, where)
+            classes[ids == segment.id] = indices[segment.category_id]
             num_segments += 1
     unknown = ids[(classes == IGNORED) & (ids != 0)]
     if unknown.size:
@@ -355,7 +301,7 @@ def convert_ade20k(
     folder = Path(folder)
     for split in splits:
         _check_downloads(folder, split)
-        _refuse_existing(*_ade_outputs(folder, split))
+        refuse_existing(*_ade_outputs(folder, split))
     categories, things = _read_ade_classes(folder)
     return {
         split: _convert_split(folder, split, categories, things, num_workers) for split in splits
@@ -365,14 +311,10 @@ def convert_ade20k(
 def _check_downloads(folder: Path, split: str) -> None:
     if split not in _ADE_SPLITS:
         raise ValueError(f"unknown split {split!r} of ADE20K; known are {', '.join(_ADE_SPLITS)}")
-    images = f"unpack {_ADE_URLS[0]} and take its folder ADEChallengeData2016"
-    mends = {
-        "objectInfo150.txt": images,
-        f"images/{split}": images,
-        f"annotations/{split}": images,
-        f"annotations_instance/{split}": f"it has an archive of its own: {_ADE_URLS[1]}",
-        _MAPPING: "copy it from the folder datasets of github.com/facebookresearch/Mask2Former",
-    }
+    scenes = f"unpack {_ADE_URLS[0]} and take its folder ADEChallengeData2016"
+    mends = dict.fromkeys(("objectInfo150.txt", f"images/{split}", f"annotations/{split}"), scenes)
+    mends[f"annotations_instance/{split}"] = f"it has an archive of its own: {_ADE_URLS[1]}"
+    mends[_MAPPING] = "copy it from the folder datasets of github.com/facebookresearch/Mask2Former"
     for name, mend in mends.items():
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder / name} is missing: {mend}")
@@ -381,26 +323,23 @@ def _check_downloads(folder: Path, split: str) -> None:
 def _ade_outputs(folder: Path, split: str) -> list[Path]:
     """Semantic PNGs, panoptic PNGs, panoptic file, instance file."""
     name = _ADE_SPLITS[split]
-    return [
-        folder / "annotations_detectron2" / split,
-        folder / f"ade20k_panoptic_{name}",
-        folder / f"ade20k_panoptic_{name}.json",
-        folder / f"ade20k_instance_{name}.json",
-    ]
+    panoptic = [f"ade20k_panoptic_{name}", f"ade20k_panoptic_{name}.json"]
+    names = [f"annotations_detectron2/{split}", *panoptic, f"ade20k_instance_{name}.json"]
+    return [folder / name for name in names]
 
 
 def _read_ade_classes(folder: Path) -> tuple[list[dict], dict[int, int]]:
-    """COCO's panoptic categories, and the category id of each instance class."""
+    """COCO's panoptic categories, and the category ids of the instance classes."""
     path = folder / "objectInfo150.txt"
-    rows = [list(row.values()) for row in read_tsv(path)]
+    rows = [list(row.values()) for row in formats.read_tsv(path)]
     if [row[0].strip() for row in rows] != [str(index + 1) for index in range(len(rows))]:
         raise ValueError(f"{path}: its first column does not count the classes from 1")
     path, things = folder / _MAPPING, {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines[1:], start=2):
         # Runs of tabs part the columns. The last one, the class of the full ADE, is not needed, but
-        # an instance class that joins several of those has a line for each.
-        columns = [int(each) if each.isdecimal() else 0 for each in line.split()[:2]]
+        # an instance class that joins several of those has a line for every one.
+        columns = [int(word) if word.isdecimal() else 0 for word in line.split()[:2]]
         if columns and (len(columns) < 2 or min(columns) < 1 or columns[1] > len(rows)):
             raise ValueError(
                 f"{path}: line {number} is {line!r}, expected an instance class and one of the "
@@ -408,16 +347,11 @@ def _read_ade_classes(folder: Path) -> tuple[list[dict], dict[int, int]]:
             )
         if columns and things.setdefault(columns[0], columns[1] - 1) != columns[1] - 1:
             raise ValueError(f"{path}: line {number}: instance class {columns[0]} has two classes")
-    categories = [
-        dict(
-            id=index,
-            name=row[-1],
-            isthing=int(index in things.values()),
-            # An odd step through 24 bits: no two are alike.
-            color=[(index + 1) * 0x9E3779 >> shift & 255 for shift in (0, 8, 16)],
-        )
-        for index, row in enumerate(rows)
-    ]
+    categories = []
+    for index, row in enumerate(rows):
+        color = [(index + 1) * 0x9E3779 >> shift & 255 for shift in (0, 8, 16)]  # all different
+        isthing = int(index in things.values())
+        categories.append(dict(id=index, name=row[-1], isthing=isthing, color=color))
     return categories, things
 
 
@@ -430,23 +364,24 @@ def _convert_split(
     images, annotations, instances = [], [], []
     with complete(*_ade_outputs(folder, split)) as partials:
         *folders, panoptic_file, instance_file = partials
-        for each in folders:
-            each.mkdir()
-        paths = folder / "images" / split, folder / "annotations" / split
-        paths = (*paths, folder / "annotations_instance" / split, *folders)
+        for path in folders:
+            path.mkdir()
+        inputs = [
+            folder / kind / split for kind in ("images", "annotations", "annotations_instance")
+        ]
+        paths = (*inputs, *folders)
         make = functools.partial(_ade_image, folders=paths, categories=categories, things=things)
         for image, segments, objects in _each(make, stems, num_workers):
             images.append(image)
-            record = dict(image_id=image["id"], file_name=f"{image['id']}.png")
-            annotations.append(record | dict(segments_info=segments))
-            instances += [
-                dict(id=number) | o for number, o in enumerate(objects, len(instances) + 1)
-            ]
-        both = dict(images=images, annotations=annotations, categories=categories)
-        panoptic_file.write_text(json.dumps(both), encoding="utf-8")
+            name = f"{image['id']}.png"
+            annotations.append(dict(image_id=image["id"], file_name=name, segments_info=segments))
+            first = len(instances) + 1
+            instances += [dict(id=number) | record for number, record in enumerate(objects, first)]
+        content = dict(images=images, annotations=annotations, categories=categories)
+        panoptic_file.write_text(json.dumps(content), encoding="utf-8")
         named = [dict(id=c["id"], name=c["name"]) for c in categories if c["isthing"]]
-        both = dict(images=images, annotations=instances, categories=named)
-        instance_file.write_text(json.dumps(both), encoding="utf-8")
+        content = dict(images=images, annotations=instances, categories=named)
+        instance_file.write_text(json.dumps(content), encoding="utf-8")
     num_segments = sum(len(annotation["segments_info"]) for annotation in annotations)
     counts = dict(images=len(images), segments=num_segments, instances=len(instances))
     return _report(f"{folder}, {split}", counts)
@@ -458,11 +393,13 @@ def _ade_image(
     """Writes the semantic and panoptic PNG of an image; returns its record, its segments_info and
     its instance annotations, as yet without ids."""
     jpgs, class_maps, instance_maps, semantic, panoptic = folders
-    picture, name = read_image(jpgs / f"{stem}.jpg"), f"{stem}.png"
+    picture, name = formats.read_image(jpgs / f"{stem}.jpg"), f"{stem}.png"
     size = picture.height, picture.width
-    classes = read_class_map(class_maps / name, size) - np.uint8(1)  # unlabelled wraps to IGNORED
+    classes = formats.read_class_map(class_maps / name, size)
+    classes = classes - np.uint8(1)  # what is unlabelled, 0, becomes IGNORED
     stuff = list(_stuff_masks(classes, categories, class_maps / name))
-    objects = _thing_masks(read_image(instance_maps / name, size), things, instance_maps / name)
+    codes = formats.read_image(instance_maps / name, size)
+    objects = _thing_masks(codes, things, instance_maps / name)
     ids = np.zeros(size, np.int32)
     segments, instances = [], []
     for segment_id, (category, mask) in enumerate([*stuff, *objects], start=1):
@@ -472,14 +409,13 @@ def _ade_image(
         if segment_id > len(stuff):
             instances.append(dict(image_id=stem) | about | dict(segmentation=encode_mask(mask)))
     Image.fromarray(classes).save(semantic / name)
-    colours = (ids[..., None] >> (0, 8, 16)) & 255  # [H, W, 3]
-    Image.fromarray(colours.astype(np.uint8)).save(panoptic / name)
+    Image.fromarray(formats.segment_colours(ids)).save(panoptic / name)
     image = dict(id=stem, file_name=f"{stem}.jpg", width=size[1], height=size[0])
     return image, segments, instances
 
 
 def _stuff_masks(classes: np.ndarray, categories: list[dict], path: Path) -> Iterator[tuple]:
-    """(category id, mask) of each stuff class in a map from 0; IGNORED is none."""
+    """(category id, mask) of the stuff classes in a map from 0; IGNORED is none."""
     for index in np.unique(classes[classes != IGNORED]).tolist():
         if index >= len(categories):
             raise ValueError(f"{path}: class {index + 1}, objectInfo150.txt has {len(categories)}")
@@ -488,7 +424,7 @@ def _stuff_masks(classes: np.ndarray, categories: list[dict], path: Path) -> Ite
 
 
 def _thing_masks(picture: Image.Image, things: dict[int, int], path: Path) -> Iterator[tuple]:
-    """(category id, mask) of each object: red is the instance class, green counts, 0 is void."""
+    """(category id, mask) of the objects: red is the instance class, green counts, 0 is void."""
     codes = np.asarray(picture, np.int32) @ (256, 1, 0)  # [H, W]
     for code in np.unique(codes[codes % 256 > 0]).tolist():
         if code // 256 not in things:
@@ -500,37 +436,27 @@ def _thing_masks(picture: Image.Image, things: dict[int, int], path: Path) -> It
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds vgd, coco-semantic and ade20k to what `ArgumentParser.add_subparsers` gives; each sets
+    """Adds vgd, coco-semantic and ade20k to what `ArgumentParser.add_subparsers` gives; they set
     `run`, which takes the options and returns the exit code."""
-    add = _add_command(
-        subparsers,
-        "vgd",
-        build_vgd,
-        "COCO instances to COCO-VGD: four visual prompts for each object",
-        "--instances instances_val2017.json --out img_vgdseg_coco_val.json",
-    )
-    add("--instances", type=Path, required=True, metavar="FILE", help="COCO instances")
-    add("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
+    path = dict(type=Path, required=True)
+    about = "COCO instances to COCO-VGD: four visual prompts for every object"
+    example = "--instances instances_val2017.json --out img_vgdseg_coco_val.json"
+    add = _add_command(subparsers, "vgd", build_vgd, about, example)
+    add("--instances", metavar="FILE", help="COCO instances", **path)
+    add("--out", metavar="FILE", help="JSON to write", **path)
     add("--seed", type=int, default=0, help="of the prompts; default: %(default)s")
-    add = _add_command(
-        subparsers,
-        "coco-semantic",
-        build_coco_semantic,
-        "COCO panoptic to PNGs of classes",
-        "--panoptic panoptic_val2017.json --masks panoptic_val2017 --out panoptic_semseg_val2017",
+    about = "COCO panoptic to PNGs of classes"
+    example = (
+        "--panoptic panoptic_val2017.json --masks panoptic_val2017 --out panoptic_semseg_val2017"
     )
-    add("--panoptic", type=Path, required=True, metavar="FILE", help="COCO panoptic")
-    add("--masks", type=Path, required=True, metavar="DIR", help="the folder of its PNGs")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    add = _add_command(
-        subparsers,
-        "ade20k",
-        convert_ade20k,
-        "ADE20K-150 as downloaded to semantic, panoptic and instance annotations beside it",
-        "--folder img_ovseg/ade20k --splits validation",
-    )
-    add("--folder", type=Path, required=True, metavar="DIR", help="holds images, annotations, ...")
-    splits = ",".join(_ADE_SPLITS)
+    add = _add_command(subparsers, "coco-semantic", build_coco_semantic, about, example)
+    add("--panoptic", metavar="FILE", help="COCO panoptic", **path)
+    add("--masks", metavar="DIR", help="the folder of its PNGs", **path)
+    add("--out", metavar="DIR", help="folder to write", **path)
+    about = "ADE20K-150 as downloaded to semantic, panoptic and instance annotations beside it"
+    example, splits = "--folder img_ovseg/ade20k --splits validation", ",".join(_ADE_SPLITS)
+    add = _add_command(subparsers, "ade20k", convert_ade20k, about, example)
+    add("--folder", metavar="DIR", help="holds images, annotations, ...", **path)
     add("--splits", type=lambda text: text.split(","), default=splits, help="default: %(default)s")
 
 
@@ -538,9 +464,8 @@ def _add_command(subparsers: Any, name: str, build: Callable, about: str, exampl
     """A sub-command that calls `build` with its options; returns what adds options to it."""
     example = f"example: python -m xsam.data {name} {example}"
     parser = subparsers.add_parser(name, help=about, description=about, epilog=example)
-    parser.add_argument(
-        "--workers", type=int, dest="num_workers", metavar="N", help="default: one for each core"
-    )
+    workers = "default: one for every core"
+    parser.add_argument("--workers", type=int, dest="num_workers", metavar="N", help=workers)
 
     def run(options: argparse.Namespace) -> int:
         build(**{key: getattr(options, key) for key in inspect.signature(build).parameters})

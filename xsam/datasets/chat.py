@@ -1,69 +1,70 @@
 """Conversation: LLaVA's training sets and the benchmarks in VLMEvalKit's tables."""
 
 import base64
-import binascii
 import io
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from xsam.data import Sample
 from xsam.datasets.base import Dataset
-from xsam.datasets.formats import expect, first_file, read_image, read_json, read_tsv, take
+from xsam.datasets.formats import first_file, read_image, read_json, read_tsv
+from xsam.datasets.records import expect, label, take, unpack
 from xsam.prompts import check_words, choice_question
+
+SHORTEST_IMAGE = 64  # characters; what is shorter is the index of another row
+
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg")
 
 
+def conversation(sample_id: str, image: Image.Image, turns: list, image_id: str) -> Sample:
+    masks, labels = np.zeros((0, image.height, image.width), bool), np.zeros(0, np.int64)
+    return Sample(sample_id, "chat", image, turns, masks, labels, image_id=image_id)
+
+
 class Llava(Dataset):
-    """LLaVA conversations about one image; samples without an image are left out."""
+    """LLaVA conversations about one image; those without an image are skipped."""
 
     def index(self) -> None:
-        for place, record in enumerate(read_json(self.annotations, list)):
-            where = f"{self.annotations}: record {place}"
+        for index, record in enumerate(read_json(self.annotations, list)):
+            where = f"{self.annotations}: record {index}"
             with self.record():
                 if not expect(record, dict, where).get("image"):
                     self.skipped["text without an image"] += 1
                     continue
                 take(record, "image", str, where)
-                if "id" in record:
-                    where = f"{self.annotations}: record {place}, id {record['id']}"
-                self.records.append((record, where))
+                self.records.append((record, where + label(record, "id", ", id {}", "")))
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         record, where = self.records[index]
         image = read_image(self.find(record["image"]))
-        return Sample(
-            sample_id=f"{self.name}/{record.get('id', index)}",
-            task="chat",
-            image=image,
-            turns=self.turns(record, where),
-            masks=np.zeros((0, image.height, image.width), bool),
-            labels=np.zeros(0, np.int64),
-            image_id=record["image"],
-        )
+        sample_id = f"{self.name}/{record.get('id', index)}"
+        return conversation(sample_id, image, self.turns(record, where), record["image"])
 
     def find(self, name: str) -> Path:
-        """The image, also where a download spells TextVQA's folder or a file's suffix in another
-        way (OCR-VQA has some as .gif and .png)."""
+        """The path of an image, also where a download spells TextVQA's folder or a file's suffix
+        in another way (OCR-VQA has some as .gif and .png)."""
         names = name, name.replace("textvqa/", "text_vqa/"), name.replace("text_vqa/", "textvqa/")
-        paths = [self.images / each for each in names]
+        paths = [self.images / name for name in names]
         paths += [paths[0].with_suffix(suffix) for suffix in IMAGE_SUFFIXES]
         return first_file(paths)
 
     def turns(self, record: dict, where: str) -> list[tuple[str, str]]:
-        """(question, answer) pairs; a leading answer is skipped, <image> is taken out."""
-        speakers, texts = [], []
+        """(question, answer) pairs, without an answer that comes first and without <image>."""
+        turns = []
         for turn in take(record, "conversations", list, where):
-            speakers.append(take(turn, "from", str, where))
-            texts.append(take(turn, "value", str, where).replace("<image>", "").strip())
-            if texts[-1]:  # a question may be the image alone
-                check_words(texts[-1], where, tokens=("<region>", "<SEG>"))
-            if speakers[-1] not in ("human", "gpt"):
-                raise ValueError(f"{where}: turn from {speakers[-1]!r}; expected human or gpt")
-        if speakers[:1] == ["gpt"]:
-            speakers, texts = speakers[1:], texts[1:]
+            speaker, text = unpack(turn, where, **{"from": str, "value": str})
+            if speaker not in ("human", "gpt"):
+                raise ValueError(f"{where}: turn from {speaker!r}; expected human or gpt")
+            turns.append((speaker, text.replace("<image>", "").strip()))
+            if turns[-1][1]:  # a question may be the image alone
+                check_words(turns[-1][1], where, tokens=("<region>", "<SEG>"))
+        if turns and turns[0][0] == "gpt":
+            del turns[0]
+        speakers, texts = [speaker for speaker, _ in turns], [text for _, text in turns]
         if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
             raise ValueError(f"{where}: its turns do not alternate human and gpt: {speakers}")
         if not all(texts[1::2]):
@@ -82,20 +83,18 @@ class Benchmark(Dataset):
         rows = read_tsv(self.annotations)
         images = {row.get("index", ""): row.get("image", "") for row in rows}
         num_rows = Counter(row.get("index") for row in rows)
-        for place, row in enumerate(rows):
-            where = f"{self.annotations}: row {place}"
+        for number, row in enumerate(rows):
             with self.record():
                 for key in ("index", "question", "answer"):
                     if not row.get(key, "").strip():
-                        raise ValueError(f"{where}: has no {key!r}")
-                where = f"{self.annotations}: index {row['index']}"
+                        raise ValueError(f"{self.annotations}: row {number}: has no {key!r}")
+                where, image = f"{self.annotations}: index {row['index']}", row.get("image", "")
                 if num_rows[row["index"]] > 1:
                     raise ValueError(f"{where}: is there more than once")
-                if not row.get("image") and not row.get("image_path"):
+                if not image and not row.get("image_path"):
                     raise ValueError(f"{where}: has neither image nor image_path")
-                image = row.get("image", "")
-                if image and len(image) < 64:  # too short for any picture
-                    if len(images.get(image, "")) < 64:
+                if 0 < len(image) < SHORTEST_IMAGE:
+                    if len(images.get(image, "")) < SHORTEST_IMAGE:
                         raise ValueError(f"{where}: its image is row {image}, which has none")
                     image = images[image]
                 self.records.append(row | {"image": image})
@@ -106,31 +105,26 @@ class Benchmark(Dataset):
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         row = self.records[index]
         where = f"{self.annotations}: index {row['index']}"
-        if row["image"]:
-            try:
-                content = base64.b64decode(row["image"], validate=True)
-            except (binascii.Error, ValueError) as error:
-                raise ValueError(f"{where}: its image is not base64 ({error})") from error
-            try:
-                image = read_image(io.BytesIO(content))
-            except ValueError as error:
-                raise ValueError(f"{where}: its image cannot be read ({error})") from error
-        else:
-            image = read_image(self.annotations.parent / row["image_path"])
+        image = self.image(row, where)
         options = self.options(row)
         answer = check_words(row["answer"].strip(), where)
         if options and answer not in options:
             raise ValueError(f"{where}: its answer {answer!r} is none of {list(options)}")
         question = choice_question(row["question"].strip(), options, row.get("hint", "").strip())
-        return Sample(
-            sample_id=f"{self.name}/{row['index']}",
-            task="chat",
-            image=image,
-            turns=[(check_words(question, where), answer)],
-            masks=np.zeros((0, image.height, image.width), bool),
-            labels=np.zeros(0, np.int64),
-            image_id=row["index"],
-        )
+        turns = [(check_words(question, where), answer)]
+        return conversation(f"{self.name}/{row['index']}", image, turns, row["index"])
+
+    def image(self, row: dict[str, str], where: str) -> Image.Image:
+        if not row["image"]:
+            return read_image(self.annotations.parent / row["image_path"])
+        try:
+            content = base64.b64decode(row["image"], validate=True)
+        except ValueError as error:
+            raise ValueError(f"{where}: its image is not base64 ({error})") from error
+        try:
+            return read_image(io.BytesIO(content))
+        except ValueError as error:
+            raise ValueError(f"{where}: its image cannot be read ({error})") from error
 
     def options(self, row: dict[str, str]) -> dict[str, str]:
         """The options of a question by letter; none of one that is open."""

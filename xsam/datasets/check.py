@@ -9,8 +9,10 @@ the image (or in others before it), and the answer with its targets at the right
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
+import sys
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
@@ -93,71 +95,60 @@ def check_dataset(
         report.problems.append(str(error))
         return report, None
     report.num_samples, report.skipped = len(dataset), +dataset.skipped
-    report.problems += dataset.problems
-    count = min(limit, len(dataset)) if limit else len(dataset)
-    indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+    indices = evenly(len(dataset), limit or len(dataset))
     report.num_read = len(indices)
-    bar = tqdm(total=len(indices), desc=name, unit="sample", leave=False)
-    if num_workers > 1:
-        with multiprocessing.Pool(num_workers, _start, (dataset, seed)) as pool:
-            for problem in pool.imap(_read, indices, chunksize=16):
-                report.problems += [problem] if problem else []
-                bar.update()
-    else:
-        _start(dataset, seed)
-        for index in indices:
-            problem = _read(index)
-            report.problems += [problem] if problem else []
-            bar.update()
-    bar.close()
+    with contextlib.ExitStack() as stack:
+        if num_workers > 1:
+            pool = multiprocessing.Pool(num_workers, _start, (dataset, seed))
+            results = stack.enter_context(pool).imap(_read, indices, chunksize=16)
+        else:
+            _start(dataset, seed)
+            results = map(_read, indices)
+        found = list(tqdm(results, total=len(indices), desc=name, unit="sample", leave=False))
     # One damaged file may be read for several samples.
-    report.problems = list(dict.fromkeys(report.problems))
+    report.problems = list(dict.fromkeys([*dataset.problems, *filter(None, found)]))
     return report, dataset
 
 
+def evenly(length: int, count: int) -> list[int]:
+    """Up to `count` indices of a list, evenly spaced."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
+
+
 def table(reports: list[Report]) -> str:
-    """A line for each set: task, who uses it, state, samples, how many were read, what is left out
+    """A line for each set: task, what uses it, state, samples, how many were read, what is skipped
     by the format's rules."""
     users: dict[str, list[str]] = {}
     for number, stage in xsam().stages.items():
         for name in stage.datasets:
             users.setdefault(name, []).append(f"stage {number}")
-    rows = [("set", "task", "for", "state", "samples", "read", "left out by the rules")]
+    rows = [("set", "task", "for", "state", "samples", "read", "skipped by the rules")]
     for report in reports:
-        default = "scoring" if report.name in SOURCES and _is_scored(report.name) else "choice"
+        default = "scoring" if _is_scored(report.name) else "choice"
+        used_for = ", ".join(users.get(report.name, [default]))
+        counts = [str(count or "") for count in (report.num_samples, report.num_read)]
         skipped = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
-        rows.append(
-            (
-                report.name,
-                find_source(report.name).task or "own",
-                ", ".join(users.get(report.name, [default])),
-                report.state,
-                str(report.num_samples or ""),
-                str(report.num_read or ""),
-                skipped,
-            )
-        )
+        task = find_source(report.name).task or "own"
+        rows.append((report.name, task, used_for, report.state, *counts, skipped))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _is_scored(name: str) -> bool:
-    return SOURCES[name].format == "tsv" or "_val" in name or "_test" in name
+    is_split = "_val" in name or "_test" in name
+    return name in SOURCES and (is_split or SOURCES[name].format == "tsv")
 
 
 def missing_text(reports: list[Report], data: Path) -> str:
-    """What is missing and where it goes, each path once."""
-    places: dict[str, str] = {}
-    for report in reports:
-        for path in report.missing:
-            places.setdefault(path, find_source(report.name).about)
-    lines = [f"  {data / path}\n      {about}" for path, about in places.items()]
-    return "\n".join([f"\n{len(places)} paths are missing:", *lines]) if places else ""
+    """What is missing and where it goes, every path once."""
+    about = {path: find_source(report.name).about for report in reports for path in report.missing}
+    lines = [f"  {data / path}\n      {text}" for path, text in about.items()]
+    return "\n".join([f"\n{len(lines)} paths are missing:", *lines]) if lines else ""
 
 
 def problems_text(reports: list[Report], most: int) -> str:
-    """The first bad records of each set."""
+    """The first bad records of every set."""
     lines = []
     for report in reports:
         if report.problems:
@@ -183,12 +174,12 @@ def draw_sample(sample: Sample) -> Image.Image:
 
 
 def show(dataset: Dataset, count: int, out: Path, seed: int) -> list[Path]:
-    """Draws `count` samples, evenly spaced, into `out`; those that cannot be read are left out."""
+    """Draws `count` samples, evenly spaced, into `out`, except those that cannot be read."""
     out.mkdir(parents=True, exist_ok=True)
     paths = []
-    for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int):
+    for index in evenly(len(dataset), count):
         try:
-            sample = dataset.sample(int(index), np.random.default_rng([seed, index]))
+            sample = dataset.sample(index, np.random.default_rng([seed, index]))
         except ValueError:
             continue  # the report has it
         name = Path(dataset.name.split(":")[0]).stem
@@ -210,13 +201,9 @@ def run(options: argparse.Namespace) -> int:
         reports.append(report)
         if options.show and dataset is not None:
             show(dataset, options.show, options.out, options.seed)
-    print(table(reports))
-    for text in (
-        missing_text(reports, options.data),
-        problems_text(reports, 10**9 if options.all else MOST_SHOWN),
-    ):
-        if text:
-            print(text)
+    most = sys.maxsize if options.all else MOST_SHOWN
+    texts = table(reports), missing_text(reports, options.data), problems_text(reports, most)
+    print("\n".join(filter(None, texts)))
     if options.show:
         print(f"\npictures are in {options.out}")
     return int(any(report.problems for report in reports))
@@ -231,24 +218,15 @@ def add_command(commands) -> None:
         "bad.",
         epilog="example: python -m xsam.data check --data datas --datasets refcoco --show 4",
     )
-    parser.add_argument("--data", type=Path, default=Path("datas"), help="data root (datas)")
-    parser.add_argument(
-        "--datasets",
-        default="",
-        metavar="NAME,...",
-        help="only these; also files of your own: FILE.json, FILE.json:IMAGES[:MASKS]",
-    )
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="draw N samples of each")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/check"), help="where pictures go (runs/check)"
-    )
-    parser.add_argument(
-        "--limit", type=int, default=0, metavar="N", help="read N samples of each (default: all)"
-    )
-    parser.add_argument("--all", action="store_true", help="list every bad record")
-    parser.add_argument("--phrasings", default="", metavar="FILE", help="phrasings of your own")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
-    )
+    add, cores = parser.add_argument, os.cpu_count() or 1
+    own = "only these; also files of your own: FILE.json, FILE.json:IMAGES[:MASKS]"
+    add("--data", type=Path, default=Path("datas"), help="data root (datas)")
+    add("--datasets", default="", metavar="NAME,...", help=own)
+    add("--show", type=int, default=0, metavar="N", help="draw N samples of each")
+    add("--out", type=Path, default=Path("runs/check"), help="where pictures go (runs/check)")
+    add("--limit", type=int, default=0, metavar="N", help="read N samples of each (default: all)")
+    add("--all", action="store_true", help="list every bad record")
+    add("--phrasings", default="", metavar="FILE", help="phrasings of your own")
+    add("--seed", type=int, default=0, help="of what is drawn (0)")
+    add("--workers", type=int, default=cores, help="processes (default: all cores)")
     parser.set_defaults(run=run)

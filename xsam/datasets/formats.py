@@ -1,17 +1,16 @@
-"""What lies on disk, read with suspicion: JSON, pickles, images, masks in every encoding.
+"""How files are read and checked: JSON, pickles, tables, images, and masks in every encoding.
 
-Second link of the data chain (sources → formats → prompts → samples → datasets → data). Everything
-here raises ValueError that names the file or the record, whatever the bytes. Legend: H W image
-size.
+Whatever the bytes of a file, all functions here raise ValueError that names the file or the record
+(records.py has what a record must hold). Legend: H W image size.
 """
 
 import contextlib
 import csv
 import io
 import json
-import math
 import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,29 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
+from xsam.datasets.records import Segmentation, expect, take
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
 def read_json(path: Path, kind: type | None = None) -> Any:
     """The content of a JSON file, which must be of `kind` (list or dict) at its top."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with _json_errors(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
     if kind is not None and not isinstance(content, kind):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a {kind.__name__}")
     return content
+
+
+@contextlib.contextmanager
+def _json_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -60,17 +68,14 @@ def read_refs(path: Path) -> list[dict]:
 
 def read_labelme(path: Path) -> dict:
     """A ReasonSeg annotation: UTF-8, or the Windows code page that some of the files have."""
-    content = path.read_bytes() if path.is_file() else None
-    if content is None:
+    if not path.is_file():
         raise ValueError(f"{path}: missing, the image beside it has no annotation")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        text = content.decode("cp1252", errors="replace")
-    try:
+    with _json_errors(path):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            text = path.read_text(encoding="cp1252", errors="replace")
         record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
     return expect(record, dict, str(path))
 
 
@@ -88,58 +93,9 @@ def read_tsv(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"{path}: not a table of tab-separated values ({error})") from error
 
 
-# ---- records -------------------------------------------------------------------------------------
-
-
-def expect(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
-    """`value`, which must be of `kind`; an int may stand for a float, a bool never for a number."""
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    accepted = (*kinds, int) if float in kinds else kinds
-    is_number = not isinstance(value, float) or math.isfinite(value)
-    if isinstance(value, accepted) and (not isinstance(value, bool) or bool in kinds) and is_number:
-        return value
-    names = " or ".join(each.__name__ for each in kinds)
-    raise ValueError(f"{where}: expected {names}, got {_shorten(value)}")
-
-
-def take(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """`record[key]`, which must be there and of `kind`."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a dict, got {_shorten(record)}")
-    if key not in record:
-        raise ValueError(f"{where}: has no {key!r}")
-    return expect(record[key], kind, f"{where}: {key!r}")
-
-
-def take_flag(record: dict, key: str, where: str, default: bool = False) -> bool:
-    """`record[key]`, 0 or 1; `default` where it is not there."""
-    value = record.get(key, default)
-    if not isinstance(value, int) or value not in (0, 1):
-        raise ValueError(f"{where}: {key!r} is {_shorten(value)}, neither 0 nor 1")
-    return bool(value)
-
-
-def take_size(record: dict, where: str) -> tuple[int, int]:
-    """(height, width) of a record, which some files write as strings."""
-    sides = []
-    for key in ("height", "width"):
-        side = take(record, key, (int, str), where)
-        if isinstance(side, str) and side.strip().isdecimal() and len(side) < 9:
-            side = int(side)
-        if not isinstance(side, int) or not 0 < side < 2**16:
-            raise ValueError(f"{where}: {key!r} is {_shorten(side)}, no number of pixels")
-        sides.append(side)
-    return sides[0], sides[1]
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
-
-
 # ---- images --------------------------------------------------------------------------------------
 
-SEGMENT_IDS = range(2**24)  # three channels of eight bits, red the lowest
+SEGMENT_IDS = range(2**24)  # COCO panoptic writes them as colours: red + 256 green + 256² blue
 
 
 # What Pillow's decoders raise on damaged bytes.
@@ -175,6 +131,11 @@ def read_segment_ids(path: Path, size: tuple[int, int]) -> np.ndarray:
     """A COCO panoptic PNG as segment ids, int32 [H, W]; 0 is void."""
     colours = np.asarray(_open_png(path, size).convert("RGBA"))
     return (colours.view("<u4")[..., 0] & 0xFFFFFF).astype(np.int32)
+
+
+def segment_colours(ids: np.ndarray) -> np.ndarray:
+    """Segment ids [H, W] as the pixels of a COCO panoptic PNG, uint8 [H, W, 3]."""
+    return ((ids[..., None] >> (0, 8, 16)) & 255).astype(np.uint8)
 
 
 def read_class_map(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -237,7 +198,7 @@ def _check_size(path, image: Image.Image, size: tuple[int, int] | None) -> None:
 
 
 def decode_mask(
-    segmentation: dict | list, size: tuple[int, int], where: str, may_be_empty: bool = False
+    segmentation: Segmentation, size: tuple[int, int], where: str, may_be_empty: bool = False
 ) -> np.ndarray:
     """Any of the four COCO encodings as a mask, bool [H, W]: RLE with list or string counts, a list
     of RLEs, a list of polygons. A ring of under six or of an odd number of coordinates is dropped.
@@ -264,7 +225,7 @@ def decode_mask(
     return mask
 
 
-def num_bad_rings(segmentation: dict | list) -> int:
+def num_bad_rings(segmentation: Segmentation) -> int:
     """Rings that `decode_mask` drops."""
     rings = segmentation if isinstance(segmentation, list) else []
     return sum(isinstance(ring, list) and (len(ring) < 6 or len(ring) % 2) for ring in rings)
@@ -304,9 +265,7 @@ def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list:
 def checked_rle(rle: dict, size: tuple[int, int], where: str) -> dict:
     """An RLE as pycocotools takes it, whose runs fill the image exactly."""
     if take(rle, "size", list, where) != list(size):
-        raise ValueError(
-            f"{where}: RLE of size {_shorten(rle['size'])} in an image of {list(size)}"
-        )
+        raise ValueError(f"{where}: RLE of size {rle['size']!r:.60} in an image of {list(size)}")
     counts = take(rle, "counts", (list, str, bytes), where)
     if isinstance(counts, list):
         try:
@@ -336,8 +295,8 @@ def _runs(counts: bytes) -> np.ndarray:
     starts = np.concatenate([[0], ends[:-1] + 1])
     if (ends - starts).max() > 6:
         raise ValueError("a run is too long")
-    place = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
-    numbers = np.add.reduceat((codes & 31) << (5 * place), starts)
+    position = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    numbers = np.add.reduceat((codes & 31) << (5 * position), starts)
     numbers -= np.where(codes[ends] & 16, 1 << (5 * (ends - starts + 1)), 0)
     numbers[1::2] = np.cumsum(numbers[1::2])
     numbers[2::2] = np.cumsum(numbers[2::2])
@@ -348,10 +307,8 @@ def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
     """The mask grown by a disc of `radius` pixels, bool [H, W]."""
     if not mask.any():
         return mask
-    rows, columns = ndimage.find_objects(mask.astype(np.uint8))[0]
-    window = tuple(
-        slice(max(0, each.start - radius), each.stop + radius) for each in (rows, columns)
-    )
+    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+    window = tuple(slice(max(0, side.start - radius), side.stop + radius) for side in box)
     grown = mask.copy()
     grown[window] = ndimage.distance_transform_edt(~mask[window]) <= radius
     return grown

@@ -13,18 +13,18 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from xsam.data import Sample
-from xsam.datasets.base import Dataset, Packed, by_id, pack
-from xsam.datasets.formats import (
-    decode_mask,
+from xsam.datasets import formats
+from xsam.datasets.base import Dataset, Packed, pack
+from xsam.datasets.formats import decode_mask, read_image, read_json
+from xsam.datasets.records import (
+    CocoImage,
+    Segmentation,
+    by_id,
     expect,
-    read_image,
-    read_image_size,
-    read_json,
-    read_labelme,
-    read_mask_image,
-    read_refs,
+    label,
+    parse,
     take,
-    take_size,
+    unpack,
 )
 from xsam.prompts import check_words
 
@@ -35,7 +35,7 @@ MAX_TURNS = 8  # referred objects of one training conversation
 
 
 class Referring(Dataset):
-    """Samples of one turn for each expression; an expression that nothing fits is answered so."""
+    """Conversations with a turn for every expression, even one that nothing in the image fits."""
 
     def make(
         self,
@@ -46,65 +46,56 @@ class Referring(Dataset):
         rng: np.random.Generator,
     ) -> Sample:
         """The sample of (expression, mask bool [H, W] or None where there is no such thing)."""
-        names = [expression for expression, _ in objects]
-        masks = [mask for _, mask in objects if mask is not None]
-        size = picture.height, picture.width
+        names, masks = map(list, zip(*objects, strict=True))
+        kinds = ["absent" if mask is None else "answers" for mask in masks]
+        turns = [self.turn([name], rng, kind) for name, kind in zip(names, kinds, strict=True)]
+        labels = np.flatnonzero([mask is not None for mask in masks])
+        found = np.array([masks[index] for index in labels], bool)
+        found = found.reshape(-1, picture.height, picture.width)
         return Sample(
-            sample_id=sample_id,
-            task="refer",
-            image=picture,
-            turns=[
-                self.turn([name], rng, "absent" if mask is None else "answers")
-                for name, mask in objects
-            ],
-            masks=np.stack(masks) if masks else np.zeros((0, *size), bool),
-            labels=np.flatnonzero([mask is not None for _, mask in objects]),
-            names=names,
-            image_id=image_id,
+            sample_id, "refer", picture, turns, found, labels, names=names, image_id=image_id
         )
 
 
 class RefCoco(Referring):
     """RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO, whose expressions may mean several objects or none.
 
-    Training: a conversation with one turn for each of up to MAX_TURNS referred objects of an image;
-    the k-th sample of an image takes the k-th combination of its objects' sentences, for as many
-    samples as the image has sentences, or combinations where those are fewer. Evaluation: one
-    sample per object and sentence. An image belongs to the split of its first ref.
+    Training: a conversation has a turn for up to MAX_TURNS referred objects of an image; the k-th
+    sample of an image takes the k-th combination of its objects' sentences, for as many samples as
+    the image has sentences, or combinations where those are fewer. Evaluation: one sample per
+    object and sentence. An image belongs to the split of its first ref.
     """
 
     def index(self) -> None:
-        where = str(self.instances)
-        content = read_json(self.instances, dict)
-        images = by_id(take(content, "images", list, where), f"{where}: images")
-        annotations = by_id(take(content, "annotations", list, where), f"{where}: annotations")
+        content, where = read_json(self.instances, dict), str(self.instances)
+        images = by_id(content, "images", where)
+        annotations = by_id(content, "annotations", where)
         by_image, split_of = defaultdict(list), {}
-        for place, ref in enumerate(read_refs(self.annotations)):
+        for index, ref in enumerate(formats.read_refs(self.annotations)):
             with self.record():
-                where = f"{self.annotations}: ref {place}"
-                image_id, split, object_ = self.read_ref(ref, images, annotations, where)
+                image_id, split, numbers, texts = self.read_ref(ref, index, images, annotations)
                 split_of.setdefault(image_id, split)
-                by_image[image_id].append(object_)
+                by_image[image_id].append((numbers, texts))
         chosen = {i: by_image[i] for i in sorted(by_image) if split_of[i] == self.source.split}
         # The files hold four times as many annotations as are referred to.
-        used = sorted({n for objects in chosen.values() for numbers, _ in objects for n in numbers})
+        used = sorted({n for refs in chosen.values() for numbers, _ in refs for n in numbers})
         self.objects = Packed([pack(annotations[n], f"{self.instances}: {n}") for n in used])
-        places = {number: place for place, number in enumerate(used)}
-        for image_id, objects in chosen.items():
-            placed = [([places[n] for n in numbers], texts) for numbers, texts in objects]
-            self.index_image(images[image_id], placed)
+        index_of = {number: index for index, number in enumerate(used)}
+        for image_id, refs in chosen.items():
+            indexed = [([index_of[n] for n in numbers], texts) for numbers, texts in refs]
+            self.index_image(images[image_id], indexed)
 
     def read_ref(
-        self, ref: dict, images: dict, annotations: dict, where: str
-    ) -> tuple[int, str, tuple[list[int], list[str]]]:
-        """Image, split, and the object: annotation ids (none: there is no such thing) and its
-        sentences in lower case; for training sorted and each once."""
-        if isinstance(ref, dict) and "ref_id" in ref:
-            where = f"{self.annotations}: ref {ref['ref_id']}"
-        image_id = take(ref, "image_id", int, where)
+        self, ref: dict, index: int, images: dict, annotations: dict
+    ) -> tuple[int, str, list[int], list[str]]:
+        """Image, split, annotations (none: there is no such thing), and sentences in lower case;
+        for training sorted and without repeats."""
+        where = f"{self.annotations}: {label(ref, 'ref_id', 'ref {}', f'ref {index}')}"
+        image_id, numbers, sentences, split = unpack(
+            ref, where, image_id=int, ann_id=int | list, sentences=list, split=str
+        )
         if image_id not in images:
             raise ValueError(f"{where}: image {image_id} is not in {self.instances}")
-        numbers = take(ref, "ann_id", (int, list), where)
         if numbers == []:
             raise ValueError(f"{where}: 'ann_id' is empty; [-1] says that there is no such thing")
         numbers = [] if numbers == [-1] else numbers if isinstance(numbers, list) else [numbers]
@@ -113,21 +104,17 @@ class RefCoco(Referring):
                 raise ValueError(f"{where}: annotation {number} is not in {self.instances}")
             if annotations[number].get("image_id") != image_id:
                 raise ValueError(f"{where}: annotation {number} is of another image")
-        texts = [
-            take(sentence, "sent", str, where).strip().lower()
-            for sentence in take(ref, "sentences", list, where)
-        ]
+        texts = [take(sentence, "sent", str, where).strip().lower() for sentence in sentences]
         if not texts or "" in texts:
             raise ValueError(f"{where}: an expression is missing")
         for text in texts:
             check_words(text, where)
-        if self.source.split == "train":
-            texts = sorted(set(texts))
-        return image_id, take(ref, "split", str, where), (numbers, texts)
+        is_training = self.source.split == "train"
+        return image_id, split, numbers, sorted(set(texts)) if is_training else texts
 
-    def index_image(self, image: dict, objects: list[tuple[list[int], list[str]]]) -> None:
-        """The records of an image; an object is its places in `self.objects` and its sentences."""
-        pairs = [[(places, sentence) for sentence in texts] for places, texts in objects]
+    def index_image(self, image: dict, refs: list[tuple[list[int], list[str]]]) -> None:
+        """The records of an image; a ref is indices into `self.objects` and sentences."""
+        pairs = [[(indices, text) for text in texts] for indices, texts in refs]
         if self.source.split != "train":
             self.records += [(image, [pair]) for pair in itertools.chain(*pairs)]
             return
@@ -140,24 +127,22 @@ class RefCoco(Referring):
         return f"{self.records[index][0]['id']}/{index}"
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        image, pairs = self.records[index]
-        where = f"{self.instances}: image {image['id']}"
-        size = take_size(image, where)
-        picture = read_image(self.images / take(image, "file_name", str, where), size)
+        record, pairs = self.records[index]
+        image = parse(CocoImage, record, f"{self.instances}: image {record['id']}")
+        picture = read_image(self.images / image.file_name, image.size)
         objects = []
-        for places, sentence in pairs:
-            masks = [self.mask(self.objects[place], size) for place in places]
-            objects.append((sentence, np.any(masks, axis=0) if masks else None))
-        sample_id = f"{self.name}/{image['id']}/{index}"
-        return self.make(sample_id, image["id"], picture, objects, rng)
+        for indices, text in pairs:
+            masks = [self.mask(self.objects[i], image.size) for i in indices]
+            objects.append((text, np.any(masks, axis=0) if masks else None))
+        return self.make(f"{self.name}/{image.id}/{index}", image.id, picture, objects, rng)
 
     def num_words(self, index: int) -> int:
         _, pairs = self.records[index]
-        return sum(len(sentence.split()) for _, sentence in pairs)
+        return sum(len(text.split()) for _, text in pairs)
 
     def mask(self, annotation: dict, size: tuple[int, int]) -> np.ndarray:
         where = f"{self.instances}: annotation {annotation['id']}"
-        return decode_mask(take(annotation, "segmentation", (dict, list), where), size, where)
+        return decode_mask(take(annotation, "segmentation", Segmentation, where), size, where)
 
 
 class OwnReferring(Referring):
@@ -166,20 +151,15 @@ class OwnReferring(Referring):
     string or a list of alternatives."""
 
     def index(self) -> None:
-        for place, record in enumerate(read_json(self.annotations, list)):
-            where = f"{self.annotations}: record {place}"
+        for index, record in enumerate(read_json(self.annotations, list)):
+            where = f"{self.annotations}: record {index}"
             with self.record():
-                take(record, "image", str, where)
-                masks, texts = (
-                    take(record, "masks", list, where),
-                    take(record, "texts", list, where),
-                )
+                image, masks, texts = unpack(record, where, image=str, masks=list, texts=list)
                 if not masks or len(masks) != len(texts):
                     raise ValueError(f"{where}: {len(masks)} masks but {len(texts)} texts")
                 pairs = list(zip(masks, texts, strict=True))
                 for start in range(0, len(pairs), MAX_TURNS):
-                    chunk = pairs[start : start + MAX_TURNS]
-                    self.records.append((where, record["image"], chunk))
+                    self.records.append((where, image, pairs[start : start + MAX_TURNS]))
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         where, name, pairs = self.records[index]
@@ -188,18 +168,26 @@ class OwnReferring(Referring):
         objects = []
         for mask, texts in pairs:
             texts = [texts] if isinstance(texts, str) else expect(texts, list, f"{where}: texts")
-            if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            if not is_texts(texts):
                 raise ValueError(f"{where}: a text is empty or no string")
             text = check_words(texts[rng.integers(len(texts))].strip(), where)
             if isinstance(mask, str):
-                mask = read_mask_image(self.images / mask, size)
+                mask = formats.read_mask_image(self.images / mask, size)
             elif mask is not None:
-                mask = decode_mask(expect(mask, (dict, list), f"{where}: a mask"), size, where)
+                mask = decode_mask(expect(mask, Segmentation, f"{where}: a mask"), size, where)
             objects.append((text, mask))
         return self.make(f"{self.name}/{index}", name, picture, objects, rng)
 
 
+def is_texts(values: list) -> bool:
+    """Whether it is one or more strings, none of them blank."""
+    return bool(values) and all(isinstance(text, str) and text.strip() for text in values)
+
+
 # ---- reasoning -----------------------------------------------------------------------------------
+
+
+Shape = tuple[bool, list[tuple[int, int]]]  # whether it is ignored, and its corners
 
 
 class Reason(Dataset):
@@ -207,53 +195,50 @@ class Reason(Dataset):
     mask; pixels of "ignore" polygons have no label.
 
     Training: one sample an image, which draws one of its texts, and half of the time the
-    explanation, where there is one. Evaluation: one sample for each text.
+    explanation, where there is one. Evaluation: one sample for every text.
     """
 
     def index(self) -> None:
         self.explanations = defaultdict(list)
-        if self.source.instances:
-            for place, record in enumerate(read_json(self.instances, list)):
-                where = f"{self.instances}: record {place}"
-                with self.record():
-                    name = take(record, "image", str, where)
-                    outputs = check_words(take(record, "outputs", str, where).strip(), where)
-                    self.explanations[Path(name).stem].append(outputs)
-        stems = sorted(path.stem for path in self.annotations.glob("*.jpg"))
-        alone = {path.stem for path in self.annotations.glob("*.json")} - set(stems)
-        self.problems += [
-            f"{self.annotations / f'{stem}.json'}: has no {stem}.jpg beside it"
-            for stem in sorted(alone)
-        ]
-        for stem in stems:
+        records = read_json(self.instances, list) if self.source.instances else []
+        for index, record in enumerate(records):
+            where = f"{self.instances}: record {index}"
+            with self.record():
+                image, outputs = unpack(record, where, image=str, outputs=str)
+                self.explanations[Path(image).stem].append(check_words(outputs.strip(), where))
+        stems = {path.stem for path in self.annotations.glob("*.jpg")}
+        for path in sorted(self.annotations.glob("*.json")):
+            if path.stem not in stems:
+                self.problems.append(f"{path}: has no {path.stem}.jpg beside it")
+        for stem in sorted(stems):
             with self.record():
                 self.index_image(stem, self.annotations / f"{stem}.json")
 
     def index_image(self, stem: str, path: Path) -> None:
-        record = read_labelme(path)
-        texts = take(record, "text", list, str(path))
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        texts, is_sentence, records = unpack(
+            formats.read_labelme(path), str(path), text=list, is_sentence=bool, shapes=list
+        )
+        if not is_texts(texts):
             raise ValueError(f"{path}: a text is missing or no string")
-        is_sentence = take(record, "is_sentence", bool, str(path))
         shapes = []
-        for place, shape in enumerate(take(record, "shapes", list, str(path))):
-            where = f"{path}: shape {place}"
-            label = take(shape, "label", str, where).lower()
-            if label != "flag":
-                shapes.append(("ignore" in label, _corners(shape, where)))
+        for index, record in enumerate(records):
+            where = f"{path}: shape {index}"
+            kind, points = unpack(record, where, label=str, points=list)
+            if kind.lower() != "flag":
+                shapes.append(("ignore" in kind.lower(), whole_pixels(points, where)))
         if not self.has_target(shapes, path):
             self.skipped["images without a target"] += 1
             return
         texts = [check_words(text.strip(), str(path)) for text in texts]
         chosen = [texts] if self.source.split == "train" else [[text] for text in texts]
-        self.records += [(stem, each, is_sentence, shapes) for each in chosen]
+        self.records += [(stem, texts, is_sentence, shapes) for texts in chosen]
 
-    def has_target(self, shapes: list[tuple[bool, list]], path: Path) -> bool:
+    def has_target(self, shapes: list[Shape], path: Path) -> bool:
         """Whether a target shows; painting takes time, and is needed where one may be covered."""
         num_ignored = sum(is_ignored for is_ignored, _ in shapes)
         if num_ignored in (0, len(shapes)):
             return num_ignored < len(shapes)
-        size = read_image_size(path.with_suffix(".jpg"))
+        size = formats.read_image_size(path.with_suffix(".jpg"))
         return bool((paint_shapes(shapes, size, str(path)) == 1).any())
 
     def key(self, index: int) -> str:
@@ -271,16 +256,10 @@ class Reason(Dataset):
         explanations = self.explanations.get(stem)
         if explanations and rng.random() < 0.5:
             answer = f"{explanations[rng.integers(len(explanations))]} {answer}"
+        sample_id, turns, masks = f"{self.name}/{stem}/{index}", [(question, answer)], labels == 1
+        labels, ignore = np.zeros(1, np.int64), labels == 255
         return Sample(
-            sample_id=f"{self.name}/{stem}/{index}",
-            task="reason",
-            image=picture,
-            turns=[(question, answer)],
-            masks=(labels == 1)[None],
-            labels=np.zeros(1, np.int64),
-            ignore=labels == 255,
-            names=[text],
-            image_id=stem,
+            sample_id, "reason", picture, turns, masks[None], labels, ignore, [text], image_id=stem
         )
 
     def num_words(self, index: int) -> int:
@@ -291,24 +270,19 @@ class Reason(Dataset):
         return self.records[index][2]
 
 
-def _corners(shape: dict, where: str) -> list[tuple[int, int]]:
-    """Corners as whole pixels, as LISA casts them."""
-    corners = []
-    for point in take(shape, "points", list, where):
+def whole_pixels(points: list, where: str) -> list[tuple[int, int]]:
+    """The corners of a polygon, cut to whole pixels as in LISA."""
+    for point in points:
         if len(expect(point, list, where)) != 2:
             raise ValueError(f"{where}: a point has {len(point)} numbers, not 2")
-        x, y = (expect(number, float, where) for number in point)
-        corners.append((int(x), int(y)))
-    if len(corners) < 2:
-        raise ValueError(f"{where}: has {len(corners)} points, a polygon needs more")
-    return corners
+    if len(points) < 2:
+        raise ValueError(f"{where}: has {len(points)} points, a polygon needs more")
+    return [(int(expect(x, float, where)), int(expect(y, float, where))) for x, y in points]
 
 
-def paint_shapes(
-    shapes: list[tuple[bool, list[tuple[int, int]]]], size: tuple[int, int], where: str
-) -> np.ndarray:
-    """ReasonSeg's rule: each polygon filled with its outline, the largest first, so that a smaller
-    one shows on top. uint8 [H, W]: 1 target, 255 ignored, 0 the rest."""
+def paint_shapes(shapes: list[Shape], size: tuple[int, int], where: str) -> np.ndarray:
+    """ReasonSeg's rule: polygons are filled with their outline, the largest first, so that smaller
+    ones show on top. uint8 [H, W]: 1 target, 255 ignored, 0 the rest."""
     painted = []
     for is_ignored, corners in shapes:
         if np.abs(corners).max() > 2 * max(size):
@@ -317,7 +291,7 @@ def paint_shapes(
         ImageDraw.Draw(canvas).polygon(corners, fill=1, outline=1)
         painted.append((255 if is_ignored else 1, np.asarray(canvas)))
     labels = np.zeros(size, np.uint8)
-    # Of equal ones LISA paints the later first.
-    for value, mask in sorted(painted, key=lambda each: each[1].sum())[::-1]:
+    # Of two of the same size LISA paints the later first.
+    for value, mask in sorted(painted, key=lambda pair: pair[1].sum())[::-1]:
         labels[mask] = value
     return labels

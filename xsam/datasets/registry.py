@@ -1,8 +1,6 @@
-"""Every dataset of the paper by its name (paper tables 1 and 7), or a user's own file.
+"""Every dataset of the paper by its name (paper table 10, appendix A), or a user's own file.
 
-Link of the data chain (sources → formats → prompts → samples → datasets → data): the layouts are
-read in `datasets_generic.py`, `datasets_referring.py`, `datasets_grounded.py` and
-`datasets_chat.py`.
+sources.py says where a set lies and in which format, READERS which class reads that format.
 """
 
 import dataclasses
@@ -10,9 +8,11 @@ from pathlib import Path
 
 from xsam.datasets.base import Dataset
 from xsam.datasets.chat import Benchmark, Llava
-from xsam.datasets.formats import read_json, take
+from xsam.datasets.formats import read_json
 from xsam.datasets.generic import Instances, Panoptic, Semantic
-from xsam.datasets.grounded import GcgFlickr, GcgGrounded, GcgRefs, GcgScored, VisualPrompts
+from xsam.datasets.grounded import GcgFlickr, GcgGrounded, GcgRefs, GcgScored
+from xsam.datasets.prompted import VisualPrompts
+from xsam.datasets.records import take
 from xsam.datasets.referring import OwnReferring, Reason, RefCoco
 from xsam.datasets.sources import Source, find_source, locate
 from xsam.prompts import PHRASINGS
@@ -37,8 +37,8 @@ READERS: dict[str, type[Dataset]] = {
 def read_dataset(
     name: str, root: Path, all_classes: bool = False, phrasings: dict = PHRASINGS
 ) -> Dataset:
-    """The dataset that `sources.SOURCES` calls `name`, or a user's own file (`find_source`),
-    whatever is wrong with its records. Raises ValueError where a file cannot be read."""
+    """The dataset that SOURCES calls `name`, or a user's own file (`find_source`), even if records
+    of it are wrong. Raises ValueError where a file cannot be read."""
     source = find_source(name)
     if source.format == "own":
         source = recognise(source, Path(root))

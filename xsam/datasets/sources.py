@@ -1,11 +1,11 @@
-"""Which datasets there are and where each lies under the data root.
+"""Which datasets there are (paper table 10, appendix A) and where they lie under the data root.
 
 Imported before torch, so that a missing file is reported before anything heavy happens: this file
-knows paths, `datasets.py` knows what is in them. Paths follow the published folder tree; other
+knows paths, the readers know what is in the files. Paths follow the published folder tree; other
 names that the same files go by are in `ALIASES`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xsam.config import Config, stage_folder
@@ -21,7 +21,7 @@ class Source:
     """One dataset on disk; paths are relative to the data root."""
 
     task: str  # what it asks of the model; one of prompts.PHRASINGS, or "chat"
-    format: str  # which reader of datasets.py
+    format: str  # a key of registry.READERS
     annotations: str
     images: str = ""
     masks: str = ""
@@ -100,15 +100,9 @@ def _coco(kind: str, split: str) -> Source:
             "with semantic PNGs (python -m xsam.data coco-semantic makes them)",
         ),
     }[kind]
-    return Source(
-        task="generic",
-        format=kind,
-        annotations=annotations,
-        masks=masks,
-        images=f"{_COCO}/{split}2017",
-        split=split,
-        about=f"COCO 2017 {split} images {about}",
-    )
+    about = f"COCO 2017 {split} images {about}"
+    images = f"{_COCO}/{split}2017"
+    return Source("generic", kind, annotations, images, masks, split=split, about=about)
 
 
 def _ade(kind: str) -> Source:
@@ -118,76 +112,58 @@ def _ade(kind: str) -> Source:
         "instance": (f"{_ADE}/ade20k_instance_val.json", ""),
         "semantic": (panoptic, f"{_ADE}/annotations_detectron2/validation"),
     }[kind]
-    return Source(
-        task="generic",
-        format=kind,
-        annotations=annotations,
-        masks=masks,
-        images=f"{_ADE}/images/validation",
-        split="val",
-        about="ADE20K-150 validation, converted by python -m xsam.data ade20k",
-    )
+    about = "ADE20K-150 validation, converted by python -m xsam.data ade20k"
+    images = f"{_ADE}/images/validation"
+    return Source("generic", kind, annotations, images, masks, split="val", about=about)
 
 
-def _refer(folder: str, file: str, split: str = "train") -> Source:
-    return Source(
-        task="refer",
-        format="refs",
-        split=split,
-        annotations=f"{_REF}/{folder}/{file}",
-        instances=f"{_REF}/{folder}/instances.json",
-        images=_COCO_2014,
-        about=f"{folder} expressions, its COCO instances and the COCO 2014 train images",
-    )
+def _refer(folder: str, file: str, *splits: str) -> dict[str, Source]:
+    """The sets of all splits, "train" being named by the folder alone."""
+    annotations, instances = f"{_REF}/{folder}/{file}", f"{_REF}/{folder}/instances.json"
+    about = f"{folder} expressions, its COCO instances and the COCO 2014 train images"
+    source = Source("refer", "refs", annotations, _COCO_2014, instances=instances, about=about)
+    names = {split: f"{folder}_{split}" for split in splits}
+    return {
+        name: replace(source, split=split) for split, name in ({"train": folder} | names).items()
+    }
 
 
 def _reason(split: str) -> Source:
-    return Source(
-        task="reason",
-        format="reason",
-        split=split,
-        annotations=f"{_REASON}/{split}",
-        instances=f"{_REASON}/explanatory/train.json" if split == "train" else "",
-        about=f"ReasonSeg {split}: NAME.jpg beside NAME.json"
-        + (", and the explanations" if split == "train" else ""),
-    )
+    about, instances = f"ReasonSeg {split}: NAME.jpg beside NAME.json", ""
+    if split == "train":
+        about, instances = f"{about}, and the explanations", f"{_REASON}/explanatory/train.json"
+    annotations = f"{_REASON}/{split}"
+    return Source("reason", "reason", annotations, instances=instances, split=split, about=about)
 
 
 def _gcg(file: str, format: str, images: str, about: str) -> Source:
-    annotations = f"{_GCG}/annotations/train/{file}"
-    return Source("gcg", format, annotations, f"{_GCG}/images/{images}", about=about)
+    annotations, images = f"{_GCG}/annotations/train/{file}", f"{_GCG}/images/{images}"
+    return Source("gcg", format, annotations, images, about=f"GranD-f{about}")
 
 
 def _gcg_scored(split: str) -> Source:
-    return Source(
-        task="gcg",
-        format="gcg_scored",
-        annotations=f"{_GCG}/annotations/val_test/{split}_gcg_coco_mask_gt.json",
-        instances=f"{_GCG}/annotations/val_test/{split}_gcg_coco_caption_gt.json",
-        images=f"{_GCG}/images/GranDf_HA_images/val_test",
-        about=f"GranD-f {split} masks, captions and images",
-    )
+    masks = f"{_GCG}/annotations/val_test/{split}_gcg_coco_mask_gt.json"
+    captions = f"{_GCG}/annotations/val_test/{split}_gcg_coco_caption_gt.json"
+    images = f"{_GCG}/images/GranDf_HA_images/val_test"
+    about = f"GranD-f {split} masks, captions and images"
+    return Source("gcg", "gcg_scored", masks, images, instances=captions, about=about)
 
 
 def _interactive(split: str, prompt: str = "") -> Source:
-    return Source(
-        task="interactive",
-        format="visual_prompts",
-        annotations=f"{_INT}/annotations/coco_interactive_{split}_psalm.json",
-        images=f"{_INT}/coco2017/{split}2017",
-        split=split,
-        prompt=prompt,
-        about=f"COCO-Interactive {split} of PSALM and the COCO 2017 images",
-    )
+    annotations = f"{_INT}/annotations/coco_interactive_{split}_psalm.json"
+    images = f"{_INT}/coco2017/{split}2017"
+    about = f"COCO-Interactive {split} of PSALM and the COCO 2017 images"
+    format = "visual_prompts"
+    return Source("interactive", format, annotations, images, "", "", split, prompt, about=about)
 
 
 def _vgd(split: str, prompt: str = "", is_cross: bool = False) -> Source:
     return Source(
-        task="vgd",
-        format="visual_prompts",
+        "vgd",
+        "visual_prompts",
         annotations=f"{_VGD}/annotations/img_vgdseg_coco_{split}.json",
-        instances=f"{_VGD}/annotations/instances_{split}2017.json",
         images=f"{_VGD}/coco2017/{split}2017",
+        instances=f"{_VGD}/annotations/instances_{split}2017.json",
         split=split,
         prompt=prompt,
         is_cross=is_cross,
@@ -213,21 +189,10 @@ SOURCES: dict[str, Source] = {
     "ade20k_panoptic_val": _ade("panoptic"),
     "ade20k_instance_val": _ade("instance"),
     "ade20k_semantic_val": _ade("semantic"),
-    "refcoco": _refer("refcoco", "refs(unc).p"),
-    "refcoco_val": _refer("refcoco", "refs(unc).p", "val"),
-    "refcoco_testA": _refer("refcoco", "refs(unc).p", "testA"),
-    "refcoco_testB": _refer("refcoco", "refs(unc).p", "testB"),
-    "refcoco+": _refer("refcoco+", "refs(unc).p"),
-    "refcoco+_val": _refer("refcoco+", "refs(unc).p", "val"),
-    "refcoco+_testA": _refer("refcoco+", "refs(unc).p", "testA"),
-    "refcoco+_testB": _refer("refcoco+", "refs(unc).p", "testB"),
-    "refcocog": _refer("refcocog", "refs(umd).p"),
-    "refcocog_val": _refer("refcocog", "refs(umd).p", "val"),
-    "refcocog_test": _refer("refcocog", "refs(umd).p", "test"),
-    "grefcoco": _refer("grefcoco", "grefs(unc).json"),
-    "grefcoco_val": _refer("grefcoco", "grefs(unc).json", "val"),
-    "grefcoco_testA": _refer("grefcoco", "grefs(unc).json", "testA"),
-    "grefcoco_testB": _refer("grefcoco", "grefs(unc).json", "testB"),
+    **_refer("refcoco", "refs(unc).p", "val", "testA", "testB"),
+    **_refer("refcoco+", "refs(unc).p", "val", "testA", "testB"),
+    **_refer("refcocog", "refs(umd).p", "val", "test"),
+    **_refer("grefcoco", "grefs(unc).json", "val", "testA", "testB"),
     "reasonseg": _reason("train"),
     "reasonseg_val": _reason("val"),
     "reasonseg_test": _reason("test"),
@@ -235,25 +200,19 @@ SOURCES: dict[str, Source] = {
         "GranDf_HA_GCG_train.json",
         "gcg_grounded",
         "GranDf_HA_images/train",
-        "GranD-f, annotated by people",
+        ", annotated by people",
     ),
     "gcg_psg": _gcg(
-        "OpenPsgGCG_train.json",
-        "gcg_grounded",
-        "coco2017",
-        "GranD-f from OpenPSG, COCO 2017 images",
+        "OpenPsgGCG_train.json", "gcg_grounded", "coco2017", " from OpenPSG, COCO 2017 images"
     ),
     "gcg_refcocog": _gcg(
         "RefCOCOg_GCG_train.json",
         "gcg_refs",
         "coco2014/train2014",
-        "GranD-f from RefCOCOg, COCO 2014 train images",
+        " from RefCOCOg, COCO 2014 train images",
     ),
     "gcg_flickr": _gcg(
-        "flickr_mergedGT_GCG_train.json",
-        "gcg_flickr",
-        "flickr30k/images/train",
-        "GranD-f from Flickr30k",
+        "flickr_mergedGT_GCG_train.json", "gcg_flickr", "flickr30k/images/train", " from Flickr30k"
     ),
     "gcg_val": _gcg_scored("val"),
     "gcg_test": _gcg_scored("test"),
@@ -318,25 +277,19 @@ def required_paths(
     segmentation encoder may be."""
     required: dict[Path, str] = {}
     for number in stages:
-        stage = config.stages[number]
+        stage, model = config.stages[number], config.model
         has_init &= number == stages[0]
-        for name in stage.datasets:
-            source = find_source(name)
-            for path in source.paths():
-                required[locate(data, path)] = source.about
-        model = config.model
+        for source in map(find_source, stage.datasets):
+            required |= {locate(data, path): source.about for path in source.paths()}
         folders = [] if number == 1 else [model.image_encoder, model.llm]
         if number == 1 or not (has_init or 1 in stage.starts_from):
             folders.insert(0, model.seg_encoder)
         for folder in folders:
-            if folder == "none":
-                continue
-            required[weights / folder] = (
-                f"Hugging Face folder {folder} (config.json and safetensors)"
-            )
+            if folder != "none":
+                about = f"Hugging Face folder {folder} (config.json and safetensors)"
+                required[weights / folder] = about
         for earlier in stage.starts_from:
             if earlier not in stages:
-                required[stage_folder(out, earlier) / "latest"] = (
-                    f"a finished stage {earlier} (train --stage {earlier})"
-                )
+                about = f"a finished stage {earlier} (train --stage {earlier})"
+                required[stage_folder(out, earlier) / "latest"] = about
     return list(required.items())
