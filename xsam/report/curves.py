@@ -21,7 +21,7 @@ SMOOTHED_POINTS = 50  # a longer curve is drawn pale under its running mean
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a line that a killed run was writing is left out."""
+    """The records of a metrics.jsonl; a line that a killed run was writing is skipped."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -73,7 +73,7 @@ def draw_curves(axes, records: list[dict], names: Iterable[str]) -> None:
     """The figures of these names against the step, of those that have any, and a legend."""
     curves = {}
     for name in names:
-        points = [(each["step"], each[name]) for each in records if each.get(name) is not None]
+        points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
         if points:
             curves[name] = tuple(zip(*points, strict=True))
     for number, (name, (steps, values)) in enumerate(curves.items()):

@@ -175,7 +175,7 @@ def peak_memory(device: torch.device) -> float:
 def _without_nan(value):
     """JSON has no word for what is not finite: null."""
     if isinstance(value, dict):
-        return {name: _without_nan(each) for name, each in value.items()}
+        return {name: _without_nan(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -221,19 +221,19 @@ def score_tasks(
     num_pictures: int,
     num_samples: int | None = None,
 ) -> dict[str, dict[str, Figures]]:
-    """Figures of the tasks that the configuration names, and pictures of the first set of each,
-    whose names begin with `prefix`. Predictions are kept in OUT/predictions/PREFIX, but those of
-    the first `num_samples` alone, which are not whole; None: all."""
+    """Figures of the tasks that the configuration names, and pictures of a task's first set, whose
+    names begin with `prefix`. Predictions stay in OUT/predictions/PREFIX, but not where only the
+    first `num_samples` are asked for."""
     tasks = [
         task for task in model.config.eval_tasks
         if isinstance(model, XSAM) or task in SEGMENTOR_TASKS
     ]  # fmt: skip
     folder, drawn = out / FOLDER / prefix, set()
 
-    def draw_first(task: str, said: SavedPredictions) -> None:
+    def draw_first(task: str, predictions: SavedPredictions) -> None:
         if task not in drawn:
             drawn.add(task)
-            draw_predictions(said, num_pictures, out / "pictures" / f"{prefix}_{task}")
+            draw_predictions(predictions, num_pictures, out / "pictures" / f"{prefix}_{task}")
 
     names = [name for task in tasks for _, name in TASKS[task].datasets]
     figures = evaluate(model, names, data, folder, num_samples, kept=draw_first, overwrite=True)
@@ -243,14 +243,14 @@ def score_tasks(
     return figures
 
 
-def draw_predictions(said: SavedPredictions, count: int, path: Path) -> None:
+def draw_predictions(predictions: SavedPredictions, count: int, path: Path) -> None:
     """PATH_00000.png and so on, of the first predictions of a set; every rank draws its share."""
     path.parent.mkdir(exist_ok=True)
-    min_score = SHOWN_SCORE if said.kind == "instances" else 0.0
-    indices = range(min(count, len(said.keys)))
+    min_score = SHOWN_SCORE if predictions.kind == "instances" else 0.0
+    indices = range(min(count, len(predictions.keys)))
     for index in indices[distributed.rank() :: distributed.world_size()]:
-        sample = said.dataset.question(index)
-        picture = draw_prediction(sample, said.prediction(index, sample), min_score)
+        sample = predictions.dataset.question(index)
+        picture = draw_prediction(sample, predictions.prediction(index, sample), min_score)
         picture.save(path.with_name(f"{path.name}_{index:05d}.png"))
 
 

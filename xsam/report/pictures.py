@@ -27,7 +27,7 @@ GAP = 12  # pixels of white around titles and between pictures
 WHITE, BLACK = (255, 255, 255), (20, 20, 20)
 
 
-# 64 saturated colours, each the farthest in OKLab (Ottosson, 2020) from all before it; more
+# 64 saturated colours, every one the farthest in OKLab (Ottosson, 2020) from all before it; more
 # segments than this begin again.
 PALETTE_HEX = """
 ff0000 0000ff 00ff00 008040 80bfff df00ff 800060 ffbf40 000080 ff80bf 0080df 40bf80 8000df

@@ -371,7 +371,7 @@ def _write_gcg(root: Path, train: list[Drawing]) -> None:
 
 
 def _phrases(scene: Scene) -> tuple[str, list[tuple[str, list[int], np.ndarray]]]:
-    """The caption, and of its phrases the words, first and last character, and mask."""
+    """The caption; of its phrases the words, [first character, the one after its last] and mask."""
     text, spans = scenes.caption_phrases(scene)
     return text, [(text[a:b], [a, b], scene.mask(index)) for a, b, index in spans]
 
