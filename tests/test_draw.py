@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from xsam.report import pictures as draw
-from xsam.report.pictures import PALETTE, draw_curves, draw_segments, side_by_side, stack
+from xsam.report.pictures import PALETTE, draw_segments, side_by_side
 
 
 def photograph(width: int, height: int) -> Image.Image:
@@ -144,67 +144,12 @@ def test_the_palette_is_distinct():
     assert distance[~np.eye(24, dtype=bool)].min() > 60
 
 
-def test_side_by_side_and_stack_sizes():
+def test_side_by_side_sizes():
     wide, tall = Image.new("RGB", (200, 100), "red"), Image.new("L", (50, 200), 0)
     row = side_by_side([wide, tall], ["", "tall"])
     assert is_colour(row, (255, 0, 0)).sum() == 400 * 200  # scaled to the height of the other
     assert row.height > 200
-    column = stack([wide, tall])
-    assert column.width == 200
-    assert column.height > 300
-    assert is_colour(column, (255, 0, 0)).sum() == 200 * 100
     with pytest.raises(ValueError, match="2 pictures, 1 titles"):
         side_by_side([wide, tall], ["one"])
-    with pytest.raises(ValueError, match="at least one"):
-        stack([])
-
-
-@pytest.mark.parametrize("log_scale", [False, True])
-@pytest.mark.parametrize(
-    "values",
-    [
-        [],
-        [0.0],
-        [3e-5] * 200,
-        [float("nan")] * 60,
-        [1.0, float("nan"), float("inf"), -2.0, 0.0, None],
-        [1e30, *[1e-12] * 99],
-        [1.0, 1.0 + 1e-12],
-    ],
-    ids=["empty", "zero", "constant", "all nan", "some bad", "spike", "almost constant"],
-)
-def test_odd_curves_are_drawn(values, log_scale):
-    chart = draw_curves({"a": (list(range(len(values))), values)}, "odd", (400, 300), log_scale)
-    assert chart.size == (400, 300)
-    assert draw_curves({}, "no series", (400, 300), log_scale).size == (400, 300)
-
-
-def test_nan_is_skipped_and_long_series_get_a_running_mean():
-    steps = np.arange(300.0)
-    values = np.sin(steps) + steps / 100
-    with_nan = np.insert(values, 150, np.nan), np.insert(steps, 150, 149.5)
-    plain = draw_curves({"a": (steps.tolist(), values.tolist())}, "t")
-    holed = draw_curves({"a": (with_nan[1].tolist(), with_nan[0].tolist())}, "t")
-    assert plain.tobytes() == holed.tobytes()
-    full = np.array(draw_curves({"a": (steps[:2].tolist(), [0.0, 1.0])}, "t"))[200:300].min(axis=-1)
-    pale = np.array(plain)[200:300].min(axis=-1)
-    assert ((pale > 150) & (pale < 200)).sum() > 5 * ((full > 150) & (full < 200)).sum()
-    with pytest.raises(ValueError, match="'a' has 2 steps and 1 values"):
-        draw_curves({"a": ([0, 1], [0.5])}, "t")
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (-3, 41, [0, 10, 20, 30, 40]),
-        (0.3, 0.6, [0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6]),
-    ],
-)
-def test_ticks_are_round(low, high, expected):
-    np.testing.assert_allclose(draw._round_ticks(low, high, 7), expected, atol=1e-12)
-
-
-def test_log_ticks_are_round():
-    np.testing.assert_allclose(draw._log_ticks(-4.5, 1.2), [1e-4, 1e-3, 1e-2, 0.1, 1, 10])
-    np.testing.assert_allclose(draw._log_ticks(-1.01, 1.01), [0.1, 0.2, 0.5, 1, 2, 5, 10])
+    with pytest.raises(ValueError, match="0 pictures, 0 titles"):
+        side_by_side([], [])

@@ -130,16 +130,15 @@ def test_things_stay_visible_and_differ_from_the_background(scenes):
 
 def test_void_is_small_and_in_some_images_only():
     drawings = toy_world.draw_split(0, "train", 40)
-    shares = [(drawing.scene.owner == 0).mean() for drawing in drawings]
+    shares = [(drawing.scene.segment_index == 0).mean() for drawing in drawings]
     assert 3 <= sum(share > 0 for share in shares) <= 20
     assert max(shares) < 0.1
 
 
-def test_run_lengths_and_polygons_of_masks_at_the_border():
+def test_polygons_of_masks_at_the_border():
     mask = np.ones((6, 5), bool)
     mask[2:4, 1:3] = False
-    for segmentation in (toy_world.run_lengths(mask), toy_world.polygons(mask)):
-        assert (decode(segmentation, (6, 5)) == mask).all()
+    assert (decode(toy_world.polygons(mask), (6, 5)) == mask).all()
 
 
 # ---- COCO ----------------------------------------------------------------------------------------
@@ -150,7 +149,6 @@ def test_panoptic_and_semantic_pngs_agree_with_the_json(world, suffix):
     source, semantic = SOURCES[f"coco_panoptic{suffix}"], SOURCES[f"coco_semantic{suffix}"]
     content = read(world / source.annotations)
     images = {image["id"]: image for image in content["images"]}
-    assert list(images) != sorted(images)
     categories = {category["id"]: category for category in content["categories"]}
     largest, num_crowds = 0, 0
     for annotation in content["annotations"]:
@@ -180,7 +178,7 @@ def test_instances_cover_the_panoptic_pixels(world, scenes, name):
     for record in read(world / SOURCES[name].annotations)["annotations"]:
         scene = scenes[record["image_id"]]
         mask, expected = (
-            decode(record["segmentation"], scene.owner.shape),
+            decode(record["segmentation"], scene.segment_index.shape),
             scene.mask(record["id"] % 10),
         )
         iou = (mask & expected).sum() / (mask | expected).sum()
@@ -198,7 +196,7 @@ def test_interactive_prompts_lie_on_their_objects(world, scenes, name):
         scene = scenes[entry["image_info"]["id"]]
         assert len(entry["anns"]) == sum(segment.is_thing for segment in scene.segments)
         for record in entry["anns"]:
-            mask, size = scene.mask(record["id"] % 10), scene.owner.shape
+            mask, size = scene.mask(record["id"] % 10), scene.segment_index.shape
             prompts = {k: decode(record[f"{k}_visual_prompt_mask"], size) for k in PROMPT_TYPES}
             assert all(prompt.any() for prompt in prompts.values())
             assert (prompts["point"] <= mask).all() and prompts["point"].sum() < 30  # not dilated
@@ -236,13 +234,10 @@ def read_refs(world: Path, name: str) -> list[dict]:
 @pytest.mark.parametrize("name", ["refcoco", "refcoco+", "refcocog"])
 def test_every_sentence_names_one_thing(world, scenes, name):
     for ref in read_refs(world, name):
-        assert ref["sent_ids"] == [each["sent_id"] for each in ref["sentences"]]
         assert 1 <= len(ref["sentences"]) <= 3
         scene, place = scenes[ref["image_id"]], ref["ann_id"] % 10
-        assert scene.segments[place].category_id == ref["category_id"]
         assert not scene.segments[place].is_crowd
         for sentence in ref["sentences"]:
-            assert sentence["tokens"] == sentence["sent"].split()
             assert places_named(sentence["sent"], scene) == [place]
 
 
@@ -251,8 +246,6 @@ def test_general_expressions_hold_for_what_they_list(world, scenes):
     for ref in read_refs(world, "grefcoco"):
         scene = scenes[ref["image_id"]]
         places = [] if ref["ann_id"] == [-1] else [number % 10 for number in ref["ann_id"]]
-        kinds = [scene.segments[index].category_id for index in places] or [-1]
-        assert ref["category_id"] == kinds
         assert not any(scene.segments[index].is_crowd for index in places)
         assert [places_named(each["sent"], scene) for each in ref["sentences"]] == [places]
         sizes[min(len(places), 2)] += 1
@@ -297,12 +290,12 @@ def test_reasoning_polygons_cover_the_answer_of_the_riddle(world, scenes, name):
         assert 1 <= len(record["text"]) <= (3 if name == "reasonseg" else 1)
         texts = {c: r.questions if record["is_sentence"] else r.phrases for c, r in RIDDLES.items()}
         (category,) = [name for name in texts if set(record["text"]) <= set(texts[name])]
-        expected = {"target": np.zeros(scene.owner.shape, bool)}
+        expected = {"target": np.zeros(scene.segment_index.shape, bool)}
         for index, segment in enumerate(scene.segments):
             label = "ignore" if segment.is_crowd else "target"
             if segment.category == category:
                 expected[label] = expected.get(label, 0) | scene.mask(index)
-        assert {each["label"] for each in record["shapes"]} - {"flag"} == set(expected)
+        assert {each["label"] for each in record["shapes"]} == set(expected)
         for label, mask in expected.items():
             canvas = Image.new("1", mask.shape[::-1])
             for shape in record["shapes"]:
@@ -328,19 +321,17 @@ def test_half_of_the_riddles_are_explained(world):
 
 @pytest.mark.parametrize("name", ["gcg_grandf", "gcg_psg"])
 def test_groundings_spell_and_cover_their_phrases(world, scenes, name):
-    source, num_parts = SOURCES[name], set()
+    source = SOURCES[name]
     for record in read(world / source.annotations):
-        scene, text = scenes[record["image_id"]], record["caption"].strip('"')
+        scene, text = scenes[record["image_id"]], record["caption"]
         assert len(record["groundings"]) >= 3
         for phrase, grounding in record["groundings"].items():
             start, end = grounding["token_positives"]
-            parts = [decode(rle, scene.owner.shape) for rle in grounding["rle_masks"]]
-            num_parts.add(len(parts))
+            (rle,) = grounding["rle_masks"]
             assert text[start:end] == phrase
-            assert has_mask_of_one(np.any(parts, axis=0), phrase, scene)
+            assert has_mask_of_one(decode(rle, scene.segment_index.shape), phrase, scene)
         folders = [locate(world, source.images) / each for each in ("", "train2017")]
         assert any((folder / record["file_name"]).is_file() for folder in folders)
-    assert num_parts == {1, 2}
 
 
 def test_gcg_of_refcocog_and_flickr_agree_with_the_scenes(world, drawings):
@@ -352,7 +343,7 @@ def test_gcg_of_refcocog_and_flickr_agree_with_the_scenes(world, drawings):
         assert len(record["refs"]) == len(scene.segments)
         for ref in record["refs"]:
             assert ref["sentence"] in record["caption"]
-            mask = decode(ref["segmentation"], scene.owner.shape)
+            mask = decode(ref["segmentation"], scene.segment_index.shape)
             assert has_mask_of_one(mask, ref["sentence"], scene)
 
     source = SOURCES["gcg_flickr"]
@@ -361,9 +352,9 @@ def test_gcg_of_refcocog_and_flickr_agree_with_the_scenes(world, drawings):
     for record in content["annotations"]:
         image = images[record["image_id"]]
         scene = drawings[int(image["file_name"].removesuffix(".jpg"))].scene
-        assert (int(image["height"]), int(image["width"])) == scene.owner.shape
+        assert (image["height"], image["width"]) == scene.segment_index.shape
         ((start, end),) = record["tokens_positive"]
-        mask = decode(record["sam_mask"], scene.owner.shape)
+        mask = decode(record["sam_mask"], scene.segment_index.shape)
         assert has_mask_of_one(mask, image["caption"][start:end], scene)
 
 
@@ -379,8 +370,8 @@ def test_scored_gcg_agrees_with_the_scenes(world, drawings, name):
         assert path.read_bytes() == drawing.jpeg
         records = [m for m in masks["annotations"] if m["image_id"] == caption["image_id"]]
         for record, label in zip(records, caption["labels"], strict=True):
-            mask = decode(record["segmentation"], drawing.scene.owner.shape)
-            assert label in caption["caption"] and record["category_id"] == 1
+            mask = decode(record["segmentation"], drawing.scene.segment_index.shape)
+            assert label in caption["caption"]
             assert has_mask_of_one(mask, label, drawing.scene)
 
 
@@ -427,8 +418,8 @@ def test_chat_files(world):
         for entry in read(world / source.annotations):
             turns = entry["conversations"]
             assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-            assert sum("<image>" in turn["value"] for turn in turns) == ("image" in entry)
-            assert "image" not in entry or (world / source.images / entry["image"]).exists()
+            assert sum("<image>" in turn["value"] for turn in turns) == 1
+            assert (world / source.images / entry["image"]).exists()
             assert source is instruct or len(turns) == 2
 
 
@@ -445,7 +436,7 @@ def test_benchmarks_ask_what_their_pictures_answer(world, drawings, name):
         num_indices += row["image"] in images
         content = base64.b64decode(images.get(row["image"], row["image"]))
         scene = pictures[content]
-        assert Image.open(io.BytesIO(content)).size == scene.owner.shape[::-1]
+        assert Image.open(io.BytesIO(content)).size == scene.segment_index.shape[::-1]
         things = [segment for segment in scene.segments if segment.is_thing]
         question, answer = row["question"], row["answer"]
         options = [row[letter] for letter in "ABCD" if row.get(letter)]

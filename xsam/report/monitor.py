@@ -1,7 +1,8 @@
-"""What a person sees of a training run: a line a step, curves, scores and pictures.
+"""What a person sees of a training run: a line per step, curves, scores and pictures.
 
-All of it lies in the run's folder: metrics.jsonl with a record for each step and each validation,
-curves.png, results.json and results.md, pictures/, and tensorboard/ where that package is there.
+All of it is in the run's folder: metrics.jsonl with a record for every step and every validation,
+results.json and results.md, pictures/, and with the optional packages curves.png (matplotlib) and
+tensorboard/.
 """
 
 import importlib.util
@@ -11,7 +12,7 @@ import shutil
 import sys
 import textwrap
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,14 +27,12 @@ from xsam.evaluation.prediction_files import SavedPredictions
 from xsam.model import XSAM, Segmentor
 from xsam.postprocess import SHOWN_SCORE, SegmentationResult
 from xsam.report import pictures as draw
+from xsam.report.curves import LOSSES, METRICS_FILE, draw_metrics, read_metrics
 
-METRICS_FILE, CURVES_FILE, RESULTS_FILE = "metrics.jsonl", "curves.png", "results.json"
-
-
-LOSSES = ("class", "mask", "dice", "text")
+RESULTS_FILE = "results.json"
 
 
-MOST_REASONS = 20  # printed by a rank for samples that are left out
+MOST_REASONS = 20  # printed by a rank for skipped samples
 
 
 WATCHED_STEPS = 50  # over which a slow loader is noticed
@@ -89,7 +88,7 @@ class Monitor:
         it cost, of all ranks: "images", "tokens", "skipped_samples", of one: "flops", …"""
         reasons = [reason for batch in batches for reason in batch.skipped]
         for reason in reasons[: max(0, MOST_REASONS - self.num_reasons)]:
-            tqdm.write(f"left out: {reason}")
+            tqdm.write(f"skipped: {reason}")
         self.num_reasons += len(reasons)
         self.num_skipped_samples += figures["skipped_samples"]
         if not self.is_on:
@@ -176,7 +175,7 @@ def peak_memory(device: torch.device) -> float:
 def _without_nan(value):
     """JSON has no word for what is not finite: null."""
     if isinstance(value, dict):
-        return {name: _without_nan(each) for name, each in value.items()}
+        return {name: _without_nan(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -187,17 +186,6 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a line that a killed run was writing is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
 def drop_metrics(path: Path, stage: int, step: int) -> None:
     """Forgets the lines that a resumed run is going to write again."""
     if not path.is_file():
@@ -205,33 +193,6 @@ def drop_metrics(path: Path, stage: int, step: int) -> None:
     records = read_metrics(path)
     kept = [record for record in records if (record["stage"], record["step"]) < (stage, step)]
     write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def draw_metrics(out: Path) -> None:
-    """OUT/curves.png: losses of each stage and, where there were validations, what they scored."""
-    charts = []
-    records = read_metrics(out / METRICS_FILE)
-    for number in sorted({record["stage"] for record in records}):
-        of_stage = [record for record in records if record["stage"] == number]
-        losses = _series(of_stage, ("loss", *LOSSES))
-        charts.append(draw.draw_curves(losses, f"stage {number}", log_scale=True))
-        scores = [
-            each["validation"] | {"step": each["step"]} for each in of_stage if "validation" in each
-        ]
-        if scores:
-            names = [name for name in scores[0] if name != "step"]
-            charts.append(draw.draw_curves(_series(scores, names), f"stage {number}, validation"))
-    draw.stack(charts).save(out / CURVES_FILE)
-
-
-def _series(records: list[dict], names: Iterable[str]) -> dict[str, tuple[list, list]]:
-    """Name to (steps, values), of the names that are there."""
-    series = {}
-    for name in names:
-        points = [(each["step"], each[name]) for each in records if each.get(name) is not None]
-        if points:
-            series[name] = tuple(map(list, zip(*points, strict=True)))
-    return series
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -260,34 +221,37 @@ def score_tasks(
     num_pictures: int,
     num_samples: int | None = None,
 ) -> dict[str, dict[str, Figures]]:
-    """Figures of the tasks that the configuration names, and pictures of the first set of each,
-    whose names begin with `prefix`. Predictions are kept in OUT/predictions/PREFIX, but those of
-    the first `num_samples` alone, which are not whole; None: all."""
+    """Figures of the tasks that the configuration names, and pictures of a task's first set, whose
+    names begin with `prefix`. Predictions stay in OUT/predictions/PREFIX, but not where only the
+    first `num_samples` are asked for."""
     tasks = [
         task for task in model.config.eval_tasks
         if isinstance(model, XSAM) or task in SEGMENTOR_TASKS
     ]  # fmt: skip
-    pictures, folder = out / "pictures", out / FOLDER / prefix
-    pictures.mkdir(exist_ok=True)
-    drawn: set[str] = set()
+    folder, drawn = out / FOLDER / prefix, set()
 
-    def draw_some(task: str, said: SavedPredictions) -> None:
-        if task in drawn:
-            return
-        drawn.add(task)
-        some = range(min(num_pictures, len(said.keys)))
-        for index in some[distributed.rank() :: distributed.world_size()]:
-            sample = said.dataset.question(index)
-            least = SHOWN_SCORE if said.kind == "instances" else 0.0
-            picture = draw_prediction(sample, said.prediction(index, sample), least)
-            picture.save(pictures / f"{prefix}_{task}_{index:05d}.png")
+    def draw_first(task: str, predictions: SavedPredictions) -> None:
+        if task not in drawn:
+            drawn.add(task)
+            draw_predictions(predictions, num_pictures, out / "pictures" / f"{prefix}_{task}")
 
     names = [name for task in tasks for _, name in TASKS[task].datasets]
-    figures = evaluate(model, names, data, folder, num_samples, kept=draw_some, overwrite=True)
+    figures = evaluate(model, names, data, folder, num_samples, kept=draw_first, overwrite=True)
     distributed.barrier()
     if num_samples is not None and distributed.rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)  # without a task it is not there
     return figures
+
+
+def draw_predictions(predictions: SavedPredictions, count: int, path: Path) -> None:
+    """PATH_00000.png and so on, of the first predictions of a set; every rank draws its share."""
+    path.parent.mkdir(exist_ok=True)
+    min_score = SHOWN_SCORE if predictions.kind == "instances" else 0.0
+    indices = range(min(count, len(predictions.keys)))
+    for index in indices[distributed.rank() :: distributed.world_size()]:
+        sample = predictions.dataset.question(index)
+        picture = draw_prediction(sample, predictions.prediction(index, sample), min_score)
+        picture.save(path.with_name(f"{path.name}_{index:05d}.png"))
 
 
 def read_results(out: Path) -> dict:

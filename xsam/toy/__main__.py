@@ -7,7 +7,6 @@ import argparse
 from pathlib import Path
 
 from xsam.toy.preset import toy
-from xsam.toy.weights import write_weights
 from xsam.toy.world import write_world
 
 
@@ -18,6 +17,8 @@ def main() -> None:
     parser.add_argument("--num_train", type=int, default=1600, help="default: %(default)s")
     parser.add_argument("--num_val", type=int, default=64, help="default: %(default)s")
     arguments = parser.parse_args()
+    from xsam.toy.weights import write_weights  # after the flags are read, as torch takes seconds
+
     folder = arguments.folder
     write_world(folder / "data", arguments.num_train, arguments.num_val, arguments.seed)
     write_weights(folder / "weights", toy().model, arguments.seed)

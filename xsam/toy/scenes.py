@@ -62,7 +62,7 @@ VOID_COLOR = (48, 48, 48)
 RIM_COLOR = (24, 24, 24)
 
 
-OVERSAMPLING = 2  # drawn points a pixel, each way
+OVERSAMPLING = 2  # drawn points per pixel, in x and in y
 
 
 def _star(x: np.ndarray, y: np.ndarray, points: int = 5, inner: float = 0.45) -> np.ndarray:
@@ -118,15 +118,15 @@ class Segment:
 @dataclass
 class Scene:
     image: np.ndarray  # [H, W, 3] uint8
-    owner: np.ndarray  # [H, W] uint8: 1 + index of the visible segment, 0 where void
+    segment_index: np.ndarray  # [H, W] uint8: 1 + index of the visible segment, 0 where void
     segments: list[Segment]
 
     def mask(self, index: int) -> np.ndarray:
-        return self.owner == index + 1
+        return self.segment_index == index + 1
 
     def order(self) -> list[int]:
-        """Single things from left to right, as places in `segments`: the order of captions."""
-        single = [i for i, each in enumerate(self.segments) if each.is_thing and not each.is_crowd]
+        """Indices in `segments` of single things from left to right: the order of captions."""
+        single = [i for i, s in enumerate(self.segments) if s.is_thing and not s.is_crowd]
         return sorted(single, key=lambda index: np.nonzero(self.mask(index))[1].mean())
 
     def things(self) -> list[Segment]:
@@ -143,25 +143,25 @@ def draw_scene(rng: Generator, has_crowd: bool = False, most_things: int = 4) ->
     height, width = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
     inside = np.s_[MARGIN : MARGIN + height, MARGIN : MARGIN + width]
     canvas = np.zeros((height + 2 * MARGIN, width + 2 * MARGIN, 3))
-    owner = np.zeros(canvas.shape[:2], np.uint8)
-    canvas[inside], owner[inside], segments = _background(rng, height, width)
+    segment_index = np.zeros(canvas.shape[:2], np.uint8)
+    canvas[inside], segment_index[inside], segments = _background(rng, height, width)
     if rng.random() < 0.25:
         corner = _corner(rng, height, width)
-        canvas[inside][corner], owner[inside][corner] = VOID_COLOR, 0
+        canvas[inside][corner], segment_index[inside][corner] = VOID_COLOR, 0
 
-    areas = {}  # drawn area of each thing, by its number in `owner`
+    areas = {}  # drawn area of things, by their number in `segment_index`
     for segment in _choose_things(rng, has_crowd, most_things):
         number = len(segments) + 1
         for _ in range(30):  # places to try
-            trial_canvas, trial_owner = canvas.copy(), owner.copy()
-            area = _paint(rng, trial_canvas, trial_owner, segment, number)
-            visible = np.bincount(trial_owner[inside].ravel(), minlength=number + 1)
+            trial_canvas, trial_index = canvas.copy(), segment_index.copy()
+            area = _paint(rng, trial_canvas, trial_index, segment, number)
+            visible = np.bincount(trial_index[inside].ravel(), minlength=number + 1)
             trial_areas = areas | {number: area}
             if all(visible[one] >= MIN_VISIBLE * whole for one, whole in trial_areas.items()):
-                canvas, owner, areas = trial_canvas, trial_owner, trial_areas
+                canvas, segment_index, areas = trial_canvas, trial_index, trial_areas
                 segments.append(segment)
                 break
-    return Scene(canvas[inside].round().astype(np.uint8), owner[inside].copy(), segments)
+    return Scene(canvas[inside].round().astype(np.uint8), segment_index[inside].copy(), segments)
 
 
 def _choose_things(rng: Generator, has_crowd: bool, most: int) -> list[Segment]:
@@ -181,7 +181,7 @@ def _choose_things(rng: Generator, has_crowd: bool, most: int) -> list[Segment]:
 
 
 def _paint(
-    rng: Generator, canvas: np.ndarray, owner: np.ndarray, segment: Segment, number: int
+    rng: Generator, canvas: np.ndarray, segment_index: np.ndarray, segment: Segment, number: int
 ) -> int:
     """Draws a thing, or the members of a crowd, at a random place; returns the area in pixels."""
     low, high = TINY_RADIUS if segment.is_crowd else RADII[segment.size]
@@ -190,28 +190,28 @@ def _paint(
         grid = np.indices(rng.integers(3, 6, size=2)).reshape(2, -1).T
         offsets = (grid - grid.mean(axis=0)) * 2 * high + rng.uniform(-1, 1, size=grid.shape)
     border = np.abs(offsets).max(axis=0) + 0.8 * high
-    center = rng.uniform(border, np.array(owner.shape) - 2 * MARGIN - border)
+    center = rng.uniform(border, np.array(segment_index.shape) - 2 * MARGIN - border)
     color = np.array(COLORS[segment.color]) * rng.uniform(0.9, 1.0)
-    for place in center + offsets + MARGIN:
-        coverage, corner = _stamp(rng, segment.category, rng.uniform(low, high), place)
+    for point in center + offsets + MARGIN:
+        coverage, corner = _stamp(rng, segment.category, rng.uniform(low, high), point)
         window = tuple(slice(c, c + n) for c, n in zip(corner, coverage.shape, strict=True))
         core = coverage if segment.is_crowd else minimum_filter(coverage, size=3)
         canvas[window] *= 1 - coverage[..., None]
         canvas[window] += core[..., None] * color
         canvas[window] += (coverage - core)[..., None] * RIM_COLOR  # parts things of one colour
-        owner[window][coverage >= 0.5] = number
-    return int((owner == number).sum())
+        segment_index[window][coverage >= 0.5] = number
+    return int((segment_index == number).sum())
 
 
 def _stamp(
-    rng: Generator, category: str, radius: float, place: np.ndarray
+    rng: Generator, category: str, radius: float, point: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Share of each pixel that a shape covers, [N, N], and the window's first row and column."""
+    """Share of every pixel that a shape covers, [N, N], and the window's first row and column."""
     is_inside, max_tilt = SHAPES[category]
-    corner = np.floor(place - 1.2 * radius).astype(int)
+    corner = np.floor(point - 1.2 * radius).astype(int)
     side = int(np.ceil(2.4 * radius)) + 1
     points = (np.arange(side * OVERSAMPLING) + 0.5) / OVERSAMPLING
-    y, x = np.meshgrid(points + corner[0] - place[0], points + corner[1] - place[1], indexing="ij")
+    y, x = np.meshgrid(points + corner[0] - point[0], points + corner[1] - point[1], indexing="ij")
     x, y = _turn(x / radius, y / radius, rng.uniform(-max_tilt, max_tilt))
     return _pool(is_inside(x, y).astype(float)), corner
 
@@ -221,7 +221,7 @@ def _turn(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.nd
 
 
 def _pool(values: np.ndarray) -> np.ndarray:
-    """Means over the drawn points of each pixel."""
+    """Means over the drawn points of a pixel."""
     height, width = np.array(values.shape) // OVERSAMPLING
     return values.reshape(height, OVERSAMPLING, width, OVERSAMPLING).mean(axis=(1, 3))
 
@@ -229,15 +229,16 @@ def _pool(values: np.ndarray) -> np.ndarray:
 def _background(
     rng: Generator, height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray, list[Segment]]:
-    """One or two textures, parted by a straight or wavy line: image, owner numbers, segments."""
+    """One or two textures, parted by a straight or wavy line: image, segment index,
+    segments."""
     names = rng.permutation(list(STUFF_IDS))[: rng.integers(1, 3)].tolist()
     y, x = np.mgrid[:height, :width] / [[[height]], [[width]]] - 0.5
     along, across = _turn(x, y, rng.uniform(0, 2 * np.pi))
     wave = rng.choice([0.0, 0.06]) * np.sin(2 * np.pi * (2 * along + rng.random()))
-    owner = np.where(across + wave < rng.uniform(-0.2, 0.2), len(names), 1)
+    segment_index = np.where(across + wave < rng.uniform(-0.2, 0.2), len(names), 1)
     tones = [_texture(rng, name, height, width) for name in names]
-    image = np.where((owner == 1)[..., None], tones[0], tones[-1])
-    return image, owner, [Segment(name) for name in names]
+    image = np.where((segment_index == 1)[..., None], tones[0], tones[-1])
+    return image, segment_index, [Segment(name) for name in names]
 
 
 def _texture(rng: Generator, name: str, height: int, width: int) -> np.ndarray:
@@ -250,8 +251,8 @@ def _texture(rng: Generator, name: str, height: int, width: int) -> np.ndarray:
     second = _pool(is_second(x / period + x_phase, y / period + y_phase).astype(float))[..., None]
     hue, value = rng.random(), rng.uniform(130, 175)
     light, dark = (
-        np.array(colorsys.hsv_to_rgb(hue, 0.25, each))
-        for each in (value, value - rng.uniform(45, 65))
+        np.array(colorsys.hsv_to_rgb(hue, 0.25, tone))
+        for tone in (value, value - rng.uniform(45, 65))
     )
     return (1 - second) * light + second * dark
 
@@ -262,7 +263,7 @@ def _corner(rng: Generator, height: int, width: int) -> np.ndarray:
     y = y if rng.random() < 0.5 else height - y
     x = x if rng.random() < 0.5 else width - x
     aspect, slope = rng.uniform(0.7, 1.4), rng.uniform(-0.15, 0.15)
-    # Corner (0, 0), sides of length a on x and b on y, each opposite side tilted by `slope`.
+    # Corner (0, 0), sides of length a on x and b on y, their opposite sides tilted by `slope`.
     a = np.sqrt(rng.uniform(0.04, 0.07) * height * width * aspect)
     b = a / aspect
     return (x + slope * y < a) & (y + slope * x < b)
@@ -344,82 +345,55 @@ class Riddle(NamedTuple):
 
 RIDDLES = {
     "circle": Riddle(
-        (
-            "Which shape is round like a ball?",
-            "What would a child kick and throw?",
-            "What looks like the full sun?",
-        ),
+        ("Which shape is round like a ball?", "What would a child kick and throw?",
+         "What looks like the full sun?"),
         ("the shape of a ball", "the round shape without a hole", "something like the sun"),
         "A circle is round like a ball.",
     ),
     "square": Riddle(
-        (
-            "Which shape looks like a box?",
-            "What could be a window of a house?",
-            "Which shape stands flat on one of four equal sides?",
-        ),
+        ("Which shape looks like a box?", "What could be a window of a house?",
+         "Which shape stands flat on one of four equal sides?"),
         ("the shape of a box", "the shape of a window", "something like a flat box"),
         "A square looks like a box.",
     ),
     "triangle": Riddle(
-        (
-            "Which shape has three corners?",
-            "What could be the roof of a house?",
-            "Which shape has fewer sides than a box?",
-        ),
+        ("Which shape has three corners?", "What could be the roof of a house?",
+         "Which shape has fewer sides than a box?"),
         ("the shape with three corners", "the shape of a roof", "something with three sides"),
         "A triangle has three corners.",
     ),
     "star": Riddle(
-        (
-            "Which shape has five points?",
-            "Which shape points five ways?",
-            "What would a child put on top of a tree?",
-        ),
-        (
-            "the shape with five points",
-            "something for the top of a tree",
-            "the shape that points five ways",
-        ),
+        ("Which shape has five points?", "Which shape points five ways?",
+         "What would a child put on top of a tree?"),
+        ("the shape with five points", "something for the top of a tree",
+         "the shape that points five ways"),
         "A star has five points.",
     ),
     "cross": Riddle(
-        (
-            "Which shape has four arms?",
-            "What looks like a plus sign?",
-            "Which shape would be made by two bars?",
-        ),
+        ("Which shape has four arms?", "What looks like a plus sign?",
+         "Which shape would be made by two bars?"),
         ("the shape with four arms", "the plus sign", "something made of two bars"),
         "A cross has four arms.",
     ),
     "ring": Riddle(
-        (
-            "What could be worn on a finger?",
-            "Which shape has a hole?",
-            "What would a rope go through?",
-        ),
+        ("What could be worn on a finger?", "Which shape has a hole?",
+         "What would a rope go through?"),
         ("the shape with a hole", "something for a finger", "something to look through"),
         "A ring has a hole.",
     ),
     "moon": Riddle(
-        (
-            "Which shape is bent like a banana?",
-            "What changes from thin to full each month?",
-            "Which shape has two ends and a bent back?",
-        ),
+        ("Which shape is bent like a banana?", "What changes from thin to full each month?",
+         "Which shape has two ends and a bent back?"),
         ("the shape of a banana", "the bent shape", "something thin with two ends"),
         "A moon is bent like a banana.",
     ),
     "diamond": Riddle(
-        (
-            "Which shape looks like a kite?",
-            "Which shape stands on a corner?",
-            "What is a hard stone and costs a lot of money?",
-        ),
+        ("Which shape looks like a kite?", "Which shape stands on a corner?",
+         "What is a hard stone and costs a lot of money?"),
         ("the shape of a kite", "the shape that stands on a corner", "a stone of much money"),
         "A diamond stands on a corner.",
     ),
-}
+}  # fmt: skip
 
 
 def plural(category: str) -> str:
@@ -427,7 +401,7 @@ def plural(category: str) -> str:
 
 
 def find_matches(scene: Scene, attributes: dict[str, str]) -> list[int]:
-    """Places in `segments` of those with all the attributes; a crowd may be of any size."""
+    """Indices in `segments` of those with all the attributes; a crowd may be of any size."""
     found = []
     for index, segment in enumerate(scene.segments):
         own = asdict(segment) | ({"size": attributes.get("size")} if segment.is_crowd else {})
@@ -456,13 +430,13 @@ def expressions(scene: Scene, segment: Segment) -> list[str]:
 
 
 def group_expressions(scene: Scene) -> list[tuple[str, list[int]]]:
-    """All that name two things or more and no crowd, with the places of what they name."""
+    """All that name two things or more and no crowd, with the indices of what they name."""
     found = []
     for template, key in GROUPS:
-        for value in dict.fromkeys(getattr(each, key) for each in scene.things()):
-            places = find_matches(scene, {key: value})
-            if len(places) > 1 and not any(scene.segments[index].is_crowd for index in places):
-                found.append((template.format(**{key: value}, many=plural(value)), places))
+        for value in dict.fromkeys(getattr(thing, key) for thing in scene.things()):
+            indices = find_matches(scene, {key: value})
+            if len(indices) > 1 and not any(scene.segments[index].is_crowd for index in indices):
+                found.append((template.format(**{key: value}, many=plural(value)), indices))
     return found
 
 
@@ -479,19 +453,19 @@ def absent_expression(rng: Generator, scene: Scene) -> str:
 
 def caption_phrases(scene: Scene) -> tuple[str, list[tuple[int, int, int]]]:
     """Things from left to right, then the crowd, then the background; and of each phrase its first
-    character, the character after its last, and the place of what it names."""
+    character, the character after its last, and the index of what it names."""
     sizes = {"small": "small ", "large": ""}
-    named = {}  # place of a segment -> its words
+    named = {}  # index of a segment -> its words
     for index in scene.order():
         one = scene.segments[index]
         named[index] = f"a {sizes[one.size]}{one.color} {one.category}"
-    for index, each in enumerate(scene.segments):
-        if each.is_crowd:
-            named[index] = f"many {each.color} {plural(each.category)}"
+    for index, segment in enumerate(scene.segments):
+        if segment.is_crowd:
+            named[index] = f"many {segment.color} {plural(segment.category)}"
     joints = {len(named) - 1: " and ", len(named): " on ", len(named) + 1: " and "}
-    for index, each in enumerate(scene.segments):
-        if not each.is_thing:
-            named[index] = clean_name(each.category)
+    for index, segment in enumerate(scene.segments):
+        if not segment.is_thing:
+            named[index] = clean_name(segment.category)
     text, spans = "", []
     for number, (index, words) in enumerate(named.items()):
         text += joints.get(number, ", ") if number else ""
@@ -500,26 +474,20 @@ def caption_phrases(scene: Scene) -> tuple[str, list[tuple[int, int, int]]]:
     return text, spans
 
 
-def caption(scene: Scene) -> str:
-    return caption_phrases(scene)[0]
-
-
 def caption_turn(rng: Generator, scene: Scene) -> tuple[str, str]:
-    return CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))], caption(scene)
+    return CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))], caption_phrases(scene)[0]
 
 
 def dialogue(rng: Generator, scene: Scene) -> list[tuple[str, str]]:
     """One to three questions about a scene with their answers."""
-    things = scene.things()
-    possible = [caption_turn(rng, scene)]
-
-    def ask(kind: str, **values: str) -> None:
-        possible.append(tuple(text.format(**values) for text in DIALOGUE[kind]))
-
-    for kind, values in _certain(scene):
-        ask(kind, **values)
-    ask("yes", category=things[rng.integers(len(things))].category)
-    ask("no", category=_absent_category(rng, scene))
+    things, caption = scene.things(), caption_turn(rng, scene)
+    asked = [
+        *_certain(scene),
+        ("yes", {"category": things[rng.integers(len(things))].category}),
+        ("no", {"category": _absent_category(rng, scene)}),
+    ]
+    possible = [caption]
+    possible += [tuple(text.format(**values) for text in DIALOGUE[kind]) for kind, values in asked]
     return [possible[i] for i in rng.permutation(len(possible))[: rng.integers(1, 4)]]
 
 
@@ -527,15 +495,16 @@ def _certain(scene: Scene) -> Iterator[tuple[str, dict[str, str]]]:
     """What can be asked with one answer: a kind of DIALOGUE and the words that fill it in."""
     things = scene.things()
     yield "background", {"stuff": scene.background()}
-    if not any(each.is_crowd for each in scene.segments):
+    if not any(segment.is_crowd for segment in scene.segments):
         yield "count", {"number": NUMBERS[len(things) - 1]}
-    for each in things:
-        if count_matches(scene, {"category": each.category}) == 1:
-            yield "color", {"category": each.category, "color": each.color}
+    for thing in things:
+        if count_matches(scene, {"category": thing.category}) == 1:
+            yield "color", {"category": thing.category, "color": thing.color}
 
 
 def _absent_category(rng: Generator, scene: Scene) -> str:
-    absent = [name for name in THING_IDS if name not in {each.category for each in scene.segments}]
+    present = {segment.category for segment in scene.segments}
+    absent = [name for name in THING_IDS if name not in present]
     return absent[rng.integers(len(absent))]
 
 
@@ -544,34 +513,24 @@ def quizzes(scene: Scene) -> list[tuple[str, str, str, list[str]]]:
     found = []
     for kind, values in _certain(scene):
         field, answers = ANSWERS[kind]
-        wrong = [each for each in answers if each not in values[field].split(" and ")]
+        wrong = [word for word in answers if word not in values[field].split(" and ")]
         found.append((kind, DIALOGUE[kind][0].format(**values), values[field], wrong))
     return found
 
 
-def checks(rng: Generator, scene: Scene) -> list[tuple[str, str, str]]:
-    """(kind, a question whose answer is yes, one whose answer is no) of a scene."""
-    things = scene.things()
+def checks(rng: Generator, scene: Scene, with_count: bool = False) -> list[tuple[str, str, str]]:
+    """(kind, a question whose answer is yes, one whose answer is no) of a scene; with_count also of
+    how many things there are, where that is certain: the wrong number is next to the right one."""
+    things, certain = scene.things(), list(_certain(scene))
     true = {"category": things[rng.integers(len(things))].category}
     pairs = [("existence", true, {"category": _absent_category(rng, scene)})]
-    colored = [values for kind, values in _certain(scene) if kind == "color"]
+    colored = [values for kind, values in certain if kind == "color"]
     if colored:
         true = colored[rng.integers(len(colored))]
         others = [color for color in COLORS if color != true["color"]]
         pairs.append(("color", true, true | {"color": others[rng.integers(len(others))]}))
-    return [_check(*each) for each in pairs]
-
-
-def count_checks(rng: Generator, scene: Scene) -> list[tuple[str, str, str]]:
-    """The same of how many things there are, where that is certain; the wrong number is next to
-    the right one."""
-    counts = [NUMBERS.index(values["number"]) for k, values in _certain(scene) if k == "count"]
-    pairs = [(count, (count - 1, count + 1)[rng.integers(2)] if count else 1) for count in counts]
-    return [
-        _check("numerical_calculation", *({"number": NUMBERS[count]} for count in pair))
-        for pair in pairs
-    ]
-
-
-def _check(kind: str, true: dict[str, str], false: dict[str, str]) -> tuple[str, str, str]:
-    return kind, CHECKS[kind].format(**true), CHECKS[kind].format(**false)
+    for true in [values for kind, values in certain if kind == "count" and with_count]:
+        count = NUMBERS.index(true["number"])
+        wrong = (count - 1, count + 1)[rng.integers(2)] if count else 1
+        pairs.append(("numerical_calculation", true, {"number": NUMBERS[wrong]}))
+    return [(kind, CHECKS[kind].format(**a), CHECKS[kind].format(**b)) for kind, a, b in pairs]

@@ -1,14 +1,14 @@
 """The toy world's datasets on disk: drawings of scenes in the formats of every set of the paper.
 
-Stands in for COCO, RefCOCO, GranD-f and all others of `SOURCES`, so that readers, stages and
-metrics run on a laptop without a download. The drawings are shared: a format takes a part of them,
-and folders of images that the public sets share are shared here. Each scene comes from
-`default_rng([seed, split, index])` and the words of each format from a generator that starts from
-the same numbers, so the bytes are the same each time. No torch; the command is in `toy.py`.
+Stands in for COCO, RefCOCO, GranD-f and all others of `SOURCES`, so that stages and metrics run on
+a laptop without a download. Files have what is read of the public formats; odd corners of those are
+in the tests of the readers. The drawings are shared: a format takes a part of them, and folders of
+images that the public sets share are shared here. A scene comes from `default_rng([seed, split,
+index])` and the words of a format from a generator that starts from the same numbers, so the bytes
+are the same every time. No torch.
 """
 
 import base64
-import colorsys
 import contextlib
 import csv
 import io
@@ -25,45 +25,21 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from xsam.datasets.build import (
-    build_coco_semantic,
-    build_vgd,
-    complete,
-    convert_ade20k,
-    visual_prompts,
-)
+from xsam.datasets import build
 from xsam.datasets.formats import bounding_box, encode_mask
 from xsam.datasets.sources import SOURCES
 from xsam.prompts import choice_question
-from xsam.toy.scenes import (
-    FACTS,
-    RIDDLES,
-    STUFF_IDS,
-    THING_IDS,
-    Generator,
-    Scene,
-    Segment,
-    absent_expression,
-    caption_phrases,
-    caption_turn,
-    checks,
-    count_checks,
-    dialogue,
-    draw_scene,
-    expressions,
-    group_expressions,
-    quizzes,
-)
+from xsam.toy import scenes
+from xsam.toy.scenes import RIDDLES, STUFF_IDS, THING_IDS, Generator, Scene, Segment
 
-SPLITS = ("train", "val", "text", "sam")  # each draws from numbers of its own
+SPLITS = ("train", "val", "text", "sam")  # with different random numbers
 
 
-# Those with generators of their own, which start from [seed, split, index, number]. Numbers count
-# from 1: numpy takes a last number of 0 for none, which would repeat the scene's generator.
-WRITERS = ("refcoco+", "refcocog", "grefcoco", "reasonseg", "reasonseg_val", "reasonseg_test")
-
-
-WRITERS += ("gcg", "interactive", "benchmark", "vqa")
+# Those with a generator of their own, which starts from [seed, split, index, number].
+WRITERS = {
+    "refcoco+": 1, "refcocog": 2, "grefcoco": 3, "reasonseg": 4, "reasonseg_val": 5,
+    "reasonseg_test": 6, "interactive": 8, "benchmark": 9, "vqa": 10,
+}  # fmt: skip
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -72,7 +48,7 @@ WRITERS += ("gcg", "interactive", "benchmark", "vqa")
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder that takes its name only once it is complete, so a killed writer leaves no half."""
-    with complete(Path(target)) as (partial,):
+    with build.complete(Path(target)) as (partial,):
         partial.mkdir()
         yield partial
 
@@ -96,27 +72,14 @@ def _encode(image: np.ndarray, **options) -> bytes:
 
 def categories(only_things: bool = False) -> list[dict]:
     """COCO's records, in order of id."""
-    return [
-        dict(
-            id=number,
-            name=name,
-            supercategory="shape" if name in THING_IDS else "texture",
-            isthing=int(name in THING_IDS),
-            color=[int(255 * c) for c in colorsys.hsv_to_rgb(number * 0.381 % 1, 0.8, 0.9)],
-        )
-        for name, number in (THING_IDS if only_things else THING_IDS | STUFF_IDS).items()
-    ]
-
-
-def _measures(mask: np.ndarray) -> dict:
-    """COCO's area and box [x, y, width, height]."""
-    return dict(area=int(mask.sum()), bbox=bounding_box(mask))
+    kinds = THING_IDS if only_things else THING_IDS | STUFF_IDS
+    return [dict(id=i, name=name, isthing=int(name in THING_IDS)) for name, i in kinds.items()]
 
 
 def _segment_record(segment: Segment, mask: np.ndarray) -> dict:
-    """What panoptic and instance files say alike of a segment."""
-    measures, is_crowd = _measures(mask), int(segment.is_crowd)
-    return dict(category_id=segment.category_id) | measures | dict(iscrowd=is_crowd)
+    """What panoptic and instance files say alike of a segment; the box is [x, y, width, height]."""
+    measures = dict(area=int(mask.sum()), bbox=bounding_box(mask))
+    return dict(category_id=segment.category_id, iscrowd=int(segment.is_crowd)) | measures
 
 
 def polygons(mask: np.ndarray, inset: int = 0) -> list[list[int]]:
@@ -124,7 +87,7 @@ def polygons(mask: np.ndarray, inset: int = 0) -> list[list[int]]:
     through the pixels at the edge.
 
     COCO joins the polygons of an object and knows no holes, so the mask is cut into bands of rows
-    with as many runs of pixels in each: a ring gives a cap, two sides and a bottom.
+    with the same number of runs of pixels: a ring gives a cap, two sides and a bottom.
     """
     rows, edges = np.nonzero(np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1)))))
     runs = zip(rows[::2].tolist(), edges[::2].tolist(), edges[1::2].tolist(), strict=True)
@@ -148,13 +111,6 @@ def _outline(runs: tuple[tuple[int, int, int], ...], inset: int) -> list[int]:
     return [number for point in down + up for number in point]
 
 
-def run_lengths(mask: np.ndarray) -> dict:
-    """COCO's uncompressed RLE: columns one after the other, the first run counts zeros."""
-    changes = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False))
-    counts = np.diff(changes, prepend=0, append=mask.size).tolist()
-    return {"counts": counts, "size": list(mask.shape)}
-
-
 # ---- drawings ------------------------------------------------------------------------------------
 
 
@@ -174,15 +130,15 @@ class Drawing:
     entropy: tuple[int, int, int]  # seed, number of the split, index
 
     def generator(self, writer: str) -> Generator:
-        return np.random.default_rng([*self.entropy, 1 + WRITERS.index(writer)])
+        return np.random.default_rng([*self.entropy, WRITERS[writer]])
 
     def image_record(self, prefix: str = "") -> dict:
-        height, width = self.scene.owner.shape
+        height, width = self.scene.segment_index.shape
         name = f"{prefix}{self.image_id:012d}.jpg"
         return dict(id=self.image_id, file_name=name, height=height, width=width)
 
     def annotation_id(self, index: int) -> int:
-        """Of a segment, by its place in the scene."""
+        """Of a segment, by its index in the scene."""
         return 10 * self.image_id + index
 
     @cached_property
@@ -192,7 +148,7 @@ class Drawing:
         for index, segment in enumerate(self.scene.segments):
             if segment.is_thing:
                 mask = self.scene.mask(index)
-                shape = run_lengths(mask) if segment.is_crowd else polygons(mask)
+                shape = encode_mask(mask) if segment.is_crowd else polygons(mask)
                 ids = dict(id=self.annotation_id(index), image_id=self.image_id)
                 records.append(ids | _segment_record(segment, mask) | dict(segmentation=shape))
         return records
@@ -205,7 +161,7 @@ def draw_split(seed: int, split: str, count: int) -> list[Drawing]:
     for index in tqdm(range(count), desc=f"draw {split}"):
         entropy = seed, number, index
         rng = np.random.default_rng(entropy)
-        scene = draw_scene(rng, has_crowd=index == 0 or rng.random() < 1 / 12)
+        scene = scenes.draw_scene(rng, has_crowd=index == 0 or rng.random() < 1 / 12)
         jpeg = _encode(scene.image, format="JPEG", quality=95, subsampling=0)
         image_id = 139 + 37 * index + 18 * number
         drawings.append(Drawing(image_id, split, scene, jpeg, rng, entropy))
@@ -227,7 +183,7 @@ def write_world(data: Path, num_train: int = 1600, num_val: int = 64, seed: int 
     """
     with new_folder(data) as root:
         train, val = draw_split(seed, "train", num_train), draw_split(seed, "val", num_val)
-        # These four share each drawing's `rng`: their order is part of the bytes.
+        # These four share the drawings' `rng`: their order is part of the bytes.
         _write_coco(root, "train", train)
         _write_coco(root, "val", val)
         _write_refs(root, "refcoco", train + val, ["train"] * num_train + _scored_splits(val))
@@ -244,7 +200,7 @@ def write_world(data: Path, num_train: int = 1600, num_val: int = 64, seed: int 
         _write_vgd(root, "train", _eighths(train, 0, 4), seed)
         # Of few drawings all: a category has to be in two of them to be shown across images.
         _write_vgd(root, "val", val[: max(len(val) // 2, 8)], seed)
-        _write_ade20k(root, {"training": train[:4], "validation": val})
+        _write_ade20k(root, val)
         _write_benchmarks(root, val)
 
 
@@ -260,45 +216,45 @@ def _instances(images: list[dict], drawings: list[Drawing]) -> dict:
 def _write_coco(root: Path, split: str, drawings: list[Drawing]) -> None:
     suffix = "" if split == "train" else "_val"
     source = SOURCES[f"coco_panoptic{suffix}"]
-    panoptic = []
+    annotations = []
     for drawing in tqdm(drawings, desc=f"COCO {split}"):
-        owner, segments = drawing.scene.owner, drawing.scene.segments
+        segments = drawing.scene.segments
         # Any 24 bits but 0, which is void: most are over 65535 and so use all three channels.
         ids = 1 + drawing.rng.choice(2**24 - 1, size=len(segments), replace=False)
-        colors = (np.concatenate([[0], ids])[owner][..., None] >> [0, 8, 16]) & 255  # [H, W, 3]
+        pixels = np.concatenate([[0], ids])[drawing.scene.segment_index]  # [H, W]
+        colors = (pixels[..., None] >> [0, 8, 16]) & 255
         info = [
             dict(id=number) | _segment_record(segment, drawing.scene.mask(index))
             for index, (number, segment) in enumerate(zip(ids.tolist(), segments, strict=True))
         ]
         image = drawing.image_record()
         name = image["file_name"].replace(".jpg", ".png")
-        panoptic.append(dict(image_id=drawing.image_id, file_name=name, segments_info=info))
+        annotations.append(dict(image_id=drawing.image_id, file_name=name, segments_info=info))
         _write(root / source.masks / name, _encode(colors.astype(np.uint8), format="PNG"))
         _write(root / source.images / image["file_name"], drawing.jpeg)
-    # Not in the order of their ids, like COCO's.
-    images = [drawing.image_record() for drawing in drawings[1::2] + drawings[::2]]
-    both = dict(images=images, annotations=panoptic, categories=categories())
-    _write(root / source.annotations, both)
+    images = [drawing.image_record() for drawing in drawings]
+    content = dict(images=images, annotations=annotations, categories=categories())
+    _write(root / source.annotations, content)
     instances = SOURCES[f"coco_instance{suffix}"].annotations
     _write(root / instances, _instances(images, drawings))
     semantic = root / SOURCES[f"coco_semantic{suffix}"].masks
-    build_coco_semantic(root / source.annotations, root / source.masks, semantic, num_workers=0)
+    panoptic = root / source.annotations, root / source.masks
+    build.build_coco_semantic(*panoptic, semantic, num_workers=0)
 
 
 def _write_interactive(root: Path, split: str, drawings: list[Drawing]) -> None:
     """PSALM's file: COCO's annotations, crowd with them, and their prompts, not dilated."""
     source = SOURCES["coco_interactive" if split == "train" else "coco_interactive_val_point"]
     entries = []
-    for number, drawing in enumerate(tqdm(drawings, desc=f"COCO-Interactive {split}")):
+    for drawing in tqdm(drawings, desc=f"COCO-Interactive {split}"):
         rng, annotations = drawing.generator("interactive"), []
         for record in drawing.instance_records:
             mask = drawing.scene.mask(record["id"] - drawing.annotation_id(0))
-            prompts = visual_prompts(mask, rng, is_dilated=False)
+            prompts = build.visual_prompts(mask, rng, is_dilated=False)
             rles = {f"{kind}_visual_prompt_mask": encode_mask(p) for kind, p in prompts.items()}
             annotations.append(record | rles)
         image = drawing.image_record()
-        entry = dict(image=image["file_name"], image_info=image, new_img_id=number)
-        entries.append(entry | dict(anns=annotations))
+        entries.append(dict(image=image["file_name"], image_info=image, anns=annotations))
     _write(root / source.annotations, entries)
 
 
@@ -306,41 +262,38 @@ def _write_vgd(root: Path, split: str, drawings: list[Drawing], seed: int) -> No
     source = SOURCES["coco_vgd" if split == "train" else "coco_vgd_val_point"]
     images = [drawing.image_record() for drawing in drawings]
     _write(root / source.instances, _instances(images, drawings))
-    build_vgd(root / source.instances, root / source.annotations, seed, num_workers=0)
+    build.build_vgd(root / source.instances, root / source.annotations, seed, num_workers=0)
 
 
 # ---- RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO -------------------------------------------------------
 
-Mention = tuple[list[int], list[str]]  # places in the scene of what is meant, expressions for it
+Mention = tuple[list[int], list[str]]  # indices in the scene of what is meant, expressions for it
 
 
 def _single_mentions(rng: Generator, scene: Scene) -> Iterator[Mention]:
-    """One to three expressions for each thing that has any."""
+    """One to three expressions for every thing that has any."""
     for index, segment in enumerate(scene.segments):
-        found = rng.permutation(expressions(scene, segment))[: rng.integers(1, 4)].tolist()
+        found = rng.permutation(scenes.expressions(scene, segment))[: rng.integers(1, 4)].tolist()
         if found:
             yield [index], found
 
 
 def _general_mentions(rng: Generator, scene: Scene) -> Iterator[Mention]:
     """One expression for a thing, one for several things, one for nothing that is there."""
-    single, several = list(_single_mentions(rng, scene)), group_expressions(scene)
+    single, several = list(_single_mentions(rng, scene)), scenes.group_expressions(scene)
     if single:
-        places, texts = single[rng.integers(len(single))]
-        yield places, texts[:1]
+        indices, texts = single[rng.integers(len(single))]
+        yield indices, texts[:1]
     if several:
-        text, places = several[rng.integers(len(several))]
-        yield places, [text]
-    yield [], [absent_expression(rng, scene)]
+        text, indices = several[rng.integers(len(several))]
+        yield indices, [text]
+    yield [], [scenes.absent_expression(rng, scene)]
 
 
 def _write_other_refs(root: Path, train: list[Drawing], val: list[Drawing]) -> None:
     scored = val[: max(len(val) // 4, 6)]
-    for name, splits in (
-        ("refcoco+", ("val", "testA", "testB")),
-        ("refcocog", ("val", "test")),
-    ):
-        few = _eighths(train, 0, 1)
+    few = _eighths(train, 0, 1)
+    for name, splits in (("refcoco+", ("val", "testA", "testB")), ("refcocog", ("val", "test"))):
         in_turn = [splits[index % len(splits)] for index in range(len(scored))]
         _write_refs(root, name, few + scored, ["train"] * len(few) + in_turn)
     half = _eighths(train, 0, 4)
@@ -358,26 +311,17 @@ def _write_refs(root: Path, name: str, drawings: list[Drawing], splits: list[str
     where nothing is meant."""
     source, is_general = SOURCES[name], name == "grefcoco"
     mentions = _general_mentions if is_general else _single_mentions
-    refs, images, num_sentences = [], [], 0
+    refs, images = [], []
     for drawing, split in zip(tqdm(drawings, desc=name), splits, strict=True):
         rng = drawing.rng if name == "refcoco" else drawing.generator(name)
-        stem = f"COCO_train2014_{drawing.image_id:012d}"
-        images.append(drawing.image_record(prefix="COCO_train2014_"))
+        image = drawing.image_record(prefix="COCO_train2014_")
+        images.append(image)
         if name == "refcoco":
-            _write(root / source.images / f"{stem}.jpg", drawing.jpeg)
-        for places, texts in mentions(rng, drawing.scene):
-            sentences = [
-                dict(sent_id=number, sent=text, raw=text.capitalize(), tokens=text.split())
-                for number, text in enumerate(texts, num_sentences)
-            ]
-            num_sentences += len(sentences)
-            ids = [drawing.annotation_id(index) for index in places] or [-1]
-            kinds = [drawing.scene.segments[index].category_id for index in places] or [-1]
-            ref = dict(ref_id=len(refs), ann_id=ids if is_general else ids[0])
-            ref |= dict(image_id=drawing.image_id, category_id=kinds if is_general else kinds[0])
-            ref |= dict(split=split, file_name=f"{stem}_{ids[0] % 10}.jpg")
-            ref |= dict(sent_ids=[each["sent_id"] for each in sentences], sentences=sentences)
-            refs.append(ref)
+            _write(root / source.images / image["file_name"], drawing.jpeg)
+        for indices, texts in mentions(rng, drawing.scene):
+            ids = [drawing.annotation_id(index) for index in indices] or [-1]
+            ref = dict(image_id=drawing.image_id, ann_id=ids if is_general else ids[0], split=split)
+            refs.append(ref | dict(sentences=[dict(sent=text) for text in texts]))
     is_pickle = source.annotations.endswith(".p")
     _write(root / source.annotations, pickle.dumps(refs, protocol=2) if is_pickle else refs)
     _write(root / source.instances, _instances(images, drawings))
@@ -387,14 +331,14 @@ def _write_refs(root: Path, name: str, drawings: list[Drawing], splits: list[str
 
 
 def _write_reasonseg(root: Path, name: str, drawings: list[Drawing]) -> None:
-    """A riddle for each drawing whose answer is all things of a category; a crowd of it is ignored.
-    Every other training image has an explanation."""
+    """A riddle for every drawing, whose answer is all things of a category; a crowd of it is
+    ignored. Every other training image has an explanation."""
     source, is_train = SOURCES[name], name == "reasonseg"
     explanations = []
     for number, drawing in enumerate(tqdm(drawings, desc=name)):
         scene = drawing.scene
         rng = drawing.generator(name)
-        present = sorted({each.category for each in scene.things()})
+        present = sorted({thing.category for thing in scene.things()})
         category = present[rng.integers(len(present))]
         riddle, is_sentence = RIDDLES[category], bool(rng.random() < 0.5)
         texts = rng.permutation(riddle.questions if is_sentence else riddle.phrases).tolist()
@@ -405,10 +349,7 @@ def _write_reasonseg(root: Path, name: str, drawings: list[Drawing]) -> None:
             for label in ["ignore" if segment.is_crowd else "target"]
             for ring in (polygons(scene.mask(index), 1) if segment.category == category else [])
         ]
-        if rng.random() < 0.1:
-            shapes.append(dict(label="flag", points=[[1.0, 1.0], [9.0, 1.0], [9.0, 9.0]]))
         stem = f"{drawing.image_id:012d}"
-        shapes = [dict(shape_type="polygon", image_name=f"{stem}.jpg") | each for each in shapes]
         record = dict(text=texts, is_sentence=is_sentence, shapes=shapes)
         _write(root / source.annotations / f"{stem}.json", record)
         _write(root / source.annotations / f"{stem}.jpg", drawing.jpeg)
@@ -429,48 +370,38 @@ def _write_gcg(root: Path, train: list[Drawing]) -> None:
     _write_gcg_flickr(root, _eighths(train, 4, 6))
 
 
+def _phrases(scene: Scene) -> tuple[str, list[tuple[str, list[int], np.ndarray]]]:
+    """The caption; of its phrases the words, [first character, the one after its last] and mask."""
+    text, spans = scenes.caption_phrases(scene)
+    return text, [(text[a:b], [a, b], scene.mask(index)) for a, b, index in spans]
+
+
 def _write_gcg_grounded(root: Path, name: str, drawings: list[Drawing]) -> None:
-    """The layout of the annotations by people, with images of their own and at times quotes around
-    the caption, and of OpenPSG, with COCO's images, of which half are named with their folder."""
+    """The layout of the annotations by people, with images of their own, and of OpenPSG, with
+    COCO's images."""
     source, records = SOURCES[name], []
-    for number, drawing in enumerate(tqdm(drawings, desc=name)):
-        rng = drawing.generator("gcg")
-        text, spans = caption_phrases(drawing.scene)
+    for drawing in tqdm(drawings, desc=name):
+        text, phrases = _phrases(drawing.scene)
+        # The layout has a phrase once; of two things that look alike only the first is in it.
         groundings: dict[str, dict] = {}
-        for start, end, index in spans:
-            rles = [encode_mask(part) for part in _parts(rng, drawing.scene.mask(index))]
-            # The layout has a phrase once; of two things that look alike only the first is in it.
-            phrase = dict(token_positives=[start, end], rle_masks=rles)
-            groundings.setdefault(text[start:end], phrase)
-        image = drawing.image_record()
-        if name == "gcg_psg":
-            image["file_name"] = ("train2017/" if number % 2 == 0 else "") + image["file_name"]
-        else:
-            image = dict(id=drawing.image_id, file_name=f"sa_{drawing.image_id}.jpg")
-            _write(root / source.images / image["file_name"], drawing.jpeg)
-            text = f'"{text}"' if rng.random() < 0.2 else text
-        image["image_id"] = image.pop("id")
-        records.append(image | dict(caption=text, groundings=groundings))
+        for words, span, mask in phrases:
+            phrase = dict(token_positives=span, rle_masks=[encode_mask(mask)])
+            groundings.setdefault(words, phrase)
+        file_name = drawing.image_record()["file_name"]
+        if name == "gcg_grandf":
+            file_name = f"sa_{drawing.image_id}.jpg"
+            _write(root / source.images / file_name, drawing.jpeg)
+        record = dict(file_name=file_name, image_id=drawing.image_id, caption=text)
+        records.append(record | dict(groundings=groundings))
     _write(root / source.annotations, records)
-
-
-def _parts(rng: Generator, mask: np.ndarray) -> list[np.ndarray]:
-    """The mask, or as some phrases have it, two masks that make it up."""
-    if rng.random() < 0.7:
-        return [mask]
-    is_upper = (np.arange(len(mask)) < np.nonzero(mask)[0].mean())[:, None]  # [H, 1]
-    return [part for part in (mask & is_upper, mask & ~is_upper) if part.any()]
 
 
 def _write_gcg_refs(root: Path, drawings: list[Drawing]) -> None:
     """RefCOCOg's layout: single-key dicts, phrases without spans, images of RefCOCO."""
     records = []
     for drawing in tqdm(drawings, desc="gcg_refcocog"):
-        text, spans = caption_phrases(drawing.scene)
-        refs = [
-            dict(sentence=text[start:end], segmentation=polygons(drawing.scene.mask(index)))
-            for start, end, index in spans
-        ]
+        text, phrases = _phrases(drawing.scene)
+        refs = [dict(sentence=words, segmentation=polygons(mask)) for words, _, mask in phrases]
         name = drawing.image_record(prefix="COCO_train2014_")["file_name"]
         record = dict(img_file_name=name, caption=text, refs=refs)
         records.append({str(drawing.image_id): record})
@@ -478,19 +409,16 @@ def _write_gcg_refs(root: Path, drawings: list[Drawing]) -> None:
 
 
 def _write_gcg_flickr(root: Path, drawings: list[Drawing]) -> None:
-    """Flickr30k's layout: COCO's with a caption for each image, sizes in part as strings."""
+    """Flickr30k's layout: COCO's with a caption for every image."""
     source, images, annotations = SOURCES["gcg_flickr"], [], []
     for number, drawing in enumerate(tqdm(drawings, desc="gcg_flickr")):
-        text, spans = caption_phrases(drawing.scene)
+        text, phrases = _phrases(drawing.scene)
         image = drawing.image_record() | dict(id=number, file_name=f"{drawing.image_id}.jpg")
-        if number % 4 == 0:
-            image |= dict(height=str(image["height"]), width=str(image["width"]))
         images.append(image | dict(caption=text))
-        for start, end, index in spans:
-            mask = drawing.scene.mask(index)
-            record = dict(id=len(annotations), image_id=number) | _measures(mask)
-            record |= dict(tokens_positive=[[start, end]], sam_mask=encode_mask(mask))
-            annotations.append(record)
+        annotations += [
+            dict(image_id=number, tokens_positive=[span], sam_mask=encode_mask(mask))
+            for _, span, mask in phrases
+        ]
         _write(root / source.images / image["file_name"], drawing.jpeg)
     _write(root / source.annotations, dict(images=images, annotations=annotations))
 
@@ -499,17 +427,12 @@ def _write_gcg_scored(root: Path, name: str, drawings: list[Drawing]) -> None:
     """Masks without phrases in one file, captions in the other; ids are strings."""
     source, images, masks, captions = SOURCES[name], [], [], []
     for drawing in tqdm(drawings, desc=name):
-        text, spans = caption_phrases(drawing.scene)
+        text, phrases = _phrases(drawing.scene)
         image_id = f"sa_{drawing.image_id}"
-        height, width = drawing.scene.owner.shape
-        images.append(dict(id=image_id, height=height, width=width))
-        labels = [text[start:end] for start, end, _ in spans]
-        caption = dict(id=len(captions), image_id=image_id, caption=text, labels=labels)
-        captions.append(caption)
-        for _, _, index in spans:
-            mask = drawing.scene.mask(index)
-            record = dict(id=len(masks) + 1, image_id=image_id, category_id=1, iscrowd=0)
-            masks.append(record | _measures(mask) | dict(segmentation=encode_mask(mask)))
+        images.append(drawing.image_record() | dict(id=image_id))
+        labels = [words for words, _, _ in phrases]
+        captions.append(dict(image_id=image_id, caption=text, labels=labels))
+        masks += [dict(image_id=image_id, segmentation=encode_mask(m)) for _, _, m in phrases]
         _write(root / source.images / f"{image_id}.jpg", drawing.jpeg)
     _write(root / source.annotations, dict(images=images, annotations=masks))
     _write(root / source.instances, dict(images=images, annotations=captions))
@@ -517,8 +440,8 @@ def _write_gcg_scored(root: Path, name: str, drawings: list[Drawing]) -> None:
 
 # ---- ADE20K --------------------------------------------------------------------------------------
 
-# Names that no training set has as a category, in words that they all use. One is a list and one
-# ends in a space, as in the published file; class numbers count from 1 in this order.
+# Names that no training set has as a category, in words that they all use. One is a list, one has
+# a space at its end, as in the published file; class numbers count from 1 in this order.
 ADE_STUFF = {
     "stripes-merged": "stripes, lines",
     "checks": "checks ",
@@ -533,30 +456,26 @@ ADE_THINGS = [(color, shape) for color in ("red", "green", "blue") for shape in 
 ADE_NAMES = [*ADE_STUFF.values(), *(f"{color} {shape}" for color, shape in ADE_THINGS)]
 
 
-def _write_ade20k(root: Path, drawings: dict[str, list[Drawing]]) -> None:
-    """The two downloads, then what is converted from them. Crowds and other colors have no label.
-
-    `drawings` by ADE20K's folder names.
-    """
+def _write_ade20k(root: Path, drawings: list[Drawing]) -> None:
+    """The download of the validation images, then what is converted from it. Crowds and other
+    colors have no label."""
     folder = root / Path(SOURCES["ade20k_semantic_val"].masks).parents[1]
-    for split, name in (("training", "train"), ("validation", "val")):
-        for number, drawing in enumerate(tqdm(drawings[split], desc=f"ADE20K {split}"), start=1):
-            stem, owner = f"ADE_{name}_{number:08d}", drawing.scene.owner
-            classes, instances = _ade_maps(drawing.scene)
-            _write(folder / "images" / split / f"{stem}.jpg", drawing.jpeg)
-            for kind, table in (("annotations", classes), ("annotations_instance", instances)):
-                png = _encode(table[owner], format="PNG")
-                _write(folder / kind / split / f"{stem}.png", png)
-    rows = [f"{number}\t0.01\t1\t1\t{each}\n" for number, each in enumerate(ADE_NAMES, start=1)]
-    _write(folder / "objectInfo150.txt", "Idx\tRatio\tTrain\tVal\tName\n" + "".join(rows))
-    header = "Instacne100\tSceneParse150\tFullADE20K\n"  # misspelt in the published file
-    rows = [f"{n}\t{n + len(ADE_STUFF)}\t{100 + n}\n" for n in range(1, len(ADE_THINGS) + 1)]
-    _write(folder / "ade20k_instance_catid_mapping.txt", header + "".join(rows))
-    convert_ade20k(folder, num_workers=0)
+    for number, drawing in enumerate(tqdm(drawings, desc="ADE20K"), start=1):
+        name = f"validation/ADE_val_{number:08d}"
+        classes, instances = _ade_maps(drawing.scene)
+        _write(folder / "images" / f"{name}.jpg", drawing.jpeg)
+        for kind, table in (("annotations", classes), ("annotations_instance", instances)):
+            png = _encode(table[drawing.scene.segment_index], format="PNG")
+            _write(folder / kind / f"{name}.png", png)
+    rows = [f"{number}\t{name}\n" for number, name in enumerate(ADE_NAMES, start=1)]
+    _write(folder / "objectInfo150.txt", "Idx\tName\n" + "".join(rows))
+    rows = [f"{n}\t{n + len(ADE_STUFF)}\n" for n in range(1, len(ADE_THINGS) + 1)]
+    _write(folder / "ade20k_instance_catid_mapping.txt", "Instance\tClass\n" + "".join(rows))
+    build.convert_ade20k(folder, splits=["validation"], num_workers=0)
 
 
 def _ade_maps(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Of void and each segment its class, and its (instance class, instance number, 0); uint8."""
+    """Of void and every segment its class, and its (instance class, instance number, 0); uint8."""
     classes = np.zeros(len(scene.segments) + 1, np.uint8)
     instances = np.zeros((len(scene.segments) + 1, 3), np.uint8)
     for number, segment in enumerate(scene.segments, start=1):
@@ -578,7 +497,7 @@ def _write_llava(root: Path, drawings: list[Drawing]) -> None:
     for index, drawing in enumerate(tqdm(drawings, desc="LLaVA")):
         rng, stem = drawing.rng, f"{drawing.image_id:09d}"
         name = f"{stem[:5]}/{stem}.jpg"
-        turns = _conversation(rng, [caption_turn(rng, drawing.scene)])
+        turns = _conversation(rng, [scenes.caption_turn(rng, drawing.scene)])
         captions.append(dict(id=stem, image=name, conversations=turns))
         _write(root / pretrain.images / name, drawing.jpeg)
 
@@ -588,16 +507,10 @@ def _write_llava(root: Path, drawings: list[Drawing]) -> None:
         if index % 3 == 2:
             rng = drawing.generator("vqa")
             turns = _conversation(rng, _vqa_turns(rng, drawing))
-            dialogues.append(dict(id=drawing.image_id, image=name, conversations=turns))
-            _write(root / instruct.images / name, drawing.jpeg)
-            continue
-        turns = _conversation(rng, dialogue(rng, drawing.scene))
-        number = drawing.image_id if rng.random() < 0.5 else stem  # some datasets of it have ints
-        dialogues.append(dict(id=number, image=name, conversations=turns))
+        else:
+            turns = _conversation(rng, scenes.dialogue(rng, drawing.scene))
+        dialogues.append(dict(id=drawing.image_id, image=name, conversations=turns))
         _write(root / instruct.images / name, drawing.jpeg)
-        if rng.random() < 0.1:
-            turns = _conversation(rng, [FACTS[rng.integers(len(FACTS))]], has_image=False)
-            dialogues.append(dict(id=f"text{stem}", model="", conversations=turns))
     _write(root / pretrain.annotations, captions)
     _write(root / instruct.annotations, dialogues)
 
@@ -609,14 +522,13 @@ def _vqa_turns(rng: Generator, drawing: Drawing) -> list[tuple[str, str]]:
         options = {letter: row[letter] for letter in "ABCD" if row.get(letter)}
         question = choice_question(row["question"], options, row.get("hint", ""))
         turns.append((question, row["answer"]))
-    return [turns[place] for place in rng.permutation(len(turns))[:3]]
+    return [turns[index] for index in rng.permutation(len(turns))[:3]]
 
 
-def _conversation(rng: Generator, turns: list[tuple[str, str]], has_image: bool = True) -> list:
+def _conversation(rng: Generator, turns: list[tuple[str, str]]) -> list[dict]:
     """LLaVA's turns; the image stands before or after the first question."""
     values = [text for turn in turns for text in turn]
-    if has_image:
-        values[0] = f"<image>\n{values[0]}" if rng.random() < 0.5 else f"{values[0]}\n<image>"
+    values[0] = f"<image>\n{values[0]}" if rng.random() < 0.5 else f"{values[0]}\n<image>"
     speakers = itertools.cycle(("human", "gpt"))
     return [{"from": who, "value": value} for who, value in zip(speakers, values, strict=False)]
 
@@ -633,8 +545,8 @@ COPY_STEP = 1_000_000  # from the index of a question of MMBench to that of its 
 def _write_benchmarks(root: Path, drawings: list[Drawing]) -> None:
     """Tables of questions: yes or no for MME and POPE, a word for GQA, else one of A to D."""
     names = [name for name, source in SOURCES.items() if source.format == "tsv"]
-    for place, name in enumerate(tqdm(names, desc="benchmarks")):
-        first = 7 * place % len(drawings)  # each begins with other drawings
+    for index, name in enumerate(tqdm(names, desc="benchmarks")):
+        first = 7 * index % len(drawings)  # not all begin with the same drawings
         rows = _benchmark_rows(name, drawings[first:] + drawings[:first])
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, list(rows[0]), delimiter="\t", lineterminator="\n")
@@ -656,8 +568,8 @@ def _benchmark_rows(name: str, drawings: list[Drawing]) -> list[dict]:
             copies = [row, *_rotations(row)] if name == "mmbench" else [row]
             if len(rows) + len(copies) > NUM_ROWS:
                 return rows
-            for turn, each in enumerate(copies):
-                rows.append(dict(index=number + turn * COPY_STEP, image=image) | each)
+            for turn, copy in enumerate(copies):
+                rows.append(dict(index=number + turn * COPY_STEP, image=image) | copy)
                 image = first if name == "mmbench" else image
             number += 1
     return rows
@@ -668,7 +580,7 @@ def _rotations(row: dict) -> list[dict]:
     letters = [letter for letter in "ABCD" if row[letter]]
     rotations = []
     for turn in range(1, len(letters)):
-        moved = letters[turn:] + letters[:turn]  # the letter that each option gets
+        moved = letters[turn:] + letters[:turn]  # the new letters of the options
         options = {new: row[old] for old, new in zip(letters, moved, strict=True)}
         answer = moved[letters.index(row["answer"])]
         rotations.append(row | options | dict(answer=answer))
@@ -676,25 +588,23 @@ def _rotations(row: dict) -> list[dict]:
 
 
 def _check_rows(rng: Generator, drawing: Drawing, name: str) -> Iterator[dict]:
-    """Two questions of each kind, in MME's table also about numbers; it names the image, by which
+    """Two questions of every kind, in MME's table also about numbers; it names the image, by which
     it pairs them."""
-    kinds = checks(rng, drawing.scene)
-    kinds += count_checks(rng, drawing.scene) if name == "mme" else []
-    for kind, *questions in kinds:
+    for kind, *questions in scenes.checks(rng, drawing.scene, with_count=name == "mme"):
         path = dict(image_path=f"{kind}/{drawing.image_id}.jpg") if name == "mme" else {}
         for question, answer in zip(questions, ("Yes", "No"), strict=True):
             yield path | dict(question=f"{question} {YES_OR_NO}", answer=answer, category=kind)
 
 
 def _word_rows(rng: Generator, drawing: Drawing, name: str) -> Iterator[dict]:
-    for _, question, answer, _ in quizzes(drawing.scene):
+    for _, question, answer, _ in scenes.quizzes(drawing.scene):
         yield dict(question=question, answer=answer)
 
 
 def _choice_rows(rng: Generator, drawing: Drawing, name: str) -> Iterator[dict]:
     """Up to four options; the columns that are left stay empty."""
     split = SOURCES[name].annotations.removesuffix(".tsv").rsplit("_", 1)[-1].lower()
-    for kind, question, answer, wrong in quizzes(drawing.scene):
+    for kind, question, answer, wrong in scenes.quizzes(drawing.scene):
         options = rng.permutation([answer, *rng.permutation(wrong)[:3]]).tolist()
         letters = dict(itertools.zip_longest("ABCD", options, fillvalue=""))
         row = dict(question=question, hint=HINT if rng.random() < 0.3 else "") | letters
