@@ -284,7 +284,8 @@ def test_a_vocabulary_that_outgrows_its_table_grows_it(weights):
     config = tiny(llm="llama")
     model = pretrained_model(3, config, weights, silent)
     count = len(model.tokenizer)
-    assert count > SMALL_VOCABULARY and config.model.llm_config["vocab_size"] == count
+    assert count > SMALL_VOCABULARY and model.config.model.llm_config["vocab_size"] == count
+    assert config == tiny(llm="llama")  # the configuration that was given is as it was
     folder = AutoModelForCausalLM.from_pretrained(weights / "llama")
     for table in ("get_input_embeddings", "get_output_embeddings"):
         theirs = getattr(folder, table)().weight

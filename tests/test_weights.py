@@ -328,7 +328,7 @@ def hub_model(kind: str, size: int = 48) -> PreTrainedModel:
 def load_part(part: str, folder: Path, model: ModelConfig) -> tuple[nn.Module, str]:
     """A part built as training builds it: without values, then filled."""
     setattr(model, f"{part}_config", {})
-    complete_architecture(model, part, folder)
+    model = complete_architecture(model, part, folder)
     with parameters_on_meta():
         module = {"image_encoder": ImageEncoder, "llm": LanguageModel}[part](
             getattr(model, f"{part}_config")
@@ -533,14 +533,14 @@ def test_a_folder_tells_what_the_configuration_does_not(world, config, tmp_path)
     shutil.copytree(world / "weights/phi3-toy", tmp_path / "llm")
     path = tmp_path / "llm/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": 77}))
-    complete_architecture(config.model, "llm", tmp_path / "llm")
+    config.model = complete_architecture(config.model, "llm", tmp_path / "llm")
     assert config.model.llm_config["sliding_window"] == 77
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
     shutil.copytree(world / "weights/siglip2-toy", tmp_path / "eyes")
     said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2}
     (tmp_path / "eyes/preprocessor_config.json").write_text(json.dumps(said))
-    complete_architecture(config.model, "image_encoder", tmp_path / "eyes")
+    config.model = complete_architecture(config.model, "image_encoder", tmp_path / "eyes")
     assert config.model.image_mean == (0.1, 0.2, 0.3) and config.model.image_std[2] == 0.6
     assert config.model.image_resample == "bilinear"
 

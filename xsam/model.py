@@ -7,6 +7,7 @@ Legend: B images, R decoder runs, P phrases, Q queries, K classes, C channels, V
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -212,10 +213,13 @@ class XSAM(nn.Module):
             self.set_tokenizer(tokenizer)
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Takes over the tokenizer; the configuration keeps the vocabulary's size."""
+        """Takes over the tokenizer; the model's configuration has the vocabulary's size from then
+        on."""
         self.tokenizer = tokenizer
         rows = self.llm.set_tokenizer(tokenizer)
-        self.config.model.llm_config = self.config.model.llm_config | {"vocab_size": rows}
+        llm_config = self.config.model.llm_config | {"vocab_size": rows}
+        model_config = dataclasses.replace(self.config.model, llm_config=llm_config)
+        self.config = dataclasses.replace(self.config, model=model_config)
 
     def encode(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Embeddings [B, N, C] of the batch's words, visual tokens and regions, and the hidden

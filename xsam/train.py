@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.exit(train_command())
 
 import argparse
+import dataclasses
 import json
 import math
 import signal
@@ -95,25 +96,26 @@ def pretrained_model(
     encoder and language model; all else is random, also the segmentation encoder of a later stage
     (`starting_model` fills it). Parameters are of `config.dtype`. `report` is told what was
     loaded."""
-    names, dtype = config.model, getattr(torch, config.dtype)
+    dtype = getattr(torch, config.dtype)
     if stage == 1:
         model = Segmentor(config)
-        report(load_folder(model.encoder, "seg_encoder", weights / names.seg_encoder))
+        report(load_folder(model.encoder, "seg_encoder", weights / config.model.seg_encoder))
         return cast_parameters(model, dtype)
     parts = {}
     for part, kind in (("image_encoder", ImageEncoder), ("llm", LanguageModel)):
-        folder = weights / getattr(names, part)
+        folder = weights / getattr(config.model, part)
         if folder.name == "none":
             continue
-        complete_architecture(names, part, folder)
+        model_config = complete_architecture(config.model, part, folder)
+        config = dataclasses.replace(config, model=model_config)
         with parameters_on_meta():
-            parts[part] = kind(getattr(names, f"{part}_config"))
+            parts[part] = kind(getattr(model_config, f"{part}_config"))
         report(load_folder(parts[part], part, folder, dtype=dtype))
     model = XSAM(config, **parts)
-    rows = names.llm_config["vocab_size"]
-    model.set_tokenizer(read_tokenizer(weights / names.llm))
-    if names.llm_config["vocab_size"] != rows:
-        report(f"vocabulary: {rows} rows grown to {names.llm_config['vocab_size']}")
+    rows = config.model.llm_config["vocab_size"]
+    model.set_tokenizer(read_tokenizer(weights / config.model.llm))
+    if (grown := model.config.model.llm_config["vocab_size"]) != rows:
+        report(f"vocabulary: {rows} rows grown to {grown}")
     return cast_parameters(model, dtype)
 
 
@@ -230,6 +232,8 @@ def train_stage(
 
     # ---- model, and where it goes on
     model = starting_model(number, config, options, say)
+    mixture = open_mixture(model, number, options, say)
+    config = model.config  # with what folders, tokenizer and data say
     checkpoint = latest_checkpoint(out) if options.resume else None
     first_step = num_skipped = 0
     if checkpoint is not None:
@@ -248,7 +252,6 @@ def train_stage(
     flops, peak_tflops = plan.FlopCount(config, number), plan.peak_tflops(config, device)
 
     # ---- data
-    mixture = open_mixture(number, config, options, Processor(config, model.tokenizer), say)
     num_steps = stage.max_steps or math.ceil(len(mixture) * stage.epochs)
     accumulation = stage.global_batch_size // (stage.micro_batch_size * world_size)
     say(f"\n---- stage {number}: {num_steps} steps of {stage.global_batch_size} samples")
@@ -358,21 +361,23 @@ def load_progress(
 
 
 def open_mixture(
+    model: Segmentor | XSAM,
     number: int,
-    config: Config,
     options: argparse.Namespace,
-    processor: Processor,
     report: Callable[[str], None],
 ) -> Mixture:
-    """The stage's datasets, reported, and the classes of the generic one noted in `config`."""
+    """The stage's datasets, reported; the classes of the generic one become those of the model's
+    configuration."""
     from xsam.datasets.generic import Generic
     from xsam.datasets.registry import open_dataset
 
+    config = model.config
     stage, phrasings = config.stages[number], read_phrasings(config.phrasings)
     datasets = [
         open_dataset(name, options.data, number == 1, phrasings, options.skip_bad)
         for name in stage.datasets
     ]
+    processor = Processor(config, model.tokenizer)
     mixture = Mixture(datasets, processor, stage, config.seed, options.skip_bad)
     for dataset, factor in zip(datasets, mixture.factors, strict=True):
         skipped = [f"{count} {reason}" for reason, count in (+dataset.skipped).items()]
@@ -381,7 +386,7 @@ def open_mixture(
         report(f"{dataset.name}: {len(dataset)} samples x {factor:.2f}{without}")
     generic = [dataset for dataset in datasets if isinstance(dataset, Generic)]
     if generic:
-        config.categories = generic[0].categories
+        model.config = dataclasses.replace(config, categories=generic[0].categories)
     for dataset in generic if number == 1 else ():
         if len(dataset.names) != config.model.num_classes:
             raise ValueError(

@@ -7,6 +7,7 @@ parameters that may still be on the meta device: the host never holds the weight
 """
 
 import contextlib
+import dataclasses
 import json
 import pickle
 import re
@@ -379,10 +380,10 @@ def part_of_folder(folder: Path) -> str | None:
     return parts[0] if parts else None
 
 
-def complete_architecture(config: ModelConfig, part: str, folder: Path) -> None:
-    """Puts what the folder of the image encoder or the language model says of itself into
-    `config`: its config.json, and of its preprocessor_config.json mean, deviation and resampling.
-    Raises ValueError where `config` says otherwise."""
+def complete_architecture(config: ModelConfig, part: str, folder: Path) -> ModelConfig:
+    """`config` with what the folder of the image encoder or the language model says of itself: its
+    config.json, and of its preprocessor_config.json mean, deviation and resampling. Raises
+    ValueError where `config` says otherwise."""
     read_model_type(folder, part)
     theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     values = getattr(theirs, "vision_config", theirs).to_diff_dict()
@@ -399,15 +400,16 @@ def complete_architecture(config: ModelConfig, part: str, folder: Path) -> None:
         raise ValueError(f"{folder}: another {part} than configured: {'; '.join(different[:5])}")
     for name in ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"):
         values.pop(name, None)
-    setattr(config, f"{part}_config", values)
+    changes = {f"{part}_config": values}
 
     path = folder / "preprocessor_config.json"
     if part == "image_encoder" and path.is_file():
-        said = json.loads(path.read_text(encoding="utf-8"))
-        config.image_mean = tuple(said.get("image_mean", config.image_mean))
-        config.image_std = tuple(said.get("image_std", config.image_std))
-        resample = {2: "bilinear", 3: "bicubic"}.get(said.get("resample"))
-        config.image_resample = resample or config.image_resample
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("image_mean", "image_std"):
+            changes[name] = tuple(found.get(name, getattr(config, name)))
+        resample = {2: "bilinear", 3: "bicubic"}.get(found.get("resample"))
+        changes["image_resample"] = resample or config.image_resample
+    return dataclasses.replace(config, **changes)
 
 
 def load_folder(
