@@ -61,12 +61,11 @@ def match_segments(
     overlap, true_area, predicted_area = _overlaps(true_ids, predicted_ids)
     record, matched_true, matched_predicted = [], set(), set()
     for (true, predicted), area in overlap.items():
-        category = predicted_classes.get(predicted)
-        if true and predicted and true_segments[true] == (category, False):
+        if true and predicted and true_segments[true] == (predicted_classes[predicted], False):
             void = overlap.get((0, predicted), 0)
             iou = area / (true_area[true] + predicted_area[predicted] - area - void)
             if iou > 0.5:
-                record.append(("tp", category, iou))
+                record.append(("tp", predicted_classes[predicted], iou))
                 matched_true.add(true)
                 matched_predicted.add(predicted)
     for true, (category, is_crowd) in true_segments.items():

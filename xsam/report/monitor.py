@@ -283,7 +283,7 @@ def score_tasks(
             picture.save(pictures / f"{prefix}_{task}_{index:05d}.png")
 
     names = [name for task in tasks for _, name in TASKS[task].datasets]
-    figures = evaluate(model, names, data, folder, num_samples, kept=draw_some, overwrite=True)
+    figures = evaluate(model, names, data, folder, num_samples, on_scored=draw_some, overwrite=True)
     distributed.barrier()
     if num_samples is not None and distributed.rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)  # without a task it is not there
