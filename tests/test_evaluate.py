@@ -5,6 +5,7 @@ pytest tests/test_evaluate.py
 """
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import os
@@ -17,11 +18,13 @@ from pathlib import Path
 
 import pytest
 from processes import PATIENCE, ROOT, finish, kill, start_ranks
-from test_predictions import contents, edit, write_predictions
+from test_predictions import contents, edit, perfect, write_predictions
+from test_scoring import RING, STAR, masks, square, write_panoptic
 
 from xsam import evaluate
 from xsam.checkpoints import save_checkpoint
 from xsam.data import Processor, Sample
+from xsam.datasets.base import Dataset
 from xsam.datasets.registry import open_dataset
 from xsam.datasets.sources import SOURCES, locate
 from xsam.evaluate import main, predict_dataset
@@ -36,6 +39,7 @@ from xsam.evaluation.prediction_files import (
 )
 from xsam.inference import answer, prepare
 from xsam.model import XSAM
+from xsam.postprocess import SegmentationResult
 
 HAS_METEOR = bool(importlib.util.find_spec("pycocoevalcap") and shutil.which("java"))
 
@@ -117,6 +121,29 @@ def test_predictions_of_another_program_are_scored(perfect_folder, world, tmp_pa
     assert run("--from-predictions", tmp_path / "said", *flags) == 0
     before, after = results(perfect_folder), results(tmp_path / "out")
     assert {task: after[task] for task in tasks} == {task: before[task] for task in tasks}
+
+
+def test_the_command_takes_panopticapis_rule_of_one_crowd(tmp_path, capsys, results):
+    """Ring and star are crowd of one class, of which that of the star comes last: what is said of
+    the ring is no mistake, or by that rule one. PQ is 1 / 1, or 1 / (1 + 1/2)."""
+    small = square(0, 0, 4, 5)
+    write_panoptic(tmp_path, RING * 1 + STAR * 2 + small * 3, {1: 3, 2: 3, 3: 3}, crowds=(1, 2))
+    dataset = open_dataset("coco_panoptic_val", tmp_path, all_classes=True)
+
+    def say(dataset: Dataset, index: int) -> SegmentationResult:
+        said = {"masks": masks(RING, small), "categories": [0, 0], "scores": [1.0, 1.0]}
+        return dataclasses.replace(perfect(dataset, index), **said)
+
+    write_predictions(tmp_path / "said/coco_panoptic_val", dataset, say)
+    flags = ["--from-predictions", tmp_path / "said", "--data", tmp_path, "--out", tmp_path / "out"]
+    assert run(*flags) == 0
+    scores = results(tmp_path / "out")
+    assert scores["panoptic"]["PQ"] == 100 and "one_crowd_per_class" not in scores["about"]
+    assert run(*flags, "--one-crowd-per-class") == 0
+    scores = results(tmp_path / "out")
+    assert scores["panoptic"]["PQ"] == pytest.approx(200 / 3)
+    assert scores["about"]["one_crowd_per_class"] is True
+    assert "one crowd region of a class and image" in (tmp_path / "out/results.md").read_text()
 
 
 # ---- one process and many, killed and not --------------------------------------------------------

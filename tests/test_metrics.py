@@ -272,6 +272,40 @@ def test_every_crowd_of_a_class_excuses():
     assert match_segments(ids, truth, guess, {4: 0}) == [("fn", 1, 0.0), ("fp", 0, 0.0)]
 
 
+def test_one_crowd_of_a_class_alone_excuses_by_panopticapis_rule():
+    """The last one of the class. A guess on the first is a mistake then: PQ is IoU / (1 + 1/2)."""
+    ids, guess = grid("1122", "3333", "3333"), grid("44..", "5555", "55..")
+    crowds, guesses = {1: (0, True), 2: (0, True)}, {4: 0, 5: 0}
+    truth = crowds | {3: (0, False)}
+    found = ("tp", 0, 6 / 8)
+    record = match_segments(ids, truth, guess, guesses)
+    assert record == [found] and panoptic_quality([record], IS_THING)["PQ"] == 75
+    record = match_segments(ids, truth, guess, guesses, one_crowd_per_class=True)
+    assert record == [found, ("fp", 0, 0.0)]
+    scores = panoptic_quality([record], IS_THING)
+    assert_same(scores, {"PQ": 50, "PQ_things": 50, "PQ_stuff": None, "SQ": 75, "RQ": 200 / 3})
+    turned = dict(reversed(truth.items()))  # the first is the last
+    assert match_segments(ids, turned, guess, guesses, one_crowd_per_class=True) == [found]
+    other = truth | {2: (1, True)}  # each is the one of its class
+    assert match_segments(ids, other, guess, guesses, one_crowd_per_class=True) == [found]
+
+
+def test_one_crowd_per_class_is_a_recount_of_the_pixels():
+    """To panopticapi the other crowds of a class are of no class that could excuse."""
+    num_different = 0
+    for seed in CASES:
+        ids, truth, guessed, guesses = random_maps(seed)
+        last = {category: number for number, (category, is_crowd) in truth.items() if is_crowd}
+        alone = {
+            number: (category if not is_crowd or last[category] == number else None, is_crowd)
+            for number, (category, is_crowd) in truth.items()
+        }
+        ours = match_segments(ids, truth, guessed, guesses, one_crowd_per_class=True)
+        assert Counter(ours) == Counter(recount(ids, alone, guessed, guesses)), seed
+        num_different += Counter(ours) != Counter(match_segments(ids, truth, guessed, guesses))
+    assert num_different > 5
+
+
 def test_segments_without_a_pixel():
     """A true one is missed, as in panopticapi; a guess is none."""
     ids, truth = grid("11"), {1: (0, False), 2: (1, False)}

@@ -102,45 +102,39 @@ def predict_dataset(
     take part. Raises ValueError where the folder holds predictions of other weights or settings,
     unless `overwrite` lets them be deleted."""
     kind, keys = kind_of(dataset), keys_of(dataset, num_samples)
-    rank, is_first = distributed.rank(), distributed.rank() == 0
-    if is_first:
+    rank, config = distributed.rank(), model.config
+    if rank == 0:
         files.begin(folder, kind, keys, made_by(model, dataset), overwrite)
     distributed.barrier()
     if files.is_complete(folder):
         return
-    batches = _unfinished_batches(dataset, keys, folder, model.config.eval_batch_size)
-    num_before = len(keys) - sum(map(len, batches))
+    batches = _unfinished_batches(dataset, keys, folder, config.eval_batch_size)
+    if rank == 0 and (num_before := len(keys) - sum(map(len, batches))):
+        tqdm.write(f"{folder}: {num_before} of {len(keys)} were predicted before")
     batches = batches[rank :: distributed.world_size()]
     distributed.barrier()  # every rank has seen what is finished before one adds to it
-    inputs = DataLoader(
-        _Inputs(dataset, batches, Processor(model.config, model.tokenizer)),
-        batch_size=None,
-        num_workers=min(model.config.num_workers, len(batches)),
-    )
+    inputs = _Inputs(dataset, batches, Processor(config, model.tokenizer))
+    loader = DataLoader(inputs, batch_size=None, num_workers=min(config.num_workers, len(batches)))
     is_thing = dataset.is_thing if isinstance(dataset, Generic) else None
-    bar = tqdm(
-        total=sum(map(len, batches)), desc=f"predict {label or dataset.name}",
-        disable=not is_first, unit="image",
-    )  # fmt: skip
-    if is_first and num_before:
-        tqdm.write(f"{folder}: {num_before} of {len(keys)} were predicted before")
-    num_parts = 1
+    description, count = f"predict {label or dataset.name}", sum(map(len, batches))
+    bar = tqdm(total=count, desc=description, disable=rank != 0, unit="image")
+    num_prompts = 1
     with bar, files.Writer(folder, kind, rank) as writer:
-        for batch, questions in zip(batches, inputs, strict=True):
+        for batch, questions in zip(batches, loader, strict=True):
             if isinstance(questions, ValueError):
                 raise questions
-            if is_first and num_parts == 1 < len(questions.parts):
-                num_parts = len(questions.parts)
+            if rank == 0 and num_prompts == 1 < len(questions.parts):
+                num_prompts = len(questions.parts)
                 tqdm.write(
                     f"{dataset.name}: {len(questions.samples[0].names)} names do not fit one "
-                    f"prompt of {model.config.model.max_text_length} tokens; they are split into "
-                    f"{num_parts} prompts, whose masks are merged"
+                    f"prompt of {config.model.max_text_length} tokens; they are split into "
+                    f"{num_prompts} prompts, whose masks are merged"
                 )
             predictions = answer(model, questions, post_processing_of(dataset), is_thing)
             writer.write([keys[index] for index in batch], questions.samples, predictions)
             bar.update(len(batch))
     distributed.barrier()
-    if is_first:
+    if rank == 0:
         files.complete(folder, kind, keys)
     distributed.barrier()
 

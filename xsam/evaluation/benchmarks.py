@@ -21,25 +21,21 @@ from tqdm import tqdm
 from xsam import distributed
 from xsam.datasets.formats import encode_mask
 from xsam.evaluation import metrics
+from xsam.evaluation.metrics import Figures
 from xsam.evaluation.prediction_files import SavedPredictions
-
-Figures = dict[str, float | None]  # by metric; None where there is nothing to count
-
 
 # ---- the record of one sample --------------------------------------------------------------------
 
 
-def _panoptic(
-    predictions: SavedPredictions, index: int, one_crowd_per_class: bool
-) -> list[tuple[str, int, float]]:
+def _panoptic(predictions: SavedPredictions, index: int, one_crowd_per_class: bool) -> list:
     _, true_ids, segments = predictions.dataset.read(index)
     truth = {n: (each["class"], each["iscrowd"]) for n, each in enumerate(segments, 1)}
-    predicted = predictions.segments(predictions.keys[index], true_ids.shape)
+    predicted = predictions.segments(index, true_ids.shape)
     return metrics.match_segments(true_ids, truth, *predicted, one_crowd_per_class)
 
 
 def _instances(predictions: SavedPredictions, index: int) -> dict:
-    dataset, key, categories = predictions.dataset, predictions.keys[index], predictions.categories
+    dataset, categories = predictions.dataset, predictions.categories
     if dataset.source.format == "instance":
         image, truth = dataset.read(index)
     else:
@@ -48,39 +44,37 @@ def _instances(predictions: SavedPredictions, index: int) -> dict:
         pairs = zip(sample.labels, sample.masks, strict=True)
         truth = [(shown[label], mask, False) for label, mask in pairs]
     truth = [(category, encode_mask(mask), is_crowd) for category, mask, is_crowd in truth]
-    predicted = predictions.instances(key, (image.height, image.width))
+    predicted = predictions.instances(index, (image.height, image.width))
+    key = predictions.keys[index]
     return metrics.collect_instances(key, len(categories), truth, predicted)
 
 
 def _semantic(predictions: SavedPredictions, index: int) -> np.ndarray:
     _, truth = predictions.dataset.read(index)
-    predicted = predictions.class_map(predictions.keys[index], truth.shape)
+    predicted = predictions.class_map(index, truth.shape)
     return metrics.count_pixels(truth, predicted, len(predictions.categories))
 
 
 def _mask(predictions: SavedPredictions, index: int) -> tuple[int, int, bool, bool]:
     sample = predictions.dataset.question(index)
-    size = sample.image.height, sample.image.width
-    predicted = predictions.mask(predictions.keys[index], size)
+    predicted = predictions.mask(index, (sample.image.height, sample.image.width))
     return metrics.mask_overlap(sample.masks.any(axis=0), predicted, sample.ignore)
 
 
-def _grounded(
-    predictions: SavedPredictions, index: int, embed: Callable | None
-) -> tuple[dict, tuple]:
+def _grounded(predictions: SavedPredictions, index: int, embed: Callable | None) -> tuple:
     """The masks as instances of one class, and paired with the true ones by their phrases."""
     key, sample = predictions.keys[index], predictions.dataset.question(index)
-    predicted = predictions.instances(key, (sample.image.height, sample.image.width))
+    predicted = predictions.instances(index, (sample.image.height, sample.image.width))
     truth = [encode_mask(mask) for mask in sample.masks]
     instances = metrics.collect_instances(key, 1, [(0, rle, False) for rle in truth], predicted)
     similarity, phrases = None, predictions.dataset.phrases(index)
     if phrases:
-        similarity = metrics.phrase_similarity(phrases, predictions.phrases(key), embed)
+        similarity = metrics.phrase_similarity(phrases, predictions.phrases(index), embed)
     return instances, metrics.ground_masks(truth, [rle for _, rle, _ in predicted], similarity)
 
 
 def _choice(predictions: SavedPredictions, index: int) -> tuple[str, bool]:
-    row, answer = predictions.dataset.records[index], predictions.answer(predictions.keys[index])
+    row, answer = predictions.dataset.records[index], predictions.answer(index)
     truth = row["answer"].strip()
     if options := predictions.dataset.options(row):
         return row["index"], metrics.read_choice(answer, options) == truth
@@ -98,9 +92,8 @@ def _mme(predictions: SavedPredictions, index: int) -> tuple[str, str, bool]:
 
 def _pope(predictions: SavedPredictions, index: int) -> list[tuple[str, str | None]]:
     """A question of POPE counts once for each sampling that it is in."""
-    row = predictions.dataset.records[index]
-    predicted = metrics.read_yes_no(predictions.answer(predictions.keys[index]))
-    pair = row["answer"].strip().capitalize(), predicted
+    row, answer = predictions.dataset.records[index], predictions.answer(index)
+    pair = row["answer"].strip().capitalize(), metrics.read_yes_no(answer)
     return [pair] * len(row.get("category", "").split(","))
 
 
@@ -116,13 +109,11 @@ def _instance_figures(predictions: SavedPredictions, records: list) -> Figures:
 
 
 def _reason_test_figures(predictions: SavedPredictions, records: list) -> Figures:
-    """Of all samples, and of those whose expression is short or a whole sentence."""
+    """Of all samples, and of those whose expression is a phrase (short) or a sentence (long)."""
     figures = metrics.mask_quality(records)
     for name, is_long in (("short", False), ("long", True)):
-        part = [
-            record for index, record in enumerate(records)
-            if predictions.dataset.is_sentence(index) is is_long
-        ]  # fmt: skip
+        pairs = enumerate(records)
+        part = [each for index, each in pairs if predictions.dataset.is_sentence(index) is is_long]
         figures |= {f"{metric} {name}": x for metric, x in metrics.mask_quality(part).items()}
     return figures
 
@@ -132,9 +123,7 @@ def _region_figures(predictions: SavedPredictions, records: list) -> Figures:
     return {"mIoU": figures["gIoU"], "cIoU": figures["cIoU"]}
 
 
-def _grounded_figures(
-    predictions: SavedPredictions, records: list, embed: Callable | None
-) -> Figures:
+def _grounded_figures(predictions: SavedPredictions, records: list, embed: Any) -> Figures:
     instances, pairs = map(list, zip(*records, strict=True))
     grounding = metrics.grounding_quality(pairs)
     return _caption_figures(predictions) | {

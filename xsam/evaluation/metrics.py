@@ -24,6 +24,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+Figures = dict[str, float | None]  # by metric; None where there is nothing to count
+Overlap = tuple[int, int, bool, bool]  # see `mask_overlap`
+Match = tuple[str, int, float]  # see `match_segments`
+
 
 def _percent(values: list | np.ndarray) -> float | None:
     """100 times the mean."""
@@ -39,7 +43,7 @@ def match_segments(
     predicted_ids: np.ndarray,
     predicted_classes: dict[int, int],
     one_crowd_per_class: bool = False,
-) -> list[tuple[str, int, float]]:
+) -> list[Match]:
     """One image's record, by Kirillov et al. 2019, section 4, as panopticapi counts: ("tp", class,
     IoU) of each pair, ("fn", class, 0.0) of each true segment that is missed, ("fp", class, 0.0) of
     each predicted segment that matches none.
@@ -96,9 +100,7 @@ def _overlaps(true_ids: np.ndarray, predicted_ids: np.ndarray) -> tuple[dict, Co
     return overlap, true_area, predicted_area
 
 
-def panoptic_quality(
-    records: list[list[tuple[str, int, float]]], is_thing: list[bool]
-) -> dict[str, float | None]:
+def panoptic_quality(records: list[list[Match]], is_thing: list[bool]) -> Figures:
     """PQ, SQ and RQ over all classes, PQ over things and over stuff, of the records of
     `match_segments`, one list an image. Each is the mean over the classes that occur in the truth
     or in a prediction that counts."""
@@ -142,16 +144,14 @@ def collect_instances(
     return {"image_id": image_id, "truth": truth, "predicted": predicted}
 
 
-def average_precision(records: list[dict], num_categories: int) -> dict[str, float | None]:
+def average_precision(records: list[dict], num_categories: int) -> Figures:
     """AP, the mean over the IoU thresholds 0.50 to 0.95, and AP50 of the records of
     `collect_instances`, by pycocotools: masks of any area, up to the 100 best scored of a class and
     image, mean over the classes that have a true mask which is no crowd.
 
     Where scores are equal the image with the smaller id counts first, as in pycocotools.
     """
-    records = sorted(
-        records, key=lambda record: (isinstance(record["image_id"], str), record["image_id"])
-    )
+    records = sorted(records, key=lambda r: (isinstance(r["image_id"], str), r["image_id"]))
     tables = [_coco(records, masks, num_categories) for masks in ("truth", "predicted")]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(*tables, "segm")
@@ -201,7 +201,7 @@ def count_pixels(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> 
     return np.bincount(truth * size[1] + predicted, minlength=size[0] * size[1]).reshape(size)
 
 
-def mean_iou(matrix: np.ndarray) -> dict[str, float | None]:
+def mean_iou(matrix: np.ndarray) -> Figures:
     """mIoU of the sum of the records of `count_pixels`: the mean over the classes that occur in the
     truth, as detectron2's evaluation takes it."""
     intersection, true_area = matrix.diagonal(), matrix.sum(axis=1)
@@ -215,7 +215,7 @@ def mean_iou(matrix: np.ndarray) -> dict[str, float | None]:
 
 def mask_overlap(
     truth: np.ndarray, predicted: np.ndarray, ignore: np.ndarray | None = None
-) -> tuple[int, int, bool, bool]:
+) -> Overlap:
     """One sample's record: pixels of the intersection and of the union, whether there is a target
     and whether anything was predicted. All are masks; pixels of `ignore` count nowhere."""
     if ignore is not None:
@@ -225,7 +225,7 @@ def mask_overlap(
     return int(intersection), int(union), bool(truth.any()), bool(predicted.any())
 
 
-def mask_quality(records: list[tuple[int, int, bool, bool]]) -> dict[str, float | None]:
+def mask_quality(records: list[Overlap]) -> Figures:
     """cIoU, the sum of intersections over the sum of unions, and gIoU, the mean IoU, of the records
     of `mask_overlap`; an empty union is an IoU of 1 (Lai et al. 2024, LISA)."""
     return {
@@ -234,7 +234,7 @@ def mask_quality(records: list[tuple[int, int, bool, bool]]) -> dict[str, float 
     }
 
 
-def target_quality(records: list[tuple[int, int, bool, bool]]) -> dict[str, float | None]:
+def target_quality(records: list[Overlap]) -> Figures:
     """The protocol of gRefCOCO (Liu et al. 2023, GRES) of the records of `mask_overlap`.
 
     cIoU and gIoU are over all expressions. One without a target has an IoU of 1 if nothing was
@@ -259,7 +259,7 @@ def target_quality(records: list[tuple[int, int, bool, bool]]) -> dict[str, floa
     }
 
 
-def _cumulative_iou(records: list[tuple[int, int, bool, bool]]) -> float | None:
+def _cumulative_iou(records: list[Overlap]) -> float | None:
     union = sum(each[1] for each in records)
     return 100 * sum(each[0] for each in records) / union if union else None
 
@@ -300,7 +300,7 @@ def ground_masks(
     return mean, None if similarity is None else int(num_found), len(truth)
 
 
-def grounding_quality(records: list[tuple[float, int | None, int]]) -> dict[str, float | None]:
+def grounding_quality(records: list[tuple[float, int | None, int]]) -> Figures:
     """mIoU, the mean over all images of the ground truth, and recall, the share of all true masks
     that were found with their phrase, of the records of `ground_masks`. Masks of an image without
     phrases are not found; where no image has any there is no recall."""
@@ -332,9 +332,7 @@ def phrase_similarity(
     return embeddings[: len(truth)] @ embeddings[len(truth) :].T
 
 
-def caption_quality(
-    truth: dict[Hashable, list[str]], predicted: dict[Hashable, str]
-) -> dict[str, float | None]:
+def caption_quality(truth: dict[Hashable, list[str]], predicted: dict[Hashable, str]) -> Figures:
     """METEOR (Banerjee and Lavie 2005) and CIDEr (Vedantam et al. 2015) of the true captions and
     the predicted one of each image, by pycocoevalcap; a caption may be empty.
 
@@ -345,7 +343,7 @@ def caption_quality(
         raise ImportError("captions are scored by pycocoevalcap: pip install 'xsam[captions]'")
     if shutil.which("java") is None:
         raise ImportError("captions are scored by Java programs: put a Java runtime on the PATH")
-    both = [image for image in truth if truth[image] and image in predicted]
+    both = {image for image in truth if truth[image] and image in predicted}
     if odd := [image for image in {**truth, **predicted} if image not in both]:
         raise ValueError(f"image {odd[0]!r} lacks its true or its predicted caption")
     if not truth:
@@ -411,14 +409,14 @@ def exact_match(answer: str, truth: str) -> bool:
     return first == second
 
 
-def choice_accuracy(records: list[tuple[Hashable, bool]]) -> dict[str, float | None]:
+def choice_accuracy(records: list[tuple[Hashable, bool]]) -> Figures:
     """Share of the groups of which every row is right, of (group, is right) of each row. In MMBench
     (Liu et al. 2024) the rows of a question, whose options are rotated, share their index modulo
     1,000,000; elsewhere a row is a group."""
     return {"accuracy": _percent(list(_all_right(records).values()))}
 
 
-def mme_score(records: list[tuple[str, Hashable, bool]]) -> dict[str, float | None]:
+def mme_score(records: list[tuple[str, Hashable, bool]]) -> Figures:
     """MME (Fu et al. 2023) of (category, image, is right) of each question: a category scores the
     percentage of questions that are right plus that of images of which every question is right.
     Perception and cognition are the sums over their categories that occur, at most 2000 and 800.
@@ -444,7 +442,7 @@ def mme_score(records: list[tuple[str, Hashable, bool]]) -> dict[str, float | No
     }
 
 
-def yes_no_quality(records: list[tuple[str, str | None]]) -> dict[str, float | None]:
+def yes_no_quality(records: list[tuple[str, str | None]]) -> Figures:
     """F1 of Yes and accuracy of (true, predicted) of each question, "Yes", "No" or, for a
     prediction, None, as VLMEvalKit rates POPE (Li et al. 2023): None is wrong, and no Yes. Without
     a right Yes F1 is 0. A question of several of POPE's three samplings is given once for each."""

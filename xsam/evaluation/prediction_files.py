@@ -15,7 +15,7 @@ entry. Legend: N masks, H W image size.
 
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,25 +108,23 @@ def _entries(kind: str, key, sample: Sample, prediction: SegmentationResult) -> 
         return [entry | {"answer": prediction.answer}]
     if kind == "mask":
         mask = prediction.masks.any(axis=0)
-        entry |= {
-            "image_id": sample.image_id,
-            "segmentation": encode_mask(mask) if mask.any() else None,
-        }
+        entry |= {"image_id": sample.image_id, "segmentation": None}
+        if mask.any():
+            entry["segmentation"] = encode_mask(mask)
         score = max(prediction.scores, default=0.0)
         return [entry | {"score": score, "answer": prediction.answer}]
     ids = [1 if kind == "grounded" else sample.category_ids[n] for n in prediction.categories]
     if kind == "panoptic":
         segments = [{"id": n, "category_id": category} for n, category in enumerate(ids, 1)]
         return [entry | {"file_name": _png_name(key), "segments_info": segments}]
-    entries = [
-        entry | {"category_id": category, "segmentation": encode_mask(mask)}
-        for category, mask in zip(ids, prediction.masks, strict=True)
-    ]
-    for index, each in enumerate(entries):
+    entries = []
+    for index, mask in enumerate(prediction.masks):
+        each = entry | {"category_id": ids[index], "segmentation": encode_mask(mask)}
         if kind != "semantic":
             each["score"] = prediction.scores[index]
         if kind == "grounded":
             each["phrase"] = prediction.labels[index]
+        entries.append(each)
     return entries
 
 
@@ -339,28 +337,26 @@ class SavedPredictions:
                 f"have no prediction, first {missing[0]!r}; partial predictions are not scored"
             )
 
-    # What scoring reads, of one record.
+    # What scoring reads of the record `index` of `keys`; size: (height, width) of its image.
 
-    def segments(self, key, size: tuple[int, int]) -> tuple[np.ndarray, dict[int, int]]:
+    def segments(self, index: int, size: tuple[int, int]) -> tuple[np.ndarray, dict[int, int]]:
         """Panoptic: the map of segment ids [H, W], 0 where there is none, and the index of each
         one's category. Every id of the map has to be listed, and every listed one in the map."""
-        ((where, entry),) = self.entries[key]
-        path = self.folder / PNG_FOLDER / entry["file_name"]
+        ((where, entry),) = self.entries[self.keys[index]]
+        path, segments = self.folder / PNG_FOLDER / entry["file_name"], entry["segments_info"]
         ids = read_segment_ids(path, size)
-        classes = {
-            each["id"]: self.categories[each["category_id"]] for each in entry["segments_info"]
-        }
-        drawn = set(np.unique(ids).tolist()) - {0}
-        if drawn - set(classes):
-            raise ValueError(f"{path}: segment {min(drawn - set(classes))} is not in {where}")
-        if set(classes) - drawn:
-            raise ValueError(f"{where}: segment {min(set(classes) - drawn)} is not in {path}")
+        classes = {each["id"]: self.categories[each["category_id"]] for each in segments}
+        drawn, listed = set(np.unique(ids).tolist()) - {0}, set(classes)
+        if drawn - listed:
+            raise ValueError(f"{path}: segment {min(drawn - listed)} is not in {where}")
+        if listed - drawn:
+            raise ValueError(f"{where}: segment {min(listed - drawn)} is not in {path}")
         return ids, classes
 
-    def instances(self, key, size: tuple[int, int]) -> list[tuple[int, dict, float]]:
+    def instances(self, index: int, size: tuple[int, int]) -> list[tuple[int, dict, float]]:
         """(index of the category, RLE, score) of each instance."""
         found = []
-        for where, entry in self.entries[key]:
+        for where, entry in self.entries[self.keys[index]]:
             rle = entry["segmentation"]
             if isinstance(rle, dict):
                 rle = checked_rle(rle, size, where)
@@ -369,59 +365,61 @@ class SavedPredictions:
             found.append((self.categories[entry["category_id"]], rle, float(entry["score"])))
         return found
 
-    def _masks(self, key, size: tuple[int, int]) -> Iterator[tuple[str, dict, np.ndarray]]:
-        """(where, entry, mask bool [H, W]) of each entry."""
-        for where, entry in self.entries[key]:
-            yield where, entry, decode_mask(entry["segmentation"], size, where, may_be_empty=True)
-
-    def class_map(self, key, size: tuple[int, int]) -> np.ndarray:
+    def class_map(self, index: int, size: tuple[int, int]) -> np.ndarray:
         """Semantic: the index of each pixel's category, int32 [H, W]; -1 where it has none."""
         classes = np.full(size, -1, np.int32)
-        for where, entry, mask in self._masks(key, size):
+        for where, entry in self.entries[self.keys[index]]:
+            mask = decode_mask(entry["segmentation"], size, where, may_be_empty=True)
             if (classes[mask] >= 0).any():
                 raise ValueError(f"{where}: covers pixels that have another category already")
             classes[mask] = self.categories[entry["category_id"]]
         return classes
 
-    def mask(self, key, size: tuple[int, int]) -> np.ndarray:
+    def mask(self, index: int, size: tuple[int, int]) -> np.ndarray:
         """The one mask, bool [H, W]; empty where nothing was found."""
-        if self.entries[key][0][1]["segmentation"] is None:
+        ((where, entry),) = self.entries[self.keys[index]]
+        if entry["segmentation"] is None:
             return np.zeros(size, bool)
-        ((_, _, mask),) = self._masks(key, size)
-        return mask
+        return decode_mask(entry["segmentation"], size, where, may_be_empty=True)
 
-    def phrases(self, key) -> list[str]:
+    def phrases(self, index: int) -> list[str]:
         """The phrase of each grounded mask."""
-        return [str(entry.get("phrase", "")) for _, entry in self.entries[key]]
+        return [str(entry.get("phrase", "")) for _, entry in self.entries[self.keys[index]]]
 
-    def answer(self, key) -> str:
-        return self.entries[key][0][1]["answer"]
+    def answer(self, index: int) -> str:
+        """The text; of a caption without its marks."""
+        if self.kind == "grounded":
+            return self.captions[self.keys[index]]
+        is_text = self.kind in ("answer", "mask")
+        return self.entries[self.keys[index]][0][1].get("answer", "") if is_text else ""
 
     def prediction(self, index: int, sample: Sample) -> SegmentationResult:
         """The prediction of a record as the model gave it, to be drawn."""
-        key, size = self.keys[index], (sample.image.height, sample.image.width)
-        masks, categories, scores, answer = [], [], [], self.captions.get(key, "")
-        if self.kind in ("answer", "mask"):
-            ((_, entry),) = self.entries[key]
-            answer = entry.get("answer", "")
-        if self.kind == "mask" and (mask := self.mask(key, size)).any():
-            masks, categories, scores = [mask], [0], [entry.get("score")]
-        elif self.kind == "panoptic":
-            ids, classes = self.segments(key, size)
+        entries, size = self.entries[self.keys[index]], (sample.image.height, sample.image.width)
+        masks, categories, labels = [], [], None
+        if self.kind == "panoptic":
+            ids, classes = self.segments(index, size)
             masks, categories = [ids == number for number in classes], list(classes.values())
             scores = [None] * len(masks)
-        elif self.kind in ("instances", "semantic", "grounded"):
-            for _, entry, mask in self._masks(key, size):
-                masks.append(mask)
-                categories.append(self.categories[entry["category_id"]])
-                scores.append(entry.get("score"))
-        names = (
-            dict(zip(sample.category_ids, sample.names, strict=False)) if self.categories else {}
-        )
-        names = {self.categories[number]: name for number, name in names.items()}
-        labels = [names.get(category, sample.names[0]) for category in categories]
+        elif self.kind == "mask":
+            masks = [mask for mask in [self.mask(index, size)] if mask.any()]
+            categories, scores = [0] * len(masks), [entries[0][1].get("score")] * len(masks)
+            labels = [sample.names[0]] * len(masks)
+        else:
+            entries = [] if self.kind == "answer" else entries
+            masks = [
+                decode_mask(entry["segmentation"], size, where, may_be_empty=True)
+                for where, entry in entries
+            ]
+            categories = [self.categories[entry["category_id"]] for _, entry in entries]
+            scores = [entry.get("score") for _, entry in entries]
         if self.kind == "grounded":
-            labels = self.phrases(key)
+            labels = self.phrases(index)
+        if labels is None:
+            names = dict(zip(sample.category_ids, sample.names, strict=False))
+            names = {self.categories[number]: name for number, name in names.items()}
+            labels = [names.get(category, sample.names[0]) for category in categories]
         stacked = np.stack(masks) if masks else np.zeros((0, *size), bool)
         scores = None if None in scores else scores  # its format has none
+        answer = self.answer(index)
         return SegmentationResult(sample.image, stacked, categories, labels, scores, answer)
