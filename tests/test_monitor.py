@@ -222,7 +222,7 @@ def test_the_first_reasons_are_printed_and_all_are_counted(tmp_path, capsys):
     expected = [f"left out: {s} {n} {part}" for s in range(5) for part in "ab" for n in range(3)]
     assert MOST_REASONS == 20 and told == expected[:20]
     seen.close()
-    assert "50 samples were left out" in capsys.readouterr().out
+    assert "50 samples were skipped" in capsys.readouterr().out
 
 
 def test_where_nothing_was_left_out_nothing_is_said(tmp_path, capsys):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from xsam import distributed
 from xsam.datasets.formats import encode_mask
 from xsam.evaluation import metrics
-from xsam.evaluation.metrics import Figures
+from xsam.evaluation.metrics import Embed, Figures
 from xsam.evaluation.prediction_files import SavedPredictions
 
 # ---- the record of one sample --------------------------------------------------------------------
@@ -55,13 +55,13 @@ def _semantic(predictions: SavedPredictions, index: int) -> np.ndarray:
     return metrics.count_pixels(truth, predicted, len(predictions.categories))
 
 
-def _mask(predictions: SavedPredictions, index: int) -> tuple[int, int, bool, bool]:
+def _mask(predictions: SavedPredictions, index: int) -> metrics.Overlap:
     sample = predictions.dataset.question(index)
     predicted = predictions.mask(index, (sample.image.height, sample.image.width))
     return metrics.mask_overlap(sample.masks.any(axis=0), predicted, sample.ignore)
 
 
-def _grounded(predictions: SavedPredictions, index: int, embed: Callable | None) -> tuple:
+def _grounded(predictions: SavedPredictions, index: int, embed: Embed | None) -> tuple:
     """The masks as instances of one class, and paired with the true ones by their phrases."""
     key, sample = predictions.keys[index], predictions.dataset.question(index)
     predicted = predictions.instances(index, (sample.image.height, sample.image.width))
@@ -123,7 +123,7 @@ def _region_figures(predictions: SavedPredictions, records: list) -> Figures:
     return {"mIoU": figures["gIoU"], "cIoU": figures["cIoU"]}
 
 
-def _grounded_figures(predictions: SavedPredictions, records: list, embed: Any) -> Figures:
+def _grounded_figures(predictions: SavedPredictions, records: list, embed: Embed | None) -> Figures:
     instances, pairs = map(list, zip(*records, strict=True))
     grounding = metrics.grounding_quality(pairs)
     return _caption_figures(predictions) | {
@@ -361,7 +361,7 @@ def task_of(name: str) -> tuple[str, str]:
 
 def score_dataset(
     predictions: SavedPredictions,
-    embed: Callable | None = None,
+    embed: Embed | None = None,
     label: str = "",
     one_crowd_per_class: bool = False,
 ) -> Figures:
@@ -387,7 +387,7 @@ def score_dataset(
     return figures(predictions, [measured for _, measured in records])
 
 
-def bert_embedder(folder: Path) -> Callable[[list[str]], np.ndarray]:
+def bert_embedder(folder: Path) -> Embed:
     """Embeddings [n, C] of phrases: the mean of BERT's last states over a phrase's tokens, as
     GLaMM's evaluation has them. Raises ValueError where there is no model in the folder."""
     import torch

@@ -27,6 +27,7 @@ from pycocotools.cocoeval import COCOeval
 Figures = dict[str, float | None]  # by metric; None where there is nothing to count
 Overlap = tuple[int, int, bool, bool]  # see `mask_overlap`
 Match = tuple[str, int, float]  # see `match_segments`
+Embed = Callable[[list[str]], np.ndarray]  # embeddings [n, d] of n phrases
 
 
 def _percent(values: list | np.ndarray) -> float | None:
@@ -313,7 +314,7 @@ def grounding_quality(records: list[tuple[float, int | None, int]]) -> Figures:
 
 
 def phrase_similarity(
-    truth: list[str], predicted: list[str], embed: Callable[[list[str]], np.ndarray] | None = None
+    truth: list[str], predicted: list[str], embed: Embed | None = None
 ) -> np.ndarray:
     """Similarity of each true phrase to each predicted one, float64 [T, N].
 

@@ -15,7 +15,6 @@ entry. Legend: N masks, H W image size.
 
 import json
 import shutil
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +45,7 @@ PNG_FOLDER, UNFINISHED = "panoptic", "unfinished"
 class Layout:
     """The entries of a file of predictions."""
 
+    formats: tuple[str, ...]  # of the sets (`Source.format`) that are predicted in this way
     key: str  # the field that says which record an entry is for
     is_single: bool  # every record has one entry, and one only
     fields: dict[str, type | tuple[type, ...]]  # the other fields that are read, and their types
@@ -53,31 +53,34 @@ class Layout:
 
 _SHAPE = (dict, list)  # an RLE, or a list of polygons or RLEs
 _INSTANCE = {"segmentation": _SHAPE, "category_id": int, "score": float}
+_SEGMENTS = {"file_name": str, "segments_info": list}  # of these each has "id" and "category_id"
+
+
 LAYOUTS = {  # by the kind of prediction
-    "panoptic": Layout("image_id", True, {"file_name": str, "segments_info": list}),
-    "instances": Layout("image_id", False, _INSTANCE),
-    "semantic": Layout("image_id", False, {"segmentation": _SHAPE, "category_id": int}),
-    "grounded": Layout("image_id", False, _INSTANCE),  # of category 1, with an optional "phrase"
-    # Nothing found is null; "image_id", "score" and "answer" are written, but not needed.
-    "mask": Layout("id", True, {"segmentation": (*_SHAPE, type(None))}),
-    "answer": Layout("question_id", True, {"answer": str}),
+    "panoptic": Layout(("panoptic",), "image_id", True, _SEGMENTS),
+    "instances": Layout(("instance", "visual_prompts"), "image_id", False, _INSTANCE),
+    "semantic": Layout(
+        ("semantic",), "image_id", False, {"segmentation": _SHAPE, "category_id": int}
+    ),
+    # Instances of category 1, each with its "phrase"; one that has none is scored without.
+    "grounded": Layout(("gcg_scored",), "image_id", False, _INSTANCE),
+    # null where nothing was found; "image_id", "score" and "answer" are written, but not needed.
+    "mask": Layout(("refs", "reason"), "id", True, {"segmentation": (*_SHAPE, type(None))}),
+    "answer": Layout(("tsv",), "question_id", True, {"answer": str}),
 }
-CAPTIONS = Layout("image_id", True, {"caption": str})
 
 
-# The kind of prediction that a set of each format asks for; VGD's share a format with interactive.
-_KINDS = {"panoptic": "panoptic", "instance": "instances", "semantic": "semantic", "refs": "mask"}
-_KINDS |= {"reason": "mask", "gcg_scored": "grounded", "tsv": "answer"}
-_KINDS |= {"visual_prompts": "instances"}
+CAPTIONS = Layout((), "image_id", True, {"caption": str})
 
 
 def kind_of(dataset: Dataset) -> str:
     """Which of LAYOUTS its predictions have. Raises ValueError for a set that is not scored."""
-    if dataset.source.task == "interactive":
+    if dataset.source.task == "interactive":  # one object is asked for, not all of a class
         return "mask"
-    if dataset.source.format not in _KINDS:
-        raise ValueError(f"{dataset.name}: a set to train on, not one that is scored")
-    return _KINDS[dataset.source.format]
+    for kind, layout in LAYOUTS.items():
+        if dataset.source.format in layout.formats:
+            return kind
+    raise ValueError(f"{dataset.name}: a set to train on, not one that is scored")
 
 
 def keys_of(dataset: Dataset, num_samples: int | None = None) -> list[int | str]:
@@ -274,11 +277,11 @@ class SavedPredictions:
         self.captions, predicted = {}, self._predicted_keys()
         if self.kind == "grounded":  # a record that has a caption was predicted
             captions = self._read(captions_path, CAPTIONS)
-            self._require(captions_path, [key for key in self.keys if captions[key]])
+            self._require(captions_path, {key for key in self.keys if captions[key]})
             self.captions = {key: captions[key][0][1]["caption"] for key in self.keys}
             predicted = predicted or set(self.keys)
         if predicted is None or layout.is_single:
-            self._require(path, [key for key in self.keys if self.entries[key]])
+            self._require(path, {key for key in self.keys if self.entries[key]})
         if predicted is not None:
             self._require(path, predicted)
 
@@ -330,7 +333,7 @@ class SavedPredictions:
             raise ValueError(f"{path}: a record is there more than once")
         return set(keys)
 
-    def _require(self, path: Path, present: Collection) -> None:
+    def _require(self, path: Path, present: set) -> None:
         if missing := [key for key in self.keys if key not in present]:
             raise ValueError(
                 f"{path}: {len(missing)} of the {len(self.keys)} records of {self.dataset.name} "
@@ -387,38 +390,36 @@ class SavedPredictions:
         return [str(entry.get("phrase", "")) for _, entry in self.entries[self.keys[index]]]
 
     def answer(self, index: int) -> str:
-        """The text; of a caption without its marks."""
-        if self.kind == "grounded":
-            return self.captions[self.keys[index]]
-        is_text = self.kind in ("answer", "mask")
-        return self.entries[self.keys[index]][0][1].get("answer", "") if is_text else ""
+        """The text of the answer, or of the caption without its marks; empty where the format has
+        none."""
+        key = self.keys[index]
+        if self.kind in ("answer", "mask"):
+            return self.entries[key][0][1].get("answer", "")
+        return self.captions.get(key, "")
 
     def prediction(self, index: int, sample: Sample) -> SegmentationResult:
         """The prediction of a record as the model gave it, to be drawn."""
         entries, size = self.entries[self.keys[index]], (sample.image.height, sample.image.width)
-        masks, categories, labels = [], [], None
-        if self.kind == "panoptic":
+        if self.kind == "answer":
+            masks, categories, scores = [], [], []
+        elif self.kind == "panoptic":
             ids, classes = self.segments(index, size)
             masks, categories = [ids == number for number in classes], list(classes.values())
             scores = [None] * len(masks)
         elif self.kind == "mask":
-            masks = [mask for mask in [self.mask(index, size)] if mask.any()]
+            masks = [mask for mask in (self.mask(index, size),) if mask.any()]
             categories, scores = [0] * len(masks), [entries[0][1].get("score")] * len(masks)
-            labels = [sample.names[0]] * len(masks)
         else:
-            entries = [] if self.kind == "answer" else entries
             masks = [
                 decode_mask(entry["segmentation"], size, where, may_be_empty=True)
                 for where, entry in entries
             ]
             categories = [self.categories[entry["category_id"]] for _, entry in entries]
             scores = [entry.get("score") for _, entry in entries]
-        if self.kind == "grounded":
-            labels = self.phrases(index)
-        if labels is None:
-            names = dict(zip(sample.category_ids, sample.names, strict=False))
-            names = {self.categories[number]: name for number, name in names.items()}
-            labels = [names.get(category, sample.names[0]) for category in categories]
+        pairs = zip(sample.category_ids, sample.names, strict=False)
+        names = {self.categories.get(number): name for number, name in pairs}
+        labels = [names.get(category, sample.names[0]) for category in categories]
+        labels = self.phrases(index) if self.kind == "grounded" else labels
         stacked = np.stack(masks) if masks else np.zeros((0, *size), bool)
         scores = None if None in scores else scores  # its format has none
         answer = self.answer(index)
