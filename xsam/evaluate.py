@@ -26,7 +26,7 @@ from tqdm import tqdm
 from xsam import distributed
 from xsam.checkpoints import latest_checkpoint, read_header
 from xsam.cli import add_checkpoint_flags
-from xsam.data import Processor
+from xsam.data import Processor, Sample
 from xsam.datasets.base import Dataset, read_categories
 from xsam.datasets.formats import read_json
 from xsam.datasets.generic import Generic
@@ -82,12 +82,14 @@ class _Inputs(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> Questions | ValueError:
         try:
             samples = [self.dataset.question(index) for index in self.batches[number]]
-            for sample in samples:  # the model must not see the truth
-                sample.masks, sample.labels = sample.masks[:0], sample.labels[:0]
-                sample.ignore = None
-            return prepare(self.processor, samples)
+            return prepare(self.processor, [_without_truth(sample) for sample in samples])
         except ValueError as error:
             return error
+
+
+def _without_truth(sample: Sample) -> Sample:
+    nothing = sample.masks[:0].copy()  # a view would keep the masks in memory
+    return dataclasses.replace(sample, masks=nothing, labels=sample.labels[:0], ignore=None)
 
 
 def predict_dataset(
