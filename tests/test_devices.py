@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from xsam.data import Mixture, Processor, ResizeAndPad
 from xsam.datasets.registry import open_dataset
-from xsam.evaluate import reading_of
+from xsam.evaluate import post_processing_of
 from xsam.inference import answer, prepare
 from xsam.model import checkpoint_activations
 from xsam.optimizer import build_optimizer, freeze, gradient_norms, update
@@ -215,7 +215,7 @@ def test_an_answer_is_the_same_on_any_device(speaking_model, world, name):
         with far_device() if device == FAR else contextlib.nullcontext():
             model = copy.deepcopy(speaking_model).to(device)
             questions = prepare(Processor(model.config, model.tokenizer), samples)
-            results.append(answer(model, questions, reading_of(dataset), is_thing))
+            results.append(answer(model, questions, post_processing_of(dataset), is_thing))
     for near, far in zip(*results, strict=True):
         assert (near.answer, near.labels) == (far.answer, far.labels)
         assert far.scores == pytest.approx(near.scores, abs=1e-4)

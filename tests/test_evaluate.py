@@ -5,6 +5,7 @@ pytest tests/test_evaluate.py
 """
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import os
@@ -17,14 +18,16 @@ from pathlib import Path
 
 import pytest
 from processes import PATIENCE, ROOT, finish, kill, start_ranks
-from test_predictions import contents, edit, write_predictions
+from test_predictions import contents, edit, perfect, write_predictions
+from test_scoring import RING, STAR, masks, square, write_panoptic
 
 from xsam import evaluate
 from xsam.checkpoints import save_checkpoint
 from xsam.data import Processor, Sample
+from xsam.datasets.base import Dataset
 from xsam.datasets.registry import open_dataset
 from xsam.datasets.sources import SOURCES, locate
-from xsam.evaluate import ask_dataset, main
+from xsam.evaluate import main, predict_dataset
 from xsam.evaluation.benchmarks import TASKS
 from xsam.evaluation.prediction_files import (
     ABOUT_FILE,
@@ -36,6 +39,7 @@ from xsam.evaluation.prediction_files import (
 )
 from xsam.inference import answer, prepare
 from xsam.model import XSAM
+from xsam.postprocess import SegmentationResult
 
 HAS_METEOR = bool(importlib.util.find_spec("pycocoevalcap") and shutil.which("java"))
 
@@ -117,6 +121,29 @@ def test_predictions_of_another_program_are_scored(perfect_folder, world, tmp_pa
     assert run("--from-predictions", tmp_path / "said", *flags) == 0
     before, after = results(perfect_folder), results(tmp_path / "out")
     assert {task: after[task] for task in tasks} == {task: before[task] for task in tasks}
+
+
+def test_the_command_takes_panopticapis_rule_of_one_crowd(tmp_path, capsys, results):
+    """Ring and star are crowd of one class, of which that of the star comes last: what is said of
+    the ring is no mistake, or by that rule one. PQ is 1 / 1, or 1 / (1 + 1/2)."""
+    small = square(0, 0, 4, 5)
+    write_panoptic(tmp_path, RING * 1 + STAR * 2 + small * 3, {1: 3, 2: 3, 3: 3}, crowds=(1, 2))
+    dataset = open_dataset("coco_panoptic_val", tmp_path, all_classes=True)
+
+    def say(dataset: Dataset, index: int) -> SegmentationResult:
+        said = {"masks": masks(RING, small), "categories": [0, 0], "scores": [1.0, 1.0]}
+        return dataclasses.replace(perfect(dataset, index), **said)
+
+    write_predictions(tmp_path / "said/coco_panoptic_val", dataset, say)
+    flags = ["--from-predictions", tmp_path / "said", "--data", tmp_path, "--out", tmp_path / "out"]
+    assert run(*flags) == 0
+    scores = results(tmp_path / "out")
+    assert scores["panoptic"]["PQ"] == 100 and "one_crowd_per_class" not in scores["about"]
+    assert run(*flags, "--one-crowd-per-class") == 0
+    scores = results(tmp_path / "out")
+    assert scores["panoptic"]["PQ"] == pytest.approx(200 / 3)
+    assert scores["about"]["one_crowd_per_class"] is True
+    assert "one crowd region of a class and image" in (tmp_path / "out/results.md").read_text()
 
 
 # ---- one process and many, killed and not --------------------------------------------------------
@@ -250,8 +277,8 @@ def test_killed_in_the_midst_it_goes_on_with_the_rest(
         again = {name.removeprefix("refcoco_val/") for name in asked if name.startswith("refcoco")}
         assert keys - finished <= again  # and what shared a batch with the line that was cut
         assert len(again - (keys - finished)) < BATCH
-        assert f"{len(keys) - len(again)} of {len(keys)} were asked before" in said
-    assert "refcoco_val: " in said and "of 19 were asked before" in said
+        assert f"{len(keys) - len(again)} of {len(keys)} were predicted before" in said
+    assert "refcoco_val: " in said and "of 19 were predicted before" in said
     assert contents(out) == alone
 
 
@@ -278,7 +305,7 @@ def test_a_model_is_not_shown_the_truth(speaking_model, world, tmp_path, monkeyp
 
     monkeypatch.setattr(evaluate, "answer", watched)
     dataset = open_dataset(name, world / "data", all_classes=True)
-    ask_dataset(speaking_model, dataset, tmp_path / name, num_samples=2)
+    predict_dataset(speaking_model, dataset, tmp_path / name, num_samples=2)
     assert len(asked) == 4
     for sample in asked:
         assert len(sample.masks) == len(sample.labels) == 0 and sample.ignore is None
@@ -290,7 +317,7 @@ def test_loading_in_other_processes_changes_nothing(speaking_model, alone, world
     model.config = copy.deepcopy(model.config)
     model.config.num_workers, model.config.eval_batch_size = 2, BATCH
     dataset = open_dataset("refcoco_val", world / "data", all_classes=True)
-    ask_dataset(model, dataset, tmp_path / "said")
+    predict_dataset(model, dataset, tmp_path / "said")
     for name, content in contents(tmp_path / "said").items():
         assert content == alone[f"predictions/refcoco_val/{name}"], name
 
@@ -311,7 +338,7 @@ def test_an_image_that_cannot_be_read_ends_the_asking_until_it_can(
     assert len(finished_records(out / "predictions/coco_panoptic_val")) == BATCH
     path.with_suffix(".away").rename(path)
     assert run(*flags) == 0
-    assert f"{BATCH} of 6 were asked before" in capsys.readouterr().out
+    assert f"{BATCH} of 6 were predicted before" in capsys.readouterr().out
     assert contents(out) == alone
 
 
@@ -342,7 +369,7 @@ def test_a_record_that_one_rank_cannot_score_ends_all(perfect_folder, world, tmp
         ("--checkpoint {ckpt} --limit 0", "--limit has to be 1 or more"),
         ("--checkpoint {ckpt} --batch-size -1", "--batch-size has to be 1 or more"),
         ("--checkpoint {ckpt} --tasks pope --device mps", "--device mps: PyTorch"),
-        ("--from-predictions {said} --dtype float32", "--dtype asks a model, so it goes with"),
+        ("--from-predictions {said} --dtype float32", "--dtype is for predicting, so it goes with"),
         ("--checkpoint {ckpt} --names {none}/names.txt", "names.txt: cannot be read as a list"),
         ("--checkpoint {ckpt} --names background,", "no names in it"),
         ("--checkpoint {ckpt} --bert {none}", "none: no BERT in it"),
@@ -539,9 +566,9 @@ def parted(text: str) -> list[str]:
 
 
 def test_it_is_told_where_a_list_is_asked_in_parts(speaking_model, classes, tmp_path, capsys):
-    ask_dataset(speaking_model, classes, tmp_path / "one")
+    predict_dataset(speaking_model, classes, tmp_path / "one")
     assert parted(capsys.readouterr().out) == []
-    ask_dataset(shortened(speaking_model, 40), classes, tmp_path / "several")
+    predict_dataset(shortened(speaking_model, 40), classes, tmp_path / "several")
     (said,) = parted(capsys.readouterr().out)
     assert f"{len(classes.names)} names do not fit one prompt of 40 tokens" in said
     for folder in ("one", "several"):
@@ -561,7 +588,7 @@ def test_it_is_told_where_only_a_later_question_has_to_be_parted(
         if counts[0] == 1 < max(counts):
             break
     model.config.eval_batch_size = 1
-    ask_dataset(model, classes, tmp_path / "said")
+    predict_dataset(model, classes, tmp_path / "said")
     assert len(parted(capsys.readouterr().out)) == 1
 
 

@@ -25,13 +25,13 @@ from xsam.evaluation.metrics import (
     average_precision,
     caption_quality,
     choice_accuracy,
+    collect_instances,
     count_pixels,
     exact_match,
     ground_masks,
     grounding_quality,
     mask_overlap,
     mask_quality,
-    match_instances,
     match_segments,
     mean_iou,
     mme_score,
@@ -88,7 +88,7 @@ def pixels(mask: np.ndarray) -> set[tuple[int, int]]:
 
 def test_it_needs_no_torch():
     """So that a file of predictions can be scored anywhere."""
-    code = "import sys, xsam.metrics; sys.exit('torch' in sys.modules)"
+    code = "import sys, xsam.evaluation.metrics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -272,6 +272,40 @@ def test_every_crowd_of_a_class_excuses():
     assert match_segments(ids, truth, guess, {4: 0}) == [("fn", 1, 0.0), ("fp", 0, 0.0)]
 
 
+def test_one_crowd_of_a_class_alone_excuses_by_panopticapis_rule():
+    """The last one of the class. A guess on the first is a mistake then: PQ is IoU / (1 + 1/2)."""
+    ids, guess = grid("1122", "3333", "3333"), grid("44..", "5555", "55..")
+    crowds, guesses = {1: (0, True), 2: (0, True)}, {4: 0, 5: 0}
+    truth = crowds | {3: (0, False)}
+    found = ("tp", 0, 6 / 8)
+    record = match_segments(ids, truth, guess, guesses)
+    assert record == [found] and panoptic_quality([record], IS_THING)["PQ"] == 75
+    record = match_segments(ids, truth, guess, guesses, one_crowd_per_class=True)
+    assert record == [found, ("fp", 0, 0.0)]
+    scores = panoptic_quality([record], IS_THING)
+    assert_same(scores, {"PQ": 50, "PQ_things": 50, "PQ_stuff": None, "SQ": 75, "RQ": 200 / 3})
+    turned = dict(reversed(truth.items()))  # the first is the last
+    assert match_segments(ids, turned, guess, guesses, one_crowd_per_class=True) == [found]
+    other = truth | {2: (1, True)}  # each is the one of its class
+    assert match_segments(ids, other, guess, guesses, one_crowd_per_class=True) == [found]
+
+
+def test_one_crowd_per_class_is_a_recount_of_the_pixels():
+    """To panopticapi the other crowds of a class are of no class that could excuse."""
+    num_different = 0
+    for seed in CASES:
+        ids, truth, guessed, guesses = random_maps(seed)
+        last = {category: number for number, (category, is_crowd) in truth.items() if is_crowd}
+        alone = {
+            number: (category if not is_crowd or last[category] == number else None, is_crowd)
+            for number, (category, is_crowd) in truth.items()
+        }
+        ours = match_segments(ids, truth, guessed, guesses, one_crowd_per_class=True)
+        assert Counter(ours) == Counter(recount(ids, alone, guessed, guesses)), seed
+        num_different += Counter(ours) != Counter(match_segments(ids, truth, guessed, guesses))
+    assert num_different > 5
+
+
 def test_segments_without_a_pixel():
     """A true one is missed, as in panopticapi; a guess is none."""
     ids, truth = grid("11"), {1: (0, False), 2: (1, False)}
@@ -369,7 +403,7 @@ def cocos_precision(num_classes: int, images: dict) -> dict[str, float | None]:
 
 
 def instance_records(num_classes: int, images: dict) -> list[dict]:
-    return [match_instances(image, num_classes, *images[image]) for image in sorted(images)]
+    return [collect_instances(image, num_classes, *images[image]) for image in sorted(images)]
 
 
 def test_average_precision_is_that_of_pycocotools(capsys):
@@ -398,12 +432,12 @@ def test_average_precision_without_truth_or_without_a_guess():
     mask = encode_mask(np.ones((2, 3), bool))
     nothing = {"AP": None, "AP50": None}
     assert average_precision([], 2) == nothing
-    assert average_precision([match_instances(1, 2, [], [])], 2) == nothing
-    assert average_precision([match_instances(1, 2, [], [(1, mask, 0.5)])], 2) == nothing
-    assert average_precision([match_instances(1, 2, [(0, mask, True)], [])], 2) == nothing
-    missed = match_instances(1, 2, [(0, mask, False)], [(1, mask, 0.5)])
+    assert average_precision([collect_instances(1, 2, [], [])], 2) == nothing
+    assert average_precision([collect_instances(1, 2, [], [(1, mask, 0.5)])], 2) == nothing
+    assert average_precision([collect_instances(1, 2, [(0, mask, True)], [])], 2) == nothing
+    missed = collect_instances(1, 2, [(0, mask, False)], [(1, mask, 0.5)])
     assert average_precision([missed], 2) == {"AP": 0.0, "AP50": 0.0}
-    found = match_instances(2, 2, [(1, mask, False)], [(1, mask, 0.5)])
+    found = collect_instances(2, 2, [(1, mask, False)], [(1, mask, 0.5)])
     assert_same(average_precision([found], 2), {"AP": 100.0, "AP50": 100.0})
 
 
@@ -414,7 +448,7 @@ def test_average_precision_by_hand():
     truth[0, :100, :100], truth[1, 145:, 145:] = True, True
     ring, star, miss = map(encode_mask, (truth[0], truth[1], ~truth[1] & ~truth[0]))
     found = [(0, ring, 0.3), (1, miss, 0.9), (1, star, 0.8)]
-    record = match_instances(1, 2, [(0, ring, False), (1, star, False)], found)
+    record = collect_instances(1, 2, [(0, ring, False), (1, star, False)], found)
     assert average_precision([record], 2) == pytest.approx({"AP": 75.0, "AP50": 75.0}, abs=1e-6)
 
 
@@ -904,7 +938,7 @@ def grounding_record(seed: int) -> tuple:
 
 
 def instance_record(seed: int) -> dict:
-    return match_instances(seed, 3, *next(iter(random_instances(seed)[1].values())))
+    return collect_instances(seed, 3, *next(iter(random_instances(seed)[1].values())))
 
 
 METRICS = {

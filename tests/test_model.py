@@ -51,7 +51,7 @@ def questions(world, task: str, count: int = 6) -> list[Sample]:
 
 
 def respond(model: XSAM | Segmentor, samples: list[Sample]) -> list[SegmentationResult]:
-    reading = {"generic": "panoptic", "chat": "nothing"}.get(samples[0].task, "phrases")
+    reading = {"generic": "panoptic", "chat": "none"}.get(samples[0].task, "phrases")
     processor = Processor(model.config, model.tokenizer)
     return answer(model, prepare(processor, samples), reading, is_thing(model))
 

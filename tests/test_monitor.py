@@ -446,7 +446,7 @@ def test_the_tasks_are_those_of_the_configuration(model, tmp_path, monkeypatch):
     seen = {}
 
     def pretended(
-        _, names: list[str], data: Path, folder: Path, count: int, kept, overwrite
+        _, names: list[str], data: Path, folder: Path, count: int, on_scored, overwrite
     ) -> dict:
         assert overwrite
         seen["asked"] = names, data, folder, count
@@ -454,7 +454,7 @@ def test_the_tasks_are_those_of_the_configuration(model, tmp_path, monkeypatch):
             dataset = types.SimpleNamespace(name=name, question=lambda index: f"question {index}")
             said = types.SimpleNamespace(dataset=dataset, keys=range(7), kind="mask")
             said.prediction = lambda index, sample, name=name: (name, index, sample)
-            kept(task_of(name)[0], said)
+            on_scored(task_of(name)[0], said)
         return {"refer": {"score": 1.0}}
 
     drawn = []

@@ -328,7 +328,7 @@ def hub_model(kind: str, size: int = 48) -> PreTrainedModel:
 def load_part(part: str, folder: Path, model: ModelConfig) -> tuple[nn.Module, str]:
     """A part built as training builds it: without values, then filled."""
     setattr(model, f"{part}_config", {})
-    model = complete_architecture(model, part, folder)
+    vars(model).update(vars(complete_architecture(model, part, folder)))
     with parameters_on_meta():
         module = {"image_encoder": ImageEncoder, "llm": LanguageModel}[part](
             getattr(model, f"{part}_config")

@@ -1,40 +1,245 @@
-"""What the benchmarks are and what predictions for them are worth (paper section 4 and appendix).
+"""What the benchmarks are and how predictions are scored on them (paper section 4 and appendix).
 
-Between `predictions.py`, which reads what a model said, and `evaluate.py`, the command. A record of
-each sample is measured by some rank (`metrics.py`); records are put in the dataset's order before
-they are summed, so any number of processes gives the same figures to the last digit.
+Stands between `prediction_files.py`, which reads predictions, and `evaluate.py`, the command.
+`BENCHMARKS` has a row for each set. A set is scored in two steps: any rank measures a sample
+(`metrics.py`); the records of all ranks are put in the dataset's order and summed up, so that any
+number of processes gives the same figures to the last digit.
 """
 
 import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from xsam import distributed
-from xsam.datasets.base import Dataset
 from xsam.datasets.formats import encode_mask
-from xsam.datasets.sources import PROMPT_TYPES
 from xsam.evaluation import metrics
+from xsam.evaluation.metrics import Embed, Figures
 from xsam.evaluation.prediction_files import SavedPredictions
 
-Figures = dict[str, float | None]  # by metric; None where there is nothing that it counts
+# ---- the record of one sample --------------------------------------------------------------------
+
+
+def _panoptic(predictions: SavedPredictions, index: int, one_crowd_per_class: bool) -> list:
+    _, true_ids, segments = predictions.dataset.read(index)
+    truth = {n: (each["class"], each["iscrowd"]) for n, each in enumerate(segments, 1)}
+    predicted = predictions.segments(index, true_ids.shape)
+    return metrics.match_segments(true_ids, truth, *predicted, one_crowd_per_class)
+
+
+def _instances(predictions: SavedPredictions, index: int) -> dict:
+    dataset, categories = predictions.dataset, predictions.categories
+    if dataset.source.format == "instance":
+        image, truth = dataset.read(index)
+    else:
+        sample = dataset.question(index)
+        image, shown = sample.image, [categories[number] for number in sample.category_ids]
+        pairs = zip(sample.labels, sample.masks, strict=True)
+        truth = [(shown[label], mask, False) for label, mask in pairs]
+    truth = [(category, encode_mask(mask), is_crowd) for category, mask, is_crowd in truth]
+    predicted = predictions.instances(index, (image.height, image.width))
+    key = predictions.keys[index]
+    return metrics.collect_instances(key, len(categories), truth, predicted)
+
+
+def _semantic(predictions: SavedPredictions, index: int) -> np.ndarray:
+    _, truth = predictions.dataset.read(index)
+    predicted = predictions.class_map(index, truth.shape)
+    return metrics.count_pixels(truth, predicted, len(predictions.categories))
+
+
+def _mask(predictions: SavedPredictions, index: int) -> metrics.Overlap:
+    sample = predictions.dataset.question(index)
+    predicted = predictions.mask(index, (sample.image.height, sample.image.width))
+    return metrics.mask_overlap(sample.masks.any(axis=0), predicted, sample.ignore)
+
+
+def _grounded(predictions: SavedPredictions, index: int, embed: Embed | None) -> tuple:
+    """The masks as instances of one class, and paired with the true ones by their phrases."""
+    key, sample = predictions.keys[index], predictions.dataset.question(index)
+    predicted = predictions.instances(index, (sample.image.height, sample.image.width))
+    truth = [encode_mask(mask) for mask in sample.masks]
+    instances = metrics.collect_instances(key, 1, [(0, rle, False) for rle in truth], predicted)
+    similarity, phrases = None, predictions.dataset.phrases(index)
+    if phrases:
+        similarity = metrics.phrase_similarity(phrases, predictions.phrases(index), embed)
+    return instances, metrics.ground_masks(truth, [rle for _, rle, _ in predicted], similarity)
+
+
+def _choice(predictions: SavedPredictions, index: int) -> tuple[str, bool]:
+    row, answer = predictions.dataset.records[index], predictions.answer(index)
+    truth = row["answer"].strip()
+    if options := predictions.dataset.options(row):
+        return row["index"], metrics.read_choice(answer, options) == truth
+    if truth.lower() in ("yes", "no"):
+        return row["index"], metrics.read_yes_no(answer) == truth.capitalize()
+    return row["index"], metrics.exact_match(answer, truth)
+
+
+def _mme(predictions: SavedPredictions, index: int) -> tuple[str, str, bool]:
+    """MME has two questions about each image."""
+    row = predictions.dataset.records[index]
+    image = row.get("image_path") or hashlib.sha256(row["image"].encode()).hexdigest()
+    return row.get("category", ""), image, _choice(predictions, index)[1]
+
+
+def _pope(predictions: SavedPredictions, index: int) -> list[tuple[str, str | None]]:
+    """A question of POPE counts once for each sampling that it is in."""
+    row, answer = predictions.dataset.records[index], predictions.answer(index)
+    pair = row["answer"].strip().capitalize(), metrics.read_yes_no(answer)
+    return [pair] * len(row.get("category", "").split(","))
+
+
+# ---- the figures of a set ------------------------------------------------------------------------
+
+
+def _panoptic_figures(predictions: SavedPredictions, records: list) -> Figures:
+    return metrics.panoptic_quality(records, predictions.dataset.is_thing)
+
+
+def _instance_figures(predictions: SavedPredictions, records: list) -> Figures:
+    return metrics.average_precision(records, len(predictions.categories))
+
+
+def _reason_test_figures(predictions: SavedPredictions, records: list) -> Figures:
+    """Of all samples, and of those whose expression is a phrase (short) or a sentence (long)."""
+    figures = metrics.mask_quality(records)
+    for name, is_long in (("short", False), ("long", True)):
+        pairs = enumerate(records)
+        part = [each for index, each in pairs if predictions.dataset.is_sentence(index) is is_long]
+        figures |= {f"{metric} {name}": x for metric, x in metrics.mask_quality(part).items()}
+    return figures
+
+
+def _region_figures(predictions: SavedPredictions, records: list) -> Figures:
+    figures = metrics.mask_quality(records)
+    return {"mIoU": figures["gIoU"], "cIoU": figures["cIoU"]}
+
+
+def _grounded_figures(predictions: SavedPredictions, records: list, embed: Embed | None) -> Figures:
+    instances, pairs = map(list, zip(*records, strict=True))
+    grounding = metrics.grounding_quality(pairs)
+    return _caption_figures(predictions) | {
+        "AP50": metrics.average_precision(instances, 1)["AP50"],
+        "mIoU": grounding["mIoU"],
+        "recall" if embed is not None else "recall_exact": grounding["recall"],
+    }
+
+
+def _caption_figures(predictions: SavedPredictions) -> Figures:
+    """METEOR and CIDEr, by rank 0; None, with a message, where their programs are not installed."""
+    figures: list[Figures] = []
+    if distributed.rank() == 0:
+        dataset = predictions.dataset
+        truth = {key: dataset.captions(index) for index, key in enumerate(predictions.keys)}
+        try:
+            figures.append(metrics.caption_quality(truth, predictions.captions))
+        except ImportError as error:
+            tqdm.write(f"{dataset.name}: no METEOR and CIDEr: {error}", file=sys.stderr)
+            figures.append({"METEOR": None, "CIDEr": None})
+    return distributed.gather(figures)[0]
+
+
+def _mmbench_figures(predictions: SavedPredictions, records: list) -> Figures:
+    """The rotations of a question share their index modulo a million."""
+    if odd := [number for number, _ in records if not number.strip().isdecimal()]:
+        raise ValueError(f"{predictions.dataset.annotations}: index {odd[0]!r} is no number")
+    return metrics.choice_accuracy([(int(n) % 1_000_000, is_right) for n, is_right in records])
+
+
+# ---- the table -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Task:
-    """A benchmark: its sets, each with a suffix for the names of its figures, how a figure is
-    counted, and what the paper reports for it."""
+class Scoring:
+    """How predictions of one kind (`prediction_files.LAYOUTS`) become figures."""
 
-    datasets: tuple[tuple[str, str], ...]
-    protocols: dict[str, str]
-    paper: dict[str, float]
+    record: Callable[..., Any]  # (predictions, index): of one sample
+    figures: Callable[..., Figures]  # (predictions, records of all samples)
 
 
+PANOPTIC = Scoring(_panoptic, _panoptic_figures)
+INSTANCES = Scoring(_instances, _instance_figures)
+SEMANTIC = Scoring(_semantic, lambda _, records: metrics.mean_iou(sum(records)))
+MASK = Scoring(_mask, lambda _, records: metrics.mask_quality(records))
+NO_TARGET = Scoring(_mask, lambda _, records: metrics.target_quality(records))
+REASON_TEST = Scoring(_mask, _reason_test_figures)
+REGION = Scoring(_mask, _region_figures)
+GROUNDED = Scoring(_grounded, _grounded_figures)
+CHOICE = Scoring(_choice, lambda _, records: metrics.choice_accuracy(records))
+MMBENCH = Scoring(_choice, _mmbench_figures)
+MME = Scoring(_mme, lambda _, records: metrics.mme_score(records))
+POPE = Scoring(_pope, lambda _, records: metrics.yes_no_quality([*chain(*records)]))
+
+
+class Benchmark(NamedTuple):
+    """A set, and how it is scored."""
+
+    task: str
+    dataset: str
+    suffix: str  # what follows the names of its figures
+    scoring: Scoring
+    paper: dict[str, float]  # what the paper reports, by metric
+
+
+# ReasonSeg's short and long expressions.
+_LENGTHS = {"gIoU short": 47.7, "cIoU short": 48.1, "gIoU long": 56.0, "cIoU long": 40.8}
+
+
+_ROWS = (
+    ("panoptic", "coco_panoptic_val", "", PANOPTIC, dict(PQ=54.7)),
+    ("instance", "coco_instance_val", "", INSTANCES, dict(AP=47.0)),
+    ("semantic", "coco_semantic_val", "", SEMANTIC, dict(mIoU=66.5)),
+    ("openvocab", "ade20k_panoptic_val", "", PANOPTIC, dict(PQ=20.9)),
+    ("openvocab", "ade20k_instance_val", "", INSTANCES, dict(AP=16.2)),
+    ("openvocab", "ade20k_semantic_val", "", SEMANTIC, dict(mIoU=28.8)),
+    ("refer", "refcoco_val", "", MASK, dict(cIoU=85.1)),
+    ("refer", "refcoco_testA", " testA", MASK, dict(cIoU=87.1)),
+    ("refer", "refcoco_testB", " testB", MASK, dict(cIoU=83.4)),
+    ("refer", "refcoco+_val", " + val", MASK, dict(cIoU=78.0)),
+    ("refer", "refcoco+_testA", " + testA", MASK, dict(cIoU=81.0)),
+    ("refer", "refcoco+_testB", " + testB", MASK, dict(cIoU=74.4)),
+    ("refer", "refcocog_val", " g val", MASK, dict(cIoU=83.8)),
+    ("refer", "refcocog_test", " g test", MASK, dict(cIoU=83.9)),
+    ("grefer", "grefcoco_val", "", NO_TARGET, dict(cIoU_targets=36.9, gIoU_targets=44.8)),
+    ("grefer", "grefcoco_testA", " testA", NO_TARGET, dict(cIoU_targets=32.3, gIoU_targets=34.5)),
+    ("grefer", "grefcoco_testB", " testB", NO_TARGET, dict(cIoU_targets=36.4, gIoU_targets=38.9)),
+    ("reason", "reasonseg_val", "", MASK, dict(gIoU=56.6, cIoU=32.9)),
+    ("reason", "reasonseg_test", " test", REASON_TEST, dict(gIoU=57.8, cIoU=41.0) | _LENGTHS),
+    ("gcg", "gcg_val", "", GROUNDED, dict(METEOR=15.4, CIDEr=46.3, AP50=33.2, mIoU=69.4)),
+    ("gcg", "gcg_test", " test", GROUNDED, dict(METEOR=15.1, CIDEr=42.7, AP50=32.9, mIoU=69.0)),
+    ("interactive", "coco_interactive_val_point", " point", REGION, dict(mIoU=65.4, cIoU=62.9)),
+    ("interactive", "coco_interactive_val_scribble", " scribble", REGION,
+     dict(mIoU=66.9, cIoU=75.7)),
+    ("interactive", "coco_interactive_val_box", " box", REGION, dict(mIoU=69.6, cIoU=75.4)),
+    ("interactive", "coco_interactive_val_mask", " mask", REGION, dict(mIoU=69.7, cIoU=77.0)),
+    ("vgd", "coco_vgd_val_point", " point", INSTANCES, dict(AP=47.9, AP50=72.5)),
+    ("vgd", "coco_vgd_val_scribble", " scribble", INSTANCES, dict(AP=48.7, AP50=73.4)),
+    ("vgd", "coco_vgd_val_box", " box", INSTANCES, dict(AP=49.5, AP50=74.7)),
+    ("vgd", "coco_vgd_val_mask", " mask", INSTANCES, dict(AP=49.7, AP50=74.9)),
+    ("vgd", "coco_vgd_val_point_cross", " point cross", INSTANCES, {}),
+    ("vgd", "coco_vgd_val_scribble_cross", " scribble cross", INSTANCES, {}),
+    ("vgd", "coco_vgd_val_box_cross", " box cross", INSTANCES, {}),
+    ("vgd", "coco_vgd_val_mask_cross", " mask cross", INSTANCES, {}),
+    ("chat", "mme", " MME", MME, dict(perception=1374, cognition=312)),
+    ("chat", "mmbench", " MMBench", MMBENCH, dict(accuracy=69.3)),
+    ("chat", "seed", " SEED", CHOICE, dict(accuracy=69.3)),
+    ("chat", "pope", " POPE", POPE, dict(F1=89.3)),
+    ("chat", "ai2d", " AI2D", CHOICE, dict(accuracy=62.6)),
+)  # fmt: skip
+
+
+BENCHMARKS = {row[1]: Benchmark(*row) for row in _ROWS}  # by set
+
+
+# How each metric of a task is counted.
 _PQ = {
     "PQ": "panoptic quality, mean over the classes that occur; void and crowd as panopticapi, "
     "areas in pixels of the PNG",
@@ -43,351 +248,146 @@ _PQ = {
     "SQ": "mean IoU of the matched segments, mean over classes",
     "RQ": "F1 of finding segments, mean over classes",
 }
-
-
 _AP = {
     "AP": "mask AP, IoU 0.50 to 0.95, 100 masks a class and image, crowd ignored (pycocotools)",
     "AP50": "the same at IoU 0.50",
 }
-
-
 _MIOU = {"mIoU": "mean IoU of one confusion matrix; 255 and classes without truth not counted"}
-
-
 _CIOU = "sum of intersections / sum of unions, one mask an expression"
-
-
 _GIOU = "mean IoU, one mask an expression, empty union = 1"
 
 
-_SHOWN = {f" {kind}": f"coco_vgd_val_{kind}" for kind in PROMPT_TYPES}
-
-
-_SHOWN |= {f" {kind} cross": f"coco_vgd_val_{kind}_cross" for kind in PROMPT_TYPES}
-
-
-TASKS = {
-    "panoptic": Task((("", "coco_panoptic_val"),), _PQ, {"PQ": 54.7}),
-    "instance": Task((("", "coco_instance_val"),), _AP, {"AP": 47.0}),
-    "semantic": Task((("", "coco_semantic_val"),), _MIOU, {"mIoU": 66.5}),
-    "openvocab": Task(
-        tuple(("", f"ade20k_{kind}_val") for kind in ("panoptic", "instance", "semantic")),
-        _PQ | _AP | _MIOU,
-        {"PQ": 20.9, "AP": 16.2, "mIoU": 28.8},
-    ),
-    "refer": Task(
-        (
-            ("", "refcoco_val"),
-            (" testA", "refcoco_testA"),
-            (" testB", "refcoco_testB"),
-            (" + val", "refcoco+_val"),
-            (" + testA", "refcoco+_testA"),
-            (" + testB", "refcoco+_testB"),
-            (" g val", "refcocog_val"),
-            (" g test", "refcocog_test"),
-        ),
-        {"cIoU": _CIOU, "gIoU": _GIOU},
-        {
-            "cIoU": 85.1,
-            "cIoU testA": 87.1,
-            "cIoU testB": 83.4,
-            "cIoU + val": 78.0,
-            "cIoU + testA": 81.0,
-            "cIoU + testB": 74.4,
-            "cIoU g val": 83.8,
-            "cIoU g test": 83.9,
-        },
-    ),
-    "grefer": Task(
-        (("", "grefcoco_val"), (" testA", "grefcoco_testA"), (" testB", "grefcoco_testB")),
-        {
-            "cIoU": f"{_CIOU}; those without a target counted (GRES)",
-            "gIoU": "mean IoU; without a target 1 if no mask is given, else 0 (GRES)",
-            "N_acc": "share of the expressions without a target that get no mask",
-            "T_acc": "share of the expressions with a target that get a mask",
-            "cIoU_targets": f"{_CIOU}; expressions with a target alone, as the paper has it",
-            "gIoU_targets": "mean IoU; expressions with a target alone, as the paper has it",
-        },
-        {
-            "cIoU_targets": 36.9,
-            "gIoU_targets": 44.8,
-            "cIoU_targets testA": 32.3,
-            "gIoU_targets testA": 34.5,
-            "cIoU_targets testB": 36.4,
-            "gIoU_targets testB": 38.9,
-        },
-    ),
-    "reason": Task(
-        (("", "reasonseg_val"), (" test", "reasonseg_test")),
-        {"gIoU": f"{_GIOU}; ignored pixels in neither", "cIoU": f"{_CIOU}; ignored in neither"},
-        {
-            "gIoU": 56.6,
-            "cIoU": 32.9,
-            "gIoU test short": 47.7,
-            "cIoU test short": 48.1,
-            "gIoU test long": 56.0,
-            "cIoU test long": 40.8,
-            "gIoU test": 57.8,
-            "cIoU test": 41.0,
-        },
-    ),
-    "gcg": Task(
-        (("", "gcg_val"), (" test", "gcg_test")),
-        {
-            "METEOR": "captions, over all true images (pycocoevalcap)",
-            "CIDEr": "captions, over all true images (pycocoevalcap)",
-            "AP50": "mask AP at IoU 0.50, one class, all true images, masks scored by the model",
-            "mIoU": "mean IoU of pairs, greedily one to one, then mean over all true images",
-            "recall": "share of true masks paired at IoU 0.5 with a phrase that is alike (cosine "
-            "of mean BERT states at 0.5)",
-            "recall_exact": "share of true masks paired at IoU 0.5 with a phrase that is equal but "
-            "for case (recall itself needs --bert)",
-        },
-        {
-            "METEOR": 15.4,
-            "CIDEr": 46.3,
-            "AP50": 33.2,
-            "mIoU": 69.4,
-            "METEOR test": 15.1,
-            "CIDEr test": 42.7,
-            "AP50 test": 32.9,
-            "mIoU test": 69.0,
-        },
-    ),
-    "interactive": Task(
-        tuple((f" {kind}", f"coco_interactive_val_{kind}") for kind in PROMPT_TYPES),
-        {
-            "mIoU": "mean IoU of the objects that have the prompt, crowd regions with them",
-            "cIoU": "sum of intersections / sum of unions of the same",
-        },
-        {
-            "mIoU point": 65.4,
-            "cIoU point": 62.9,
-            "mIoU scribble": 66.9,
-            "cIoU scribble": 75.7,
-            "mIoU box": 69.6,
-            "cIoU box": 75.4,
-            "mIoU mask": 69.7,
-            "cIoU mask": 77.0,
-        },
-    ),
-    "vgd": Task(
-        tuple(_SHOWN.items()),
-        {
-            "AP": "mask AP of the classes shown, IoU 0.50 to 0.95 (pycocotools); cross: shown in "
-            "another image",
-            "AP50": "the same at IoU 0.50",
-        },
-        {
-            "AP point": 47.9,
-            "AP50 point": 72.5,
-            "AP scribble": 48.7,
-            "AP50 scribble": 73.4,
-            "AP box": 49.5,
-            "AP50 box": 74.7,
-            "AP mask": 49.7,
-            "AP50 mask": 74.9,
-        },
-    ),
-    "chat": Task(
-        tuple((f" {name}", name.lower()) for name in ("MME", "MMBench", "SEED", "POPE", "AI2D")),
-        {
-            "perception": "sum over categories of accuracy and accuracy+ (both of an image), yes "
-            "or no read from the answer",
-            "cognition": "the same over the other categories",
-            "accuracy": "share of questions whose option, or yes or no, is read from the answer by "
-            "exact matching; MMBench: right in every rotation of the options",
-            "F1": "of yes, read from the answer by exact matching",
-        },
-        {
-            "perception MME": 1374,
-            "cognition MME": 312,
-            "accuracy MMBench": 69.3,
-            "accuracy SEED": 69.3,
-            "F1 POPE": 89.3,
-            "accuracy AI2D": 62.6,
-        },
-    ),
+PROTOCOLS = {
+    "panoptic": _PQ,
+    "instance": _AP,
+    "semantic": _MIOU,
+    "openvocab": _PQ | _AP | _MIOU,
+    "refer": {"cIoU": _CIOU, "gIoU": _GIOU},
+    "grefer": {
+        "cIoU": f"{_CIOU}; those without a target counted (GRES)",
+        "gIoU": "mean IoU; without a target 1 if no mask is given, else 0 (GRES)",
+        "N_acc": "share of the expressions without a target that get no mask",
+        "T_acc": "share of the expressions with a target that get a mask",
+        "cIoU_targets": f"{_CIOU}; expressions with a target alone, as the paper has it",
+        "gIoU_targets": "mean IoU; expressions with a target alone, as the paper has it",
+    },
+    "reason": {
+        "gIoU": f"{_GIOU}; ignored pixels in neither",
+        "cIoU": f"{_CIOU}; ignored in neither",
+    },
+    "gcg": {
+        "METEOR": "captions, over all true images (pycocoevalcap)",
+        "CIDEr": "captions, over all true images (pycocoevalcap)",
+        "AP50": "mask AP at IoU 0.50, one class, all true images, masks scored by the model",
+        "mIoU": "mean IoU of pairs, greedily one to one, then mean over all true images",
+        "recall": "share of true masks paired at IoU 0.5 with a phrase that is alike (cosine "
+        "of mean BERT states at 0.5)",
+        "recall_exact": "share of true masks paired at IoU 0.5 with a phrase that is equal but "
+        "for case (recall itself needs --bert)",
+    },
+    "interactive": {
+        "mIoU": "mean IoU of the objects that have the prompt, crowd regions with them",
+        "cIoU": "sum of intersections / sum of unions of the same",
+    },
+    "vgd": {
+        "AP": "mask AP of the classes shown, IoU 0.50 to 0.95 (pycocotools); cross: shown in "
+        "another image",
+        "AP50": "the same at IoU 0.50",
+    },
+    "chat": {
+        "perception": "sum over categories of accuracy and accuracy+ (both of an image), yes "
+        "or no read from the answer",
+        "cognition": "the same over the other categories",
+        "accuracy": "share of questions whose option, or yes or no, is read from the answer by "
+        "exact matching; MMBench: right in every rotation of the options",
+        "F1": "of yes, read from the answer by exact matching",
+    },
 }
 
 
-# The segmentor alone (paper table 17).
-SEGMENTOR_TASKS = ("panoptic", "instance", "semantic")
+@dataclass(frozen=True)
+class Task:
+    """The sets of a task together."""
+
+    datasets: list[tuple[str, str]]  # (suffix, name)
+    protocols: dict[str, str]
+    paper: dict[str, float]  # by the names of the figures, suffixes included
 
 
+def named(figures: Figures, suffix: str) -> Figures:
+    """The figures of a set by their names among those of its task: "gIoU short" of the set whose
+    suffix is " test" is "gIoU test short"."""
+    result = {}
+    for name, figure in figures.items():
+        metric, _, part = name.partition(" ")
+        result[f"{metric}{suffix}{' ' * bool(part)}{part}"] = figure
+    return result
+
+
+TASKS = {
+    task: Task(
+        [(row.suffix, row.dataset) for row in BENCHMARKS.values() if row.task == task],
+        protocols,
+        {
+            name: figure
+            for row in BENCHMARKS.values()
+            for name, figure in named(row.paper, row.suffix).items()
+            if row.task == task
+        },
+    )
+    for task, protocols in PROTOCOLS.items()
+}
+
+
+# What the paper reports for the segmentor alone (table 17), which has these tasks only.
 SEGMENTOR_PAPER = {
     "panoptic": {"PQ": 54.2, "PQ_things": 60.0, "PQ_stuff": 45.4},
     "instance": {"AP": 44.2},
     "semantic": {"mIoU": 63.8},
 }
+SEGMENTOR_TASKS = tuple(SEGMENTOR_PAPER)
 
 
 def task_of(name: str) -> tuple[str, str]:
     """The task that scores a set, and the suffix of its figures. Raises ValueError where none
     does."""
-    for task, each in TASKS.items():
-        for suffix, dataset in each.datasets:
-            if dataset == name:
-                return task, suffix
-    raise ValueError(f"{name}: no task scores this set")
+    if name not in BENCHMARKS:
+        raise ValueError(f"{name}: no task scores this set")
+    return BENCHMARKS[name].task, BENCHMARKS[name].suffix
 
 
-# ---- one record ----------------------------------------------------------------------------------
-
-
-def _panoptic(said: SavedPredictions, index: int) -> list[tuple[str, int, float]]:
-    _, owner, segments = said.dataset.read(index)
-    truth = {place: (each["class"], each["iscrowd"]) for place, each in enumerate(segments, 1)}
-    return metrics.match_segments(owner, truth, *said.segments(said.keys[index], owner.shape))
-
-
-def _instances(said: SavedPredictions, index: int) -> dict:
-    dataset, key = said.dataset, said.keys[index]
-    if dataset.source.format == "instance":
-        picture, annotations = dataset.read(index)
-        size = picture.height, picture.width
-        truth = [(place, encode_mask(mask), is_crowd) for place, mask, is_crowd in annotations]
-    else:
-        sample = dataset.question(index)
-        size = sample.image.height, sample.image.width
-        places = [said.categories[number] for number in sample.category_ids]
-        pairs = zip(sample.labels, sample.masks, strict=True)
-        truth = [(places[label], encode_mask(mask), False) for label, mask in pairs]
-    found = said.instances(key, size)
-    return metrics.match_instances(key, len(said.categories), truth, found)
-
-
-def _semantic(said: SavedPredictions, index: int) -> np.ndarray:
-    _, truth = said.dataset.read(index)
-    guess = said.class_map(said.keys[index], truth.shape)
-    return metrics.count_pixels(truth, guess, len(said.categories))
-
-
-def _mask(said: SavedPredictions, index: int) -> tuple[int, int, bool, bool]:
-    sample = said.dataset.question(index)
-    guess = said.mask(said.keys[index], (sample.image.height, sample.image.width))
-    return metrics.mask_overlap(sample.masks.any(axis=0), guess, sample.ignore)
-
-
-def _grounded(said: SavedPredictions, index: int, embed: Callable | None) -> tuple:
-    """Its masks matched as instances of one class, and paired with their phrases."""
-    key, sample = said.keys[index], said.dataset.question(index)
-    found = said.instances(key, (sample.image.height, sample.image.width))
-    truth = [encode_mask(mask) for mask in sample.masks]
-    matches = metrics.match_instances(key, 1, [(0, rle, False) for rle in truth], found)
-    similarity, phrases = None, said.dataset.phrases(index)
-    if phrases:
-        similarity = metrics.phrase_similarity(phrases, said.phrases(key), embed)
-    pairs = metrics.ground_masks(truth, [rle for _, rle, _ in found], similarity)
-    return matches, pairs
-
-
-def _answer(said: SavedPredictions, index: int) -> Any:
-    row, answer = said.dataset.records[index], said.answer(said.keys[index])
-    options = said.dataset.options(row)
-    truth = row["answer"].strip()
-    if options:
-        is_right = metrics.read_choice(answer, options) == truth
-        return row["index"], is_right
-    said_yes, is_yes_no = metrics.read_yes_no(answer), truth.lower() in ("yes", "no")
-    is_right = said_yes == truth.capitalize() if is_yes_no else metrics.exact_match(answer, truth)
-    if said.dataset.name == "mme":  # its questions come in pairs about an image
-        image = row.get("image_path") or hashlib.sha256(row["image"].encode()).hexdigest()
-        return row.get("category", ""), image, is_right
-    if said.dataset.name == "pope":  # a question counts once for each sampling that it is in
-        return [(truth.capitalize(), said_yes)] * len(row.get("category", "").split(","))
-    return row["index"], is_right
-
-
-# ---- a set ---------------------------------------------------------------------------------------
+# ---- scoring a set -------------------------------------------------------------------------------
 
 
 def score_dataset(
-    said: SavedPredictions, embed: Callable | None = None, label: str = ""
+    predictions: SavedPredictions,
+    embed: Embed | None = None,
+    label: str = "",
+    one_crowd_per_class: bool = False,
 ) -> Figures:
     """The figures of a set; all ranks take part and all get them. `embed` gives embeddings of
-    phrases, where there are any (`bert_embedder`)."""
-    measure = {
-        "panoptic": _panoptic,
-        "instances": _instances,
-        "semantic": _semantic,
-        "mask": _mask,
-        "answer": _answer,
-        "grounded": lambda said, index: _grounded(said, index, embed),
-    }[said.kind]
-    rank, mine = distributed.rank(), range(len(said.keys))
-    mine = mine[rank :: distributed.world_size()]
-    bar = tqdm(mine, f"score {label or said.dataset.name}", disable=rank != 0, unit="image")
+    phrases, where there are any (`bert_embedder`); `one_crowd_per_class` is panopticapi's rule for
+    crowd regions (`metrics.match_segments`)."""
+    name, rank = predictions.dataset.name, distributed.rank()
+    scoring = BENCHMARKS[name].scoring
+    record, figures = scoring.record, scoring.figures
+    if scoring is PANOPTIC:
+        record = partial(record, one_crowd_per_class=one_crowd_per_class)
+    elif scoring is GROUNDED:
+        record, figures = partial(record, embed=embed), partial(figures, embed=embed)
+    indices = range(len(predictions.keys))[rank :: distributed.world_size()]
     records = []
-    for index in bar:
-        record = measure(said, index)
-        if said.kind == "semantic" and records:  # whole numbers can be added in any order
-            records[0][1][...] += record
+    for index in tqdm(indices, f"score {label or name}", disable=rank != 0, unit="image"):
+        measured = record(predictions, index)
+        if scoring is SEMANTIC and records:  # counts of pixels can be added in any order
+            records[0][1][...] += measured
         else:
-            records.append((index, record))
-    ordered = [record for _, record in sorted(distributed.gather(records), key=lambda r: r[0])]
-    return _summarise(said, ordered, embed is not None)
+            records.append((index, measured))
+    records = sorted(distributed.gather(records), key=lambda pair: pair[0])
+    return figures(predictions, [measured for _, measured in records])
 
 
-def _summarise(said: SavedPredictions, records: list, is_by_meaning: bool) -> Figures:
-    dataset, num_categories = said.dataset, len(said.categories)
-    if said.kind == "panoptic":
-        return metrics.panoptic_quality(records, dataset.is_thing)
-    if said.kind == "instances":
-        return metrics.average_precision(records, num_categories)
-    if said.kind == "semantic":
-        return metrics.mean_iou(sum(records))
-    if said.kind == "grounded":
-        figures = _caption_quality(said)
-        matches, pairs = map(list, zip(*records, strict=True))
-        figures["AP50"] = metrics.average_precision(matches, 1)["AP50"]
-        quality = metrics.grounding_quality(pairs)
-        name = "recall" if is_by_meaning else "recall_exact"
-        return figures | {"mIoU": quality["mIoU"], name: quality["recall"]}
-    if said.kind == "answer":
-        return _answer_quality(dataset, records)
-    if dataset.name.startswith("grefcoco"):
-        return metrics.target_quality(records)
-    figures = metrics.mask_quality(records)
-    if dataset.source.task == "interactive":
-        return {"mIoU": figures["gIoU"], "cIoU": figures["cIoU"]}
-    if dataset.name == "reasonseg_test":
-        for name, is_long in (("short", False), ("long", True)):
-            chosen = [
-                record for place, record in enumerate(records)
-                if dataset.is_sentence(place) is is_long
-            ]  # fmt: skip
-            part = metrics.mask_quality(chosen) if chosen else {"gIoU": None, "cIoU": None}
-            figures |= {f"{metric} {name}": figure for metric, figure in part.items()}
-    return figures
-
-
-def _answer_quality(dataset: Dataset, records: list) -> Figures:
-    if dataset.name == "mme":
-        return metrics.mme_score(records)
-    if dataset.name == "pope":
-        return metrics.yes_no_quality([each for record in records for each in record])
-    if dataset.name == "mmbench":  # rotations of a question share their index modulo a million
-        if odd := [number for number, _ in records if not number.strip().isdecimal()]:
-            raise ValueError(f"{dataset.annotations}: index {odd[0]!r} is no number")
-        records = [(int(number) % 1_000_000, is_right) for number, is_right in records]
-    return metrics.choice_accuracy(records)
-
-
-def _caption_quality(said: SavedPredictions) -> Figures:
-    """METEOR and CIDEr; None each where what they need is not installed, which is said."""
-    figures: list[Figures] = []
-    if distributed.rank() == 0:
-        truth = {key: said.dataset.captions(index) for index, key in enumerate(said.keys)}
-        try:
-            figures.append(metrics.caption_quality(truth, said.captions))
-        except ImportError as error:
-            tqdm.write(f"{said.dataset.name}: no METEOR and CIDEr: {error}", file=sys.stderr)
-            figures.append({"METEOR": None, "CIDEr": None})
-    return distributed.gather(figures)[0]
-
-
-def bert_embedder(folder: Path) -> Callable[[list[str]], np.ndarray]:
+def bert_embedder(folder: Path) -> Embed:
     """Embeddings [n, C] of phrases: the mean of BERT's last states over a phrase's tokens, as
     GLaMM's evaluation has them. Raises ValueError where there is no model in the folder."""
     import torch
@@ -410,28 +410,13 @@ def bert_embedder(folder: Path) -> Callable[[list[str]], np.ndarray]:
     return embed
 
 
-# ---- what is printed -----------------------------------------------------------------------------
-
-
-def named(figures: Figures, suffix: str) -> Figures:
-    """The figures of a set by the names that they have among those of its task: "gIoU short" of the
-    set " test" is "gIoU test short"."""
-    result = {}
-    for name, figure in figures.items():
-        metric, _, part = name.partition(" ")
-        result[f"{metric}{suffix}{' ' * bool(part)}{part}"] = figure
-    return result
+# ---- the table that is printed -------------------------------------------------------------------
 
 
 def table(results: dict[str, dict[str, Figures]], note: str = "") -> str:
     """Markdown table of {column: {task: {figure's name: figure}}}: each figure beside the paper's
     and how it is counted. `note` stands above it."""
-    rows = {
-        (task, name): None
-        for scores in results.values()
-        for task in scores
-        for name in scores[task]
-    }
+    rows = dict.fromkeys((t, n) for scores in results.values() for t in scores for n in scores[t])
     lines = ["| task | metric | " + " | ".join(results) + " | paper | protocol |"]
     lines.append("|" + "---|" * (len(results) + 4))
     for task, name in rows:
@@ -447,12 +432,11 @@ def _cell(figure: float | None) -> str:
 
 
 def _paper(task: str, name: str, columns: list[str]) -> str:
-    """What the paper reports; of the segmentor alone where a column is of that."""
-    whole, alone = TASKS[task].paper.get(name), SEGMENTOR_PAPER.get(task, {}).get(name)
-    if "stage 1" not in columns:
-        alone = None
-    elif columns == ["stage 1"]:
+    """The paper's figure; that of the segmentor alone where a column is of stage 1."""
+    figure, alone = TASKS[task].paper.get(name), SEGMENTOR_PAPER.get(task, {}).get(name)
+    if columns == ["stage 1"]:
         return _cell(alone)
-    both = [str(whole)] if whole is not None else []
-    both += [f"stage 1: {alone}"] if alone is not None else []
+    both = [str(figure)] if figure is not None else []
+    if "stage 1" in columns and alone is not None:
+        both.append(f"stage 1: {alone}")
     return ", ".join(both) or "–"

@@ -1,13 +1,14 @@
-"""The figures that a model is judged by: panoptic quality, mask AP, mIoU, cIoU and gIoU, grounded
-captions, answers to questions.
+"""The metrics: panoptic quality, mask AP, mIoU, cIoU and gIoU, grounded captions, answers to
+questions.
 
 Every metric has two steps: a small record of one sample, which any process can make, and the
-summary of the records of all samples. Records put in one order give the same figure to the last
-digit, however many processes made them. Figures are in percent; None stands where nothing was
-there to count. Needs NumPy and pycocotools alone; captions need pycocoevalcap and Java too.
+summary of the records of all samples. The summary depends on the order of the records alone, so
+any number of processes gives the same figures to the last digit. Figures are in percent; None
+means that there was nothing to count. Needs NumPy and pycocotools; captions need pycocoevalcap and
+Java as well.
 
 Legend: T true and N predicted masks of an image, K classes, H W pixels. A mask is bool [H, W], an
-RLE COCO's compressed one.
+RLE is COCO's compressed one.
 """
 
 import contextlib
@@ -15,13 +16,18 @@ import importlib.util
 import io
 import re
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable
-from itertools import takewhile
 
 import numpy as np
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+Figures = dict[str, float | None]  # by metric; None where there is nothing to count
+Overlap = tuple[int, int, bool, bool]  # see `mask_overlap`
+Match = tuple[str, int, float]  # see `match_segments`
+Embed = Callable[[list[str]], np.ndarray]  # embeddings [n, d] of n phrases
 
 
 def _percent(values: list | np.ndarray) -> float | None:
@@ -33,63 +39,72 @@ def _percent(values: list | np.ndarray) -> float | None:
 
 
 def match_segments(
-    ids: np.ndarray,
-    truth: dict[int, tuple[int, bool]],
-    guessed_ids: np.ndarray,
-    guesses: dict[int, int],
-) -> list[tuple[str, int, float]]:
-    """One image's record, by Kirillov et al. 2019, section 4, as panopticapi counts: of each pair
-    ("tp", class, IoU), of each missed segment ("fn", class, 0.0), of each invented one ("fp",
-    class, 0.0).
+    true_ids: np.ndarray,
+    true_segments: dict[int, tuple[int, bool]],
+    predicted_ids: np.ndarray,
+    predicted_classes: dict[int, int],
+    one_crowd_per_class: bool = False,
+) -> list[Match]:
+    """One image's record, by Kirillov et al. 2019, section 4, as panopticapi counts: ("tp", class,
+    IoU) of each pair, ("fn", class, 0.0) of each true segment that is missed, ("fp", class, 0.0) of
+    each predicted segment that matches none.
 
-    True segment ids [H, W] with their (class, is crowd) against guessed ids [H, W] with their
-    class; 0 is void in both, and every other id of a map must be in its dict. A pair matches where
-    the classes agree and IoU > 0.5, void pixels of the guess not counted in the union. A missed
-    crowd region is no error, nor is an unmatched guess of which more than half is void or crowd of
-    its class. A true segment without a pixel is missed; a guess without one does not count.
+    True segment ids [H, W] with their (class, is crowd), predicted ids [H, W] with their class; 0
+    is void in both, and every other id of a map must be in its dict. Two segments match where the
+    classes agree and IoU > 0.5; the union leaves out the prediction's pixels on void. A missed
+    crowd region is no error. Neither is an unmatched prediction of which more than half lies on
+    void or on crowd of its class. A true segment without a pixel is missed; a predicted one without
+    a pixel does not count.
 
-    Two choices differ from panopticapi. It knows one crowd region a class and image, the last one,
-    where all are counted here; and it takes a true segment's area from the annotation file, where
-    pixels are counted here (ADE20K's files hold areas from before one segment hid another).
+    `one_crowd_per_class` decides what excuses a prediction where an image has several crowd regions
+    of one class. By default (False) it is their union. True is panopticapi's rule, the last of them
+    alone in the order of `true_segments`: it keeps one region for each class, so that each
+    overwrites the one before it. Another difference to panopticapi always holds: it takes a true
+    segment's area from the annotation file, where pixels are counted here, because ADE20K's files
+    hold areas from before one segment hid another.
     """
-    assert ids.shape == guessed_ids.shape, f"{ids.shape} true, {guessed_ids.shape} guessed pixels"
-    base = int(guessed_ids.max(initial=0)) + 1
-    pairs, areas = np.unique(ids.astype(np.int64) * base + guessed_ids, return_counts=True)
-    overlap = {
-        divmod(pair, base): area for pair, area in zip(pairs.tolist(), areas.tolist(), strict=True)
-    }
-    true_area, guessed_area = defaultdict(int), defaultdict(int)
-    for (true, guess), area in overlap.items():
-        true_area[true] += area
-        guessed_area[guess] += area
-
-    record, found, explained = [], set(), set()
-    for (true, guess), area in overlap.items():
-        if true == 0 or guess == 0 or truth[true] != (guesses[guess], False):
-            continue
-        union = true_area[true] + guessed_area[guess] - area - overlap.get((0, guess), 0)
-        if area / union > 0.5:
-            record.append(("tp", guesses[guess], area / union))
-            found.add(true)
-            explained.add(guess)
-    for true, (category, is_crowd) in truth.items():
-        if true not in found and not is_crowd:
+    overlap, true_area, predicted_area = _overlaps(true_ids, predicted_ids)
+    record, matched_true, matched_predicted = [], set(), set()
+    for (true, predicted), area in overlap.items():
+        if true and predicted and true_segments[true] == (predicted_classes[predicted], False):
+            void = overlap.get((0, predicted), 0)
+            iou = area / (true_area[true] + predicted_area[predicted] - area - void)
+            if iou > 0.5:
+                record.append(("tp", predicted_classes[predicted], iou))
+                matched_true.add(true)
+                matched_predicted.add(predicted)
+    for true, (category, is_crowd) in true_segments.items():
+        if true not in matched_true and not is_crowd:
             record.append(("fn", category, 0.0))
-    for guess, category in guesses.items():
-        if guess in explained or not guessed_area[guess]:
-            continue
-        excused = [true for true, kind in truth.items() if kind == (category, True)]
-        uncounted = sum(overlap.get((true, guess), 0) for true in [0, *excused])
-        if uncounted / guessed_area[guess] <= 0.5:
+    for predicted, category in predicted_classes.items():
+        crowds = [true for true, kind in true_segments.items() if kind == (category, True)]
+        excused = [0, *(crowds[-1:] if one_crowd_per_class else crowds)]
+        excused_area = sum(overlap.get((true, predicted), 0) for true in excused)
+        area = predicted_area[predicted]
+        if area and predicted not in matched_predicted and excused_area / area <= 0.5:
             record.append(("fp", category, 0.0))
     return record
 
 
-def panoptic_quality(
-    records: list[list[tuple[str, int, float]]], is_thing: list[bool]
-) -> dict[str, float | None]:
-    """PQ, SQ and RQ over all classes, PQ_things and PQ_stuff, of the records of `match_segments`, a
-    list an image. Each is the mean over the classes that occur, be it as a mistake."""
+def _overlaps(true_ids: np.ndarray, predicted_ids: np.ndarray) -> tuple[dict, Counter, Counter]:
+    """Pixels of each pair of ids that share any, of each true id and of each predicted id."""
+    assert true_ids.shape == predicted_ids.shape, f"{true_ids.shape}, {predicted_ids.shape} pixels"
+    base = int(predicted_ids.max(initial=0)) + 1
+    pairs, areas = np.unique(true_ids.astype(np.int64) * base + predicted_ids, return_counts=True)
+    overlap = {
+        divmod(pair, base): area for pair, area in zip(pairs.tolist(), areas.tolist(), strict=True)
+    }
+    true_area, predicted_area = Counter(), Counter()
+    for (true, predicted), area in overlap.items():
+        true_area[true] += area
+        predicted_area[predicted] += area
+    return overlap, true_area, predicted_area
+
+
+def panoptic_quality(records: list[list[Match]], is_thing: list[bool]) -> Figures:
+    """PQ, SQ and RQ over all classes, PQ over things and over stuff, of the records of
+    `match_segments`, one list an image. Each is the mean over the classes that occur in the truth
+    or in a prediction that counts."""
     true_positives, mistakes, iou = np.zeros((3, len(is_thing)))
     for kind, category, value in (match for record in records for match in record):
         if kind == "tp":
@@ -112,92 +127,82 @@ def panoptic_quality(
 # ---- mask AP -------------------------------------------------------------------------------------
 
 
-def _coco_evaluation(num_categories: int, image_ids: list) -> COCOeval:
-    """pycocotools' evaluation of masks of any area, up to the 100 best scored a class and image."""
-    evaluation = COCOeval(iouType="segm")
-    settings = evaluation.params
-    settings.imgIds, settings.catIds = image_ids, list(range(num_categories))
-    settings.areaRng, settings.areaRngLbl = settings.areaRng[:1], settings.areaRngLbl[:1]
-    settings.maxDets = settings.maxDets[-1:]
-    return evaluation
-
-
-def match_instances(
+def collect_instances(
     image_id: int | str,
     num_categories: int,
     truth: list[tuple[int, dict, bool]],
-    found: list[tuple[int, dict, float]],
+    predicted: list[tuple[int, dict, float]],
 ) -> dict:
-    """One image's record: by class what pycocotools matched, without what the masks were.
+    """One image's record: its masks, checked.
 
-    truth: (class 0..K-1, RLE, is crowd) of each true mask; found: (class, RLE, score) of each
+    truth: (class 0..K-1, RLE, is crowd) of each true mask; predicted: (class, RLE, score) of each
     predicted one, of which the first counts first where scores are equal.
     """
-    sizes = {tuple(rle["size"]) for _, rle, _ in [*truth, *found]}
+    sizes = {tuple(rle["size"]) for _, rle, _ in [*truth, *predicted]}
     assert len(sizes) <= 1, f"masks of {sizes} in one image"
-    evaluation = _coco_evaluation(num_categories, [image_id])
-    for number, (category, rle, is_crowd) in enumerate(truth, 1):  # to pycocotools 0 is no match
-        item = {"id": number, "segmentation": rle, "area": int(coco_mask.area(rle))}
-        item |= {"iscrowd": int(is_crowd), "ignore": int(is_crowd)}
-        evaluation._gts[image_id, category].append(item)
-    for number, (category, rle, score) in enumerate(found, 1):
-        item = {"id": number, "segmentation": rle, "area": int(coco_mask.area(rle))}
-        evaluation._dts[image_id, category].append(item | {"score": float(score)})
-
-    matches = {}
-    area_range, limit = evaluation.params.areaRng[0], evaluation.params.maxDets[0]
-    for category in sorted({category for category, *_ in [*truth, *found]}):
+    for category, *_ in [*truth, *predicted]:
         assert 0 <= category < num_categories, f"class {category} of {num_categories}"
-        evaluation.ious[image_id, category] = evaluation.computeIoU(image_id, category)
-        match = evaluation.evaluateImg(image_id, category, area_range, limit)
-        matches[category] = {
-            "dtScores": np.array(match["dtScores"], np.float64),
-            "dtMatches": match["dtMatches"] > 0,  # [10 thresholds, N]
-            "dtIgnore": match["dtIgnore"].astype(bool),  # [10 thresholds, N]
-            "gtIgnore": match["gtIgnore"].astype(bool),  # [T]
-        }
-    return {"image_id": image_id, "matches": matches}
+    return {"image_id": image_id, "truth": truth, "predicted": predicted}
 
 
-def average_precision(records: list[dict], num_categories: int) -> dict[str, float | None]:
+def average_precision(records: list[dict], num_categories: int) -> Figures:
     """AP, the mean over the IoU thresholds 0.50 to 0.95, and AP50 of the records of
-    `match_instances`: COCO's, the mean over the classes that have a true mask which is no crowd.
+    `collect_instances`, by pycocotools: masks of any area, up to the 100 best scored of a class and
+    image, mean over the classes that have a true mask which is no crowd.
 
     Where scores are equal the image with the smaller id counts first, as in pycocotools.
     """
-    records = sorted(
-        records, key=lambda record: (isinstance(record["image_id"], str), record["image_id"])
-    )
-    evaluation = _coco_evaluation(num_categories, [record["image_id"] for record in records])
-    evaluation.evalImgs = [
-        record["matches"].get(category) for category in range(num_categories) for record in records
-    ]
-    evaluation._paramsEval = evaluation.params
+    records = sorted(records, key=lambda r: (isinstance(r["image_id"], str), r["image_id"]))
+    tables = [_coco(records, masks, num_categories) for masks in ("truth", "predicted")]
     with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(*tables, "segm")
+        params = evaluation.params
+        params.areaRng, params.areaRngLbl = params.areaRng[:1], params.areaRngLbl[:1]
+        params.maxDets = params.maxDets[-1:]
+        evaluation.evaluate()
         evaluation.accumulate()
     precision = evaluation.eval["precision"][..., 0, 0]  # [10 thresholds, 101 recalls, K]
-    at_half = precision[np.isclose(evaluation.params.iouThrs, 0.5)]
+    at_half = precision[np.isclose(params.iouThrs, 0.5)]
     return {"AP": _percent(precision[precision > -1]), "AP50": _percent(at_half[at_half > -1])}
+
+
+def _coco(records: list[dict], masks: str, num_categories: int) -> COCO:
+    """The "truth" or the "predicted" masks of the records, images numbered in their order."""
+    annotations = []
+    for image, record in enumerate(records):
+        for category, rle, value in record[masks]:
+            item = {"image_id": image, "category_id": category, "segmentation": rle}
+            item |= {"area": int(coco_mask.area(rle)), "id": len(annotations) + 1}  # 0: no match
+            annotations.append(item | {"iscrowd" if masks == "truth" else "score": value})
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": n, "height": 0, "width": 0} for n in range(len(records))],  # RLEs have it
+        "categories": [{"id": n} for n in range(num_categories)],
+        "annotations": annotations,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
 
 
 # ---- semantic segmentation -----------------------------------------------------------------------
 
 
-def count_pixels(truth: np.ndarray, guess: np.ndarray, num_classes: int) -> np.ndarray:
-    """Pixels of each true and guessed class, int64 [K, K+1]; records of images are simply added.
+def count_pixels(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """Pixels of each true and predicted class, int64 [K, K+1]; records of images are simply added.
 
-    truth, guess: classes, int [H, W]. A pixel whose truth is none of 0..K-1, as 255, is left out; a
-    guess that is none of them goes to the last column.
+    truth, predicted: classes, int [H, W]. A pixel whose truth is none of 0..K-1, as 255, is left
+    out; a prediction that is none of them goes to the last column.
     """
-    assert truth.shape == guess.shape, f"{truth.shape} true, {guess.shape} guessed pixels"
+    assert truth.shape == predicted.shape, f"{truth.shape}, {predicted.shape} pixels"
     is_counted = (truth >= 0) & (truth < num_classes)
-    truth, guess = truth[is_counted].astype(np.int64), guess[is_counted].astype(np.int64)
-    guess[(guess < 0) | (guess >= num_classes)] = num_classes
+    truth, predicted = truth[is_counted].astype(np.int64), predicted[is_counted].astype(np.int64)
+    predicted[(predicted < 0) | (predicted >= num_classes)] = num_classes
     size = (num_classes, num_classes + 1)
-    return np.bincount(truth * size[1] + guess, minlength=size[0] * size[1]).reshape(size)
+    return np.bincount(truth * size[1] + predicted, minlength=size[0] * size[1]).reshape(size)
 
 
-def mean_iou(matrix: np.ndarray) -> dict[str, float | None]:
+def mean_iou(matrix: np.ndarray) -> Figures:
     """mIoU of the sum of the records of `count_pixels`: the mean over the classes that occur in the
     truth, as detectron2's evaluation takes it."""
     intersection, true_area = matrix.diagonal(), matrix.sum(axis=1)
@@ -210,17 +215,18 @@ def mean_iou(matrix: np.ndarray) -> dict[str, float | None]:
 
 
 def mask_overlap(
-    truth: np.ndarray, guess: np.ndarray, ignore: np.ndarray | None = None
-) -> tuple[int, int, bool, bool]:
+    truth: np.ndarray, predicted: np.ndarray, ignore: np.ndarray | None = None
+) -> Overlap:
     """One sample's record: pixels of the intersection and of the union, whether there is a target
-    and whether anything was predicted. All are masks; what `ignore` covers counts nowhere."""
+    and whether anything was predicted. All are masks; pixels of `ignore` count nowhere."""
     if ignore is not None:
-        truth, guess = truth & ~ignore, guess & ~ignore
-    intersection, union = np.count_nonzero(truth & guess), np.count_nonzero(truth | guess)
-    return int(intersection), int(union), bool(truth.any()), bool(guess.any())
+        truth, predicted = truth & ~ignore, predicted & ~ignore
+    intersection = np.count_nonzero(truth & predicted)
+    union = np.count_nonzero(truth | predicted)
+    return int(intersection), int(union), bool(truth.any()), bool(predicted.any())
 
 
-def mask_quality(records: list[tuple[int, int, bool, bool]]) -> dict[str, float | None]:
+def mask_quality(records: list[Overlap]) -> Figures:
     """cIoU, the sum of intersections over the sum of unions, and gIoU, the mean IoU, of the records
     of `mask_overlap`; an empty union is an IoU of 1 (Lai et al. 2024, LISA)."""
     return {
@@ -229,13 +235,14 @@ def mask_quality(records: list[tuple[int, int, bool, bool]]) -> dict[str, float 
     }
 
 
-def target_quality(records: list[tuple[int, int, bool, bool]]) -> dict[str, float | None]:
+def target_quality(records: list[Overlap]) -> Figures:
     """The protocol of gRefCOCO (Liu et al. 2023, GRES) of the records of `mask_overlap`.
 
-    cIoU and gIoU are over all expressions. One without a target has an IoU of 1 where nothing was
+    cIoU and gIoU are over all expressions. One without a target has an IoU of 1 if nothing was
     predicted; else 0, and its pixels are in the sum of unions. N_acc and T_acc are the shares of
-    the expressions without and with a target that were told as such. cIoU_targets and gIoU_targets
-    are over those with a target alone, which is what X-SAM reports: its code reads no others.
+    the expressions without and with a target that were recognised as such. cIoU_targets and
+    gIoU_targets are over the expressions with a target alone, which is what X-SAM reports: its code
+    reads no others.
     """
     targets = [each for each in records if each[2]]
     others = [each for each in records if not each[2]]
@@ -253,7 +260,7 @@ def target_quality(records: list[tuple[int, int, bool, bool]]) -> dict[str, floa
     }
 
 
-def _cumulative_iou(records: list[tuple[int, int, bool, bool]]) -> float | None:
+def _cumulative_iou(records: list[Overlap]) -> float | None:
     union = sum(each[1] for each in records)
     return 100 * sum(each[0] for each in records) / union if union else None
 
@@ -262,41 +269,39 @@ def _cumulative_iou(records: list[tuple[int, int, bool, bool]]) -> float | None:
 
 
 def ground_masks(
-    truth: list[dict],
-    guess: list[dict],
-    similarity: np.ndarray | None = None,
+    truth: list[dict], predicted: list[dict], similarity: np.ndarray | None = None
 ) -> tuple[float, int | None, int]:
     """One image's record: mean IoU of its pairs, number of phrases found, number of true masks, by
     the evaluation of GranD-f (Rasheed et al. 2024, GLaMM).
 
-    truth, guess: T and N RLEs. similarity: of the true and predicted phrases, [T, N]; without it no
-    phrase is looked for. Masks are paired one to one, the largest IoU first, while IoU > 0; without
-    any pair the mean is 0. Phrases are found in the same order while a pair has IoU >= 0.5 and
-    similarity >= 0.5. The first pair that lacks either ends the search, as in the published code:
-    of two masks that fit, a wrong phrase on the better one hides the other.
+    truth, predicted: T and N RLEs. similarity: of the true and predicted phrases, [T, N]; without
+    it no phrases are compared. Masks are paired one to one, the largest IoU first (of equal ones
+    the first in the rows), while IoU > 0; without any pair the mean is 0. Phrases are found in the
+    same order while a pair has IoU >= 0.5 and similarity >= 0.5. The first pair that lacks either
+    ends the search, as in the published code: of two masks that fit, a wrong phrase on the better
+    one hides the other.
     """
-    ious = np.zeros((len(truth), len(guess)))
-    if truth and guess:
-        sizes = {tuple(rle["size"]) for rle in [*truth, *guess]}
+    ious = np.zeros((len(truth), len(predicted)))
+    if truth and predicted:
+        sizes = {tuple(rle["size"]) for rle in [*truth, *predicted]}
         assert len(sizes) == 1, f"masks of {sizes} in one image"
-        ious = coco_mask.iou(guess, truth, [0] * len(truth)).T  # [T, N]
-    pairs = _pair(ious)
-    positive = [iou for *_, iou in pairs if iou > 0]
+        ious = coco_mask.iou(predicted, truth, [0] * len(truth)).T.copy()  # [T, N]
+    assert similarity is None or similarity.shape == ious.shape, f"{similarity.shape} phrases"
+    positive, num_found, is_searching = [], 0, similarity is not None
+    for _ in range(min(ious.shape)):
+        pair = np.unravel_index(ious.argmax(), ious.shape)
+        iou = float(ious[pair])
+        if iou <= 0:
+            break
+        positive.append(iou)
+        is_searching = is_searching and iou >= 0.5 and similarity[pair] >= 0.5
+        num_found += is_searching
+        ious[pair[0]], ious[:, pair[1]] = -1, -1
     mean = float(np.mean(positive)) if positive else 0.0
-    if similarity is None:
-        return mean, None, len(truth)
-    assert similarity.shape == ious.shape, f"{similarity.shape} for {ious.shape} masks"
-
-    def is_found(pair: tuple[int, int, float]) -> bool:
-        true, guessed, iou = pair
-        return iou >= 0.5 and similarity[true, guessed] >= 0.5
-
-    return mean, sum(1 for _ in takewhile(is_found, pairs)), len(truth)
+    return mean, None if similarity is None else int(num_found), len(truth)
 
 
-def grounding_quality(
-    records: list[tuple[float, int | None, int]],
-) -> dict[str, float | None]:
+def grounding_quality(records: list[tuple[float, int | None, int]]) -> Figures:
     """mIoU, the mean over all images of the ground truth, and recall, the share of all true masks
     that were found with their phrase, of the records of `ground_masks`. Masks of an image without
     phrases are not found; where no image has any there is no recall."""
@@ -308,51 +313,39 @@ def grounding_quality(
     }
 
 
-def _pair(ious: np.ndarray) -> list[tuple[int, int, float]]:
-    """(row, column, IoU) one to one, the largest IoU first; of equal ones the first in the rows."""
-    ious, pairs = ious.copy(), []
-    for _ in range(min(ious.shape)):
-        row, column = divmod(int(ious.argmax()), ious.shape[1])
-        pairs.append((row, column, float(ious[row, column])))
-        ious[row], ious[:, column] = -1, -1
-    return pairs
-
-
 def phrase_similarity(
-    truth: list[str], guess: list[str], embed: Callable[[list[str]], np.ndarray] | None = None
+    truth: list[str], predicted: list[str], embed: Embed | None = None
 ) -> np.ndarray:
-    """How like each true phrase is to each predicted one, float64 [T, N].
+    """Similarity of each true phrase to each predicted one, float64 [T, N].
 
     `embed` gives the embeddings [n, d] of n phrases, whose cosine is taken (GLaMM: the mean of the
     last states of bert-base-uncased). Without it the similarity is 1 where phrases are equal but
     for case and outer spaces, else 0.
     """
+    if not truth or not predicted:
+        return np.zeros((len(truth), len(predicted)))
     if embed is None:
-        said = [phrase.strip().lower() for phrase in guess]
-        rows = [[phrase.strip().lower() == other for other in said] for phrase in truth]
-        return np.array(rows, np.float64).reshape(len(truth), len(guess))
-    if not truth or not guess:
-        return np.zeros((len(truth), len(guess)))
-    embeddings = np.asarray(embed([*truth, *guess]), np.float64)
+        rows, columns = ([text.strip().lower() for text in each] for each in (truth, predicted))
+        return np.array([[row == column for column in columns] for row in rows], np.float64)
+    embeddings = np.asarray(embed([*truth, *predicted]), np.float64)
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
     embeddings = embeddings / np.where(lengths > 0, lengths, 1)
     return embeddings[: len(truth)] @ embeddings[len(truth) :].T
 
 
-def caption_quality(
-    truth: dict[Hashable, list[str]], guess: dict[Hashable, str]
-) -> dict[str, float | None]:
+def caption_quality(truth: dict[Hashable, list[str]], predicted: dict[Hashable, str]) -> Figures:
     """METEOR (Banerjee and Lavie 2005) and CIDEr (Vedantam et al. 2015) of the true captions and
     the predicted one of each image, by pycocoevalcap; a caption may be empty.
 
-    Raises ImportError where the package or Java is missing, ValueError where an image has no
-    counterpart.
+    Raises ImportError where the package or Java is missing, ValueError where an image has only
+    true captions or only a predicted one.
     """
     if importlib.util.find_spec("pycocoevalcap") is None:
         raise ImportError("captions are scored by pycocoevalcap: pip install 'xsam[captions]'")
     if shutil.which("java") is None:
         raise ImportError("captions are scored by Java programs: put a Java runtime on the PATH")
-    if odd := [image for image in {**truth, **guess} if not (truth.get(image) and image in guess)]:
+    both = {image for image in truth if truth[image] and image in predicted}
+    if odd := [image for image in {**truth, **predicted} if image not in both]:
         raise ValueError(f"image {odd[0]!r} lacks its true or its predicted caption")
     if not truth:
         return {"METEOR": None, "CIDEr": None}
@@ -360,8 +353,8 @@ def caption_quality(
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    # Both programs read a caption a line; METEOR parts the fields of a line with three bars.
-    captions = {image: [*truth[image], guess[image]] for image in truth}
+    # Both programs read one caption a line; METEOR separates the fields of a line by three bars.
+    captions = {image: [*truth[image], predicted[image]] for image in truth}
     tokens = PTBTokenizer().tokenize(
         {
             image: [{"caption": " ".join(text.replace("|||", " ").split())} for text in texts]
@@ -370,11 +363,11 @@ def caption_quality(
     )
     if [len(texts) for texts in tokens.values()] != [len(texts) for texts in captions.values()]:
         raise ValueError("a caption holds a character at which the tokenizer breaks its line")
-    true = {image: texts[:-1] for image, texts in tokens.items()}
-    said = {image: texts[-1:] for image, texts in tokens.items()}
+    parts = slice(None, -1), slice(-1, None)  # the true ones, the predicted one
+    pair = [{image: texts[part] for image, texts in tokens.items()} for part in parts]
     return {
-        "METEOR": 100 * float(Meteor().compute_score(true, said)[0]),
-        "CIDEr": 100 * float(Cider().compute_score(true, said)[0]),
+        "METEOR": 100 * float(Meteor().compute_score(*pair)[0]),
+        "CIDEr": 100 * float(Cider().compute_score(*pair)[0]),
     }
 
 
@@ -383,16 +376,10 @@ def caption_quality(
 _PUNCTUATION = str.maketrans(dict.fromkeys(".,:;!*#()[]{}", " "))
 
 
-_PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene")
-
-
-_PERCEPTION += ("landmark", "artwork", "ocr")
-
-
-_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation")
-
-
-_COGNITION += ("code_reasoning",)
+_MME_KINDS = {
+    "perception": "existence count position color posters celebrity scene landmark artwork ocr",
+    "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning",
+}
 
 
 def read_choice(answer: str, options: dict[str, str]) -> str | None:
@@ -419,18 +406,18 @@ def read_yes_no(answer: str) -> str | None:
 
 def exact_match(answer: str, truth: str) -> bool:
     """Whether two answers are equal but for case, outer spaces and a final full stop."""
-    said, true = (text.strip().removesuffix(".").rstrip().lower() for text in (answer, truth))
-    return said == true
+    first, second = (text.strip().removesuffix(".").rstrip().lower() for text in (answer, truth))
+    return first == second
 
 
-def choice_accuracy(records: list[tuple[Hashable, bool]]) -> dict[str, float | None]:
+def choice_accuracy(records: list[tuple[Hashable, bool]]) -> Figures:
     """Share of the groups of which every row is right, of (group, is right) of each row. In MMBench
     (Liu et al. 2024) the rows of a question, whose options are rotated, share their index modulo
     1,000,000; elsewhere a row is a group."""
     return {"accuracy": _percent(list(_all_right(records).values()))}
 
 
-def mme_score(records: list[tuple[str, Hashable, bool]]) -> dict[str, float | None]:
+def mme_score(records: list[tuple[str, Hashable, bool]]) -> Figures:
     """MME (Fu et al. 2023) of (category, image, is right) of each question: a category scores the
     percentage of questions that are right plus that of images of which every question is right.
     Perception and cognition are the sums over their categories that occur, at most 2000 and 800.
@@ -440,29 +427,31 @@ def mme_score(records: list[tuple[str, Hashable, bool]]) -> dict[str, float | No
     categories = defaultdict(list)
     for category, image, is_right in records:
         categories[category.lower()].append((image, is_right))
-    if unknown := sorted(set(categories).difference(_PERCEPTION, _COGNITION)):
+    known = {name for names in _MME_KINDS.values() for name in names.split()}
+    if unknown := sorted(set(categories) - known):
         raise ValueError(f"MME has no category {', '.join(map(repr, unknown))}")
     scores = {
         category: _percent([is_right for _, is_right in rows])
         + _percent(list(_all_right(rows).values()))
         for category, rows in categories.items()
     }
-    totals = {}
-    for kind, members in (("perception", _PERCEPTION), ("cognition", _COGNITION)):
-        present = [scores[category] for category in members if category in scores]
-        totals[kind] = sum(present) if present else None
-    return totals
+    return {
+        kind: sum(scores[name] for name in names.split() if name in scores)
+        if scores.keys() & set(names.split())
+        else None
+        for kind, names in _MME_KINDS.items()
+    }
 
 
-def yes_no_quality(records: list[tuple[str, str | None]]) -> dict[str, float | None]:
-    """F1 of Yes and accuracy of (true, said) of each question, "Yes", "No" or for what was said
-    None, as VLMEvalKit rates POPE (Li et al. 2023): None is wrong, and no Yes. Without a right Yes
-    F1 is 0. A question of several of POPE's three samplings is given once for each."""
-    right = sum(true == said == "Yes" for true, said in records)
-    num_yes = sum((true == "Yes") + (said == "Yes") for true, said in records)
+def yes_no_quality(records: list[tuple[str, str | None]]) -> Figures:
+    """F1 of Yes and accuracy of (true, predicted) of each question, "Yes", "No" or, for a
+    prediction, None, as VLMEvalKit rates POPE (Li et al. 2023): None is wrong, and no Yes. Without
+    a right Yes F1 is 0. A question of several of POPE's three samplings is given once for each."""
+    right = sum(true == predicted == "Yes" for true, predicted in records)
+    num_yes = sum(answer == "Yes" for record in records for answer in record)
     return {
         "F1": (200 * right / num_yes if num_yes else 0.0) if records else None,
-        "accuracy": _percent([true == said for true, said in records]),
+        "accuracy": _percent([true == predicted for true, predicted in records]),
     }
 
 

@@ -1,18 +1,18 @@
-"""What a model said of a dataset, on disk: written as it goes, read back with suspicion.
+"""Predictions for a dataset, on disk: written sample by sample, checked when they are read.
 
-Between `model.py`, which answers, and `scoring.py`, which counts. Of each dataset a folder:
+Stands between `inference.py`, which predicts, and `benchmarks.py`, which scores. Each dataset has a
+folder:
 
     predictions.json   COCO's result format of the task (`LAYOUTS`)
     panoptic/*.png     segments, of a panoptic set
     captions.json      COCO's caption results, of grounded conversation
-    about.json         which records were asked, and of what model
+    about.json         which records were predicted, and by what model
     unfinished/        until all of them are: a line of JSON for each record that is done
 
-Predictions of other programs are read as well; about.json may be absent where every record has an
+Predictions of other programs are read as well; they need no about.json if every record has an
 entry. Legend: N masks, H W image size.
 """
 
-import itertools
 import json
 import shutil
 from dataclasses import dataclass
@@ -43,53 +43,61 @@ PNG_FOLDER, UNFINISHED = "panoptic", "unfinished"
 
 @dataclass(frozen=True)
 class Layout:
-    """How the predictions for one kind of set lie in its file."""
+    """The entries of a file of predictions."""
 
+    formats: tuple[str, ...]  # of the sets (`Source.format`) that are predicted in this way
     key: str  # the field that says which record an entry is for
     is_single: bool  # every record has one entry, and one only
+    fields: dict[str, type | tuple[type, ...]]  # the other fields that are read, and their types
 
 
-LAYOUTS = {
-    "panoptic": Layout("image_id", True),  # {"file_name", "segments_info": [{"id", "category_id"}]}
-    "instances": Layout("image_id", False),  # {"category_id", "segmentation", "score"}
-    "semantic": Layout("image_id", False),  # {"category_id", "segmentation"}
-    "grounded": Layout("image_id", False),  # instances of category 1, each with its "phrase"
-    "mask": Layout("id", True),  # {"image_id", "segmentation" (null: nothing), "score"}
-    "answer": Layout("question_id", True),  # {"answer"}
+_SHAPE = (dict, list)  # an RLE, or a list of polygons or RLEs
+_INSTANCE = {"segmentation": _SHAPE, "category_id": int, "score": float}
+_SEGMENTS = {"file_name": str, "segments_info": list}  # of these each has "id" and "category_id"
+
+
+LAYOUTS = {  # by the kind of prediction
+    "panoptic": Layout(("panoptic",), "image_id", True, _SEGMENTS),
+    "instances": Layout(("instance", "visual_prompts"), "image_id", False, _INSTANCE),
+    "semantic": Layout(
+        ("semantic",), "image_id", False, {"segmentation": _SHAPE, "category_id": int}
+    ),
+    # Instances of category 1, each with its "phrase"; one that has none is scored without.
+    "grounded": Layout(("gcg_scored",), "image_id", False, _INSTANCE),
+    # null where nothing was found; "image_id", "score" and "answer" are written, but not needed.
+    "mask": Layout(("refs", "reason"), "id", True, {"segmentation": (*_SHAPE, type(None))}),
+    "answer": Layout(("tsv",), "question_id", True, {"answer": str}),
 }
 
 
-_KINDS = {"panoptic": "panoptic", "instance": "instances", "semantic": "semantic"}
-
-
-_KINDS |= {"refs": "mask", "reason": "mask", "gcg_scored": "grounded", "tsv": "answer"}
+CAPTIONS = Layout((), "image_id", True, {"caption": str})
 
 
 def kind_of(dataset: Dataset) -> str:
     """Which of LAYOUTS its predictions have. Raises ValueError for a set that is not scored."""
-    source = dataset.source
-    if source.format == "visual_prompts":
-        return "mask" if source.task == "interactive" else "instances"
-    if source.format not in _KINDS:
-        raise ValueError(f"{dataset.name}: a set to train on, not one that is scored")
-    return _KINDS[source.format]
+    if dataset.source.task == "interactive":  # one object is asked for, not all of a class
+        return "mask"
+    for kind, layout in LAYOUTS.items():
+        if dataset.source.format in layout.formats:
+            return kind
+    raise ValueError(f"{dataset.name}: a set to train on, not one that is scored")
 
 
 def keys_of(dataset: Dataset, num_samples: int | None = None) -> list[int | str]:
     """The keys of its (first) records, which must differ."""
     keys = [dataset.key(index) for index in range(len(dataset))][:num_samples]
     if len(set(keys)) < len(keys):
-        twice = next(key for place, key in enumerate(keys) if key in keys[:place])
+        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
         raise ValueError(f"{dataset.annotations}: {twice!r} is there more than once")
     return keys
 
 
 def category_index(dataset: Dataset) -> dict[int, int]:
-    """The place of each category id that predictions may name."""
+    """The index of each category id that predictions may name."""
     if kind_of(dataset) == "grounded":
         return {1: 0}
     if dataset.source.format == "visual_prompts":
-        return {number: place for place, number in enumerate(sorted(dataset.category_names))}
+        return {number: index for index, number in enumerate(sorted(dataset.category_names))}
     return dataset.category_index
 
 
@@ -102,24 +110,23 @@ def _entries(kind: str, key, sample: Sample, prediction: SegmentationResult) -> 
     if kind == "answer":
         return [entry | {"answer": prediction.answer}]
     if kind == "mask":
-        found = prediction.masks.any(axis=0) if len(prediction.masks) else None
-        rle = encode_mask(found) if found is not None and found.any() else None
+        mask = prediction.masks.any(axis=0)
+        entry |= {"image_id": sample.image_id, "segmentation": None}
+        if mask.any():
+            entry["segmentation"] = encode_mask(mask)
         score = max(prediction.scores, default=0.0)
-        entry |= {"image_id": sample.image_id, "segmentation": rle, "score": score}
-        return [entry | {"answer": prediction.answer}]
+        return [entry | {"score": score, "answer": prediction.answer}]
+    ids = [1 if kind == "grounded" else sample.category_ids[n] for n in prediction.categories]
     if kind == "panoptic":
-        numbers = [sample.category_ids[category] for category in prediction.categories]
-        segments = [{"id": n, "category_id": number} for n, number in enumerate(numbers, 1)]
+        segments = [{"id": n, "category_id": category} for n, category in enumerate(ids, 1)]
         return [entry | {"file_name": _png_name(key), "segments_info": segments}]
     entries = []
-    found = zip(prediction.masks, prediction.categories, prediction.scores, strict=True)
-    for place, (mask, category, score) in enumerate(found):
-        number = 1 if kind == "grounded" else sample.category_ids[category]
-        each = entry | {"category_id": number, "segmentation": encode_mask(mask)}
+    for index, mask in enumerate(prediction.masks):
+        each = entry | {"category_id": ids[index], "segmentation": encode_mask(mask)}
         if kind != "semantic":
-            each["score"] = score
+            each["score"] = prediction.scores[index]
         if kind == "grounded":
-            each["phrase"] = prediction.labels[place]
+            each["phrase"] = prediction.labels[index]
         entries.append(each)
     return entries
 
@@ -138,8 +145,8 @@ def write_segments(path: Path, masks: np.ndarray) -> None:
 
 
 class Writer:
-    """The predictions of one process for one set, record by record. What was written stays where
-    the run is killed; a line cut short is forgotten, and its record asked again."""
+    """Writes the predictions of one process for one set, record by record. What was written stays
+    if the run is killed; a line cut short is ignored, and its record predicted again."""
 
     def __init__(self, folder: Path, kind: str, rank: int):
         self.folder, self.kind = folder, kind
@@ -169,33 +176,33 @@ class Writer:
 
 
 def begin(folder: Path, kind: str, keys: list, made_by: dict, overwrite: bool = False) -> None:
-    """Makes the folder of a set that is going to be asked; goes on with one that was begun.
+    """Makes the folder for the predictions of a set, or finds the one that was begun.
 
-    Where it holds predictions that were made in another way, by other weights or settings, or for
-    other records, they go if they may be overwritten. Raises ValueError if not.
+    Raises ValueError where the folder holds predictions that were made by other weights, with other
+    settings or for other records; `overwrite` deletes these instead.
     """
     about = json.loads(json.dumps({"keys": keys, "made_by": made_by}))
     path = folder / ABOUT_FILE
     if path.is_file():
         before = read_json(path, dict)
-        if before != about and overwrite:
-            stale = folder.with_name(f".{folder.name}.stale")  # whole or gone, if this is killed
-            shutil.rmtree(stale, ignore_errors=True)
-            folder.rename(stale)
-            shutil.rmtree(stale)
-        elif before != about:
+        if before != about and not overwrite:
             old, new = before.get("made_by", {}), about["made_by"]
             names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
             raise ValueError(
                 f"{folder}: holds predictions made with another {', '.join(names) or 'set'}; "
                 "give another --out, or --overwrite"
             )
+        if before != about:
+            stale = folder.with_name(f".{folder.name}.stale")  # whole or gone, if this is killed
+            shutil.rmtree(stale, ignore_errors=True)
+            folder.rename(stale)
+            shutil.rmtree(stale)
     if not path.is_file():
         if folder.exists() and {*folder.iterdir()} - {_temporary(path)}:
             raise ValueError(f"{folder}: not empty, and no {ABOUT_FILE} in it; give another --out")
         folder.mkdir(parents=True, exist_ok=True)
         _write_whole(path, about)
-    if is_complete(folder):  # a run that was killed as it tidied up leaves something
+    if is_complete(folder):  # a run that was killed while it deleted this leaves some
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         return
     (folder / UNFINISHED).mkdir(exist_ok=True)
@@ -204,7 +211,7 @@ def begin(folder: Path, kind: str, keys: list, made_by: dict, overwrite: bool = 
 
 
 def finished_records(folder: Path) -> dict:
-    """{key: record} of what is done so far."""
+    """{key: record} of what was predicted so far."""
     records = {}
     for path in sorted((folder / UNFINISHED).glob("*.jsonl")):
         for line in path.read_bytes().split(b"\n"):
@@ -217,12 +224,12 @@ def finished_records(folder: Path) -> dict:
 
 
 def is_complete(folder: Path) -> bool:
-    """The file of the predictions is the last one to be written."""
+    """Whether all is predicted: the file of the predictions is the last one to be written."""
     return (folder / PREDICTIONS_FILE).is_file()
 
 
 def complete(folder: Path, kind: str, keys: list) -> None:
-    """Joins what all ranks wrote, in the order of `keys`, into the files of the set."""
+    """Joins the predictions of all ranks, in the order of `keys`, into the files of the set."""
     records = finished_records(folder)
     entries = [entry for key in keys for entry in records[key]["entries"]]
     if kind == "grounded":
@@ -234,7 +241,7 @@ def complete(folder: Path, kind: str, keys: list) -> None:
 
 
 def _write_whole(path: Path, content) -> None:
-    """A file with this content, or as it was, whenever the run is killed."""
+    """Replaces the file at once, so that a run that is killed leaves the old one or the new one."""
     _temporary(path).write_text(json.dumps(content), encoding="utf-8")
     _temporary(path).replace(path)
 
@@ -251,61 +258,74 @@ class SavedPredictions:
 
     Raises ValueError that names file and entry at a record that the set lacks, one that is there
     twice, a category outside the list or a field of another type; and where some of the set's
-    records have no prediction: partial predictions are not scored.
+    records have no prediction: partial predictions are not scored. All but the masks is checked
+    here; a mask is checked as it is decoded, when the size of its image is known.
     """
 
     def __init__(self, folder: Path, dataset: Dataset, num_samples: int | None = None):
-        """`num_samples`: the set's first records alone are wanted, others may be there too."""
+        """`num_samples`: of the set's first records only; predictions of others may be there."""
         self.folder, self.kind = Path(folder), kind_of(dataset)
-        self.dataset, self.every = dataset, keys_of(dataset)
-        self.keys, layout = self.every[:num_samples], LAYOUTS[self.kind]
+        self.dataset, self.all_keys = dataset, keys_of(dataset)
+        self.keys, layout = self.all_keys[:num_samples], LAYOUTS[self.kind]
         self.categories = category_index(dataset) if self.kind not in ("mask", "answer") else {}
         if (self.folder / UNFINISHED).exists():
             raise ValueError(
                 f"{self.folder}: not finished; the command that began it goes on with it"
             )
-        path = self.folder / PREDICTIONS_FILE
+        path, captions_path = self.folder / PREDICTIONS_FILE, self.folder / CAPTIONS_FILE
+        self.entries = self._read(path, layout)  # (where, entry) pairs of each record
+        self.captions, predicted = {}, self._predicted_keys()
+        if self.kind == "grounded":  # a record that has a caption was predicted
+            captions = self._read(captions_path, CAPTIONS)
+            self._require(captions_path, {key for key in self.keys if captions[key]})
+            self.captions = {key: captions[key][0][1]["caption"] for key in self.keys}
+            predicted = predicted or set(self.keys)
+        if predicted is None or layout.is_single:
+            self._require(path, {key for key in self.keys if self.entries[key]})
+        if predicted is not None:
+            self._require(path, predicted)
+
+    def _read(self, path: Path, layout: Layout) -> dict:
+        """(where, entry) pairs of each record, in the order of the file; their fields checked."""
         content = read_json(path, dict if self.kind == "panoptic" else list)
         if self.kind == "panoptic":
             content = take(content, "annotations", list, str(path))
-        self.entries, self.captions = self._by_record(path, content, layout), {}
-        for where, entry in itertools.chain(*self.entries.values()):
-            self._check(entry, where)
-        asked = self._asked()
-        if self.kind == "grounded":  # what has a caption was asked
-            captions_path = self.folder / CAPTIONS_FILE
-            content = read_json(captions_path, list)
-            captions = self._by_record(captions_path, content, Layout("image_id", True))
-            self._refuse_missing(captions_path, [key for key in self.keys if not captions[key]])
-            for key, where, entry in ((key, *captions[key][0]) for key in self.keys):
-                self.captions[key] = take(entry, "caption", str, where)
-            asked = asked or set(self.keys)
-        if asked is None or layout.is_single:
-            self._refuse_missing(path, [key for key in self.keys if not self.entries[key]])
-        if asked is not None:
-            self._refuse_missing(path, [key for key in self.keys if key not in asked])
-
-    def _by_record(self, path: Path, content: list, layout: Layout) -> dict:
-        """(where, entry) pairs of each record, in the order of the file."""
-        found = {key: [] for key in self.every}
-        for place, entry in enumerate(content):
-            where = f"{path}: entry {place}"
+        found = {key: [] for key in self.all_keys}
+        for index, entry in enumerate(content):
+            where = f"{path}: entry {index}"
             key = take(entry, layout.key, (int, str), where)
             key = str(key) if self.kind == "answer" else key  # a table's index is text
             if key not in found:
                 raise ValueError(f"{where}: {layout.key} {key!r} is not in {self.dataset.name}")
             if layout.is_single and found[key]:
                 raise ValueError(f"{where}: {layout.key} {key!r} is there more than once")
+            for name, kind in layout.fields.items():
+                take(entry, name, kind, where)
+            self._check_categories(entry, layout, where)
             found[key].append((where, entry))
         return found
 
-    def _asked(self) -> set | None:
-        """The records that about.json says were asked; None without it."""
+    def _check_categories(self, entry: dict, layout: Layout, where: str) -> None:
+        """The category of an entry, or the categories and ids of its segments."""
+        segments = entry["segments_info"] if "segments_info" in layout.fields else []
+        ids = [take(segment, "id", int, where) for segment in segments]
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{where}: a segment id is there twice")
+        if not all(0 < number < len(SEGMENT_IDS) for number in ids):
+            raise ValueError(f"{where}: a segment id is no colour")
+        for record in [entry] if "category_id" in layout.fields else segments:
+            number = take(record, "category_id", int, where)
+            if number not in self.categories:
+                raise ValueError(
+                    f"{where}: category {number} is not in the list of {self.dataset.name}"
+                )
+
+    def _predicted_keys(self) -> set | None:
+        """The records that were predicted, by about.json; None without it."""
         path = self.folder / ABOUT_FILE
         if not path.is_file():
             return None
-        keys = take(read_json(path, dict), "keys", list, str(path))
-        known = set(self.every)
+        keys, known = take(read_json(path, dict), "keys", list, str(path)), set(self.all_keys)
         for key in keys:
             if not isinstance(key, int | str) or key not in known:
                 raise ValueError(f"{path}: {key!r} is not in {self.dataset.name}")
@@ -313,127 +333,94 @@ class SavedPredictions:
             raise ValueError(f"{path}: a record is there more than once")
         return set(keys)
 
-    def _refuse_missing(self, path: Path, missing: list) -> None:
-        if missing:
+    def _require(self, path: Path, present: set) -> None:
+        if missing := [key for key in self.keys if key not in present]:
             raise ValueError(
                 f"{path}: {len(missing)} of the {len(self.keys)} records of {self.dataset.name} "
                 f"have no prediction, first {missing[0]!r}; partial predictions are not scored"
             )
 
-    def _check(self, entry: dict, where: str) -> None:
-        """That its fields are there and of the right types, and its categories known."""
-        if self.kind == "answer":
-            take(entry, "answer", str, where)
-            return
-        if self.kind == "panoptic":
-            take(entry, "file_name", str, where)
-            segments = take(entry, "segments_info", list, where)
-            numbers = [take(segment, "id", int, where) for segment in segments]
-            if len(set(numbers)) < len(numbers):
-                raise ValueError(f"{where}: a segment id is there twice")
-            if not all(0 < number < len(SEGMENT_IDS) for number in numbers):
-                raise ValueError(f"{where}: a segment id is no colour")
-            for segment in segments:
-                self._category(segment, where)
-            return
-        may_be_nothing = (type(None),) if self.kind == "mask" else ()
-        take(entry, "segmentation", (dict, list, *may_be_nothing), where)
-        if self.kind == "mask":
-            return
-        self._category(entry, where)
-        if self.kind != "semantic":
-            take(entry, "score", float, where)
+    # What scoring reads of the record `index` of `keys`; size: (height, width) of its image.
 
-    def _category(self, record: dict, where: str) -> int:
-        """The place of its category."""
-        number = take(record, "category_id", int, where)
-        if number not in self.categories:
-            raise ValueError(
-                f"{where}: category {number} is not in the list of {self.dataset.name}"
-            )
-        return self.categories[number]
-
-    # What scoring asks for, of one record.
-
-    def segments(self, key, size: tuple[int, int]) -> tuple[np.ndarray, dict[int, int]]:
-        """Panoptic: the map of segment ids [H, W], 0 where there is none, and the place of each
-        one's category. Every id of the map has to be listed, and every listed one to be there."""
-        ((where, entry),) = self.entries[key]
-        path = self.folder / PNG_FOLDER / entry["file_name"]
+    def segments(self, index: int, size: tuple[int, int]) -> tuple[np.ndarray, dict[int, int]]:
+        """Panoptic: the map of segment ids [H, W], 0 where there is none, and the index of each
+        one's category. Every id of the map has to be listed, and every listed one in the map."""
+        ((where, entry),) = self.entries[self.keys[index]]
+        path, segments = self.folder / PNG_FOLDER / entry["file_name"], entry["segments_info"]
         ids = read_segment_ids(path, size)
-        classes = {each["id"]: self._category(each, where) for each in entry["segments_info"]}
-        drawn = set(np.unique(ids).tolist()) - {0}
-        if drawn - set(classes):
-            raise ValueError(f"{path}: segment {min(drawn - set(classes))} is not in {where}")
-        if set(classes) - drawn:
-            raise ValueError(f"{where}: segment {min(set(classes) - drawn)} is not in {path}")
+        classes = {each["id"]: self.categories[each["category_id"]] for each in segments}
+        drawn, listed = set(np.unique(ids).tolist()) - {0}, set(classes)
+        if drawn - listed:
+            raise ValueError(f"{path}: segment {min(drawn - listed)} is not in {where}")
+        if listed - drawn:
+            raise ValueError(f"{where}: segment {min(listed - drawn)} is not in {path}")
         return ids, classes
 
-    def instances(self, key, size: tuple[int, int]) -> list[tuple[int, dict, float]]:
-        """(place of the category, RLE, score) of each instance."""
-        return [
-            (self._category(entry, where), self._rle(entry, size, where), float(entry["score"]))
-            for where, entry in self.entries[key]
-        ]
+    def instances(self, index: int, size: tuple[int, int]) -> list[tuple[int, dict, float]]:
+        """(index of the category, RLE, score) of each instance."""
+        found = []
+        for where, entry in self.entries[self.keys[index]]:
+            rle = entry["segmentation"]
+            if isinstance(rle, dict):
+                rle = checked_rle(rle, size, where)
+            else:
+                rle = encode_mask(decode_mask(rle, size, where, may_be_empty=True))
+            found.append((self.categories[entry["category_id"]], rle, float(entry["score"])))
+        return found
 
-    def class_map(self, key, size: tuple[int, int]) -> np.ndarray:
-        """Semantic: the place of each pixel's category, int32 [H, W]; -1 where it has none."""
+    def class_map(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        """Semantic: the index of each pixel's category, int32 [H, W]; -1 where it has none."""
         classes = np.full(size, -1, np.int32)
-        for where, entry in self.entries[key]:
+        for where, entry in self.entries[self.keys[index]]:
             mask = decode_mask(entry["segmentation"], size, where, may_be_empty=True)
             if (classes[mask] >= 0).any():
                 raise ValueError(f"{where}: covers pixels that have another category already")
-            classes[mask] = self._category(entry, where)
+            classes[mask] = self.categories[entry["category_id"]]
         return classes
 
-    def mask(self, key, size: tuple[int, int]) -> np.ndarray:
+    def mask(self, index: int, size: tuple[int, int]) -> np.ndarray:
         """The one mask, bool [H, W]; empty where nothing was found."""
-        ((where, entry),) = self.entries[key]
-        shape = entry["segmentation"]
-        if shape is None:
+        ((where, entry),) = self.entries[self.keys[index]]
+        if entry["segmentation"] is None:
             return np.zeros(size, bool)
-        return decode_mask(shape, size, where, may_be_empty=True)
+        return decode_mask(entry["segmentation"], size, where, may_be_empty=True)
 
-    def phrases(self, key) -> list[str]:
-        """What each grounded mask is a mask of."""
-        return [str(entry.get("phrase", "")) for _, entry in self.entries[key]]
+    def phrases(self, index: int) -> list[str]:
+        """The phrase of each grounded mask."""
+        return [str(entry.get("phrase", "")) for _, entry in self.entries[self.keys[index]]]
 
-    def answer(self, key) -> str:
-        ((_, entry),) = self.entries[key]
-        return entry["answer"]
-
-    def _rle(self, entry: dict, size: tuple[int, int], where: str) -> dict:
-        shape = entry["segmentation"]
-        if isinstance(shape, dict):
-            return checked_rle(shape, size, where)
-        return encode_mask(decode_mask(shape, size, where, may_be_empty=True))
+    def answer(self, index: int) -> str:
+        """The text of the answer, or of the caption without its marks; empty where the format has
+        none."""
+        key = self.keys[index]
+        if self.kind in ("answer", "mask"):
+            return self.entries[key][0][1].get("answer", "")
+        return self.captions.get(key, "")
 
     def prediction(self, index: int, sample: Sample) -> SegmentationResult:
-        """What was said of a record, as the model gave it: for a picture."""
-        key, size = self.keys[index], (sample.image.height, sample.image.width)
-        masks, places, scores, labels = [], [], [], []
-        answer = self.captions.get(key, "")
+        """The prediction of a record as the model gave it, to be drawn."""
+        entries, size = self.entries[self.keys[index]], (sample.image.height, sample.image.width)
         if self.kind == "answer":
-            answer = self.answer(key)
-        elif self.kind == "mask":
-            mask = self.mask(key, size)
-            masks, answer = [mask] if mask.any() else [], self.entries[key][0][1].get("answer", "")
-            places, scores = [0] * len(masks), [self.entries[key][0][1].get("score")] * len(masks)
+            masks, categories, scores = [], [], []
         elif self.kind == "panoptic":
-            ids, classes = self.segments(key, size)
-            masks, places = [ids == number for number in classes], list(classes.values())
+            ids, classes = self.segments(index, size)
+            masks, categories = [ids == number for number in classes], list(classes.values())
             scores = [None] * len(masks)
+        elif self.kind == "mask":
+            masks = [mask for mask in (self.mask(index, size),) if mask.any()]
+            categories, scores = [0] * len(masks), [entries[0][1].get("score")] * len(masks)
         else:
-            for where, entry in self.entries[key]:
-                masks.append(decode_mask(entry["segmentation"], size, where, may_be_empty=True))
-                places.append(self._category(entry, where))
-                scores.append(entry.get("score"))
-        if self.kind == "grounded":
-            labels = self.phrases(key)
-        else:
-            order = sorted(zip(sample.category_ids, sample.names, strict=False))
-            by_place = {self.categories[number]: name for number, name in order if self.categories}
-            labels = [by_place.get(place, sample.names[0]) for place in places]
+            masks = [
+                decode_mask(entry["segmentation"], size, where, may_be_empty=True)
+                for where, entry in entries
+            ]
+            categories = [self.categories[entry["category_id"]] for _, entry in entries]
+            scores = [entry.get("score") for _, entry in entries]
+        pairs = zip(sample.category_ids, sample.names, strict=False)
+        names = {self.categories.get(number): name for number, name in pairs}
+        labels = [names.get(category, sample.names[0]) for category in categories]
+        labels = self.phrases(index) if self.kind == "grounded" else labels
         stacked = np.stack(masks) if masks else np.zeros((0, *size), bool)
         scores = None if None in scores else scores  # its format has none
-        return SegmentationResult(sample.image, stacked, places, labels, scores, answer)
+        answer = self.answer(index)
+        return SegmentationResult(sample.image, stacked, categories, labels, scores, answer)

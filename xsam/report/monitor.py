@@ -236,7 +236,9 @@ def score_tasks(
             draw_predictions(predictions, num_pictures, out / "pictures" / f"{prefix}_{task}")
 
     names = [name for task in tasks for _, name in TASKS[task].datasets]
-    figures = evaluate(model, names, data, folder, num_samples, kept=draw_first, overwrite=True)
+    figures = evaluate(
+        model, names, data, folder, num_samples, on_scored=draw_first, overwrite=True
+    )
     distributed.barrier()
     if num_samples is not None and distributed.rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)  # without a task it is not there
