@@ -82,7 +82,7 @@ def speaking_model(model, world) -> XSAM:
     hook = head.register_forward_hook(lambda _, inputs, __: queries.append(inputs[0][-1]))
     for name in ("coco_panoptic_val", "refcoco_val"):
         dataset = open_dataset(name, world / "data", all_classes=True)
-        samples = [dataset.question(index) for index in range(6)]
+        samples = [dataset.inputs(index) for index in range(6)]
         batch = reader.collate([reader.encode(sample) for sample in samples], pad_left=True)
         with torch.no_grad():
             embeddings, hidden_states = speaking.encode(batch)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from xsam.data import Mixture, Processor, ResizeAndPad
 from xsam.datasets.registry import open_dataset
 from xsam.evaluate import post_processing_of
-from xsam.inference import answer, prepare
+from xsam.inference import build_inputs, predict_inputs
 from xsam.model import checkpoint_activations
 from xsam.optimizer import build_optimizer, freeze, gradient_norms, update
 from xsam.plan import batch_loss
@@ -209,13 +209,13 @@ def test_a_training_step_is_the_same_on_any_device(world, stage, name):
 def test_an_answer_is_the_same_on_any_device(speaking_model, world, name):
     """From questions to masks at the image's size."""
     dataset, results = open_dataset(name, world / "data", all_classes=True), []
-    samples = [dataset.question(index) for index in range(2)]
+    samples = [dataset.inputs(index) for index in range(2)]
     is_thing = getattr(dataset, "is_thing", None)
     for device in (torch.device("cpu"), FAR):
         with far_device() if device == FAR else contextlib.nullcontext():
             model = copy.deepcopy(speaking_model).to(device)
-            questions = prepare(Processor(model.config, model.tokenizer), samples)
-            results.append(answer(model, questions, post_processing_of(dataset), is_thing))
+            questions = build_inputs(Processor(model.config, model.tokenizer), samples)
+            results.append(predict_inputs(model, questions, post_processing_of(dataset), is_thing))
     for near, far in zip(*results, strict=True):
         assert (near.answer, near.labels) == (far.answer, far.labels)
         assert far.scores == pytest.approx(near.scores, abs=1e-4)

@@ -37,7 +37,7 @@ from xsam.evaluation.prediction_files import (
     finished_records,
     keys_of,
 )
-from xsam.inference import answer, prepare
+from xsam.inference import build_inputs, predict_inputs
 from xsam.model import XSAM
 from xsam.postprocess import SegmentationResult
 
@@ -186,13 +186,13 @@ def alone(command, tmp_path_factory) -> dict[str, bytes]:
 def slowly(seconds: float, arguments: list[str]) -> int:
     """The command, in no hurry."""
     os.environ["PATH"] = ""
-    told = evaluate.answer
+    told = evaluate.predict_inputs
 
     def wait(*questions):
         time.sleep(seconds)
         return told(*questions)
 
-    evaluate.answer = wait
+    evaluate.predict_inputs = wait
     return main(arguments)
 
 
@@ -264,7 +264,7 @@ def test_killed_in_the_midst_it_goes_on_with_the_rest(
         assert finish(processes) == [0] * after, log.read_text()
         said = log.read_text()
     else:
-        told, asked = evaluate.answer, []
+        told, asked = evaluate.predict_inputs, []
 
         def watched(model, questions, *rest):
             asked.extend(sample.sample_id for sample in questions.samples)
@@ -296,7 +296,7 @@ def test_finished_predictions_are_not_asked_again(command, alone, tmp_path, monk
 
 @pytest.mark.parametrize("name", ["coco_panoptic_val", "gcg_val", "pope", "coco_vgd_val_box"])
 def test_a_model_is_not_shown_the_truth(speaking_model, world, tmp_path, monkeypatch, name):
-    told, asked = evaluate.answer, []
+    told, asked = evaluate.predict_inputs, []
 
     def watched(model, questions, *rest):
         asked.extend(questions.samples)
@@ -523,7 +523,7 @@ def classes(world):
 
 
 def test_a_list_of_names_is_asked_in_as_few_prompts_as_it_fits(speaking_model, classes):
-    sample, counts = classes.question(0), []
+    sample, counts = classes.inputs(0), []
     for num_tokens in range(20, 140, 4):
         try:
             parts = asked_about(shortened(speaking_model, num_tokens), sample)
@@ -541,7 +541,7 @@ def test_a_list_of_names_is_asked_in_as_few_prompts_as_it_fits(speaking_model, c
 def test_masks_of_several_prompts_are_merged(speaking_model, classes):
     """What is said of a long list is what is said of its parts, asked alone."""
     model = shortened(speaking_model, 40)
-    sample = classes.question(0)
+    sample = classes.inputs(0)
     parts = Processor(model.config, model.tokenizer).split(sample)
     assert len(parts) > 1
 
@@ -549,7 +549,7 @@ def test_masks_of_several_prompts_are_merged(speaking_model, classes):
         processor = Processor(model.config, model.tokenizer)
         found = []
         for each in samples:
-            (told,) = answer(model, prepare(processor, [each]), "instances")
+            (told,) = predict_inputs(model, build_inputs(processor, [each]), "instances")
             assert told.labels == [each.names[place] for place in told.categories]
             rows = zip(told.labels, told.scores, told.masks, strict=True)
             found += [(label, round(x, 5), mask.tobytes()) for label, x, mask in rows]
@@ -581,7 +581,7 @@ def test_it_is_told_where_only_a_later_question_has_to_be_parted(
     speaking_model, classes, tmp_path, capsys
 ):
     """Questions are worded in several ways, of several lengths."""
-    samples = [classes.question(index) for index in range(len(classes))]
+    samples = [classes.inputs(index) for index in range(len(classes))]
     for num_tokens in range(40, 140):
         model = shortened(speaking_model, num_tokens)
         counts = [len(asked_about(model, sample)) for sample in samples]
@@ -595,7 +595,7 @@ def test_it_is_told_where_only_a_later_question_has_to_be_parted(
 def test_other_names_for_the_classes_of_open_vocabulary(
     checkpoint, world, tmp_path, monkeypatch, capsys
 ):
-    told, asked = evaluate.answer, []
+    told, asked = evaluate.predict_inputs, []
 
     def watched(model, questions, *rest):
         asked.extend(questions.samples)

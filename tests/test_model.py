@@ -17,7 +17,7 @@ from xsam.config import Config, xsam
 from xsam.connector import pixel_shuffle
 from xsam.data import Batch, Processor, Sample
 from xsam.datasets.registry import open_dataset
-from xsam.inference import REQUESTS, answer, predict, prepare
+from xsam.inference import REQUESTS, build_inputs, predict, predict_inputs
 from xsam.llm import IMAGE_TOKEN, REGION_TOKEN, find_runs
 from xsam.losses import Normalisers, Objective
 from xsam.model import XSAM, Segmentor, checkpoint_activations, compile_blocks
@@ -47,13 +47,13 @@ def training_batch(processor: Processor, samples: list[Sample]) -> Batch:
 
 def questions(world, task: str, count: int = 6) -> list[Sample]:
     dataset = open_dataset(ASKED[task], world / "data", all_classes=True)
-    return [dataset.question(index) for index in range(count)]
+    return [dataset.inputs(index) for index in range(count)]
 
 
 def respond(model: XSAM | Segmentor, samples: list[Sample]) -> list[SegmentationResult]:
     reading = {"generic": "panoptic", "chat": "none"}.get(samples[0].task, "phrases")
     processor = Processor(model.config, model.tokenizer)
-    return answer(model, prepare(processor, samples), reading, is_thing(model))
+    return predict_inputs(model, build_inputs(processor, samples), reading, is_thing(model))
 
 
 def is_thing(model: XSAM | Segmentor) -> list[bool]:
@@ -580,7 +580,7 @@ def test_autocast_is_for_bfloat16_alone(world, config, processor, dtype):
     reader = Processor(config, None)
     batch = reader.collate([reader.encode(dataset.sample(0, np.random.default_rng(0)))])
     Objective(model, config)(batch, Normalisers(1.0, 1.0, 1.0))
-    answer(model, prepare(reader, [dataset.question(0)]), "semantic")
+    predict_inputs(model, build_inputs(reader, [dataset.inputs(0)]), "semantic")
     assert seen == {dtype == "bfloat16"}
 
 

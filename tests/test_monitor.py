@@ -485,7 +485,7 @@ def test_without_results_there_are_none(tmp_path):
     [("pope", 1), ("refcoco_val", 2), ("coco_panoptic_val", 2), ("coco_vgd_val_point", 3)],
 )
 def test_truth_stands_beside_what_is_predicted(world, name, panels):
-    sample = open_dataset(name, world / "data").question(0)
+    sample = open_dataset(name, world / "data").inputs(0)
     width, height = sample.image.size
     masks = np.zeros((2, height, width), bool)
     masks[0, : height // 2], masks[1, height // 2 :] = True, True

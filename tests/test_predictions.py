@@ -52,7 +52,7 @@ Say = Callable[[Dataset, int], SegmentationResult]
 
 def perfect(dataset: Dataset, index: int) -> SegmentationResult:
     """The ground truth, as a model would say it."""
-    sample, answer = dataset.question(index), "Sure, <SEG>."
+    sample, answer = dataset.inputs(index), "Sure, <SEG>."
     places, labels = sample.labels.tolist(), [sample.names[label] for label in sample.labels]
     if kind_of(dataset) == "answer":
         answer = dataset.records[index]["answer"]
@@ -76,7 +76,7 @@ def write_rest(folder: Path, dataset: Dataset, say: Say, count: int | None) -> N
     with Writer(folder, kind, 0) as writer:
         for index, key in enumerate(keys):
             if key not in finished:
-                writer.write([key], [dataset.question(index)], [say(dataset, index)])
+                writer.write([key], [dataset.inputs(index)], [say(dataset, index)])
     complete(folder, kind, keys)
 
 
@@ -126,7 +126,7 @@ PICTURED += ["coco_vgd_val_point_cross"]
 
 def spoken(dataset: Dataset, index: int) -> SegmentationResult:
     """Something that a model could say, unlike the truth; of some records nothing."""
-    rng, sample, kind = np.random.default_rng(index), dataset.question(index), kind_of(dataset)
+    rng, sample, kind = np.random.default_rng(index), dataset.inputs(index), kind_of(dataset)
     size = sample.image.height, sample.image.width
     names = ["a cup", "a red ring on it", "a cup"] if kind == "grounded" else sample.names
     owner = rng.integers(-1, max(len(names), 2), size).repeat(2, axis=1)[:, : size[1]]
@@ -148,7 +148,7 @@ def test_a_prediction_comes_back_for_its_picture(sets, tmp_path, name):
     write_predictions(tmp_path / name, dataset, spoken)
     said, has_masks = SavedPredictions(tmp_path / name, dataset), []
     for index in range(len(dataset)):
-        sample, told = dataset.question(index), spoken(dataset, index)
+        sample, told = dataset.inputs(index), spoken(dataset, index)
         back = said.prediction(index, sample)
         assert back.image.size == told.image.size and back.masks.dtype == bool
         assert np.array_equal(back.masks, told.masks) and back.labels == told.labels
@@ -176,7 +176,7 @@ def test_several_masks_of_an_expression_are_one(sets, tmp_path):
     write_predictions(tmp_path / "said", dataset, in_parts)
     said = SavedPredictions(tmp_path / "said", dataset)
     for index in range(len(dataset)):
-        back = said.prediction(index, dataset.question(index))
+        back = said.prediction(index, dataset.inputs(index))
         assert np.array_equal(back.masks, perfect(dataset, index).masks) and back.scores == [0.75]
 
 
@@ -222,7 +222,7 @@ def test_predictions_of_another_program_need_no_more_than_cocos_formats(sets, tm
     assert score(tmp_path / "panoptic", dataset)["PQ"] == 100
 
     dataset = sets("refcoco_val")
-    sizes = {key: dataset.question(index).image.size for index, key in enumerate(keys_of(dataset))}
+    sizes = {key: dataset.inputs(index).image.size for index, key in enumerate(keys_of(dataset))}
     content = [
         {"id": key, "image_id": 1, "segmentation": [[0, 0, width, 0, width, height, 0, height]]}
         for key, (width, height) in sizes.items()
@@ -231,7 +231,7 @@ def test_predictions_of_another_program_need_no_more_than_cocos_formats(sets, tm
         entry["segmentation"] = {"size": [height, width], "counts": [0, width * height]}
     (tmp_path / "mask").mkdir()
     (tmp_path / "mask" / PREDICTIONS_FILE).write_text(json.dumps(content))
-    shares = [dataset.question(index).masks[0].mean() for index in range(len(dataset))]
+    shares = [dataset.inputs(index).masks[0].mean() for index in range(len(dataset))]
     assert score(tmp_path / "mask", dataset)["gIoU"] == pytest.approx(100 * np.mean(shares))
 
 
@@ -275,7 +275,7 @@ def test_a_line_cut_short_anywhere_is_forgotten(sets, tmp_path):
     begin(folder, "grounded", keys, MADE_BY)
     with Writer(folder, "grounded", 0) as writer:
         for index in (0, 1):
-            writer.write([keys[index]], [dataset.question(index)], [perfect(dataset, index)])
+            writer.write([keys[index]], [dataset.inputs(index)], [perfect(dataset, index)])
     (path,) = (folder / UNFINISHED).iterdir()
     whole = path.read_bytes()
     start = whole.index(b"\n") + 1
@@ -295,7 +295,7 @@ def test_ranks_write_files_of_their_own_and_are_joined_in_the_sets_order(sets, t
         for rank in (2, 0, 1):
             with Writer(folder, "instances", rank) as writer:
                 for index in range(len(keys))[rank::3][turn::2]:
-                    sample, told = dataset.question(index), perfect(dataset, index)
+                    sample, told = dataset.inputs(index), perfect(dataset, index)
                     writer.write([keys[index]], [sample], [told])
     assert len(list((folder / UNFINISHED).iterdir())) == 6
     complete(folder, "instances", keys)
@@ -560,7 +560,7 @@ def save_as(change: Callable[[Image.Image], Image.Image], format: str = "PNG") -
 )
 def test_what_is_wrong_with_a_panoptic_png_is_told(damaged, sets, change, message):
     dataset = sets("coco_panoptic_val")
-    sizes = [dataset.question(index).image.size for index in range(len(dataset))]
+    sizes = [dataset.inputs(index).image.size for index in range(len(dataset))]
     place = next(place for place, (width, height) in enumerate(sizes) if width != height)
     name = f"{PNG_FOLDER}/{keys_of(dataset)[place]:012d}.png"
     said = damaged("panoptic", change, name)

@@ -90,8 +90,8 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
-    """Which checkpoint a command reads, and where to: the arguments of
-    `xsam.model.load_checkpoint`."""
+    """Which checkpoint a command reads, where to, and how it makes masks: the arguments of
+    `inference.load_checkpoint`, and `inference_changes`."""
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -118,6 +118,19 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = Tr
         choices=typing.get_args(Dtype),
         help="of the weights (default: as they are stored); bfloat16 computes under autocast",
     )
+    parser.add_argument(
+        "--panoptic-rule",
+        choices=typing.get_args(Config.__annotations__["panoptic_rule"]),
+        help="how panoptic masks are made: mask2former (default), or that of the published code, "
+        "with a score threshold of 0",
+    )
+
+
+def inference_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the configuration that the flags of `add_checkpoint_flags` change."""
+    rule = options.panoptic_rule
+    changes = {} if rule is None else {"panoptic_rule": rule}
+    return changes | ({"score_threshold": 0.0} if rule == "published" else {})
 
 
 def _metavar(hint) -> str:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from xsam import distributed
 from xsam.checkpoints import latest_checkpoint, read_header
-from xsam.cli import add_checkpoint_flags
+from xsam.cli import add_checkpoint_flags, inference_changes
 from xsam.data import Processor, Sample
 from xsam.datasets.base import Dataset, read_categories
 from xsam.datasets.formats import read_json
@@ -44,7 +44,7 @@ from xsam.evaluation.benchmarks import (
     task_of,
 )
 from xsam.evaluation.prediction_files import SavedPredictions, keys_of, kind_of
-from xsam.inference import Questions, answer, load_checkpoint, prepare
+from xsam.inference import Inputs, build_inputs, load_checkpoint, predict_inputs
 from xsam.model import XSAM, Segmentor
 from xsam.prompts import read_names, read_phrasings
 from xsam.weights import CONFIG_FILE
@@ -60,7 +60,7 @@ FOLDER = "predictions"  # of a run or a checkpoint
 
 
 def post_processing_of(dataset: Dataset) -> str:
-    """How masks are made of the decoder's outputs for a dataset (`inference.answer`)."""
+    """How masks are made of the decoder's outputs for a dataset (`inference.predict_inputs`)."""
     if dataset.source.task == "interactive":
         return "interactive"
     if dataset.name.startswith("grefcoco"):
@@ -79,10 +79,10 @@ class _Inputs(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> Questions | ValueError:
+    def __getitem__(self, number: int) -> Inputs | ValueError:
         try:
-            samples = [self.dataset.question(index) for index in self.batches[number]]
-            return prepare(self.processor, [_without_truth(sample) for sample in samples])
+            samples = [self.dataset.inputs(index) for index in self.batches[number]]
+            return build_inputs(self.processor, [_without_truth(sample) for sample in samples])
         except ValueError as error:
             return error
 
@@ -132,7 +132,7 @@ def predict_dataset(
                     f"prompt of {config.model.max_text_length} tokens; they are split into "
                     f"{num_prompts} prompts, whose masks are merged"
                 )
-            predictions = answer(model, questions, post_processing_of(dataset), is_thing)
+            predictions = predict_inputs(model, questions, post_processing_of(dataset), is_thing)
             writer.write([keys[index] for index in batch], questions.samples, predictions)
             bar.update(len(batch))
     distributed.barrier()
@@ -153,7 +153,14 @@ def _unfinished_batches(dataset: Dataset, keys: list, folder: Path, size: int) -
 def made_by(model: Segmentor | XSAM, dataset: Dataset) -> dict[str, str]:
     """What predictions depend on: the dataset's name, and digests of weights and settings."""
     values = model.config.to_dict()
-    names = ("model", "score_threshold", "overlap_threshold", "eval_batch_size", "max_new_tokens")
+    names = (
+        "model",
+        "panoptic_rule",
+        "score_threshold",
+        "overlap_threshold",
+        "eval_batch_size",
+        "max_new_tokens",
+    )
     settings = {name: values[name] for name in names}
     settings |= {"phrasings": dataset.phrasings, "names": getattr(dataset, "names", [])}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -307,7 +314,15 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     if (options.checkpoint is None) == (options.from_predictions is None):
         parser.error("give --checkpoint or --from-predictions")
     if options.from_predictions is not None:
-        for name in ("overwrite", "names", "phrasings", "batch_size", "device", "dtype"):
+        for name in (
+            "overwrite",
+            "names",
+            "phrasings",
+            "batch_size",
+            "device",
+            "dtype",
+            "panoptic_rule",
+        ):
             if getattr(options, name) not in (None, False):
                 flag = f"--{name.replace('_', '-')}"
                 parser.error(f"{flag} is for predicting, so it goes with --checkpoint")
@@ -406,6 +421,7 @@ def load_model(
         eval_batch_size=options.batch_size or config.eval_batch_size,
         phrasings=options.phrasings or config.phrasings,
         categories=categories,
+        **inference_changes(options),
     )
     return model, stage
 

@@ -1,7 +1,7 @@
 """Asking a model: requests, their answers as masks, and models from the disk.
 
 `predict` is the whole of it for one image (README, "From Python"). It makes a `Sample` of a
-request, `prepare` makes batches of samples, `answer` runs the model and reads its masks
+request, `build_inputs` makes batches of samples, `predict_inputs` runs the model and makes masks
 (postprocess.py). `load_checkpoint` opens our checkpoints and the published ones.
 """
 
@@ -95,14 +95,14 @@ class Part:
 
 
 @dataclass
-class Questions:
+class Inputs:
     """Samples of one task, made ready for a model."""
 
     samples: list[Sample]
     parts: list[Part]  # more than one where a list of names does not fit one prompt
 
 
-def prepare(processor: Processor, samples: list[Sample]) -> Questions:
+def build_inputs(processor: Processor, samples: list[Sample]) -> Inputs:
     """Samples whose answers are left open, as batches. A generic prompt that is too long is asked
     in several parts, whose classes are the sample's together."""
     pieces = [processor.split(sample) for sample in samples]
@@ -118,17 +118,17 @@ def prepare(processor: Processor, samples: list[Sample]) -> Questions:
                 index = [samples[row].names.index(name) for name in kept.names]
             indices.append(index)
         parts.append(Part(batch, rows, indices))
-    return Questions(samples, parts)
+    return Inputs(samples, parts)
 
 
 @torch.no_grad()
-def answer(
+def predict_inputs(
     model: Segmentor | XSAM,
-    questions: Questions,
+    inputs: Inputs,
     post_processing: str,
     is_thing: list[bool] | None = None,
 ) -> list[SegmentationResult]:
-    """What a model predicts of `questions`, its masks by an entry of POST_PROCESSING ("union" for
+    """What a model predicts of `inputs`, its masks by an entry of POST_PROCESSING ("union" for
     expressions that may mean several objects).
 
     `is_thing` tells for each class of a panoptic prompt whether its instances are kept apart. A
@@ -138,10 +138,10 @@ def answer(
     config = model.config
     parameter = next(model.parameters())
     device, is_mixed = parameter.device, parameter.dtype != torch.float32  # as in training
-    texts = [""] * len(questions.samples)
-    found = [[] for _ in questions.samples]  # class probabilities, mask logits, indices of names
-    transforms = [None] * len(questions.samples)
-    for part in questions.parts:
+    texts = [""] * len(inputs.samples)
+    found = [[] for _ in inputs.samples]  # class probabilities, mask logits, indices of names
+    transforms = [None] * len(inputs.samples)
+    for part in inputs.parts:
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
             answers, predictions = model.infer(part.batch.to(device), config.max_new_tokens)
         runs, mask_logits = {}, None
@@ -164,13 +164,13 @@ def answer(
                 probabilities = logits.softmax(-1)
             found[row].append((probabilities, mask_logits[runs[number]], indices))
     results = []
-    for row, (sample, text) in enumerate(zip(questions.samples, texts, strict=True)):
+    for row, (sample, text) in enumerate(zip(inputs.samples, texts, strict=True)):
         names = find_phrases(text) if sample.task == "gcg" else sample.names
         masks, categories, scores = post_process(
             post_processing, found[row], len(names), transforms[row], sample, is_thing, config
         )
         labels = [names[category] for category in categories]
-        num_prompts = sum(row in part.rows for part in questions.parts)
+        num_prompts = sum(row in part.rows for part in inputs.parts)
         results.append(
             SegmentationResult(sample.image, masks, categories, labels, scores, text, num_prompts)
         )
@@ -251,8 +251,8 @@ def predict(
         build_sample(request, picture, words, names, regions, region_image)
         for picture, words in zip(images, texts, strict=True)
     ]
-    questions = prepare(Processor(model.config, model.tokenizer), samples)
-    predictions = answer(model, questions, request.post_processing, is_thing)
+    inputs = build_inputs(Processor(model.config, model.tokenizer), samples)
+    predictions = predict_inputs(model, inputs, request.post_processing, is_thing)
     return predictions if isinstance(image, list) else predictions[0]
 
 

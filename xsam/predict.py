@@ -10,13 +10,14 @@ where.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import torch
 
-from xsam.cli import add_checkpoint_flags
+from xsam.cli import add_checkpoint_flags, inference_changes
 from xsam.datasets.formats import read_image, read_region
 from xsam.distributed import choose_device
 from xsam.inference import REQUESTS, load_checkpoint, predict
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             device=choose_device(options.device),
             report=lambda line: print(line, file=sys.stderr),
         )
+        model.config = dataclasses.replace(model.config, **inference_changes(options))
         lists = {"things": options.things, "stuff": options.stuff}
         names = {kind: read_names(text) for kind, text in lists.items() if text}
         shown = read_image(options.region_image) if options.region_image else None

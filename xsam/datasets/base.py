@@ -97,7 +97,7 @@ class Dataset:
         between the records of the set. Reads no image."""
         return 0
 
-    def question(self, index: int) -> Sample:
+    def inputs(self, index: int) -> Sample:
         """Record `index` for evaluation: the same words every time, and no answers."""
         sample = self.sample(index, np.random.default_rng([0, index]))
         sample.turns = [(question, None) for question, _ in sample.turns]

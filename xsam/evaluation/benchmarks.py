@@ -39,7 +39,7 @@ def _instances(predictions: SavedPredictions, index: int) -> dict:
     if dataset.source.format == "instance":
         image, truth = dataset.read(index)
     else:
-        sample = dataset.question(index)
+        sample = dataset.inputs(index)
         image, shown = sample.image, [categories[number] for number in sample.category_ids]
         pairs = zip(sample.labels, sample.masks, strict=True)
         truth = [(shown[label], mask, False) for label, mask in pairs]
@@ -56,14 +56,14 @@ def _semantic(predictions: SavedPredictions, index: int) -> np.ndarray:
 
 
 def _mask(predictions: SavedPredictions, index: int) -> metrics.Overlap:
-    sample = predictions.dataset.question(index)
+    sample = predictions.dataset.inputs(index)
     predicted = predictions.mask(index, (sample.image.height, sample.image.width))
     return metrics.mask_overlap(sample.masks.any(axis=0), predicted, sample.ignore)
 
 
 def _grounded(predictions: SavedPredictions, index: int, embed: Embed | None) -> tuple:
     """The masks as instances of one class, and paired with the true ones by their phrases."""
-    key, sample = predictions.keys[index], predictions.dataset.question(index)
+    key, sample = predictions.keys[index], predictions.dataset.inputs(index)
     predicted = predictions.instances(index, (sample.image.height, sample.image.width))
     truth = [encode_mask(mask) for mask in sample.masks]
     instances = metrics.collect_instances(key, 1, [(0, rle, False) for rle in truth], predicted)

@@ -251,7 +251,7 @@ def draw_predictions(predictions: SavedPredictions, count: int, path: Path) -> N
     min_score = SHOWN_SCORE if predictions.kind == "instances" else 0.0
     indices = range(min(count, len(predictions.keys)))
     for index in indices[distributed.rank() :: distributed.world_size()]:
-        sample = predictions.dataset.question(index)
+        sample = predictions.dataset.inputs(index)
         picture = draw_prediction(sample, predictions.prediction(index, sample), min_score)
         picture.save(path.with_name(f"{path.name}_{index:05d}.png"))
 
