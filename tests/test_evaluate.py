@@ -270,7 +270,7 @@ def test_killed_in_the_midst_it_goes_on_with_the_rest(
             asked.extend(sample.sample_id for sample in questions.samples)
             return told(model, questions, *rest)
 
-        monkeypatch.setattr(evaluate, "answer", watched)
+        monkeypatch.setattr(evaluate, "predict_inputs", watched)
         assert run(*command(out)) == 0
         said = capsys.readouterr().out
         assert not any(name.startswith("coco_") for name in asked if "vgd" not in name)
@@ -289,7 +289,7 @@ def test_finished_predictions_are_not_asked_again(command, alone, tmp_path, monk
         (out / name).write_bytes(content)
     for name in ("results.json", "results.md"):
         (out / name).unlink()
-    monkeypatch.setattr(evaluate, "answer", lambda *_: pytest.fail("it was asked"))
+    monkeypatch.setattr(evaluate, "predict_inputs", lambda *_: pytest.fail("it was asked"))
     assert run(*command(out)) == 0
     assert contents(out) == alone
 
@@ -303,7 +303,7 @@ def test_a_model_is_not_shown_the_truth(speaking_model, world, tmp_path, monkeyp
         asked.extend(sample for part in questions.parts for sample in part.batch.samples)
         return told(model, questions, *rest)
 
-    monkeypatch.setattr(evaluate, "answer", watched)
+    monkeypatch.setattr(evaluate, "predict_inputs", watched)
     dataset = open_dataset(name, world / "data", all_classes=True)
     predict_dataset(speaking_model, dataset, tmp_path / name, num_samples=2)
     assert len(asked) == 4
@@ -601,7 +601,7 @@ def test_other_names_for_the_classes_of_open_vocabulary(
         asked.extend(questions.samples)
         return told(model, questions, *rest)
 
-    monkeypatch.setattr(evaluate, "answer", watched)
+    monkeypatch.setattr(evaluate, "predict_inputs", watched)
     flags = ["--checkpoint", checkpoint, "--data", world / "data", "--limit", 1]
     dataset = open_dataset("ade20k_semantic_val", world / "data", all_classes=True)
     names = [f"kind {number}" for number in range(len(dataset.names))]
