@@ -109,6 +109,7 @@ CLIP = dict(model_type="clip_vision_model", hidden_size=64, num_hidden_layers=4)
 CLIP |= dict(num_attention_heads=2, intermediate_size=128, patch_size=16, image_size=96)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
