@@ -20,7 +20,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -37,17 +37,13 @@ from xsam.inference import predict
 from xsam.model import checkpoint_activations, compile_blocks
 from xsam.optimizer import build_optimizer, gradient_norms
 from xsam.plan import (
-    USUAL,
     FlopCount,
-    Simulation,
+    Plan,
     batch_loss,
     build,
     example_batch,
-    fullest_share,
-    largest_micro_batch,
-    largest_samples,
-    make_plan,
     peak_tflops,
+    planned_samples,
 )
 from xsam.toy.weights import build_tokenizer
 from xsam.weights import parameters_on_meta
@@ -81,17 +77,6 @@ def random_model(
     return model
 
 
-def sample_sizes(config: Config, stage: int) -> dict[str, tuple[str, tuple[int, int, int]]]:
-    """Name to (task, text tokens, those in answers, runs) of each batch that is measured."""
-    largest = largest_samples(config, stage)
-    longest = {f"{task}, longest text": (task, sizes) for task, sizes in largest.items()}
-    if stage == 1:
-        return {"panoptic": next(iter(longest.values()))}
-    limit = config.model.max_text_length
-    usual = {task: tuple(min(size, limit) for size in USUAL[task]) for task in largest}
-    return {f"{task}, usual text": (task, sizes) for task, sizes in usual.items()} | longest
-
-
 # ---- the plan ------------------------------------------------------------------------------------
 
 
@@ -100,24 +85,34 @@ def write_plan(report: Report, config: Config, gpus: int, memory_gb: float) -> N
     activations, and of the whole GPU."""
     for stage in STAGES:
         with report.guard(f"plan of stage {stage}"):
-            share = config.stages[stage].global_batch_size // gpus
-            plan = make_plan(config, stage, gpus, share)
-            size = largest_micro_batch(config, stage, gpus, memory_gb, plan)
-            if size != share:
-                plan = make_plan(config, stage, gpus, size)
-            simulation, planned = Simulation(config, stage), {}
-            for name, (task, sizes) in sample_sizes(config, stage).items():
-                known = [each for each in plan.longest if each.task == task]
-                if "usual" in name:
-                    known = [plan.usual] if task == plan.usual.task else []
-                activations = known[0] if known else simulation.step(task, size, *sizes)
-                planned[name] = [activations.peak / 1e9, plan.peak(activations) / 1e9]
+            settings = config.stages[stage]
+            settings.micro_batch_size = settings.global_batch_size // gpus
+            plan = Plan(config, stage, gpus)
+            settings.micro_batch_size = plan.largest_micro_batch(memory_gb)
+            if settings.micro_batch_size != plan.micro_batch_size:
+                plan = Plan(config, stage, gpus)
+            planned = {
+                name: [size / 1e9, plan.peak(size) / 1e9] for name, size in plan.activations.items()
+            }
+            held = [size for name, (size, _) in plan.held.items() if name != "context"]
             report.add(
                 f"plan of stage {stage}",
-                micro_batch=size,
-                held_gb=(plan.weights + plan.gradients + plan.states) / 1e9,
+                micro_batch=plan.micro_batch_size,
+                held_gb=sum(held) / 1e9,
                 planned_gb=planned,
             )
+
+
+def fullest_share(parameters: Iterable[nn.Parameter], gpus: int) -> list[nn.Parameter]:
+    """What the GPU with the most to update has, where each parameter, the largest first, goes to
+    the one with the least; so does torch's ZeroRedundancyOptimizer."""
+    shares: list[list[nn.Parameter]] = [[] for _ in range(gpus)]
+    sizes = [0] * gpus
+    for parameter in sorted(parameters, key=lambda each: -each.numel()):
+        emptiest = sizes.index(min(sizes))
+        shares[emptiest].append(parameter)
+        sizes[emptiest] += parameter.numel()
+    return shares[sizes.index(max(sizes))]
 
 
 def read_plan(path: Path, stage: int, patience: float) -> dict | None:
@@ -164,9 +159,9 @@ class Trainer:
         for parameter in norms:
             parameter.grad.zero_()
 
-    def measure(self, task: str, size: int, sizes: tuple, num_steps: int) -> dict[str, float]:
+    def measure(self, size: int, sample: tuple, num_steps: int) -> dict[str, float]:
         """Mean time and peak memory of `num_steps` steps, after one for warm-up."""
-        batch = example_batch(self.config, self.stage, task, size, *sizes)
+        batch = example_batch(self.config, self.stage, size, *sample)
         cost = self.flops.of(batch)
         positions = 0 if batch.input_ids is None else batch.input_ids.shape[1]
         batch.to(self.device)
@@ -187,13 +182,13 @@ class Trainer:
             figures["used_gb"] = (total - free) / 1e9
         return figures
 
-    def profile(self, task: str, size: int, sizes: tuple) -> list[tuple[str, float]]:
+    def profile(self, size: int, sample: tuple) -> list[tuple[str, float]]:
         """The ten most expensive kernels (on a CPU: operators) of a step, in milliseconds."""
         activities = [torch.profiler.ProfilerActivity.CPU]
         is_cuda = self.device.type == "cuda"
         if is_cuda:
             activities = [torch.profiler.ProfilerActivity.CUDA]
-        batch = example_batch(self.config, self.stage, task, size, *sizes).to(self.device)
+        batch = example_batch(self.config, self.stage, size, *sample).to(self.device)
         with torch.profiler.profile(activities=activities) as profiler:
             self.step(batch)
             wait(self.device)
@@ -224,7 +219,7 @@ def train(
             with report.guard(f"stage {stage}"):
                 plan, batches = (
                     read_plan(plan_path, stage, patience=60),
-                    sample_sizes(config, stage),
+                    planned_samples(config, stage),
                 )
                 size = plan["micro_batch"] if plan else config.stages[stage].micro_batch_size
                 usual = {name: each for name, each in batches.items() if "usual" in name} or batches
@@ -236,16 +231,16 @@ def train(
                 trainer = Trainer(config, stage, gpus, device, backend)
                 if backend:
                     batches = dict(list(batches.items())[:1])
-                for name, (task, sizes) in batches.items():
+                for name, sample in batches.items():
                     with report.guard(f"stage {stage}, {name}{suffix}"):
-                        figures = trainer.measure(task, size, sizes, num_steps)
+                        figures = trainer.measure(size, sample, num_steps)
                         figures |= utilisation(figures["model_tflops"], limits)
                         if plan:
                             figures |= beside_plan(figures, plan, name)
                         report.add(f"stage {stage}, {name}{suffix}", **figures)
                 if is_usual:
-                    name, (task, sizes) = next(iter(batches.items()))
-                    kernels = trainer.profile(task, size, sizes)
+                    name, sample = next(iter(batches.items()))
+                    kernels = trainer.profile(size, sample)
                     report.add(f"stage {stage}, {name}{suffix}, top kernels, ms", kernels=kernels)
 
 
