@@ -34,6 +34,7 @@ from xsam.data import (
 )
 from xsam.datasets.registry import open_dataset
 from xsam.llm import IGNORE_LABEL, IMAGE_TOKEN, REGION_TOKEN, add_special_tokens
+from xsam.prompts import Question
 from xsam.toy import weights as toy
 
 SIZE = (30, 40)
@@ -145,8 +146,7 @@ NAMES = [f"{kind} {number}" for number in range(20) for kind in ("ring", "star")
 
 def generic(labels: list[int], names: list[str] = NAMES) -> Sample:
     """Masks that tell their class: the k-th class is the pixel at row k."""
-    phrases = ", ".join(f"<p>{name}</p>" for name in names)
-    turns = [(f"Segment all of: {phrases}.", "Sure, <SEG>.")]
+    turns = [(Question("Segment all of: {phrases}.", names), "Sure, <SEG>.")]
     masks = [box(label % SIZE[0], label // SIZE[0], 1, 1) for label in labels]
     return sample_of("generic", turns, masks, labels, names=names)
 
@@ -453,7 +453,7 @@ def visual(regions: dict[str, np.ndarray], task: str = "vgd", **fields) -> Sampl
     names = list(regions)
     masks = [box(3 * k, left, 2, 5) for k in range(len(names)) for left in (2, 20)]
     labels = [k for k in range(len(names)) for _ in range(2)]
-    question = f"Like {', '.join(['<p><region></p>'] * len(names))}."
+    question = Question("Like {phrases}.", ["<region>"] * len(names))
     stacked = np.stack(list(regions.values()))
     turns = [(question, "Sure, <SEG>.")]
     return sample_of(task, turns, masks, labels, names=names, regions=stacked, **fields)

@@ -3,7 +3,9 @@
 pytest tests/test_prompts.py
 """
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -313,3 +315,14 @@ def test_lists_without_a_name_and_bad_names_are_refused(tmp_path):
 )
 def test_an_answer_without_its_marks(answer, text):
     assert strip_marks(answer) == text.strip()
+
+
+def test_a_question_keeps_what_it_was_made_of():
+    """Also through a copy and a pickle, as between the processes that load data."""
+    question = ask("generic", ["cat", "sky", "a red"], np.random.default_rng(0))
+    for other in (question, copy.deepcopy(question), pickle.loads(pickle.dumps(question))):
+        assert other == question and other.names == ["cat", "sky", "a red"]
+        assert other.template in PHRASINGS["generic"]["questions"]
+        kept = other.keep([2, 0])
+        assert kept == other.template.replace("{phrases}", "<p>a red</p>, <p>cat</p>")
+        assert kept.keep([1]).names == ["cat"]

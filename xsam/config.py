@@ -178,7 +178,7 @@ class ModelConfig:
 
 @dataclass
 class Stage:
-    """One row of the recipe (paper tables 1 and 8). `learning_rates` goes by the longest matching
+    """One row of the recipe (paper tables 10 and 11). `learning_rates` goes by the longest matching
     prefix; 0 is frozen."""
 
     learning_rates: dict[str, float]
@@ -198,7 +198,7 @@ class Stage:
 
 @dataclass
 class LossConfig:
-    """Weights of the criterion (paper equation 4 and Mask2Former, Cheng et al. 2022)."""
+    """Weights of the criterion (paper equation 1; Mask2Former, Cheng et al. 2022)."""
 
     class_weight: float = 2.0
     mask_weight: float = 5.0

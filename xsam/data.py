@@ -3,7 +3,7 @@ sampling.
 
 Last link of the data chain (sources → formats → prompts → samples → datasets → data). The
 `Processor` places a `Sample` on the canvas, tokenizes it and collates a `Batch`; the `Mixture` says
-which samples make which global batch (paper section 4, dataset balance resampling). Everything
+which samples make which global batch (paper appendix A, dataset balance resampling). Everything
 random is drawn from (seed, epoch, dataset, place in the epoch), so any number of ranks and workers,
 and a resumed run, see the same. As a command it checks and builds data:
 
@@ -40,7 +40,7 @@ from xsam.llm import (
     tokenize,
 )
 from xsam.losses import Targets
-from xsam.prompts import PER_PHRASE_TASKS, join_phrases
+from xsam.prompts import PER_PHRASE_TASKS
 
 if TYPE_CHECKING:
     from xsam.datasets.base import Dataset
@@ -53,7 +53,9 @@ class Sample:
     sample_id: str
     task: str
     image: Image.Image
-    turns: list[tuple[str, str | None]]  # (question, answer); an answer of None is for the model
+    # (question, answer); an answer of None is for the model to give. A question about names is a
+    # prompts.Question, so that it can be asked about some of them.
+    turns: list[tuple[str, str | None]]
     masks: np.ndarray  # bool [T, H, W]
     labels: np.ndarray  # int64 [T], index into names
     ignore: np.ndarray | None = None  # bool [H, W], pixels without a label
@@ -209,7 +211,7 @@ class Batch:
     labels: Tensor | None  # [B, N]
     region_points: Tensor | None  # [G, P, 2] (row, column) in 0..1, of each <region>
     region_index: Tensor | None  # [G] row of seg_pixels that each <region> is read from
-    runs: Runs | None  # what the tokens ask the decoder for; None in stage 1, and in questions
+    runs: Runs | None  # what the tokens ask the decoder for; None in stage 1, or with open answers
 
     targets: list[Targets]  # one per decoder run
     run_seeds: list[int]  # one per decoder run: where the criterion's points come from
@@ -453,7 +455,8 @@ class Processor:
             ids = _pad([item["ids"] for item in encoded], pad_id, pad_left)
             labels = _pad([item["labels"] for item in encoded], IGNORE_LABEL, pad_left)
             attention_mask = _pad([[1] * len(item["ids"]) for item in encoded], 0, pad_left)
-            if not pad_left and task != "chat":
+            is_open = any(item["sample"].turns[-1][1] is None for item in encoded)
+            if task != "chat" and not is_open:
                 is_per_phrase = task in PER_PHRASE_TASKS
                 runs = find_runs(ids, special_ids(self.tokenizer), is_per_phrase, is_per_phrase)
         targets, run_seeds, num_phrases = [], [], 0
@@ -512,21 +515,18 @@ def check_runs(runs: Runs, targets: list[Targets], samples: list[Sample]) -> Non
 
 def keep_names(sample: Sample, keep: np.ndarray) -> Sample:
     """The sample asked about those of its names alone; the masks of the others go."""
-    is_shown = sample.regions is not None
-    words = ["<region>"] * len(sample.names) if is_shown else sample.names
     question, answer = sample.turns[0]
-    question = question.replace(join_phrases(words), join_phrases([words[i] for i in keep]))
     regions, reference_images = sample.regions, sample.region_images
     if isinstance(regions, list):
         regions = [regions[i] for i in keep]
-    elif is_shown:
+    elif regions is not None:
         regions = regions[keep]
     if reference_images is not None:
         reference_images = [reference_images[i] for i in keep]
     is_kept = np.isin(sample.labels, keep)
     return dataclasses.replace(
         sample,
-        turns=[(question, answer)],
+        turns=[(question.keep(keep), answer)],
         masks=sample.masks[is_kept],
         labels=np.searchsorted(keep, sample.labels[is_kept]),
         names=[sample.names[i] for i in keep],
@@ -558,7 +558,7 @@ class Draw:
 
 
 def repeat_factors(sizes: list[int], threshold: float) -> list[float]:
-    """max(1, sqrt(threshold / share of all samples)) for each dataset (paper section 4)."""
+    """max(1, sqrt(threshold / share of all samples)) for each dataset (paper appendix A)."""
     total = sum(sizes)
     return [max(1.0, math.sqrt(threshold * total / size)) for size in sizes]
 

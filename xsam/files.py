@@ -30,7 +30,7 @@ def refuse_existing(*targets: Path) -> None:
 
 @contextlib.contextmanager
 def _renamed(*targets: Path) -> Iterator[list[Path]]:
-    partials = [target.with_name(f"{target.name}.partial") for target in targets]
+    partials = [partial_of(target) for target in targets]
     for target, partial in zip(targets, partials, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)  # left by a killed run
@@ -41,6 +41,11 @@ def _renamed(*targets: Path) -> Iterator[list[Path]]:
     finally:
         for partial in partials:
             _remove(partial)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file or folder is written before it gets its name."""
+    return path.with_name(f"{path.name}.partial")
 
 
 def _remove(path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 
 from xsam.config import SPECIAL_TOKENS
 from xsam.encoders import transformers_config
@@ -255,17 +255,12 @@ class LanguageModel(nn.Module):
         decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
         stop_ids = torch.tensor(sorted(self.stop_ids), device=embeddings.device)
         is_done = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
-        step, cache, all_ids, all_states = embeddings, None, [], []
+        step, all_ids, all_states = embeddings, [], []
+        cache = DynamicCache(config=self.model.config)
         while True:
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
-            output = decoder(
-                inputs_embeds=step,
-                attention_mask=attention_mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = output.past_key_values
+            # By position: releases of transformers differ in the name of the cache.
+            output = decoder(None, attention_mask, positions, cache, step, use_cache=True)
             all_states.append(output.last_hidden_state)
             if len(all_ids) == max_new_tokens:
                 break

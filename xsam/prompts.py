@@ -1,8 +1,8 @@
 """What is asked and answered: phrasings of every task, and the words of one turn.
 
 A question's {phrases} becomes "<p>name</p>, <p>name</p>", one phrase, or one "<p><region></p>" for
-each visual prompt (paper section 3, table 1). The phrasings are ours; whoever has weights that were
-trained with others gives them as a JSON file (`--phrasings`).
+each visual prompt (paper section 3, figure 2). The phrasings are ours; for weights that were
+trained with others, a JSON file replaces them (`--phrasings`).
 """
 
 import os
@@ -122,14 +122,33 @@ def _check(text: str, task: str, kind: str, where: str) -> None:
             raise ValueError(f"{where}: {text!r} has {token} {found} times, not {count}")
 
 
+class Question(str):
+    """A question's words, with the template and the names that they were made of."""
+
+    template: str
+    names: list[str]
+
+    def __new__(cls, template: str, names: list[str]) -> "Question":
+        question = super().__new__(cls, template.replace("{phrases}", join_phrases(names)))
+        question.template, question.names = template, list(names)
+        return question
+
+    def __getnewargs__(self) -> tuple[str, list[str]]:  # of copies and pickles
+        return self.template, self.names
+
+    def keep(self, indices: list[int]) -> "Question":
+        """The question about these of its names alone."""
+        return Question(self.template, [self.names[index] for index in indices])
+
+
 def ask(
     task: str,
     names: list[str],
     rng: np.random.Generator | None = None,
     phrasings: dict = PHRASINGS,
-) -> str:
+) -> Question:
     """The task's question about `names`: a random phrasing, or the first one without `rng`."""
-    return _draw(phrasings[task]["questions"], rng).replace("{phrases}", join_phrases(names))
+    return Question(_draw(phrasings[task]["questions"], rng), names)
 
 
 def reply(

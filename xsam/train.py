@@ -52,6 +52,7 @@ from xsam.checkpoints import (
 from xsam.config import Config, stage_folder
 from xsam.data import Batch, Mixture, Processor
 from xsam.encoders import ImageEncoder
+from xsam.files import write_whole
 from xsam.llm import LanguageModel
 from xsam.losses import Normalisers, Objective, count_targets
 from xsam.model import XSAM, Segmentor, checkpoint_activations, compile_blocks
@@ -501,7 +502,7 @@ def run(options: argparse.Namespace, config: Config) -> None:
     if distributed.rank() == 0:
         options.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config.to_dict(), indent=1)
-        monitor.write_whole(options.out / "config.json", text)
+        write_whole(options.out / "config.json", text)
     # Two ranks make the toy world and its weights side by side; transformers writes on the first.
     last_rank = distributed.world_size() - 1
     if options.makes_data and not options.data.exists() and distributed.rank() == min(1, last_rank):

@@ -30,8 +30,10 @@ from xsam.datasets.formats import (
     encode_mask,
     read_json,
     read_segment_ids,
+    segment_colours,
     take,
 )
+from xsam.files import partial_of, write_whole
 from xsam.postprocess import SegmentationResult
 from xsam.prompts import strip_marks
 
@@ -140,8 +142,7 @@ def write_segments(path: Path, masks: np.ndarray) -> None:
     ids = np.zeros(masks.shape[1:], np.uint32)
     for number, mask in enumerate(masks, 1):
         ids[mask] = number
-    colours = np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=-1)
-    Image.fromarray(colours.astype(np.uint8)).save(path)
+    Image.fromarray(segment_colours(ids)).save(path)
 
 
 class Writer:
@@ -198,10 +199,10 @@ def begin(folder: Path, kind: str, keys: list, made_by: dict, overwrite: bool = 
             folder.rename(stale)
             shutil.rmtree(stale)
     if not path.is_file():
-        if folder.exists() and {*folder.iterdir()} - {_temporary(path)}:
+        if folder.exists() and {*folder.iterdir()} - {partial_of(path)}:
             raise ValueError(f"{folder}: not empty, and no {ABOUT_FILE} in it; give another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, about)
+        write_whole(path, json.dumps(about))
     if is_complete(folder):  # a run that was killed while it deleted this leaves some
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         return
@@ -234,20 +235,10 @@ def complete(folder: Path, kind: str, keys: list) -> None:
     entries = [entry for key in keys for entry in records[key]["entries"]]
     if kind == "grounded":
         captions = [{"image_id": key, "caption": records[key]["caption"]} for key in keys]
-        _write_whole(folder / CAPTIONS_FILE, captions)
+        write_whole(folder / CAPTIONS_FILE, json.dumps(captions))
     content = {"annotations": entries} if kind == "panoptic" else entries
-    _write_whole(folder / PREDICTIONS_FILE, content)
+    write_whole(folder / PREDICTIONS_FILE, json.dumps(content))
     shutil.rmtree(folder / UNFINISHED)
-
-
-def _write_whole(path: Path, content) -> None:
-    """Replaces the file at once, so that a run that is killed leaves the old one or the new one."""
-    _temporary(path).write_text(json.dumps(content), encoding="utf-8")
-    _temporary(path).replace(path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
 
 
 # ---- reading -------------------------------------------------------------------------------------

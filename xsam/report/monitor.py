@@ -24,6 +24,7 @@ from xsam.data import Batch, Sample
 from xsam.evaluate import FOLDER, evaluate
 from xsam.evaluation.benchmarks import SEGMENTOR_TASKS, TASKS, Figures, table
 from xsam.evaluation.prediction_files import SavedPredictions
+from xsam.files import write_whole
 from xsam.model import XSAM, Segmentor
 from xsam.postprocess import SHOWN_SCORE, SegmentationResult
 from xsam.report import pictures as draw
@@ -177,13 +178,6 @@ def _without_nan(value):
     if isinstance(value, dict):
         return {name: _without_nan(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file with this text, or as it was, whenever the run is killed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def drop_metrics(path: Path, stage: int, step: int) -> None:

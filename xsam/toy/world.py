@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from xsam.datasets import build
-from xsam.datasets.formats import bounding_box, encode_mask
+from xsam.datasets.formats import bounding_box, encode_mask, segment_colours
 from xsam.datasets.sources import SOURCES
 from xsam.prompts import choice_question
 from xsam.toy import scenes
@@ -222,7 +222,6 @@ def _write_coco(root: Path, split: str, drawings: list[Drawing]) -> None:
         # Any 24 bits but 0, which is void: most are over 65535 and so use all three channels.
         ids = 1 + drawing.rng.choice(2**24 - 1, size=len(segments), replace=False)
         pixels = np.concatenate([[0], ids])[drawing.scene.segment_index]  # [H, W]
-        colors = (pixels[..., None] >> [0, 8, 16]) & 255
         info = [
             dict(id=number) | _segment_record(segment, drawing.scene.mask(index))
             for index, (number, segment) in enumerate(zip(ids.tolist(), segments, strict=True))
@@ -230,7 +229,7 @@ def _write_coco(root: Path, split: str, drawings: list[Drawing]) -> None:
         image = drawing.image_record()
         name = image["file_name"].replace(".jpg", ".png")
         annotations.append(dict(image_id=drawing.image_id, file_name=name, segments_info=info))
-        _write(root / source.masks / name, _encode(colors.astype(np.uint8), format="PNG"))
+        _write(root / source.masks / name, _encode(segment_colours(pixels), format="PNG"))
         _write(root / source.images / image["file_name"], drawing.jpeg)
     images = [drawing.image_record() for drawing in drawings]
     content = dict(images=images, annotations=annotations, categories=categories())
