@@ -57,9 +57,10 @@ def _parse(kind, text: str):
     return kind(text)
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
+def add_config_flags(parser: argparse.ArgumentParser) -> set[str]:
     """`--FIELD VALUE` for every field of the configuration; a stage's field goes to each stage of
-    the run."""
+    the run. Returns the fields."""
+    names = set()
     for title, kind in (
         ("model", ModelConfig),
         ("stage", Stage),
@@ -79,6 +80,8 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
                 default=argparse.SUPPRESS,
                 metavar=_metavar(hints[entry.name]),
             )
+            names.add(entry.name)
+    return names
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +179,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
+def train_parser() -> Parser:
     parser = Parser(
         prog="xsam/train.py",
         description="Trains X-SAM; runs under torchrun or alone.",
@@ -222,11 +225,15 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument(
         "--skip-bad", action="store_true", help="train without bad records; they are counted"
     )
-    add_config_flags(parser)
-    flags = vars(parser.parse_args(arguments))
-    own = ("stage", "config", "data", "weights", "out", "init", "allow_missing", "resume")
-    own += ("device", "skip_bad", "plan", "gpus", "gpu_memory", "images_per_second")
-    options = argparse.Namespace(**{name: flags.pop(name) for name in own})
+    return parser
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
+    """The flags of xsam/train.py, with the folders that they leave open, and the configuration."""
+    parser = train_parser()
+    fields = add_config_flags(parser)
+    options = parser.parse_args(arguments)
+    flags = {name: vars(options).pop(name) for name in fields & vars(options).keys()}
     options.stages = [1, 2, 3] if options.stage == "all" else [int(options.stage)]
     options.out = options.out or Path("runs") / options.config
     # The toy preset draws its own world where the user points at none.

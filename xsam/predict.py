@@ -25,7 +25,7 @@ from xsam.postprocess import SHOWN_SCORE
 from xsam.prompts import read_names
 
 
-def main(arguments: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m xsam.predict",
         description="Segments an image, or answers a question about it.",
@@ -51,7 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--region-image", type=Path, help="vgd: the image that the regions are in, if another"
     )
     parser.add_argument("--out", type=Path, help="path without suffix (default: IMAGE_TASK)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
     try:
         image = read_image(options.image)
         model, _ = load_checkpoint(
