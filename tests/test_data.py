@@ -266,6 +266,17 @@ def test_a_batch_of_absent_phrases_alone_has_no_run(processor):
     assert batch.seg_pixels.shape[0] == 2
 
 
+@pytest.mark.parametrize("task", ["generic", "refer"])
+def test_a_text_that_asks_for_other_runs_than_its_masks_is_refused(processor, task):
+    """Else a run without a target would train as background, or a mask would train nothing."""
+    sample = generic([3, 5], NAMES[:6]) if task == "generic" else referring(["a", "b"], [0, 1])
+    (question, answer), *others = sample.turns
+    sample.turns = [(question, answer.replace("<SEG>", "nothing")), *others]
+    items = [processor.encode(each) for each in (generic([1]), sample)][task == "refer" :]
+    with pytest.raises(ValueError, match=f"{sample.sample_id}: its text asks for . decoder runs"):
+        processor.collate(items)
+
+
 def test_what_reasoning_ignores_is_in_the_targets(processor):
     ignored = box(20, 10, 6, 20)
     batch = processor.collate(

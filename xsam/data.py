@@ -655,7 +655,10 @@ class Mixture(torch.utils.data.Dataset):
         for item in items:
             if isinstance(item, ValueError):
                 return item
-        batch = self.processor.collate(items)
+        try:
+            batch = self.processor.collate(items)
+        except ValueError as error:
+            return error
         batch.samples = [
             dataclasses.replace(sample, **dict.fromkeys(PICTURES)) for sample in batch.samples
         ]
