@@ -27,8 +27,10 @@ COMMON = """
 import re, sys, time
 from pathlib import Path
 import torch
-from xsam.config import toy, xsam
-from xsam.model import XSAM, Segmentor, load_checkpoint
+from xsam.config import xsam
+from xsam.inference import load_checkpoint
+from xsam.model import XSAM, Segmentor
+from xsam.toy.preset import toy
 from xsam.weights import load_folder, parameters_on_meta
 
 def kilobytes(name):

@@ -451,7 +451,7 @@ def test_the_tasks_are_those_of_the_configuration(model, tmp_path, monkeypatch):
         assert overwrite
         seen["asked"] = names, data, folder, count
         for name in names:
-            dataset = types.SimpleNamespace(name=name, question=lambda index: f"question {index}")
+            dataset = types.SimpleNamespace(name=name, inputs=lambda index: f"question {index}")
             said = types.SimpleNamespace(dataset=dataset, keys=range(7), kind="mask")
             said.prediction = lambda index, sample, name=name: (name, index, sample)
             on_scored(task_of(name)[0], said)

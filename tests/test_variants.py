@@ -458,7 +458,8 @@ def trained_stages(variant: str, world: Path, weights: Path, out: Path) -> XSAM:
         for dataset in datasets:
             batches = training_batches(model, number, dataset, world / "data")
             train_step(model, number, batches)
-        save_checkpoint(out / f"stage{number}", model, config, model.tokenizer, number, 1, {})
+        about = model.config, model.tokenizer, number, 1, {}
+        save_checkpoint(out / f"stage{number}", model, *about)
         models[number] = model
     return models[3]
 

@@ -627,7 +627,7 @@ def test_a_published_model_comes_back_bit_by_bit(model, world, generation, kind,
 
 def test_the_archived_generation_clamps_wider_and_pools_by_maximum(tmp_path, monkeypatch, model):
     """Without a configuration the preset is meant; here the toy stands in for it."""
-    monkeypatch.setattr("xsam.model.xsam", toy)
+    monkeypatch.setattr("xsam.inference.xsam", toy)
     for generation, clamp, pooling in (("current", 50.0, "mean"), ("archived", 500.0, "max")):
         folder = tmp_path / generation
         write_published(published(model, generation), folder, "folder")
@@ -708,9 +708,8 @@ def test_a_whole_published_model_may_lack_rows_that_no_token_has(model, tmp_path
     path = write_published(state, tmp_path / "theirs", "file")
     fresh = XSAM(copy.deepcopy(model.config))
     before = snapshot(fresh)["llm.model.lm_head.weight"]
-    assert "2 resized: llm.lm_head.weight, llm.model.embed_tokens.weight" in load_init(
-        fresh, path, ()
-    )
+    line, _ = load_init(fresh, path, ())
+    assert "2 resized: llm.lm_head.weight, llm.model.embed_tokens.weight" in line
     head = snapshot(fresh)["llm.model.lm_head.weight"]
     assert torch.equal(head[:200], state["llm.lm_head.weight"].float())
     assert torch.equal(head[200:], before[200:])
@@ -783,8 +782,10 @@ def test_a_folder_is_not_written_over(segmentor, model, tmp_path):
 MEASURE = """
 import re, sys
 from pathlib import Path
-from xsam.config import Config, toy
-from xsam.model import XSAM, load_checkpoint
+from xsam.config import Config
+from xsam.inference import load_checkpoint
+from xsam.model import XSAM
+from xsam.toy.preset import toy
 from xsam.weights import parameters_on_meta
 
 def kilobytes(name):

@@ -322,7 +322,9 @@ def run_training(options: argparse.Namespace, config: Config) -> int:
     except KeyboardInterrupt:
         complain("interrupted, not in the middle of a stage", is_met_by_all=True)
         return 128 + signal.SIGINT
-    except (ValueError, FloatingPointError, OSError) as error:
+    except FloatingPointError as error:
+        return complain(str(error), is_met_by_all=True)
+    except (ValueError, OSError) as error:
         return complain(str(error))
     except RuntimeError as error:
         if not distributed.is_loss_of_a_rank(error):
