@@ -1,8 +1,7 @@
-"""Every number of the model and of the three training stages, and the command line made from them.
+"""Every number of the model, of the three training stages and of the losses.
 
-First link of the import chain: this file knows nothing of torch, so that a wrong flag or a missing
-file is reported before any heavy import. `xsam()` is the model of the paper, `toy()` the same code
-with smaller numbers.
+`xsam()` is the model of the paper; `toy.preset.toy()` is the same with smaller numbers. Every field
+is a flag of the command line (`cli.py`):
 
     python xsam/train.py --config toy --stage 1 --num_queries 40 --global_batch_size 8
 """
@@ -182,7 +181,7 @@ class Stage:
     prefix; 0 is frozen."""
 
     learning_rates: dict[str, float]
-    datasets: tuple[str, ...]  # names of sources.SOURCES, or files of one's own
+    datasets: tuple[str, ...]  # names of datasets.sources.SOURCES, or files of one's own
     starts_from: tuple[int, ...] = ()  # earlier stages whose checkpoints are read
     global_batch_size: int = 64
     micro_batch_size: int = 4  # samples of one forward pass; accumulation is derived

@@ -1,11 +1,11 @@
-"""From samples to the tensors that the model and the criterion read: placing, tokenizing, batching,
-sampling.
+"""From samples to the tensors that the model and the criterion read: resizing and padding,
+tokenizing, batching, sampling.
 
-Last link of the data chain (sources → formats → prompts → samples → datasets → data). The
-`Processor` places a `Sample` on the canvas, tokenizes it and collates a `Batch`; the `Mixture` says
-which samples make which global batch (paper appendix A, dataset balance resampling). Everything
-random is drawn from (seed, epoch, dataset, place in the epoch), so any number of ranks and workers,
-and a resumed run, see the same. As a command it checks and builds data:
+A dataset gives a `Sample`. The `Processor` brings it to the canvas, tokenizes it and collates a
+`Batch`; the `Mixture` says which samples make which global batch (paper appendix A, dataset balance
+resampling). Everything random is drawn from (seed, epoch, dataset, place in the epoch), so any
+number of ranks and workers, and a resumed run, see the same. As a command it checks and builds
+data:
 
     python -m xsam.data check --data datas --show 4
     python -m xsam.data vgd --instances instances_train2017.json --out img_vgdseg_coco_train.json

@@ -1,5 +1,4 @@
-"""The dual encoders: SAM's ViT written out by hand, Swin and the image encoders through
-transformers, and what both are fed.
+"""The dual encoders: SAM's ViT written out by hand, the image encoder through transformers.
 
 First boxes of the diagram (paper section 3, "Dual Encoders"). The segmentation encoder gives fine
 features to the connector and, pixel-shuffled, to the language model; the image encoder gives global
@@ -7,10 +6,16 @@ ones to the language model.
 Legend: B batch, h w patch grid, C channels, N tokens, S side of the padded input in pixels.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # ---- segmentation encoder ------------------------------------------------------------------------
 
@@ -192,6 +197,8 @@ class SamEncoder(nn.Module):
 
 def transformers_config(values: dict) -> PreTrainedConfig:
     """A configuration of the transformers library from config.json values."""
+    from transformers import AutoConfig
+
     others = {name: value for name, value in values.items() if name != "model_type"}
     return AutoConfig.for_model(values["model_type"], **others)
 
@@ -205,6 +212,8 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
+        from transformers import AutoModel
+
         self.num_patches = (config["image_size"] // config["patch_size"]) ** 2
         self.model = AutoModel.from_config(transformers_config(config))
 

@@ -1,4 +1,4 @@
-"""X-SAM: the parts joined, trained by `Objective`, asked by `infer`, and read out as masks.
+"""X-SAM: the parts joined, to be trained (`forward`) and asked (`infer`).
 
 The whole diagram (paper section 3, figure 2). `Segmentor` alone is the model of stage 1; `XSAM`
 adds the image encoder and the language model, whose condition and <SEG> states steer the segmentor.

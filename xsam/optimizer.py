@@ -1,5 +1,5 @@
-"""From gradients to new weights: learning rates, their schedule, AdamW on float32 master weights,
-sharded over the ranks, and its states on disk.
+"""From gradients to new weights: learning rates, their schedule, and AdamW on float32 master
+weights, sharded over the ranks.
 
 Weights and gradients are bfloat16 in training. Their 8 bits cannot hold a step of the size of the
 learning rate, so the optimizer keeps each weight once more, in float32, beside the two moments of
