@@ -298,20 +298,20 @@ class Processor:
 
     def split(self, sample: Sample) -> list[tuple[list[int], Sample]]:
         """The sample asked in as few parts as its list of names fits into, of about as many names
-        each: their places in the list, and the sample about these alone. Raises SampleTooLong
+        each: their indices in the list, and the sample about these alone. Raises SampleTooLong
         where a prompt is too long that has no list to split."""
-        places = np.arange(len(sample.names))
-        for count in range(1, max(len(places), 1) + 1):
-            pieces = [(list(range(len(places))), sample)]
+        indices = np.arange(len(sample.names))
+        for count in range(1, max(len(indices), 1) + 1):
+            pieces = [(list(range(len(indices))), sample)]
             if count > 1:
-                chunks = np.array_split(places, count)
+                chunks = np.array_split(indices, count)
                 pieces = [(chunk.tolist(), keep_names(sample, chunk)) for chunk in chunks]
             try:
                 for _, piece in pieces if self.tokenizer is not None else ():
                     self.tokenize(piece)
                 break
             except SampleTooLong:
-                if sample.task != "generic" or count == len(places):
+                if sample.task != "generic" or count == len(indices):
                     raise
         return pieces
 
@@ -447,10 +447,11 @@ class Processor:
             points, region_index, reference_images = self.fill_regions(
                 encoded, may_borrow=not pad_left
             )
-            if self.image_size:
-                images = [item["image_pixels"] for item in encoded]
-                images = torch.stack(images + reference_images * (not self.config.model.seg_tokens))
-            pixels += reference_images * self.config.model.seg_tokens
+            images = [item["image_pixels"] for item in encoded] if self.image_size else None
+            if self.config.model.seg_tokens:
+                pixels += reference_images
+            else:
+                images += reference_images
             pad_id = self.tokenizer.pad_token_id
             ids = _pad([item["ids"] for item in encoded], pad_id, pad_left)
             labels = _pad([item["labels"] for item in encoded], IGNORE_LABEL, pad_left)
@@ -479,7 +480,7 @@ class Processor:
         return Batch(
             task=task,
             seg_pixels=torch.stack(pixels),
-            image_pixels=images,
+            image_pixels=torch.stack(images) if images else None,
             input_ids=ids,
             attention_mask=attention_mask,
             labels=labels,

@@ -307,7 +307,7 @@ class MaskedAttentionDecoder(nn.Module):
         ]
         # Resizing is linear, so the masks that steer attention come from resized features: Q·N
         # products a level instead of Q full masks a layer.
-        steering = [
+        attention_mask_features = [
             F.interpolate(mask_features, level.shape[2:], mode="bilinear").flatten(2)
             for level in levels
         ]
@@ -320,7 +320,7 @@ class MaskedAttentionDecoder(nn.Module):
         for index, layer in enumerate(self.decoder.layers):
             level = index % len(levels)
             with torch.no_grad():
-                mask = outputs[-1][1] @ steering[level] >= 0  # [R, Q, N]
+                mask = outputs[-1][1] @ attention_mask_features[level] >= 0  # [R, Q, N]
                 mask |= ~mask.any(dim=-1, keepdim=True)  # an empty mask looks everywhere
             x = layer(x, query_positions, tokens[level], positions[level], mask)
             outputs.append(self._predict(x))

@@ -160,7 +160,7 @@ def find_runs(
     runs, of_image = [], []  # (image, position of <SEG>, phrase); the phrases of each image
     num_phrases = 0
     for image, row in enumerate(input_ids.tolist()):
-        start, is_answered = None, is_per_phrase
+        start, is_answered = None, is_per_phrase  # there is no phrase to answer yet
         of_image.append([])
         for position, token in enumerate(row):
             if token == phrase_start:
@@ -169,7 +169,8 @@ def find_runs(
                 phrase_number[image, start : position + 1] = num_phrases
                 of_image[image].append(num_phrases)
                 num_phrases, start = num_phrases + 1, None
-                is_answered &= not is_per_phrase
+                if is_per_phrase:
+                    is_answered = False
             elif token == seg and not is_answered:
                 runs.append((image, position, num_phrases - 1 if is_per_phrase else -1))
                 is_answered = True

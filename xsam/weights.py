@@ -373,11 +373,14 @@ def read_model_type(folder: Path, part: str) -> str:
 
 def part_of_folder(folder: Path) -> str | None:
     """The part of the model whose Hugging Face folder this is; None where it is none."""
-    if not (folder / CONFIG_FILE).is_file():
+    path = folder / CONFIG_FILE
+    if not path.is_file():
         return None
-    values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    parts = [part for part, types in FOLDERS.items() if values.get("model_type") in types]
-    return parts[0] if parts else None
+    try:
+        model_type = dict(json.loads(path.read_text(encoding="utf-8"))).get("model_type")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a config.json ({error})") from error
+    return next((part for part, types in FOLDERS.items() if model_type in types), None)
 
 
 def complete_architecture(config: ModelConfig, part: str, folder: Path) -> ModelConfig:
