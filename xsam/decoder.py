@@ -357,8 +357,8 @@ class CosineClassHead(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
     def forward(self, queries: Tensor, condition_embeddings: Tensor, is_padding: Tensor) -> Tensor:
-        """queries [L, R, Q, C], condition_embeddings [R, K, C] and is_padding [R, K] to logits
-        [L, R, Q, K]."""
+        """queries [L, R, Q, C], condition_embeddings [R, K+1, C], the background last, and
+        is_padding [R, K+1] to logits [L, R, Q, K+1]."""
         queries = F.normalize(queries.float(), dim=-1)
         classes = F.normalize(condition_embeddings.float(), dim=-1)
         logits = self.logit_scale.float().exp() * (queries @ classes.transpose(1, 2))
