@@ -365,7 +365,7 @@ def test_without_matplotlib_a_line_says_so_once(tmp_path, monkeypatch, capsys):
     draw_metrics(tmp_path)
     curves.has_matplotlib.cache_clear()
     assert not (tmp_path / CURVES_FILE).exists()
-    assert capsys.readouterr().out == "curves.png needs matplotlib: pip install 'xsam[plots]'\n"
+    assert capsys.readouterr().out == "curves.png needs matplotlib: pip install matplotlib\n"
 
 
 # ---- scores --------------------------------------------------------------------------------------

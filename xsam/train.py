@@ -4,9 +4,10 @@
     torchrun --nproc_per_node 8 xsam/train.py --stage 3 --data datas --weights weights
 
 Works without torchrun as one process. Writes OUT/stageN/step_M checkpoints, OUT/metrics.jsonl with
-a line a step, OUT/curves.png, and for a configuration with validation data OUT/results.json,
-OUT/results.md and OUT/pictures. SIGTERM and Ctrl-C save before they end it; `--resume` goes on from
-the last checkpoint, on any number of processes (paper section 4). `--plan` says what a run needs.
+a line a step, OUT/curves.png where matplotlib is installed, and for a configuration with validation
+data OUT/results.json, OUT/results.md and OUT/pictures. SIGTERM and Ctrl-C save before they end it;
+`--resume` goes on from the last checkpoint, on any number of processes (paper section 4). `--plan`
+says what a run needs.
 """
 
 import sys

@@ -36,7 +36,7 @@ def has_matplotlib() -> bool:
     """Says it once where the package is absent."""
     if importlib.util.find_spec("matplotlib"):
         return True
-    print(f"{CURVES_FILE} needs matplotlib: pip install 'xsam[plots]'")
+    print(f"{CURVES_FILE} needs matplotlib: pip install matplotlib")
     return False
 
 

@@ -1,7 +1,7 @@
 """Pictures of what the model sees and predicts: labelled segments over an image.
 
 The last box of the pipeline: scripts hand over an image with the predicted or the true masks and
-save the picture that comes back. Drawn with Pillow alone; the curves of a run are in `monitor.py`.
+save the picture that comes back. Drawn with Pillow alone; the curves of a run are in `curves.py`.
 
 Legend: N segments, H W height and width of the image.
 """
