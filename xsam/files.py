@@ -1,9 +1,48 @@
-"""Outputs that are whole or absent, whenever a run is killed."""
+"""Texts in whatever encoding, and outputs that are whole or absent, whenever a run is killed."""
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+# How files begin that stand in the place of others, and what they are.
+_STAND_INS = {
+    b"version https://git-lfs": "it is a git-LFS pointer, not the file itself: run `git lfs pull`",
+    b"<!doctype html": "it is a web page (a login or an error), not the file: fetch it again",
+    b"<html": "it is a web page (a login or an error), not the file: fetch it again",
+}
+
+
+def cause_of(error: Exception | str, path: Any) -> str:
+    """Why a file cannot be read: what lies in its place, or else the error."""
+    start = b""
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(path, Path) and path.is_file():
+            with path.open("rb") as file:
+                start = file.read(99).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    abouts = (about for sign, about in _STAND_INS.items() if start.startswith(sign))
+    return next(abouts, str(error))
+
+
+def read_text(path: Path, last_resort: str = "") -> str:
+    """A text in UTF-8, UTF-16 or UTF-32, with or without a byte order mark; what is none of them is
+    read in `last_resort` (a code page), if there is one, and else refused.
+
+    Raises ValueError that names the file and what it is."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    if about := cause_of("", path):
+        raise ValueError(f"{path}: {about}")
+    try:
+        return content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError as error:
+        if last_resort:
+            return content.decode(last_resort, errors="replace")
+        raise ValueError(f"{path}: is no text in UTF-8 or UTF-16 ({error}); save it so") from error
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
