@@ -460,20 +460,7 @@ class Processor:
             if task != "chat" and not is_open:
                 is_per_phrase = task in PER_PHRASE_TASKS
                 runs = find_runs(ids, special_ids(self.tokenizer), is_per_phrase, is_per_phrase)
-        targets, run_seeds, num_phrases = [], [], 0
-        for item in encoded if task != "chat" else ():
-            of_image: Targets = item["targets"]
-            of_runs = [of_image]
-            if task in PER_PHRASE_TASKS:
-                # Each <SEG> is a decoder run with one target; its class is the number of its
-                # phrase among the phrases of the whole batch.
-                of_runs = [
-                    Targets(mask[None], label[None] + num_phrases, of_image.ignore)
-                    for mask, label in zip(of_image.masks, of_image.labels, strict=True)
-                ]
-                num_phrases += len(item["sample"].names)
-            targets += of_runs
-            run_seeds += [item["run_seed"] + number for number in range(len(of_runs))]
+        targets, run_seeds = run_targets(encoded)
         samples = [item["sample"] for item in encoded]
         if runs is not None:
             check_runs(runs, targets, samples)
@@ -493,6 +480,25 @@ class Processor:
             samples=samples,
             skipped=[reason for item in encoded for reason in item.get("skipped", ())],
         )
+
+
+def run_targets(encoded: list[dict]) -> tuple[list[Targets], list[int]]:
+    """The targets of each decoder run of a batch, and the seed of its random points. Where a task
+    has a run for each phrase, a run has one target, whose class is the number of its phrase among
+    those of the whole batch; else an image is one run. Chat has none."""
+    targets, run_seeds, num_phrases = [], [], 0
+    for item in encoded if encoded[0]["sample"].task != "chat" else ():
+        of_image: Targets = item["targets"]
+        of_runs = [of_image]
+        if item["sample"].task in PER_PHRASE_TASKS:
+            of_runs = [
+                Targets(mask[None], label[None] + num_phrases, of_image.ignore)
+                for mask, label in zip(of_image.masks, of_image.labels, strict=True)
+            ]
+            num_phrases += len(item["sample"].names)
+        targets += of_runs
+        run_seeds += [item["run_seed"] + number for number in range(len(of_runs))]
+    return targets, run_seeds
 
 
 def check_runs(runs: Runs, targets: list[Targets], samples: list[Sample]) -> None:

@@ -267,6 +267,24 @@ def load_tensors(
     return "\n".join(lines)
 
 
+def _names_on_disk(
+    targets: dict[str, Tensor], prefix: str, only: tuple[str, ...]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The names of a module's tensors by the name on disk that fills them (several where weights
+    are tied), and the further names on disk of tied weights with the first."""
+    first_name: dict[int, str] = {}  # of each parameter, on disk
+    own: dict[str, list[str]] = {}
+    tied: dict[str, str] = {}
+    for name, target in targets.items():
+        on_disk = disk_name(prefix + name)
+        first = first_name.setdefault(id(target), on_disk)
+        if on_disk.startswith(only or ""):
+            own.setdefault(first, []).append(name)
+        if first != on_disk:
+            tied[on_disk] = first
+    return own, tied
+
+
 def _match(
     module: nn.Module,
     stored: dict[str, Stored],
@@ -285,17 +303,7 @@ def _match(
     may be of another length. `short_vocabulary`: the tables of words may lack their last rows.
     """
     targets = module.state_dict(keep_vars=True)
-    first_name: dict[int, str] = {}  # of each parameter, on disk
-    own: dict[str, list[str]] = {}  # by that name
-    tied: dict[str, str] = {}  # second names to it
-    for name, target in targets.items():
-        on_disk = disk_name(prefix + name)
-        first = first_name.setdefault(id(target), on_disk)
-        if on_disk.startswith(only or ""):
-            own.setdefault(first, []).append(name)
-        if first != on_disk:
-            tied[on_disk] = first
-
+    own, tied = _names_on_disk(targets, prefix, only)
     fills, problems, notes, seen = {}, [], defaultdict(list), {}
     for name, entry in stored.items():
         on_disk = disk_name(name)
