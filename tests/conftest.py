@@ -21,6 +21,13 @@ from xsam.train import pretrained_model
 
 torch.set_num_threads(1)
 
+LONGEST = ("test_faults", "test_train", "test_evaluate", "test_plan")  # files, of minutes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: with two workers, what is begun last should be short."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:

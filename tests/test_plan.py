@@ -1,7 +1,9 @@
 """The plan against what happens: a real training step under torch's profiler, real optimizer
-states, torch's own sharding, closed formulas of the operations.
+states, torch's own sharding, closed formulas of the operations. Every stage and kind of step is
+there; further combinations are slow.
 
 pytest tests/test_plan.py
+pytest -m slow tests/test_plan.py
 """
 
 import copy
@@ -40,6 +42,7 @@ from xsam.plan import (
 )
 from xsam.toy.preset import toy
 
+SLOW = pytest.mark.slow
 SAMPLES = {"generic": (300, 6, 1), "chat": (300, 300, 0), "refer": (80, 40, 3)}
 IMAGES = {"generic": (0, 0, 1)}  # of stage 1
 
@@ -88,10 +91,10 @@ def real_peak(config: Config, stage: int, *sizes) -> int:
     [
         (1, "generic", 2, True),
         (2, "chat", 4, True),
-        (3, "generic", 1, True),
-        (3, "generic", 2, False),
-        (3, "chat", 4, True),
         (3, "refer", 2, True),
+        (3, "generic", 2, False),
+        pytest.param(3, "generic", 1, True, marks=SLOW),
+        pytest.param(3, "chat", 4, True, marks=SLOW),
     ],
 )
 def test_a_simulated_step_takes_what_the_real_one_takes(stage, task, size, recompute):
@@ -129,7 +132,13 @@ def test_variants_take_what_they_really_take(changes):
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16"), (3, "bfloat16")]
+    ("stage", "dtype"),
+    [
+        (1, "float32"),
+        (2, "bfloat16"),
+        pytest.param(2, "float32", marks=SLOW),
+        pytest.param(3, "bfloat16", marks=SLOW),
+    ],
 )
 def test_states_are_those_that_a_step_leaves(stage, dtype):
     config = toy()
@@ -264,7 +273,8 @@ def test_operations_equal_the_closed_formulas():
 
 
 @pytest.mark.parametrize(
-    ("stage", "task"), [(1, "generic"), (2, "chat"), (3, "chat"), (3, "refer")]
+    ("stage", "task"),
+    [(1, "generic"), (2, "chat"), (3, "refer"), pytest.param(3, "chat", marks=SLOW)],
 )
 def test_operations_are_those_of_a_real_step(stage, task):
     """Forward and backward, counted as they run: the factors of the backward pass are right."""

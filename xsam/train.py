@@ -251,7 +251,8 @@ def train_stage(
         fill_states(optimizer, model, model.prefix, list_states(checkpoint))
         say(f"resumed from {checkpoint}")
     say(check_space(options.out, model, number))
-    flops, peak_tflops = plan.FlopCount(config, number), plan.peak_tflops(config, device)
+    peak_tflops = plan.peak_tflops(config, device)
+    flops = plan.FlopCount(config, number) if peak_tflops else None
 
     # ---- data
     num_steps = stage.max_steps or math.ceil(len(mixture) * stage.epochs)
@@ -288,8 +289,9 @@ def train_stage(
 
             # ---- update, on all ranks or on none
             norms = gradient_norms(model)
-            costs = {"flops": sum(map(flops.of, micro_batches)), "data_seconds": waited}
-            costs["signals"] = len(signals)
+            costs = {"data_seconds": waited, "signals": len(signals)}
+            if flops is not None:
+                costs["flops"] = sum(map(flops.of, micro_batches))
             figures = add_up(losses, norms, micro_batches, costs, device)
             figures["lr"] = set_rate(optimizer, schedule(step, num_steps, stage.warmup_ratio))
             if math.isfinite(figures["loss"] + figures["grad_norm"]):
