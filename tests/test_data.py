@@ -130,11 +130,11 @@ STAGE = Stage({}, ())
 @pytest.mark.parametrize("stage", [None, STAGE])
 def test_words_that_are_too_many_are_refused_and_none_is_cut(processor, sample, stage):
     length = text_length(processor, sample)
-    processor.config.model.max_text_length = length
+    processor.config = processor.config.resolve(max_text_length=length)
     whole = processor.tokenize(sample)
     encoded = processor.encode(dataclasses.replace(sample), stage, rng())
     assert (encoded["ids"], encoded["labels"]) == whole
-    processor.config.model.max_text_length = length - 1
+    processor.config = processor.config.resolve(max_text_length=length - 1)
     with pytest.raises(
         SampleTooLong, match=rf"{sample.task}/1: {length} text tokens.* {length - 1}$"
     ):
@@ -156,7 +156,7 @@ def generic(labels: list[int], names: list[str] = NAMES) -> Sample:
 def test_a_generic_prompt_too_long_loses_absent_classes_only(processor, limit, labels):
     sample = generic(labels)
     assert text_length(processor, sample) == 216
-    processor.config.model.max_text_length = limit
+    processor.config = processor.config.resolve(max_text_length=limit)
     encoded = processor.encode(dataclasses.replace(sample), STAGE, rng())
     kept = encoded["sample"]
     assert len(encoded["ids"]) - processor.num_visual_tokens <= limit
@@ -171,19 +171,21 @@ def test_a_generic_prompt_too_long_loses_absent_classes_only(processor, limit, l
 
 def test_a_generic_prompt_that_fits_keeps_every_class(processor):
     sample = generic([3])
-    processor.config.model.max_text_length = text_length(processor, sample)
+    length = text_length(processor, sample)
+    processor.config = processor.config.resolve(max_text_length=length)
     assert processor.encode(dataclasses.replace(sample), STAGE, rng())["sample"].names == NAMES
 
 
 def test_a_generic_prompt_of_present_classes_that_is_too_long_is_refused(processor):
     sample = generic(list(range(40)))
-    processor.config.model.max_text_length = text_length(processor, sample) - 1
+    length = text_length(processor, sample)
+    processor.config = processor.config.resolve(max_text_length=length - 1)
     with pytest.raises(SampleTooLong, match=r"generic/1: \d+ text tokens"):
         processor.encode(sample, STAGE, rng())
 
 
 def test_evaluation_names_every_class_or_refuses(processor):
-    processor.config.model.max_text_length = 100
+    processor.config = processor.config.resolve(max_text_length=100)
     with pytest.raises(SampleTooLong, match=r"generic/1: \d+ text tokens.* is 100"):
         processor.encode(generic([3]))
 

@@ -381,8 +381,9 @@ def test_without_matplotlib_a_line_says_so_once(tmp_path, monkeypatch, capsys):
 def trained(segmentor, monkeypatch):
     """A model in training, with few samples to validate on; the score is how many those are."""
     segmentor = copy.deepcopy(segmentor).train()
-    segmentor.config.num_validation, segmentor.config.num_pictures = 3, 2
-    segmentor.config.eval_tasks = ("panoptic", "refer")  # the latter is not for this model
+    tasks = ("panoptic", "refer")  # the latter is not for this model
+    counts = dict(num_validation=3, num_pictures=2)
+    segmentor.config = segmentor.config.resolve(eval_tasks=tasks, **counts)
     monkeypatch.setattr(
         "xsam.evaluate.score_dataset", lambda said, *_: {"PQ": float(len(said.keys))}
     )
@@ -406,7 +407,7 @@ def test_a_validation_scores_the_first_samples(trained, world, tmp_path, capsys,
 
 @pytest.mark.parametrize("tasks", [(), ("refer",)])
 def test_a_validation_without_a_task_has_no_figure(trained, world, tmp_path, capsys, tasks):
-    trained.config.eval_tasks = tasks
+    trained.config = trained.config.resolve(eval_tasks=tasks)
     seen = start(tmp_path)
     seen.step(4, [batch()], FIGURES)
     seen.validate(4, trained, world / "data")
@@ -470,8 +471,7 @@ def test_the_tasks_are_those_of_the_configuration(model, tmp_path, monkeypatch):
     )
     panel = Image.new("RGB", (4, 4))
     model = copy.copy(model)
-    model.config = copy.deepcopy(model.config)
-    model.config.eval_tasks = ("refer", "chat")
+    model.config = model.config.resolve(eval_tasks=("refer", "chat"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     scores = monitor.score_tasks(model, tmp_path, tmp_path / "data", "x", 3, 5)
     assert scores == {"refer": {"score": 1.0}}

@@ -7,7 +7,6 @@ Legend: B images, R decoder runs, P phrases, Q queries, K classes, C channels, V
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -218,8 +217,7 @@ class XSAM(nn.Module):
         self.tokenizer = tokenizer
         rows = self.llm.set_tokenizer(tokenizer)
         llm_config = self.config.model.llm_config | {"vocab_size": rows}
-        model_config = dataclasses.replace(self.config.model, llm_config=llm_config)
-        self.config = dataclasses.replace(self.config, model=model_config)
+        self.config = self.config.resolve(llm_config=llm_config)
 
     def encode(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Embeddings [B, N, C] of the batch's words, visual tokens and regions, and the hidden

@@ -7,7 +7,6 @@ parameters that may still be on the meta device: the host never holds the weight
 """
 
 import contextlib
-import dataclasses
 import json
 import pickle
 import re
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from xsam.config import ModelConfig
+from xsam.config import Config
 from xsam.encoders import resize_positions, transformers_config
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -391,14 +390,14 @@ def part_of_folder(folder: Path) -> str | None:
     return next((part for part, types in FOLDERS.items() if model_type in types), None)
 
 
-def complete_architecture(config: ModelConfig, part: str, folder: Path) -> ModelConfig:
+def complete_architecture(config: Config, part: str, folder: Path) -> Config:
     """`config` with what the folder of the image encoder or the language model says of itself: its
     config.json, and of its preprocessor_config.json mean, deviation and resampling. Raises
     ValueError where `config` says otherwise."""
     read_model_type(folder, part)
     theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     values = getattr(theirs, "vision_config", theirs).to_diff_dict()
-    configured = getattr(config, f"{part}_config")
+    configured = getattr(config.model, f"{part}_config")
     ours = transformers_config(configured).to_diff_dict() if configured else {}
     named = {"rope_parameters" if name == "rope_theta" else name for name in configured}
     named.discard("vocab_size")  # an earlier stage may have grown it for the special tokens
@@ -417,10 +416,10 @@ def complete_architecture(config: ModelConfig, part: str, folder: Path) -> Model
     if part == "image_encoder" and path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         for name in ("image_mean", "image_std"):
-            changes[name] = tuple(found.get(name, getattr(config, name)))
+            changes[name] = tuple(found.get(name, getattr(config.model, name)))
         resample = {2: "bilinear", 3: "bicubic"}.get(found.get("resample"))
-        changes["image_resample"] = resample or config.image_resample
-    return dataclasses.replace(config, **changes)
+        changes["image_resample"] = resample or config.model.image_resample
+    return config.resolve(**changes)
 
 
 def load_folder(
