@@ -1,5 +1,9 @@
 """Files that are made, not downloaded: COCO-VGD, COCO's semantic maps, ADE20K for three tasks.
 
+COCO-VGD is published too: img_vgdseg_coco_train.json and img_vgdseg_coco_val.json, ready made. Only
+those give the paper's figures, since their prompts were drawn without a seed; the reader reads them
+as they are. Ours have the same layout and keys, and other draws of prompts of the same kind.
+
 Images are processed by a pool of processes, and what is drawn at random for an image depends on its
 ids alone, so the output is the same for any number of workers. An output takes its name only once
 it is complete. Wrong records raise ValueError naming file and record, an output that exists
@@ -83,14 +87,14 @@ def _point(component: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray,
 
 
 def _scribble(component: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, tuple]:
-    """A diagonal of the box scaled by 0.5 to 1.2 around its centre, which swings like a sine: by 10
-    to 20 pixels, but by no more than half the box's shorter side, so that its middle stays in the
-    box. Of the two diagonals it is the one that has more of itself on the object."""
+    """A diagonal of the box, scaled by 0.5 to 1.2 around its centre, that swings like a sine: by 10
+    to 20 pixels, but by no more than a third of the box's shorter side, so that its middle stays in
+    the box. Of the two diagonals the one that has more of itself on the object."""
     size = np.array(component.shape)
     span = rng.uniform(0.5, 1.2) * (size - 1)
     along = np.linspace(-0.5, 0.5, 8 * size.sum() + 1)[:, None]  # so close: no pixel is skipped
     waves, phase = rng.uniform(1, 3), rng.random()
-    swing = min(rng.uniform(10, 20), (size.min() - 1) / 2)
+    swing = min(rng.uniform(10, 20), (size.min() - 1) / 3)
     across = span[::-1] * (1, -1) / max(np.linalg.norm(span), 1)
     path = along * span + swing * np.sin(2 * np.pi * (waves * along + phase)) * across
     lines = [np.rint((size - 1) / 2 + path * turn).astype(int) for turn in ((1, 1), (1, -1))]
