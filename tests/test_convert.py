@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from xsam.datasets import build as convert
 from xsam.datasets.formats import decode_mask, encode_mask
+from xsam.datasets.registry import read_dataset
 from xsam.datasets.sources import PROMPT_TYPES
 
 SAMPLES = Path(__file__).parents[2] / "shared/samples/coco"
@@ -231,6 +232,51 @@ def test_vgd_of_string_ids_and_of_nothing(instances, tmp_path):
     content["annotations"] = []
     counts = convert.build_vgd(write(tmp_path / "no.json", content), tmp_path / "b", num_workers=1)
     assert read(tmp_path / "b") == [] and counts["empty_images"] == 4
+
+
+PUBLISHED = """[{"image_file": "000000000139.jpg", "image_id": 139, "image_size": [60, 80],
+"image_info": {"id": 139, "file_name": "000000000139.jpg", "height": 60, "width": 80},
+"annotations": [{"segmentation": [[10, 10, 40, 10, 40, 30, 10, 30]], "area": 600.0, "iscrowd": 0,
+"image_id": 139, "bbox": [10.0, 10.0, 30.0, 20.0], "category_id": 90, "id": 31, "bbox_mode": 1,
+"visual_prompts": %s}]}]"""
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_published_file_is_read_as_it_is_and_ours_has_its_layout(tmp_path, split):
+    """Points and scribbles are grown already; a scribble without a pixel is not asked with."""
+    grown = rectangle(12, 15, 9, 9)
+    prompts = {"point": grown, "scribble": grown & False, "box": rectangle(9, 9, 22, 32)}
+    prompts["mask"] = rectangle(8, 8, 24, 34)
+    rles = {f"{kind}_visual_prompt": encode_mask(mask) for kind, mask in prompts.items()}
+    folder = tmp_path / "img_vgdseg/coco_vgd"
+    published = folder / f"annotations/img_vgdseg_coco_{split}.json"
+    write(folder / f"coco2017/{split}2017/000000000139.jpg", np.zeros((60, 80, 3), np.uint8))
+    (record,) = json.loads(PUBLISHED % json.dumps(rles))
+    plain = dict(record["annotations"][0])
+    del plain["bbox_mode"], plain["visual_prompts"]
+    coco = dict(images=[record["image_info"]], annotations=[plain])
+    coco["categories"] = [dict(id=90, name="toothbrush", supercategory="indoor")]
+    instances = write(folder / f"annotations/instances_{split}2017.json", coco)
+    published.write_text(PUBLISHED % json.dumps(rles))
+    names = ["coco_vgd"] if split == "train" else [f"coco_vgd_val_{kind}" for kind in PROMPT_TYPES]
+    for name in names:
+        dataset = read_dataset(name, tmp_path)
+        assert dataset.problems == [] and len(dataset) == (name != "coco_vgd_val_scribble")
+        for seed in range(len(dataset) * 20):
+            sample = dataset.sample(0, np.random.default_rng(seed))
+            known = [
+                prompts[kind] for kind in ("point", "box", "mask") if name.endswith(("vgd", kind))
+            ]
+            assert any((sample.regions[0] == prompt).all() for prompt in known)
+            assert sample.names == ["toothbrush"] and sample.category_ids == [90]
+            np.testing.assert_array_equal(sample.masks, rectangle(10, 10, 20, 30)[None])
+    convert.build_vgd(instances, tmp_path / "ours.json", num_workers=1)
+    (ours,) = read(tmp_path / "ours.json")
+    for each in (record, ours):
+        shown = each["annotations"][0].pop("visual_prompts")
+        assert list(shown) == list(rles)
+        assert all(p["size"] == [60, 80] and isinstance(p["counts"], str) for p in shown.values())
+    assert ours == record and list(ours) == list(record)
 
 
 @pytest.mark.parametrize(
