@@ -38,9 +38,10 @@ from xsam.llm import (
     render_conversation,
     special_ids,
     tokenize,
+    without_marks,
 )
 from xsam.losses import Targets
-from xsam.prompts import PER_PHRASE_TASKS
+from xsam.prompts import PER_PHRASE_TASKS, Phrased
 
 if TYPE_CHECKING:
     from xsam.datasets.base import Dataset
@@ -54,7 +55,7 @@ class Sample:
     task: str
     image: Image.Image
     # (question, answer); an answer of None is for the model to give. A question about names is a
-    # prompts.Question, so that it can be asked about some of them.
+    # prompts.Phrased, so that it can be asked about some of them; so is an answer that says them.
     turns: list[tuple[str, str | None]]
     masks: np.ndarray  # bool [T, H, W]
     labels: np.ndarray  # int64 [T], index into names
@@ -458,8 +459,10 @@ class Processor:
             attention_mask = _pad([[1] * len(item["ids"]) for item in encoded], 0, pad_left)
             is_open = any(item["sample"].turns[-1][1] is None for item in encoded)
             if task != "chat" and not is_open:
-                is_per_phrase = task in PER_PHRASE_TASKS
-                runs = find_runs(ids, special_ids(self.tokenizer), is_per_phrase, is_per_phrase)
+                is_per_phrase, special = task in PER_PHRASE_TASKS, special_ids(self.tokenizer)
+                asked = torch.where(labels == IGNORE_LABEL, ids, without_marks(ids, special))
+                asked = ids if task == "gcg" else asked  # as in XSAM.infer
+                runs = find_runs(asked, special, is_per_phrase, is_per_phrase)
         targets, run_seeds = run_targets(encoded)
         samples = [item["sample"] for item in encoded]
         if runs is not None:
@@ -523,6 +526,8 @@ def check_runs(runs: Runs, targets: list[Targets], samples: list[Sample]) -> Non
 def keep_names(sample: Sample, keep: np.ndarray) -> Sample:
     """The sample asked about those of its names alone; the masks of the others go."""
     question, answer = sample.turns[0]
+    if isinstance(answer, Phrased):
+        answer = answer.keep(keep)
     regions, reference_images = sample.regions, sample.region_images
     if isinstance(regions, list):
         regions = [regions[i] for i in keep]

@@ -37,7 +37,7 @@ from xsam.decoder import (
     PixelDecoderLayer,
 )
 from xsam.encoders import Block, ImageEncoder, SamEncoder
-from xsam.llm import IGNORE_LABEL, LanguageModel, Runs, find_runs
+from xsam.llm import LanguageModel, Runs, find_runs, without_marks
 from xsam.prompts import PER_PHRASE_TASKS
 
 if TYPE_CHECKING:
@@ -304,8 +304,7 @@ class XSAM(nn.Module):
             return answers, None
         # The classes are the question's phrases, or where it has none (GCG) those of the answer.
         if batch.task != "gcg":
-            marks = torch.tensor(self.llm.special_ids[1:]).to(new_ids)
-            new_ids = new_ids.masked_fill(torch.isin(new_ids, marks), IGNORE_LABEL)
+            new_ids = without_marks(new_ids, self.llm.special_ids)
         input_ids = torch.cat([batch.input_ids, new_ids], dim=1)
         runs = find_runs(input_ids, self.llm.special_ids, batch.task in PER_PHRASE_TASKS)
         states = torch.cat([states, new_states], dim=1)
