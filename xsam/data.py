@@ -460,8 +460,8 @@ class Processor:
             is_open = any(item["sample"].turns[-1][1] is None for item in encoded)
             if task != "chat" and not is_open:
                 is_per_phrase, special = task in PER_PHRASE_TASKS, special_ids(self.tokenizer)
-                asked = torch.where(labels == IGNORE_LABEL, ids, without_marks(ids, special))
-                asked = ids if task == "gcg" else asked  # as in XSAM.infer
+                words = ids if task == "gcg" else without_marks(ids, special)  # of answers
+                asked = torch.where(labels == IGNORE_LABEL, ids, words)
                 runs = find_runs(asked, special, is_per_phrase, is_per_phrase)
         targets, run_seeds = run_targets(encoded)
         samples = [item["sample"] for item in encoded]

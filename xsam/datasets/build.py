@@ -117,9 +117,7 @@ def _box(component: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, t
 _DRAW = {"point": _point, "scribble": _scribble, "box": _box}
 
 
-def _blurred(
-    component: np.ndarray, corner: np.ndarray, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+def _blurred(component: np.ndarray, corner: np.ndarray, size: tuple[int, int]) -> tuple:
     """The component [h, w] at `corner` after a Gaussian blur, cut at the blur's mean over the whole
     image of `size`: the smaller the object, the farther the prompt goes beyond it, by up to four
     sigma. A patch and the (row, column) of its corner, inside the image."""
