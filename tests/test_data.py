@@ -201,7 +201,7 @@ def test_an_answer_that_says_the_names_loses_those_that_its_question_loses(proce
     sample = generic([7, 39])
     (question, _) = sample.turns[0]
     sample.turns = [(question, Phrased("There: {phrases}. <SEG>", NAMES))]
-    processor.config.model.max_text_length = 150
+    processor.config = processor.config.resolve(max_text_length=150)
     kept = processor.encode(sample, STAGE, rng())["sample"]
     phrases = ", ".join(f"<p>{name}</p>" for name in kept.names)
     assert 2 <= len(kept.names) < len(NAMES)
