@@ -108,7 +108,7 @@ def test_answers_in_a_batch_are_the_answers_alone(folder, config, tmp_path):
     llm_config = dict(model_type=kind, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     llm_config |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     llm_config |= dict(vocab_size=len(tokenizer), pad_token_id=None)
-    config.model.llm_config, config.max_new_tokens = llm_config, 6
+    config = config.resolve(llm_config=llm_config, max_new_tokens=6)
     model = XSAM(config, tokenizer).eval()
     images = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue")]
     questions = ["Is it?", "What color is the ring? Is there a star?", "Yes or no?"]
