@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from xsam import checkpoints, weights
+from xsam import checkpoints, distributed, weights
 from xsam.checkpoints import (
     LATEST_FILE,
     STATES_FILE,
@@ -739,7 +739,7 @@ def group(rank: int, world_size: int, port: int) -> Iterator[None]:
         timeout=timedelta(seconds=60),
     )
     yield
-    dist.destroy_process_group()
+    distributed.finish()
 
 
 def free_port() -> int:

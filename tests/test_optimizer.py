@@ -10,6 +10,7 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from xsam import distributed
 from xsam.checkpoints import state_tensors
 from xsam.config import Stage
 from xsam.optimizer import (
@@ -162,7 +163,7 @@ def _rank(rank: int, function, world_size: int, folder: Path, arguments) -> None
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     torch.save(function(rank, *arguments), folder / f"{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    distributed.finish()
 
 
 class Parts(nn.Module):

@@ -69,8 +69,14 @@ def has_group() -> bool:
     return dist.is_initialized()
 
 
+_left_groups = []
+
+
 def finish() -> None:
+    """Leaves the group, whose object is kept: PyTorch 2.6 frees it, and waits for its threads, with
+    Python's lock in hand. One of them that frees the last tensors wants that lock: for ever."""
     if dist.is_initialized():
+        _left_groups.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
