@@ -25,8 +25,8 @@ from xsam.datasets.formats import (
     read_image_size,
     read_json,
     read_labelme,
-    read_mask_image,
     read_refs,
+    read_region,
     read_segment_ids,
     read_tsv,
     rle_area,
@@ -565,6 +565,6 @@ def test_a_mask_picture_is_inside_where_it_is_not_black(tmp_path):
         for row, column in np.argwhere(two_parts()).tolist():
             image.putpixel((column, row), white)
         image.save(tmp_path / "x.png")
-        assert (read_mask_image(tmp_path / "x.png", SIZE) == two_parts()).all()
+        assert (read_region(tmp_path / "x.png", SIZE) == two_parts()).all()
     with pytest.raises(ValueError, match=r"x\.png: is 9x14"):
-        read_mask_image(tmp_path / "x.png", (14, 9))
+        read_region(tmp_path / "x.png", (14, 9))
