@@ -390,7 +390,10 @@ def picture(height: int = 60, width: int = 100) -> Image.Image:
         ({"task": "chat"}, "chat needs a text"),
         ({"task": "refer", "text": ["a", "b"]}, "1 images but 2 texts"),
         ({"task": "vgd"}, "vgd needs regions"),
-        ({"task": "interactive", "regions": [np.ones((2, 3), bool)]}, "image: is 60x100 .* says 2x3"),
+        (
+            {"task": "interactive", "regions": [np.ones((2, 3), bool)]},
+            r"is 60x100 .* says 2x3",
+        ),
         ({"task": "interactive", "regions": [np.ones((60, 100), bool)] * 2}, "takes one region"),
     ],
 )
@@ -488,7 +491,7 @@ def test_an_image_and_regions_from_python_are_of_any_kind(speaking_model):
     turned = np.rot90(inside).copy()  # a region of the stored pixels
     assert speaking_model.predict(stored, "vgd", regions=[turned]).masks.shape[1:] == (100, 60)
     for wrong in ("photo.jpg", np.zeros((3, 60, 100)), np.zeros((0, 4)), None):
-        with pytest.raises(ValueError, match="image: is .*give a PIL image or an array"):
+        with pytest.raises(ValueError, match=r"image: is .*give a PIL image or an array"):
             speaking_model.predict(wrong, "vgd", regions=[inside])
     with pytest.raises(ValueError, match=r"region 2: has \[1, 2\] beside black"):
         labels = inside + 2 * np.roll(inside, 40, axis=1)

@@ -108,8 +108,8 @@ _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombE
 
 def read_image(path: Path | io.BytesIO, size: Shape | None = None) -> Image.Image:
     """An image, the first where a file has several, as viewers show it (`viewed`)."""
-    with _image_errors(path):
-        image = Image.open(path)
+    with _image_errors(path):  # not by its path: Pillow garbles some TIFFs that it maps and turns
+        image = Image.open(path if isinstance(path, io.BytesIO) else io.BytesIO(path.read_bytes()))
     return viewed(image, size, str(path))
 
 
@@ -124,7 +124,7 @@ def first_file(paths: list[Path]) -> Path:
 
 def read_image_size(path: Path) -> Shape:
     """(height, width) of an image as viewers show it, from its header alone."""
-    with _image_errors(path), Image.open(path) as image:
+    with _image_errors(path), path.open("rb") as file, Image.open(file) as image:
         if image.format == "TIFF":
             image.load()  # Pillow turns it itself, not always before
         size = image.height, image.width
@@ -192,16 +192,21 @@ def upright(image: Image.Image, size: Shape | None = None, where: str = "image")
     """An image turned by its EXIF orientation, or as it is stored where only that has the `size`
     that something else tells. Where both have it, as of a photo upside down, it is turned: browsers
     and labelling tools show it so. Raises ValueError where neither has it."""
+    shown = (image,)
     with _image_errors(where):
         image.load()
         turn = _orientation(image)
-        turned = image.transpose(_TURNS[turn]) if turn > 1 else image
-    for shown in (turned, image):
-        if size is None or (shown.height, shown.width) == tuple(size):
-            return shown
+        if turn > 1:
+            shown = image.transpose(_TURNS[turn]), image.copy()
+    for candidate in shown:
+        if turn > 1:  # without its tag it is not turned again
+            kept = {key: candidate.info[key] for key in ("transparency",) if key in candidate.info}
+            candidate.info = kept
+        if size is None or (candidate.height, candidate.width) == tuple(size):
+            return candidate
     stored = f" upright, {image.height}x{image.width} as stored" if turn > 4 else ""
     raise ValueError(
-        f"{where}: is {turned.height}x{turned.width} (height x width){stored}; the annotation, "
+        f"{where}: is {shown[0].height}x{shown[0].width} (height x width){stored}; the annotation, "
         f"image or mask that it goes with says {size[0]}x{size[1]}"
     )
 
@@ -224,7 +229,6 @@ def viewed(picture: Picture, size: Shape | None = None, where: str = "image") ->
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-    image.info = {}  # its orientation with the rest: it is upright now
     return image
 
 
