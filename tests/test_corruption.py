@@ -487,8 +487,10 @@ def own_case() -> Case:
 
     def check(files: Files, source: Source) -> None:
         for record in files.read("own.json", list):
-            image = files.image("images", record["image"])
             masks, texts = record["masks"], record["texts"]
+            told = [mask["size"] for mask in masks if isinstance(mask, dict)]
+            told += [files.image("images", m).size[::-1] for m in masks if isinstance(m, str)]
+            image = files.image("images", record["image"], tuple(told[0]) if told else None)
             need(isinstance(masks, list) and isinstance(texts, list), "lists")
             need(len(masks) == len(texts) > 0, "a text for each mask")
             for mask, alternatives in zip(masks, texts, strict=True):

@@ -200,8 +200,7 @@ def upright(image: Image.Image, size: Shape | None = None, where: str = "image")
             shown = image.transpose(_TURNS[turn]), image.copy()
     for candidate in shown:
         if turn > 1:  # without its tag it is not turned again
-            kept = {key: candidate.info[key] for key in ("transparency",) if key in candidate.info}
-            candidate.info = kept
+            candidate.info = {k: v for k, v in candidate.info.items() if k == "transparency"}
         if size is None or (candidate.height, candidate.width) == tuple(size):
             return candidate
     stored = f" upright, {image.height}x{image.width} as stored" if turn > 4 else ""
@@ -274,11 +273,11 @@ def foreground(picture: Picture, where: str = "region") -> np.ndarray:
     """
     colours = _mask_colours(upright(_as_image(picture, where), where=where), where)
     levels = colours.max(axis=2)
-    codes = colours @ np.array([1, 256, 65536][: colours.shape[2]])
+    codes = colours @ np.array([1, 256, 65536][: colours.shape[2]], np.int32)
     shades = np.unique(codes[levels > 0])
-    if len(shades) < 2:
-        if not len(shades):
-            raise ValueError(f"{where}: is all black, a mask with no pixel")
+    if not len(shades):
+        raise ValueError(f"{where}: is all black, a mask with no pixel")
+    if len(shades) == 1:
         return levels > 0
     # Edges are thin. What fills squares of 3x3 pixels is an area, and the largest is meant.
     is_area = ndimage.minimum_filter(codes, 3) == ndimage.maximum_filter(codes, 3)
@@ -305,7 +304,7 @@ def _mask_colours(image: Image.Image, where: str) -> np.ndarray:
             image = alpha if low < high or not high else image.convert("RGB")
         if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
             image = image.convert("RGB")
-    colours = np.array(image, np.float64 if image.mode == "F" else np.int64)
+    colours = np.array(image, np.float64 if image.mode == "F" else np.int32)
     colours = colours.reshape(*colours.shape[:2], -1)
     if (colours == colours[..., :1]).all():
         colours = colours[..., :1]
@@ -314,7 +313,7 @@ def _mask_colours(image: Image.Image, where: str) -> np.ndarray:
     if image.mode == "F" and colours.max() <= 1:
         return colours > 0.5
     is_void = (colours == (VOID if colours.shape[2] == 3 else 255)).all(axis=2)
-    others = colours[~is_void]
+    others = colours.max(axis=2)[~is_void]
     is_few = np.count_nonzero(others) <= 0.05 * is_void.sum()  # stray pixels, no class
     if not is_few and (colours.shape[2] == 3 or others.max() < NUM_CLASSES):
         colours[is_void] = 0
