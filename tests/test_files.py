@@ -1,11 +1,15 @@
 """Outputs are whole or absent. pytest tests/test_files.py"""
 
 import os
+import sys
 
 import pytest
 import torch
 
+from xsam import cli, evaluate
+from xsam.datasets import commands
 from xsam.files import check_target, complete, write_whole
+from xsam.toy import __main__ as toy_command
 from xsam.weights import save_tensors
 
 
@@ -87,3 +91,44 @@ def test_where_nothing_can_be_written_is_told_and_nothing_is_made(tmp_path):
         (tmp_path / "folder").chmod(0o500)
         with pytest.raises(ValueError, match=r"folder .*folder may not be written to"):
             check_target(tmp_path / "folder" / "new")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (commands.main, ["check", "--show", "1", "--out", "taken"]),
+        (commands.main, ["vgd", "--instances", "no.json", "--out", "taken/new.json"]),
+        (commands.main, ["coco-semantic", "--panoptic", "no", "--masks", "no", "--out", "taken/x"]),
+        (cli.train_command, ["--config", "toy", "--stage", "1", "--out", "taken"]),
+        (evaluate.main, ["--checkpoint", "no", "--out", "taken"]),
+        (toy_command.main, ["taken"]),
+    ],
+    ids=["check", "vgd", "coco-semantic", "train", "evaluate", "toy"],
+)
+def test_commands_tell_of_an_output_that_cannot_be_first(
+    tmp_path, monkeypatch, capsys, command, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("x")
+    if command is toy_command.main:  # which takes no arguments but the command line's
+        monkeypatch.setattr(sys, "argv", ["xsam.toy", *words])
+        status = command()
+    else:
+        try:
+            status = command(words)
+        except SystemExit as ended:
+            status = ended.code
+    printed = capsys.readouterr().err
+    assert status == 2 and "taken" in printed and "Traceback" not in printed
+    assert "is a file" in printed and list(tmp_path.iterdir()) == [tmp_path / "taken"]
+
+
+def test_results_of_training_are_not_overwritten_and_that_is_told_first(tmp_path):
+    (tmp_path / "results.json").write_text('{"stage 1": {}}')
+    with pytest.raises(ValueError, match=r"results\.json: is not of this command"):
+        evaluate.read_earlier(tmp_path)
+    (tmp_path / "results.json").unlink()
+    assert evaluate.read_earlier(tmp_path / "new") == {"about": {}}
+    (tmp_path / "results.md").mkdir()
+    with pytest.raises(ValueError, match=r"results\.md: is a folder; name a file"):
+        evaluate.read_earlier(tmp_path)

@@ -35,6 +35,8 @@ from xsam.datasets.formats import (
     viewed,
 )
 from xsam.datasets.records import Flag, Id, Side, Size, expect, label, parse, take
+from xsam.datasets.referring import OwnReferring
+from xsam.datasets.sources import Source
 
 SIZE = (9, 14)
 WHERE = "instances.json: annotation 5"
@@ -675,6 +677,25 @@ def tagged(path: Path, image: Image.Image, number: int) -> Path:
     tag[274] = number
     image.save(path, exif=tag)
     return path
+
+
+def test_a_users_masks_tell_whether_their_photo_is_turned(tmp_path):
+    shown = picture(*SIZE)
+    photo = tagged(tmp_path / "a.png", shown.transpose(Image.Transpose.ROTATE_90), 6)
+    stored = np.rot90(two_parts()).copy()
+    Image.fromarray(stored).save(tmp_path / "stored.png")
+    for mask, expected in (
+        (RINGS, two_parts()),  # say nothing: the photo as it is shown
+        (packed(two_parts()), two_parts()),
+        (packed(stored), stored),
+        ("stored.png", stored),
+    ):
+        record = {"image": photo.name, "masks": [mask], "texts": ["it"]}
+        (tmp_path / "own.json").write_text(json.dumps([record]))
+        dataset = OwnReferring("own", Source("refer", "own_refs", "own.json"), tmp_path)
+        sample = dataset.sample(0, rng())
+        assert (sample.masks[0] == expected).all()
+        assert sample.image.size == expected.shape[::-1]
 
 
 def test_a_size_that_is_told_decides_whether_a_photo_is_turned(tmp_path):
