@@ -586,7 +586,7 @@ def in_mode(reference: Image.Image, mode: str, draw: np.random.Generator) -> Ima
     if mode in ("I;16", "12 bits"):
         return Image.fromarray(levels * np.uint16(257) // np.uint16(16 if mode == "12 bits" else 1))
     if mode == "PA":
-        return reference.convert("RGBA").convert("PA")
+        return reference.quantize(40).convert("PA")
     if mode == "P" and draw.random() < 0.5:  # the colour of one entry is transparent
         image = reference.quantize(40)
         image.info["transparency"] = 255
