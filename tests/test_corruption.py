@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from xsam.data import Sample
@@ -65,8 +65,8 @@ def encode(name: str, content) -> bytes:
     if isinstance(content, bytes):
         return content
     if isinstance(content, Image.Image):
-        buffer = io.BytesIO()
-        content.save(buffer, "JPEG" if name.endswith(".jpg") else "PNG")
+        buffer, exif = io.BytesIO(), content.info.get("exif", b"")
+        content.save(buffer, "JPEG" if name.endswith(".jpg") else "PNG", exif=exif)
         return buffer.getvalue()
     if name.endswith(".p"):
         return pickle.dumps(content, protocol=2)
@@ -163,8 +163,10 @@ class Files:
     def image(self, folder: str, name: str, size: tuple | None = None) -> Image.Image:
         need(isinstance(name, str), "a file name is a string")
         image = self.read(posixpath.normpath(f"{folder}/{name}"), Image.Image)
-        need(size is None or image.size == size[::-1], f"{name} is {image.size}, not {size}")
-        return image
+        shown = ImageOps.exif_transpose(image)
+        sizes = (shown.size, image.size)
+        need(size is None or size[::-1] in sizes, f"{name} is {sizes}, not {size}")
+        return shown if size is None or shown.size == size[::-1] else image
 
 
 class _Unpickler(pickle.Unpickler):
@@ -485,8 +487,10 @@ def own_case() -> Case:
 
     def check(files: Files, source: Source) -> None:
         for record in files.read("own.json", list):
-            image = files.image("images", record["image"])
             masks, texts = record["masks"], record["texts"]
+            told = [mask["size"] for mask in masks if isinstance(mask, dict)]
+            told += [files.image("images", m).size[::-1] for m in masks if isinstance(m, str)]
+            image = files.image("images", record["image"], tuple(told[0]) if told else None)
             need(isinstance(masks, list) and isinstance(texts, list), "lists")
             need(len(masks) == len(texts) > 0, "a text for each mask")
             for mask, alternatives in zip(masks, texts, strict=True):
@@ -997,16 +1001,24 @@ class Corruption:
         return kind
 
     def change_image(self, image: Image.Image) -> str:
-        kind = self.pick(["size", "turned", "mode", "pixel", "pixel"])
+        kind = self.pick(["size", "turned", "tag", "turned and tag", "mode", "pixel", "pixel"])
         if kind == "size":
             image = image.resize((image.width + int(self.rng.integers(1, 3)), image.height))
-        elif kind == "turned":
-            image = image.transpose(Image.Transpose.ROTATE_90)
+        elif "turned" in kind or kind == "tag":
+            image = image.transpose(Image.Transpose.ROTATE_90) if kind != "tag" else image.copy()
+            if kind != "turned":
+                tag = Image.Exif()
+                tag[274] = int(self.rng.integers(10))
+                image.info["exif"] = tag.tobytes()
+                kind += f" {tag[274]}"
         elif kind == "mode":
             modes = ["L", "1", "CMYK"] if self.name.endswith(".jpg") else ["L", "1", "P", "RGBA"]
-            modes += [] if self.name.endswith(".jpg") else ["LA", "I;16"]
+            modes += [] if self.name.endswith(".jpg") else ["LA", "I;16", "16 bits"]
             kind = self.pick(modes)
-            image = image.convert("L").convert(kind) if kind == "I;16" else image.convert(kind)
+            if kind == "16 bits":
+                image = Image.fromarray(np.asarray(image.convert("L")) * np.uint16(257))
+            else:
+                image = image.convert("L").convert(kind) if kind == "I;16" else image.convert(kind)
         else:
             image = image.copy()
             value = self.rng.integers(256, size=len(image.getbands())).tolist()
@@ -1343,5 +1355,5 @@ def test_a_size_is_compared_to_the_image_before_masks_of_that_size_are_made(tmp_
     monkeypatch.setattr(
         "xsam.datasets.referring.decode_mask", lambda *_: pytest.fail("a mask was made")
     )
-    with pytest.raises(ValueError, match="its annotation says 65535x65535"):
+    with pytest.raises(ValueError, match="goes with says 65535x65535"):
         dataset.sample(0, np.random.default_rng(0))

@@ -25,6 +25,7 @@ from xsam.config import (
     xsam,
 )
 from xsam.datasets.sources import find_source, required_paths
+from xsam.files import check_target
 from xsam.toy.preset import toy
 
 DEVICES = ("cpu", "cuda", "mps")
@@ -254,6 +255,10 @@ def preflight(options: argparse.Namespace, config: Config) -> str:
         lines = [f"{len(missing)} missing; put each where it belongs:"]
         lines += [f"  {path}\n      {about}" for path, about in missing]
         return "\n".join(lines)
+    try:
+        check_target(options.out, is_folder=True)
+    except ValueError as error:
+        return str(error)
     started = [n for n in options.stages if any(stage_folder(options.out, n).glob("step_*"))]
     if started and not options.resume:
         return (

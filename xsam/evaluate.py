@@ -44,6 +44,7 @@ from xsam.evaluation.benchmarks import (
     task_of,
 )
 from xsam.evaluation.prediction_files import SavedPredictions, keys_of, kind_of
+from xsam.files import check_target, write_whole
 from xsam.inference import Inputs, build_inputs, load_checkpoint, predict_inputs
 from xsam.model import XSAM, Segmentor
 from xsam.prompts import read_names, read_phrasings
@@ -335,6 +336,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         options.bert = bert_embedder(options.bert) if options.bert else None
         if options.names and "openvocab" not in {task_of(name)[0] for name in names}:
             raise ValueError("--names is for the sets of openvocab, none of which is chosen")
+        if options.out:
+            check_target(options.out, is_folder=True)
         stage = stored_stage(options.checkpoint) if options.checkpoint else None
         if stage is not None or options.tasks:
             check_paths(chosen_sets(options.tasks, stage == 1), options.data)
@@ -382,6 +385,7 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
         out = options.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
         folder = out / FOLDER
     check_paths(names, options.data)
+    read_earlier(out)  # an error is told before hours of prediction
     sets = {}
 
     def count(_: str, predictions: SavedPredictions) -> None:
@@ -425,29 +429,35 @@ def load_model(
     return model, stage
 
 
+def read_earlier(out: Path) -> dict:
+    """What an earlier command wrote to OUT/results.json, {} if none did. Raises ValueError where
+    the file is one of training, or the results cannot be written."""
+    path = out / "results.json"
+    for each in (path, out / "results.md"):
+        check_target(each)
+    before = read_json(path, dict) if path.exists() else {"about": {}}
+    if "about" not in before:
+        raise ValueError(f"{path}: is not of this command; give another --out")
+    return before
+
+
 def write_results(out: Path, results: dict[str, dict[str, Figures]], about: dict) -> None:
     """Writes OUT/results.json and results.md, which is also printed. Figures of other sets that an
-    earlier command wrote there for the same weights are kept. Raises ValueError where the file is
-    one of training."""
-    out.mkdir(parents=True, exist_ok=True)
-    path, sets = out / "results.json", about["sets"]
-    if path.is_file():
-        before = read_json(path, dict)
-        if "about" not in before:
-            raise ValueError(f"{path}: is not of this command; give another --out")
-        earlier = before.pop("about")
-        if earlier | {"sets": {}} == about | {"sets": {}}:
-            about = about | {"sets": earlier["sets"] | sets}
-            tasks = [task for task in TASKS if task in before or task in results]
-            results = {task: before.get(task, {}) | results.get(task, {}) for task in tasks}
-    path.write_text(json.dumps(results | {"about": about}, indent=1), encoding="utf-8")
+    earlier command wrote there for the same weights are kept."""
+    before, sets = read_earlier(out), about["sets"]
+    earlier = before.pop("about", {})
+    if earlier | {"sets": {}} == about | {"sets": {}}:
+        about = about | {"sets": earlier["sets"] | sets}
+        tasks = [task for task in TASKS if task in before or task in results]
+        results = {task: before.get(task, {}) | results.get(task, {}) for task in tasks}
+    write_whole(out / "results.json", json.dumps(results | {"about": about}, indent=1))
     notes = []
     if limit := about["first_samples"]:
         notes.append(f"The first {limit} samples of each set alone.")
     if "one_crowd_per_class" in about:
         notes.append("PQ: one crowd region of a class and image counts, as in panopticapi.")
     text = table({about["column"]: results}, " ".join(notes))
-    (out / "results.md").write_text(text + "\n", encoding="utf-8")
+    write_whole(out / "results.md", text + "\n")
     print(text)
     for name, each in sets.items():
         reasons = [f"{count} {reason}" for reason, count in each["skipped"].items() if count]

@@ -1,6 +1,7 @@
 """Outputs that are whole or absent, whenever a run is killed."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,28 @@ def complete(*targets: Path) -> Iterator[list[Path]]:
         yield partials
 
 
+def check_target(path: Path, is_folder: bool = False) -> None:
+    """Raises ValueError where no file, or folder, of this name can be written; makes nothing. For
+    commands that work long before they write."""
+    if path.exists() and path.is_dir() != is_folder:
+        kinds = ("file", "folder") if is_folder else ("folder", "file")
+        raise ValueError(f"{path}: is a {kinds[0]}; name a {kinds[1]}")
+    folder = next(each for each in (path, *path.parents)[not is_folder :] if each.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{path}: {folder} is a file, no folder")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{path}: the folder {folder} may not be written to")
+
+
+def give_rights(*files: Path) -> None:
+    """Lets others read files that safetensors keeps for their owner, as far as the umask does."""
+    umask = os.umask(0o077)  # is only told by setting another
+    os.umask(umask)
+    for file in files:
+        with contextlib.suppress(PermissionError):  # of a disk that knows no rights
+            file.chmod(0o666 & ~umask)
+
+
 def refuse_existing(*targets: Path) -> None:
     for target in targets:
         if target.exists():
@@ -32,6 +55,7 @@ def refuse_existing(*targets: Path) -> None:
 def _renamed(*targets: Path) -> Iterator[list[Path]]:
     partials = [partial_of(target) for target in targets]
     for target, partial in zip(targets, partials, strict=True):
+        check_target(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)  # left by a killed run
     try:

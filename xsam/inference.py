@@ -13,12 +13,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from xsam.checkpoints import latest_checkpoint, read_header, write_header
 from xsam.config import SPECIAL_TOKENS, Config, xsam
 from xsam.data import Batch, Processor, ResizeAndPad, Sample
+from xsam.datasets.formats import Picture, foreground, viewed
+from xsam.files import check_target
 from xsam.llm import add_special_tokens
 from xsam.model import XSAM, Segmentor
 from xsam.postprocess import (
@@ -207,28 +208,32 @@ def post_process(
 
 def predict(
     model: Segmentor | XSAM,
-    image: Image.Image | list[Image.Image],
+    image: Picture | list[Picture],
     task: str,
     text: str | list[str] = "",
     things: list[str] | None = None,
     stuff: list[str] | None = None,
-    regions: list[np.ndarray] | None = None,
-    region_image: Image.Image | None = None,
+    regions: list[Picture] | None = None,
+    region_image: Picture | None = None,
 ) -> SegmentationResult | list[SegmentationResult]:
     """One request, or a list of images with the same one or a list of texts.
 
     task (REQUESTS): "panoptic", "instance" and "semantic" segment the categories `things` and
     `stuff` (default: those the model was trained on; any number of names, asked in several prompts
     where they do not fit one), "refer" and "reason" what `text` refers to or asks for, "gcg" what
-    the model says of the image, "interactive" and "vgd" what the `regions` mark, bool [H, W] each:
-    one object, or all objects of their kinds, which `region_image` may show in place of the image
-    itself; "chat" answers `text`. Raises ValueError at another task, a missing text or region, a
-    text with tokens of the prompt format, or a task that needs a language model where there is
-    none.
+    the model says of the image, "interactive" and "vgd" what the `regions` mark, as bool [H, W] or
+    any other picture of it (`formats.foreground`): one object, or all objects of their kinds, which
+    `region_image` may show in place of the image itself; "chat" answers `text`. An image is taken
+    as viewers show it (`formats.viewed`), upright unless a region has the size of the stored
+    pixels; the result's `image` is that, and its masks are of it. Raises ValueError at another
+    task, a missing text or region, a picture or region that is none, a text with tokens of the
+    prompt format, or a task that needs a language model where there is none.
     """
     if task not in REQUESTS:
         raise ValueError(f"unknown task {task!r}; known are {', '.join(REQUESTS)}")
-    request, regions = REQUESTS[task], regions or []
+    request = REQUESTS[task]
+    numbered = enumerate([] if regions is None else regions, start=1)
+    regions = [foreground(region, f"region {number}") for number, region in numbered]
     if isinstance(model, Segmentor) and request.task != "generic":
         raise ValueError(f"a stage-1 checkpoint has no language model, which {task} needs")
     if request.needs == "text" and not text:
@@ -274,17 +279,20 @@ def chosen_categories(
 
 def build_sample(
     request: Request,
-    image: Image.Image,
+    image: Picture,
     text: str,
     names: list[str],
     regions: list[np.ndarray],
-    region_image: Image.Image | None,
+    region_image: Picture | None,
 ) -> Sample:
     """The sample whose question makes a request, its answer left to the model."""
-    image, region_image = image.convert("RGB"), region_image and region_image.convert("RGB")
-    shape = (region_image or image).size[::-1]
-    if wrong := [region.shape for region in regions if region.shape != shape]:
-        raise ValueError(f"a region of {wrong[0]} in an image of {shape} (height, width)")
+    size = regions[0].shape if regions else None
+    if region_image is None:
+        image = viewed(image, size)
+    else:
+        image, region_image = viewed(image), viewed(region_image, size, "region_image")
+    if wrong := [region.shape for region in regions if region.shape != size]:
+        raise ValueError(f"a region of {wrong[0]} in an image of {size} (height, width)")
     if request.needs == "text":
         names = [] if request.task == "chat" else [text]
     elif request.needs != "categories":
@@ -313,6 +321,7 @@ def save_pretrained(
     """Writes a folder that `load_checkpoint` reads: weights in safetensors, in several files above
     `max_shard_bytes`, config.json and the tokenizer. Raises ValueError where the folder holds
     something already."""
+    check_target(folder, is_folder=True)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not empty; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)

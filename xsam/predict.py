@@ -6,19 +6,23 @@
     python -m xsam.predict vgd --region cat.png --checkpoint DIR --image photo.jpg
 
 Writes OUT.png (masks, outlines, labels) and OUT.json (COCO RLE), beside the image unless --out says
-where.
+where, in place of what an earlier command wrote there.
 """
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from xsam.cli import add_checkpoint_flags, inference_changes
-from xsam.datasets.formats import read_image, read_region
+from xsam.datasets.formats import read_image, read_image_size, read_region
 from xsam.distributed import choose_device
+from xsam.files import check_target, write_whole
 from xsam.inference import REQUESTS, load_checkpoint, predict
 from xsam.postprocess import SHOWN_SCORE
 from xsam.prompts import read_names
@@ -44,19 +48,46 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PNG",
-        help="interactive, vgd: an image that is bright where it points; may be repeated for vgd",
+        help="interactive, vgd: a drawing on black, or on nothing, of where it points; may be "
+        "repeated for vgd",
     )
     parser.add_argument(
         "--region-image", type=Path, help="vgd: the image that the regions are in, if another"
     )
-    parser.add_argument("--out", type=Path, help="path without suffix (default: IMAGE_TASK)")
+    text = "path without suffix, or a folder that is there (default: IMAGE_TASK beside the image)"
+    parser.add_argument("--out", type=Path, help=text)
     return parser
+
+
+def read_pictures(
+    options: argparse.Namespace,
+) -> tuple[Image.Image, list[np.ndarray], Image.Image | None]:
+    """The image, the regions, and the image that shows them where that is another. A photo is
+    turned upright unless its regions are of its stored pixels."""
+    size = read_image_size(options.region[0]) if options.region else None
+    image = read_image(options.image, None if options.region_image else size)
+    shown = read_image(options.region_image, size) if options.region_image else None
+    size = (shown or image).height, (shown or image).width
+    return image, [read_region(path, size) for path in options.region], shown
+
+
+def output_files(options: argparse.Namespace) -> list[Path]:
+    """The picture and the JSON to write. Raises ValueError where they cannot be."""
+    stem, name = options.out, f"{options.image.stem}_{options.task}"
+    if stem is None or stem.is_dir():
+        stem = (stem or options.image.parent) / name
+    stem = str(stem).removesuffix(".png").removesuffix(".json")
+    paths = [Path(f"{stem}{suffix}") for suffix in (".png", ".json")]
+    for path in paths:
+        check_target(path)
+    return paths
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
-        image = read_image(options.image)
+        image, regions, shown = read_pictures(options)
+        written = output_files(options) if options.task != "chat" else []
         model, _ = load_checkpoint(
             options.checkpoint,
             tokenizer=options.tokenizer,
@@ -68,9 +99,6 @@ def main(arguments: list[str] | None = None) -> int:
         model.config = model.config.resolve(**inference_changes(options))
         lists = {"things": options.things, "stuff": options.stuff}
         names = {kind: read_names(text) for kind, text in lists.items() if text}
-        shown = read_image(options.region_image) if options.region_image else None
-        size = (shown or image).height, (shown or image).width
-        regions = [read_region(path, size) for path in options.region]
         prediction = predict(
             model,
             image,
@@ -87,12 +115,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"the names did not fit one prompt: asked in {prediction.num_prompts}, and merged")
     if prediction.answer:
         print(prediction.answer)
-    if options.task != "chat":
-        stem = options.out or options.image.with_name(f"{options.image.stem}_{options.task}")
-        picture, document = (Path(f"{stem}{suffix}") for suffix in (".png", ".json"))
+    if written:
+        picture, document = written
         least = SHOWN_SCORE if options.task in ("instance", "vgd") else 0.0
-        prediction.draw(options.text, min_score=least).save(picture)
-        document.write_text(json.dumps(prediction.to_dict(), indent=1), encoding="utf-8")
+        content = io.BytesIO()
+        prediction.draw(options.text, min_score=least).save(content, "PNG")
+        write_whole(picture, content.getvalue())
+        write_whole(document, json.dumps(prediction.to_dict(), indent=1))
         if prediction.answer and not len(prediction.masks):
             print("no <SEG> in the answer or nothing above the threshold: no masks")
         print(f"{len(prediction.masks)} masks: {picture} {document}")

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from xsam.config import Config
 from xsam.encoders import resize_positions, transformers_config
+from xsam.files import give_rights
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
@@ -505,6 +506,7 @@ def save_tensors(
         file = folder / f"{stem}{part}.safetensors"
         on_host = {name: tensors[name].detach().cpu().contiguous() for name in names}
         save_file(on_host, file, metadata={"format": "pt"})
+        give_rights(file)
         placed |= dict.fromkeys(names, file.name)
     return placed
 

@@ -405,8 +405,9 @@ def _ade_image(
     """Writes the semantic and panoptic PNG of an image; returns its record, its segments_info and
     its instance annotations, as yet without ids."""
     jpgs, class_maps, instance_maps, semantic, panoptic = folders
-    picture, name = formats.read_image(jpgs / f"{stem}.jpg"), f"{stem}.png"
-    size = picture.height, picture.width
+    name = f"{stem}.png"
+    size = formats.read_image_size(class_maps / name)
+    formats.read_image(jpgs / f"{stem}.jpg", size)
     classes = formats.read_class_map(class_maps / name, size)
     classes = classes - np.uint8(1)  # what is unlabelled, 0, becomes IGNORED
     stuff = list(_stuff_masks(classes, categories, class_maps / name))

@@ -27,6 +27,7 @@ from xsam.data import Sample
 from xsam.datasets.base import Dataset
 from xsam.datasets.registry import read_dataset
 from xsam.datasets.sources import SOURCES, find_source, locate
+from xsam.files import check_target
 from xsam.prompts import PHRASINGS, read_phrasings
 from xsam.report import pictures as draw
 
@@ -192,6 +193,8 @@ def run(options: argparse.Namespace) -> int:
     names = options.datasets.split(",") if options.datasets else list(SOURCES)
     for name in names:
         find_source(name)  # an unknown one is told before hours of reading
+    if options.show:
+        check_target(options.out, is_folder=True)
     phrasings = read_phrasings(options.phrasings)
     reports = []
     for name in names:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
@@ -95,6 +95,10 @@ def read_tsv(path: Path) -> list[dict[str, str]]:
 
 # ---- images --------------------------------------------------------------------------------------
 
+Shape = tuple[int, int]  # height and width
+Picture = Image.Image | np.ndarray
+
+
 SEGMENT_IDS = range(2**24)  # COCO panoptic writes them as colours: red + 256 green + 256² blue
 
 
@@ -102,11 +106,11 @@ SEGMENT_IDS = range(2**24)  # COCO panoptic writes them as colours: red + 256 gr
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
-def read_image(path: Path | io.BytesIO, size: tuple[int, int] | None = None) -> Image.Image:
-    """An RGB image; `size` (height, width), where the annotations tell it, must be the image's."""
-    image = _open(path).convert("RGB")
-    _check_size(path, image, size)
-    return image
+def read_image(path: Path | io.BytesIO, size: Shape | None = None) -> Image.Image:
+    """An image, the first where a file has several, as viewers show it (`viewed`)."""
+    with _image_errors(path):  # not by its path: Pillow garbles some TIFFs that it maps and turns
+        image = Image.open(path if isinstance(path, io.BytesIO) else io.BytesIO(path.read_bytes()))
+    return viewed(image, size, str(path))
 
 
 def first_file(paths: list[Path]) -> Path:
@@ -118,13 +122,13 @@ def first_file(paths: list[Path]) -> Path:
     return paths[0]
 
 
-def read_image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image, from its header alone."""
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except _DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+def read_image_size(path: Path) -> Shape:
+    """(height, width) of an image as viewers show it, from its header alone."""
+    with _image_errors(path), path.open("rb") as file, Image.open(file) as image:
+        if image.format == "TIFF":
+            image.load()  # Pillow turns it itself, not always before
+        size = image.height, image.width
+        return size[::-1] if _orientation(image) > 4 else size
 
 
 def read_segment_ids(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -146,52 +150,174 @@ def read_class_map(path: Path, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(image)
 
 
-def read_mask_image(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A PNG as a mask, bool [H, W]: inside is what is not black."""
-    mask = np.asarray(_open_png(path, size).convert("RGB")).any(axis=-1)
-    if not mask.any():
-        raise ValueError(f"{path}: is all black, a mask with no pixel")
-    return mask
+def read_region(path: Path, size: Shape) -> np.ndarray:
+    """A PNG as a mask or visual prompt, bool [H, W]: its `foreground`."""
+    return foreground(_open_png(path, size), str(path))
 
 
-def read_region(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A visual prompt that a person drew, bool [H, W]: where the image is brighter than 128."""
-    mask = np.asarray(_open_png(path, size).convert("L")) > 128
-    if not mask.any():
-        raise ValueError(f"{path}: has no pixel brighter than 128, so it points nowhere")
-    return mask
-
-
-def _open_png(path: Path, size: tuple[int, int]) -> Image.Image:
+def _open_png(path: Path, size: Shape) -> Image.Image:
     """Where each pixel means something, nothing lossy will do."""
-    try:
+    with _image_errors(path):
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as file:
             file.verify()  # checksums, which reading pixels does not look at
-    except _DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
-    image = _open(path, content)
+        image = Image.open(io.BytesIO(content))
     if image.format != "PNG":
         raise ValueError(f"{path}: is a {image.format} file, masks have to be PNG")
-    _check_size(path, image, size)
-    return image
+    return upright(image, size, str(path))
 
 
-def _open(path: Path | io.BytesIO, content: bytes | None = None) -> Image.Image:
+@contextlib.contextmanager
+def _image_errors(where: Path | io.BytesIO | str) -> Iterator[None]:
     try:
-        image = Image.open(path if content is None else io.BytesIO(content))
-        image.load()
+        yield
     except _DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        raise ValueError(f"{where}: cannot be read as an image ({error})") from error
+
+
+# ---- what a picture shows ------------------------------------------------------------------------
+
+# What brings an image upright, by its EXIF orientation; from 5 on height and width change places.
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_TURNS = {number: Image.Transpose[name] for number, name in enumerate(_TURNS.split(), start=2)}
+
+
+VOID = (224, 224, 192)  # the colour of 255 in Pascal VOC's palette
+
+
+NUM_CLASSES = 32  # where a mask has several levels below this, they are numbers and no shades
+
+
+def upright(image: Image.Image, size: Shape | None = None, where: str = "image") -> Image.Image:
+    """An image turned by its EXIF orientation, or as it is stored where only that has the `size`
+    that something else tells. Where both have it, as of a photo upside down, it is turned: browsers
+    and labelling tools show it so. Raises ValueError where neither has it."""
+    shown = (image,)
+    with _image_errors(where):
+        image.load()
+        turn = _orientation(image)
+        if turn > 1:
+            shown = image.transpose(_TURNS[turn]), image.copy()
+    for candidate in shown:
+        if turn > 1:  # without its tag it is not turned again
+            candidate.info = {k: v for k, v in candidate.info.items() if k == "transparency"}
+        if size is None or (candidate.height, candidate.width) == tuple(size):
+            return candidate
+    stored = f" upright, {image.height}x{image.width} as stored" if turn > 4 else ""
+    raise ValueError(
+        f"{where}: is {shown[0].height}x{shown[0].width} (height x width){stored}; the annotation, "
+        f"image or mask that it goes with says {size[0]}x{size[1]}"
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    turn = None
+    with contextlib.suppress(Exception):  # of damaged tags, which viewers overlook
+        turn = image.getexif().get(ExifTags.Base.Orientation)
+    return turn if turn in _TURNS else 1
+
+
+def viewed(picture: Picture, size: Shape | None = None, where: str = "image") -> Image.Image:
+    """A picture, or an array [H, W] or [H, W, channels], as viewers show it: `upright`, RGB of 8
+    bits, on white where it is transparent. Raises ValueError at anything else or another `size`."""
+    image = upright(_as_image(picture, where), size, where)
+    with _image_errors(where):
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = Image.fromarray(_eight_bits(np.asarray(image)))
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
     return image
 
 
-def _check_size(path, image: Image.Image, size: tuple[int, int] | None) -> None:
-    if size is not None and (image.height, image.width) != tuple(size):
+def _as_image(picture: Picture, where: str) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture
+    values = np.asarray(picture)
+    shape, kind = values.shape, values.dtype.kind
+    is_grey = values.ndim == 2 or shape[2:] == (1,)
+    if 0 in shape or kind not in "biuf" or not (is_grey or shape[2:] in ((2,), (3,), (4,))):
         raise ValueError(
-            f"{path}: is {image.height}x{image.width} (height x width), its annotation says "
-            f"{size[0]}x{size[1]}"
+            f"{where}: is {values.dtype} of shape {list(shape)}; give a PIL image or an array of "
+            "numbers, [H, W], [H, W, 3] or [H, W, 4]"
         )
+    if not is_grey:
+        values = _eight_bits(values)
+    elif values.dtype not in (bool, np.uint8):
+        values = values.astype(np.float32 if kind == "f" else np.int32)
+    return Image.fromarray(values.reshape(shape[:2]) if is_grey else values)
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Levels of any type as uint8. White is 1 of floats, 255, 4095 or 65535 of whole numbers (8, 12
+    or 16 bits), the least that none is above; where one is above all, or below 0, the highest is,
+    and the lowest is black. What is not a number is black."""
+    if values.dtype == np.uint8:
+        return values
+    finite = values[np.isfinite(values)]
+    low, high = float(finite.min(initial=0)), float(finite.max(initial=0))
+    whites = (1, 255, 65535) if values.dtype.kind in "bf" else (255, 4095, 65535)
+    white = next((white for white in whites if high <= white and low == 0), high)
+    levels = np.nan_to_num(values.astype(np.float64), nan=low, posinf=white, neginf=low)
+    return np.rint((levels - low) * 255 / max(white - low, 1e-9)).astype(np.uint8)
+
+
+def foreground(picture: Picture, where: str = "region") -> np.ndarray:
+    """What is inside a mask or visual prompt, bool [H, W], in a picture or array of any kind.
+
+    Inside is what is True; or opaque, where some of it is transparent; or else not black. Of the
+    shades of a soft edge those above 128 of 255 are, of probabilities those above a half. Void is
+    255 beside a class number, and VOID beside another colour. Raises ValueError where nothing is
+    inside, or more than one level or colour could be meant.
+    """
+    colours = _mask_colours(upright(_as_image(picture, where), where=where), where)
+    levels = colours.max(axis=2)
+    codes = colours @ np.array([1, 256, 65536][: colours.shape[2]], np.int32)
+    shades = np.unique(codes[levels > 0])
+    if not len(shades):
+        raise ValueError(f"{where}: is all black, a mask with no pixel")
+    if len(shades) == 1:
+        return levels > 0
+    # Edges are thin. What fills squares of 3x3 pixels is an area, and the largest is meant.
+    is_area = ndimage.minimum_filter(codes, 3) == ndimage.maximum_filter(codes, 3)
+    areas, sizes = np.unique(colours[is_area & (levels > 0)], axis=0, return_counts=True)
+    meant = areas[sizes.argmax()] if len(areas) else colours.max(axis=(0, 1))
+    margin = meant.max() / 8
+    is_other = (abs(areas - meant) > margin).any(axis=1) & (areas > margin).any(axis=1)
+    is_numbered = shades[shades != 255].max() < NUM_CLASSES
+    if is_numbered or is_other.any() or (len(shades) <= 3 and not len(areas)):
+        some = np.unique(colours[levels > 0], axis=0)[:4].squeeze().tolist()
+        raise ValueError(
+            f"{where}: has {some} beside black, and does not say which of them is meant; make that "
+            "white and all else black"
+        )
+    return levels > meant.max() * (128 / 255)
+
+
+def _mask_colours(image: Image.Image, where: str) -> np.ndarray:
+    """The levels [H, W, 1] or colours [H, W, 3] of a mask as numbers; 0 is outside, and void."""
+    with _image_errors(where):
+        if image.has_transparency_data:
+            alpha = image.convert("RGBA").getchannel("A")
+            low, high = alpha.getextrema()
+            image = alpha if low < high or not high else image.convert("RGB")
+        if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
+            image = image.convert("RGB")
+    colours = np.array(image, np.float64 if image.mode == "F" else np.int32)
+    colours = colours.reshape(*colours.shape[:2], -1)
+    if (colours == colours[..., :1]).all():
+        colours = colours[..., :1]
+    if not (colours >= 0).all():
+        raise ValueError(f"{where}: holds numbers below 0; give what is inside, as logits > 0")
+    if image.mode == "F" and colours.max() <= 1:
+        return colours > 0.5
+    is_void = (colours == (VOID if colours.shape[2] == 3 else 255)).all(axis=2)
+    others = colours.max(axis=2)[~is_void]
+    is_few = np.count_nonzero(others) <= 0.05 * is_void.sum()  # stray pixels, no class
+    if not is_few and (colours.shape[2] == 3 or others.max() < NUM_CLASSES):
+        colours[is_void] = 0
+    return colours
 
 
 # ---- masks ---------------------------------------------------------------------------------------

@@ -163,7 +163,8 @@ class OwnReferring(Referring):
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         where, name, pairs = self.records[index]
-        picture = read_image(self.images / name)
+        told = [self.told_size(mask) for mask, _ in pairs]
+        picture = read_image(self.images / name, next(filter(None, told), None))
         size = picture.height, picture.width
         objects = []
         for mask, texts in pairs:
@@ -172,11 +173,18 @@ class OwnReferring(Referring):
                 raise ValueError(f"{where}: a text is empty or no string")
             text = check_words(texts[rng.integers(len(texts))].strip(), where)
             if isinstance(mask, str):
-                mask = formats.read_mask_image(self.images / mask, size)
+                mask = formats.read_region(self.images / mask, size)
             elif mask is not None:
                 mask = decode_mask(expect(mask, Segmentation, f"{where}: a mask"), size, where)
             objects.append((text, mask))
         return self.make(f"{self.name}/{index}", name, picture, objects, rng)
+
+    def told_size(self, mask: Segmentation | str | None) -> tuple[int, int] | None:
+        """The size of the image, where its mask tells it."""
+        if isinstance(mask, str):
+            return formats.read_image_size(self.images / mask)
+        size = mask.get("size") if isinstance(mask, dict) else None
+        return size if isinstance(size, list) and len(size) == 2 else None
 
 
 def is_texts(values: list) -> bool:
