@@ -1,9 +1,42 @@
-"""Outputs that are whole or absent, whenever a run is killed."""
+"""Texts in whatever encoding, and outputs that are whole or absent, whenever a run is killed."""
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+# How files begin that stand in the place of others, and what they are.
+_STAND_INS = {
+    b"version https://git-lfs": "a git-LFS pointer, not the file itself: run `git lfs pull`",
+    b"<!doctype html": "a web page (a login or an error), not the file: fetch it again",
+    b"<html": "a web page (a login or an error), not the file: fetch it again",
+}
+
+
+def stand_in(content: bytes) -> str:
+    """What lies in a file's place, where it is none of the file's kind; "" if it is not known."""
+    start = content.removeprefix(b"\xef\xbb\xbf").lstrip()[:40].lower()
+    return next((about for sign, about in _STAND_INS.items() if start.startswith(sign)), "")
+
+
+def read_text(path: Path, last_resort: str = "") -> str:
+    """A text in UTF-8, UTF-16 or UTF-32, with or without a byte order mark; what is none of them is
+    read in `last_resort` (a code page), if there is one, and else refused.
+
+    Raises ValueError that names the file and what it is."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    if about := stand_in(content):
+        raise ValueError(f"{path}: is {about}")
+    try:
+        return content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError as error:
+        if last_resort:
+            return content.decode(last_resort, errors="replace")
+        raise ValueError(f"{path}: is no text in UTF-8 or UTF-16 ({error}); save it so") from error
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -28,10 +28,10 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from xsam.datasets import formats, records
-from xsam.datasets.formats import bounding_box, decode_mask, dilate, encode_mask, num_bad_rings
+from xsam.datasets.formats import bounding_box, decode_mask, dilate, encode_mask
 from xsam.datasets.records import CocoImage, CocoInstance, CocoSegment, Id, by_id, parse, take
 from xsam.datasets.sources import PROMPT_RADII, PROMPT_TYPES
-from xsam.files import complete, refuse_existing
+from xsam.files import complete, read_text, refuse_existing
 
 # ---- visual prompts ------------------------------------------------------------------------------
 
@@ -199,19 +199,18 @@ def _vgd_record(job: Job, seed: int, categories: set[int]) -> tuple[str, Counter
     image, annotations = job
     kept, counts = [], Counter()
     for where, annotation in annotations:
+        parts, num_bad = records.mask_parts(annotation.get("segmentation") or [])
+        counts["bad_rings"] += num_bad
+        if not parts:
+            counts["invalid"] += 1
+            continue
         instance = parse(CocoInstance, annotation, where)
         records.check_category(instance.category_id, categories, where)
         if instance.iscrowd:
             counts["crowd"] += 1
             continue
-        shape = instance.segmentation
-        counts["bad_rings"] += num_bad_rings(shape)
-        if isinstance(shape, list):
-            shape = [part for part in shape if not num_bad_rings([part])]
-        if not shape:
-            counts["invalid"] += 1
-            continue
         take(annotation, "bbox", list, where)
+        shape = parts if isinstance(instance.segmentation, list) else instance.segmentation
         digits = [zlib.crc32(str(number).encode()) for number in (image.id, instance.id)]
         mask = decode_mask(shape, image.size, where, may_be_empty=True)
         prompts = visual_prompts(mask, np.random.default_rng([seed, *digits]))
@@ -234,7 +233,8 @@ IGNORED = 255
 def build_coco_semantic(
     panoptic: Path, masks: Path, out: Path, num_workers: int | None = None
 ) -> dict[str, int]:
-    """Writes a folder of 8-bit PNGs, IMAGE.png, from a COCO panoptic file and its folder `masks`.
+    """Writes a folder of 8-bit PNGs from a COCO panoptic file and its folder `masks`, named
+    as there.
 
     A pixel is the rank of its category's id, IGNORED where there is no segment; crowd is written
     like any other segment. Images without an annotation get no PNG; returns and prints how many.
@@ -256,8 +256,11 @@ def build_coco_semantic(
 def _semantic_map(job: Job, masks: Path, out: Path, indices: dict[int, int]) -> int:
     """Writes one image's map; returns its number of segments."""
     image, annotations = job
-    name = f"{Path(image.file_name).stem}.png"
-    ids = formats.read_segment_ids(masks / name, image.size)
+    name = formats.png_name(annotations[0][1], image.file_name).replace("\\", "/")
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise ValueError(f"{annotations[0][0]}: 'file_name' {name!r} leads out of {masks}")
+    path = formats.find_file(masks, name)
+    ids = formats.read_segment_ids(path, image.size)
     classes = np.full(image.size, IGNORED, np.uint8)
     num_segments = 0
     for where, annotation in annotations:
@@ -268,7 +271,8 @@ def _semantic_map(job: Job, masks: Path, out: Path, indices: dict[int, int]) -> 
             num_segments += 1
     unknown = ids[(classes == IGNORED) & (ids != 0)]
     if unknown.size:
-        raise ValueError(f"{masks / name}: segment {unknown[0]} is not in its segments_info")
+        raise ValueError(f"{path}: segment {unknown[0]} is not in its segments_info")
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(classes).save(out / name)
     return num_segments
 
@@ -335,7 +339,7 @@ def _read_ade_classes(folder: Path) -> tuple[list[dict], dict[int, int]]:
     if [row[0].strip() for row in rows] != [str(index + 1) for index in range(len(rows))]:
         raise ValueError(f"{path}: its first column does not count the classes from 1")
     path, things = folder / _MAPPING, {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_text(path, last_resort="cp1252").splitlines()
     for number, line in enumerate(lines[1:], start=2):
         # Runs of tabs part the columns. The last one, the class of the full ADE, is not needed, but
         # an instance class that joins several of those has a line for every one.
@@ -358,7 +362,7 @@ def _read_ade_classes(folder: Path) -> tuple[list[dict], dict[int, int]]:
 def _convert_split(
     folder: Path, split: str, categories: list, things: dict[int, int], num_workers: int | None
 ) -> dict[str, int]:
-    stems = sorted(path.stem for path in (folder / "images" / split).glob("*.jpg"))
+    stems = [path.stem for path in formats.list_files(folder / "images" / split, ".jpg")]
     if not stems:
         raise FileNotFoundError(f"{folder / 'images' / split}: holds no .jpg; unpack it again")
     images, annotations, instances = [], [], []

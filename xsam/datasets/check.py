@@ -206,7 +206,8 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join(filter(None, texts)))
     if options.show:
         print(f"\npictures are in {options.out}")
-    return int(any(report.problems for report in reports))
+    is_wanting = bool(options.datasets) and any(report.missing for report in reports)
+    return int(is_wanting or any(report.problems for report in reports))
 
 
 def add_command(commands) -> None:
@@ -215,7 +216,7 @@ def add_command(commands) -> None:
         "check",
         help="what is there, what is missing and where it goes, and what is wrong",
         description="Reads every dataset as training and scoring do. Exit status 1: something is "
-        "bad.",
+        "bad, or a set that was named is missing.",
         epilog="example: python -m xsam.data check --data datas --datasets refcoco --show 4",
     )
     add, cores = parser.add_argument, os.cpu_count() or 1

@@ -11,7 +11,7 @@ from PIL import Image
 
 from xsam.data import Sample
 from xsam.datasets.base import Dataset, Packed, pack, read_categories
-from xsam.datasets.formats import decode_mask, dilate, read_image, read_json, rle_area
+from xsam.datasets.formats import decode_mask, dilate, find_file, read_image, read_json, rle_area
 from xsam.datasets.records import Flag, Id, Segmentation, Size, label, parse, take, unpack
 from xsam.datasets.sources import PROMPT_RADII, PROMPT_TYPES
 
@@ -144,7 +144,7 @@ class VisualPrompts(Dataset):
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         image = self.records[index]
-        picture = read_image(self.images / image.file_name, image.size)
+        picture = read_image(find_file(self.images, image.file_name), image.size)
         objects = image.objects
         if self.is_interactive:
             objects = [objects[rng.integers(len(objects))]]
@@ -199,7 +199,9 @@ class VisualPrompts(Dataset):
         among all such objects."""
         others = [i for i, image_id in enumerate(self.showing[category]) if image_id != number]
         image = self.reference_images[category][others[rng.integers(len(others))]]
-        return read_image(self.images / image.file_name, image.size), self.region(image, rng)
+        return read_image(find_file(self.images, image.file_name), image.size), self.region(
+            image, rng
+        )
 
 
 def is_empty_rle(rle: dict, size: Size, where: str) -> bool:
