@@ -6,16 +6,14 @@ trained with others, a JSON file replaces them (`--phrasings`).
 """
 
 import csv
-import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from xsam.config import SPECIAL_TOKENS
-from xsam.files import read_text
+from xsam.names import names_in
 
 PLACEHOLDERS = ("<image>", "<region>")
 
@@ -209,80 +207,23 @@ def check_words(
 
 
 def read_names(text: str) -> list[str]:
-    """A list of class names: separated by commas, or the path of a file (`_names_of`). Background and
+    """A list of class names: separated by commas, or the path of a file (names.py). Background and
     no class are skipped.
 
     Raises ValueError where the list is empty, a file is absent or holds something else, or a name
     holds a token of the prompt format.
     """
-    is_path = "," not in text and re.search(r"[/\\]|\.[A-Za-z]\w*$", text.strip())
-    is_file = os.path.isfile(text)
-    if is_path and not is_file:
-        raise ValueError(f"{text}: cannot be read as a list of names (there is no such file)")
-    names = _names_of(Path(text)) if is_file else text.split(",")
+    looks_like_path = "," not in text and re.search(r"[/\\]|\.[A-Za-z]\w*$", text.strip())
+    try:
+        is_file = looks_like_path or os.path.isfile(text)
+        names = names_in(Path(text)) if is_file else text.split(",")
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{text}: cannot be read as a list of names ({error})") from error
     names = [name.strip() for name in names if name.strip()]
     names = [name for name in names if name.lower() not in ("background", "invalid_class_id")]
     if not names:
         raise ValueError(f"{text!r}: no names in it")
     return [check_words(name, f"name {name!r}") for name in names]
-
-
-_NAME_COLUMNS = ("name", "names", "class", "class_name", "label", "category")
-
-
-def _names_of(path: Path) -> list[str]:
-    """The names in a file: JSON (a list of names or of {"name"}, {number: name}, {name: number}, or
-    COCO's categories), the `names:` of a YOLO YAML, a table with a column of names, of which the
-    first alias counts, or one a line, where "number:name,alias,…" stands for its name."""
-    try:
-        text, suffix = read_text(path), path.suffix.lower()
-        if suffix == ".json":
-            return _names_of_json(json.loads(text))
-    except ValueError as error:
-        raise ValueError(f"{path}: cannot be read as a list of names ({error})") from error
-    lines = [line for line in text.splitlines() if line.strip()]
-    if suffix in (".yaml", ".yml"):
-        return _names_of_yaml(text, path)
-    if suffix in (".csv", ".tsv") or any("\t" in line for line in lines):
-        return _names_of_table(lines, path)
-    numbered = [re.fullmatch(r"\s*\d+\s*:([^,]*).*", line) for line in lines]
-    return [found[1] if found else line for found, line in zip(numbered, lines, strict=True)]
-
-
-def _names_of_json(content: Any) -> list[str]:
-    if isinstance(content, dict):
-        content = content.get("categories", content.get("names", content))
-    if isinstance(content, dict):
-        values = list(content.values())
-        content = list(content) if all(isinstance(value, int) for value in values) else values
-    records = content if isinstance(content, list) else [content]
-    names = [record.get("name") if isinstance(record, dict) else record for record in records]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"not a list of names: {str(content)[:60]}")
-    return names
-
-
-def _names_of_yaml(text: str, path: Path) -> list[str]:
-    """`names: [a, b]`, or a line for each as `- a` or `0: a`."""
-    found = re.search(
-        r"^names\s*:[ \t]*(\[[^\]]*\]|(?:\s*\n[ \t]*(?:-|\d+\s*:)[^\n]*)+)", text, re.M
-    )
-    if not found:
-        raise ValueError(f"{path}: cannot be read as a list of names (no `names:` list in it)")
-    items = re.split(r",|\n", found[1].strip("[] \n"))
-    items = [re.sub(r"^\s*(-|\d+\s*:)\s+|\s+#.*$", "", item) for item in items]
-    return [item.strip().strip("\"'") for item in items]
-
-
-def _names_of_table(lines: list[str], path: Path) -> list[str]:
-    delimiter = "\t" if any("\t" in line for line in lines) else ","
-    head, *rows = rows_and_head = list(csv.reader(lines, delimiter=delimiter))
-    columns = [place for place, cell in enumerate(head) if cell.strip().lower() in _NAME_COLUMNS]
-    if columns:
-        return [row[columns[0]].split(",")[0] for row in rows if len(row) > columns[0]]
-    if all(len(row) == 1 or (len(row) == 2 and row[0].isdecimal()) for row in rows_and_head):
-        return [row[-1] for row in rows_and_head]
-    raise ValueError(f'{path}: cannot be read as a list of names (no column is called "name")')
 
 
 def clean_name(name: str) -> str:

@@ -291,14 +291,43 @@ _ADE_URLS = (
 )
 
 
+# The names of the public panoptic file (Mask2Former), which figures on ADE20K-150 are quoted with.
+_ADE_NAMES = """
+wall; building; sky; floor; tree; ceiling; road, route; bed; window; grass; cabinet; sidewalk,
+pavement; person; earth, ground; door; table; mountain, mount; plant; curtain; chair; car; water;
+painting, picture; sofa; shelf; house; sea; mirror; rug; field; armchair; seat; fence; desk; rock,
+stone; wardrobe, closet, press; lamp; tub; rail; cushion; base, pedestal, stand; box; column,
+pillar; signboard, sign; chest of drawers, chest, bureau, dresser; counter; sand; sink; skyscraper;
+fireplace; refrigerator, icebox; grandstand, covered stand; path; stairs; runway; case, display
+case, showcase, vitrine; pool table, billiard table, snooker table; pillow; screen door, screen;
+stairway, staircase; river; bridge, span; bookcase; blind, screen; coffee table; toilet, can,
+commode, crapper, pot, potty, stool, throne; flower; book; hill; bench; countertop; stove; palm,
+palm tree; kitchen island; computer; swivel chair; boat; bar; arcade machine; hovel, hut, hutch,
+shack, shanty; bus; towel; light; truck; tower; chandelier; awning, sunshade, sunblind; street lamp;
+booth; tv; plane; dirt track; clothes; pole; land, ground, soil; bannister, banister, balustrade,
+balusters, handrail; escalator, moving staircase, moving stairway; ottoman, pouf, pouffe, puff,
+hassock; bottle; buffet, counter, sideboard; poster, posting, placard, notice, bill, card; stage;
+van; ship; fountain; conveyer belt, conveyor belt, conveyer, conveyor, transporter; canopy; washer,
+automatic washer, washing machine; plaything, toy; pool; stool; barrel, cask; basket, handbasket;
+falls; tent; bag; minibike, motorbike; cradle; oven; ball; food, solid food; step, stair; tank,
+storage tank; trade name; microwave; pot; animal; bicycle; lake; dishwasher; screen; blanket, cover;
+sculpture; hood, exhaust hood; sconce; vase; traffic light; tray; trash can; fan; pier; crt screen;
+plate; monitor; bulletin board; shower; radiator; glass, drinking glass; clock; flag
+"""
+
+
 def convert_ade20k(
-    folder: Path, splits: Sequence[str] = tuple(_ADE_SPLITS), num_workers: int | None = None
+    folder: Path,
+    splits: Sequence[str] = tuple(_ADE_SPLITS),
+    num_workers: int | None = None,
+    aliases: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Writes semantic, panoptic and instance annotations beside the downloads under `folder`.
 
-    Reads images, annotations and annotations_instance of each split, objectInfo150.txt (classes and
-    names) and the mapping file (which of them are things). Class ids count from 0 and image ids
-    are file stems. As in the published files, things cover stuff, but a stuff segment keeps the
+    Reads images, annotations and annotations_instance of each split, objectInfo150.txt (classes)
+    and the mapping file (which of them are things). Class ids count from 0 and image ids are file
+    stems. Names are those of the public panoptic file, with `aliases` (or where there are not 150
+    classes) the longer lists of objectInfo150.txt. As in the published files, things cover stuff, but a stuff segment keeps the
     area and box that it had before, even where no pixel of it is left. Returns counts by split.
     Raises FileNotFoundError, which says what to download.
     """
@@ -306,7 +335,7 @@ def convert_ade20k(
     for split in splits:
         _check_downloads(folder, split)
         refuse_existing(*_ade_outputs(folder, split))
-    categories, things = _read_ade_classes(folder)
+    categories, things = _read_ade_classes(folder, aliases)
     return {
         split: _convert_split(folder, split, categories, things, num_workers) for split in splits
     }
@@ -332,7 +361,7 @@ def _ade_outputs(folder: Path, split: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_ade_classes(folder: Path) -> tuple[list[dict], dict[int, int]]:
+def _read_ade_classes(folder: Path, aliases: bool) -> tuple[list[dict], dict[int, int]]:
     """COCO's panoptic categories, and the category ids of the instance classes."""
     path = folder / "objectInfo150.txt"
     rows = [list(row.values()) for row in formats.read_tsv(path)]
@@ -351,11 +380,13 @@ def _read_ade_classes(folder: Path) -> tuple[list[dict], dict[int, int]]:
             )
         if columns and things.setdefault(columns[0], columns[1] - 1) != columns[1] - 1:
             raise ValueError(f"{path}: line {number}: instance class {columns[0]} has two classes")
-    categories = []
-    for index, row in enumerate(rows):
+    categories, names = [], " ".join(_ADE_NAMES.split()).split("; ")
+    if aliases or len(rows) != len(names):
+        names = [row[-1] for row in rows]
+    for index, name in enumerate(names):
         color = [(index + 1) * 0x9E3779 >> shift & 255 for shift in (0, 8, 16)]  # all different
         isthing = int(index in things.values())
-        categories.append(dict(id=index, name=row[-1], isthing=isthing, color=color))
+        categories.append(dict(id=index, name=name, isthing=isthing, color=color))
     return categories, things
 
 
@@ -461,6 +492,8 @@ def add_commands(subparsers: Any) -> None:
     example, splits = "--folder img_ovseg/ade20k --splits validation", ",".join(_ADE_SPLITS)
     add = _add_command(subparsers, "ade20k", convert_ade20k, about, example)
     add("--folder", metavar="DIR", help="holds images, annotations, ...", **path)
+    about = "name classes by the alias lists of objectInfo150.txt, not as the public files do"
+    add("--aliases", action="store_true", help=about)
     add("--splits", type=lambda text: text.split(","), default=splits, help="default: %(default)s")
 
 

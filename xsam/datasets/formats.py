@@ -74,8 +74,8 @@ def read_tsv(path: Path) -> list[dict[str, str]]:
         ]
     except csv.Error as error:
         raise ValueError(
-            f"{path}: line {rows.reader.line_num} is no row of tab-separated values ({error}); a value "
-            'that begins with a quote is quoted as a whole, with "" for each quote in it'
+            f"{path}: line {rows.reader.line_num}: not a row of tab-separated values ({error}); "
+            'a value that begins with a quote is quoted as a whole, with "" for a quote inside'
         ) from error
 
 
