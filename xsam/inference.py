@@ -219,13 +219,13 @@ def predict(
     """One request, or a list of images with the same one or a list of texts.
 
     task (REQUESTS): "panoptic", "instance" and "semantic" segment the categories `things` and
-    `stuff` (lists, or what `read_names` takes; default: those the model was trained on; any number of names, asked in several prompts
-    where they do not fit one), "refer" and "reason" what `text` refers to or asks for, "gcg" what
-    the model says of the image, "interactive" and "vgd" what the `regions` mark, bool [H, W] each:
-    one object, or all objects of their kinds, which `region_image` may show in place of the image
-    itself; "chat" answers `text`. Raises ValueError at another task, a missing text or region, a
-    text with tokens of the prompt format, or a task that needs a language model where there is
-    none.
+    `stuff` (lists, or what `read_names` takes; default: those the model was trained on; any number
+    of names, asked in several prompts where they do not fit one), "refer" and "reason" what `text`
+    refers to or asks for, "gcg" what the model says of the image, "interactive" and "vgd" what the
+    `regions` mark, bool [H, W] each: one object, or all objects of their kinds, which
+    `region_image` may show in place of the image itself; "chat" answers `text`. Raises ValueError
+    at another task, a missing text or region, a text with tokens of the prompt format, or a task
+    that needs a language model where there is none.
     """
     if task not in REQUESTS:
         raise ValueError(f"unknown task {task!r}; known are {', '.join(REQUESTS)}")

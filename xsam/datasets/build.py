@@ -327,9 +327,9 @@ def convert_ade20k(
     Reads images, annotations and annotations_instance of each split, objectInfo150.txt (classes)
     and the mapping file (which of them are things). Class ids count from 0 and image ids are file
     stems. Names are those of the public panoptic file, with `aliases` (or where there are not 150
-    classes) the longer lists of objectInfo150.txt. As in the published files, things cover stuff, but a stuff segment keeps the
-    area and box that it had before, even where no pixel of it is left. Returns counts by split.
-    Raises FileNotFoundError, which says what to download.
+    classes) the longer lists of objectInfo150.txt. As in the published files, things cover stuff,
+    but a stuff segment keeps the area and box that it had before, even where no pixel of it is
+    left. Returns counts by split. Raises FileNotFoundError, which says what to download.
     """
     folder = Path(folder)
     for split in splits:

@@ -40,6 +40,14 @@ def read_json(path: Path, kind: type | None = None, last_resort: str = "") -> An
     return content
 
 
+def _cause(path: Path | io.BytesIO, error: Exception) -> str:
+    """Why a file cannot be read: what lies in its place, or else the error."""
+    with contextlib.suppress(OSError):
+        if isinstance(path, Path) and path.is_file():
+            return stand_in(path.read_bytes()) or str(error)
+    return str(error)
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Reads lists, dicts, strings and numbers; refuses whatever would import or call something."""
 
@@ -56,8 +64,7 @@ def read_refs(path: Path) -> list[dict]:
         with path.open("rb") as file:
             refs = _PlainUnpickler(file, encoding="utf-8").load()
     except Exception as error:  # damaged bytes make the unpickler fail in any way
-        about = path.is_file() and stand_in(path.read_bytes())
-        raise ValueError(f"{path}: not a plain pickle of refs: {about or error}") from error
+        raise ValueError(f"{path}: not a plain pickle of refs: {_cause(path, error)}") from error
     if not isinstance(refs, list):
         raise ValueError(f"{path}: holds a {type(refs).__name__}, expected a list of refs")
     return refs
@@ -138,7 +145,7 @@ def read_image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             return image.height, image.width
     except _DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        raise ValueError(f"{path}: cannot be read as an image ({_cause(path, error)})") from error
 
 
 def read_segment_ids(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -183,7 +190,7 @@ def _open_png(path: Path, size: tuple[int, int]) -> Image.Image:
         with Image.open(io.BytesIO(content)) as file:
             file.verify()  # checksums, which reading pixels does not look at
     except _DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        raise ValueError(f"{path}: cannot be read as an image ({_cause(path, error)})") from error
     image = _open(path, content)
     if image.format != "PNG":
         raise ValueError(f"{path}: is a {image.format} file, masks have to be PNG")
@@ -196,7 +203,7 @@ def _open(path: Path | io.BytesIO, content: bytes | None = None) -> Image.Image:
         image = Image.open(path if content is None else io.BytesIO(content))
         image.load()
     except _DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        raise ValueError(f"{path}: cannot be read as an image ({_cause(path, error)})") from error
     return image
 
 
@@ -261,8 +268,10 @@ def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list[float]:
     """A polygon whose corners are numbers and no farther outside the image than it is large."""
     try:
         corners = np.array(ring, np.float64)  # also of numbers as text
-    except (OverflowError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: a polygon holds something that is no number") from error
+    except (OverflowError, TypeError, ValueError):
+        corners = np.array(np.nan)
+    if np.isnan(corners).any():
+        raise ValueError(f"{where}: a polygon holds something that is no number")
     if not (np.abs(corners) <= 2 * max(size)).all():
         raise ValueError(f"{where}: a polygon lies outside its image of {list(size)}")
     return corners.tolist()
