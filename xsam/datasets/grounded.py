@@ -42,7 +42,8 @@ class Gcg(Dataset):
         for caption in self.captions():
             kept, end = [], -1
             for span in sorted(caption.spans, key=lambda span: (span.start, span.end)):
-                if not 0 <= span.start < span.end <= len(caption.text):
+                is_inside = 0 <= span.start < span.end <= len(caption.text)
+                if not (is_inside and caption.text[span.start : span.end].strip()):
                     self.skipped["spans outside their caption"] += 1
                 elif span.start <= end:
                     self.skipped["overlapping or touching spans"] += 1

@@ -216,7 +216,8 @@ class Reason(Dataset):
             where = f"{self.instances}: record {index}"
             with self.record():
                 image, outputs = unpack(record, where, image=str, outputs=str)
-                self.explanations[Path(image).stem].append(check_words(outputs.strip(), where))
+                stem = Path(image.replace("\\", "/")).stem
+                self.explanations[stem].append(check_words(outputs.strip(), where))
         paths = formats.list_files(self.annotations, ".json")
         for path in paths:
             with self.record():
