@@ -842,6 +842,14 @@ def test_gcg_spans_that_touch_or_overlap_are_dropped(tmp_path, spans, kept):
     assert sum(dataset.skipped.values()) == len(spans) - len(kept)
 
 
+def test_gcg_span_of_a_space_alone_is_left_out(tmp_path):
+    record = grounded(first=grounding(0, 1, PARTS[0]), space=grounding(5, 6, PARTS[1]))
+    write_grounded(tmp_path, record | {"caption": "a red ring"})
+    dataset = open_dataset("gcg_grandf", tmp_path)
+    assert dataset.sample(0, rng()).names == ["a"]
+    assert +dataset.skipped == {"spans outside their caption": 1}
+
+
 def test_gcg_caption_without_a_span_is_left_out(tmp_path):
     other = grounded(p0=grounding(99, 120, PARTS[0])) | {"file_name": "sa_2.jpg"}
     write_grounded(tmp_path, other, grounded(), TWO_SPANS)
@@ -1736,7 +1744,7 @@ BAD_RECORDS: dict[str, list[tuple]] = {
         (at(*SEGMENT, 3, "iscrowd", "no"), "image 7, segment 2: 'iscrowd'"),
         (without(*SEGMENT, 0), "segment id 70001 is not in its segments_info", "000000000007.png"),
         (at(*SEGMENT, 3, "id", 5), "image 7: segment id 5 is there twice"),
-        (at(*SEGMENT, 3, "id", 0), "image 7: segment id 0 is that of void"),
+        (at(*SEGMENT, 3, "id", 0), "image 7: segment id 0 is void"),
         (at("annotations", 2, "file_name", "no.png"), "cannot be read", "no.png"),
         (without("annotations", 2, "image_id"), r"annotations\[2\]: has no 'image_id'"),
         (without("annotations", 2, "segments_info"), "image 7: has no 'segments_info'"),

@@ -300,7 +300,7 @@ def test_a_damaged_json_is_named(tmp_path, content):
 
 def test_json_lines_are_told_from_damage(tmp_path):
     (tmp_path / "refs.json").write_text('{"a": 1}\n{"a": 2}\n')
-    with pytest.raises(ValueError, match=r"refs\.json: not valid JSON.*JSON Lines.*one list"):
+    with pytest.raises(ValueError, match=r"refs\.json: not valid JSON.*make its lines one list"):
         read_json(tmp_path / "refs.json")
 
 

@@ -5,19 +5,25 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # How files begin that stand in the place of others, and what they are.
 _STAND_INS = {
-    b"version https://git-lfs": "a git-LFS pointer, not the file itself: run `git lfs pull`",
-    b"<!doctype html": "a web page (a login or an error), not the file: fetch it again",
-    b"<html": "a web page (a login or an error), not the file: fetch it again",
+    b"version https://git-lfs": "it is a git-LFS pointer, not the file itself: run `git lfs pull`",
+    b"<!doctype html": "it is a web page (a login or an error), not the file: fetch it again",
+    b"<html": "it is a web page (a login or an error), not the file: fetch it again",
 }
 
 
-def stand_in(content: bytes) -> str:
-    """What lies in a file's place, where it is none of the file's kind; "" if it is not known."""
-    start = content.removeprefix(b"\xef\xbb\xbf").lstrip()[:40].lower()
-    return next((about for sign, about in _STAND_INS.items() if start.startswith(sign)), "")
+def cause_of(error: Exception | str, path: Any) -> str:
+    """Why a file cannot be read: what lies in its place, or else the error."""
+    start = b""
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(path, Path) and path.is_file():
+            with path.open("rb") as file:
+                start = file.read(99).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    abouts = (about for sign, about in _STAND_INS.items() if start.startswith(sign))
+    return next(abouts, str(error))
 
 
 def read_text(path: Path, last_resort: str = "") -> str:
@@ -29,8 +35,8 @@ def read_text(path: Path, last_resort: str = "") -> str:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    if about := stand_in(content):
-        raise ValueError(f"{path}: is {about}")
+    if about := cause_of("", path):
+        raise ValueError(f"{path}: {about}")
     try:
         return content.decode(json.detect_encoding(content))
     except UnicodeDecodeError as error:

@@ -291,29 +291,8 @@ _ADE_URLS = (
 )
 
 
-# The names of the public panoptic file (Mask2Former), which figures on ADE20K-150 are quoted with.
-_ADE_NAMES = """
-wall; building; sky; floor; tree; ceiling; road, route; bed; window; grass; cabinet; sidewalk,
-pavement; person; earth, ground; door; table; mountain, mount; plant; curtain; chair; car; water;
-painting, picture; sofa; shelf; house; sea; mirror; rug; field; armchair; seat; fence; desk; rock,
-stone; wardrobe, closet, press; lamp; tub; rail; cushion; base, pedestal, stand; box; column,
-pillar; signboard, sign; chest of drawers, chest, bureau, dresser; counter; sand; sink; skyscraper;
-fireplace; refrigerator, icebox; grandstand, covered stand; path; stairs; runway; case, display
-case, showcase, vitrine; pool table, billiard table, snooker table; pillow; screen door, screen;
-stairway, staircase; river; bridge, span; bookcase; blind, screen; coffee table; toilet, can,
-commode, crapper, pot, potty, stool, throne; flower; book; hill; bench; countertop; stove; palm,
-palm tree; kitchen island; computer; swivel chair; boat; bar; arcade machine; hovel, hut, hutch,
-shack, shanty; bus; towel; light; truck; tower; chandelier; awning, sunshade, sunblind; street lamp;
-booth; tv; plane; dirt track; clothes; pole; land, ground, soil; bannister, banister, balustrade,
-balusters, handrail; escalator, moving staircase, moving stairway; ottoman, pouf, pouffe, puff,
-hassock; bottle; buffet, counter, sideboard; poster, posting, placard, notice, bill, card; stage;
-van; ship; fountain; conveyer belt, conveyor belt, conveyer, conveyor, transporter; canopy; washer,
-automatic washer, washing machine; plaything, toy; pool; stool; barrel, cask; basket, handbasket;
-falls; tent; bag; minibike, motorbike; cradle; oven; ball; food, solid food; step, stair; tank,
-storage tank; trade name; microwave; pot; animal; bicycle; lake; dishwasher; screen; blanket, cover;
-sculpture; hood, exhaust hood; sconce; vase; traffic light; tray; trash can; fan; pier; crt screen;
-plate; monitor; bulletin board; shower; radiator; glass, drinking glass; clock; flag
-"""
+# A line for each class: its name in the public panoptic file, which scores are published with.
+_ADE_NAMES = Path(__file__).with_name("ade20k_names.txt")
 
 
 def convert_ade20k(
@@ -380,7 +359,7 @@ def _read_ade_classes(folder: Path, aliases: bool) -> tuple[list[dict], dict[int
             )
         if columns and things.setdefault(columns[0], columns[1] - 1) != columns[1] - 1:
             raise ValueError(f"{path}: line {number}: instance class {columns[0]} has two classes")
-    categories, names = [], " ".join(_ADE_NAMES.split()).split("; ")
+    categories, names = [], read_text(_ADE_NAMES).splitlines()
     if aliases or len(rows) != len(names):
         names = [row[-1] for row in rows]
     for index, name in enumerate(names):

@@ -11,14 +11,11 @@ from PIL import Image
 
 from xsam.data import Sample
 from xsam.datasets.base import Dataset
-from xsam.datasets.formats import find_file, read_image, read_json, read_tsv
+from xsam.datasets.formats import IMAGE_SUFFIXES, find_file, read_image, read_json, read_tsv
 from xsam.datasets.records import expect, label, take, unpack
 from xsam.prompts import check_words, choice_question
 
 SHORTEST_IMAGE = 64  # characters; what is shorter is the index of another row
-
-
-IMAGE_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg")
 
 
 def conversation(sample_id: str, image: Image.Image, turns: list, image_id: str) -> Sample:

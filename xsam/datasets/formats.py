@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 from scipy import ndimage
 
 from xsam.datasets.records import Segmentation, expect, mask_parts, take
-from xsam.files import read_text, stand_in
+from xsam.files import cause_of, read_text
 
 # ---- files ---------------------------------------------------------------------------------------
 
@@ -31,21 +31,12 @@ def read_json(path: Path, kind: type | None = None, last_resort: str = "") -> An
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        mend = "mend it there or fetch it again"
-        if str(error).startswith("Extra data: line 2 column 1 "):
-            mend = "it has a value a line (JSON Lines): make one list of them"
+        are_lines = str(error).startswith("Extra data: line 2 column 1 ")
+        mend = "make its lines one list" if are_lines else "mend it there or fetch it again"
         raise ValueError(f"{path}: not valid JSON ({error}); {mend}") from error
     if kind is not None and not isinstance(content, kind):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a {kind.__name__}")
     return content
-
-
-def _cause(path: Path | io.BytesIO, error: Exception) -> str:
-    """Why a file cannot be read: what lies in its place, or else the error."""
-    with contextlib.suppress(OSError):
-        if isinstance(path, Path) and path.is_file():
-            return stand_in(path.read_bytes()) or str(error)
-    return str(error)
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -64,7 +55,7 @@ def read_refs(path: Path) -> list[dict]:
         with path.open("rb") as file:
             refs = _PlainUnpickler(file, encoding="utf-8").load()
     except Exception as error:  # damaged bytes make the unpickler fail in any way
-        raise ValueError(f"{path}: not a plain pickle of refs: {_cause(path, error)}") from error
+        raise ValueError(f"{path}: not a plain pickle of refs: {cause_of(error, path)}") from error
     if not isinstance(refs, list):
         raise ValueError(f"{path}: holds a {type(refs).__name__}, expected a list of refs")
     return refs
@@ -100,6 +91,9 @@ def read_image(path: Path | io.BytesIO, size: tuple[int, int] | None = None) -> 
     image = _open(path).convert("RGB")
     _check_size(path, image, size)
     return image
+
+
+IMAGE_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg", ".webp", ".bmp")
 
 
 def first_file(paths: list[Path]) -> Path:
@@ -145,7 +139,7 @@ def read_image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             return image.height, image.width
     except _DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read as an image ({_cause(path, error)})") from error
+        raise ValueError(f"{path}: cannot be read as an image ({cause_of(error, path)})") from error
 
 
 def read_segment_ids(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -190,7 +184,7 @@ def _open_png(path: Path, size: tuple[int, int]) -> Image.Image:
         with Image.open(io.BytesIO(content)) as file:
             file.verify()  # checksums, which reading pixels does not look at
     except _DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read as an image ({_cause(path, error)})") from error
+        raise ValueError(f"{path}: cannot be read as an image ({cause_of(error, path)})") from error
     image = _open(path, content)
     if image.format != "PNG":
         raise ValueError(f"{path}: is a {image.format} file, masks have to be PNG")
@@ -203,7 +197,7 @@ def _open(path: Path | io.BytesIO, content: bytes | None = None) -> Image.Image:
         image = Image.open(path if content is None else io.BytesIO(content))
         image.load()
     except _DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read as an image ({_cause(path, error)})") from error
+        raise ValueError(f"{path}: cannot be read as an image ({cause_of(error, path)})") from error
     return image
 
 

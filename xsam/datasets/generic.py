@@ -11,21 +11,9 @@ import numpy as np
 from PIL import Image
 
 from xsam.data import Sample
-from xsam.datasets import formats
+from xsam.datasets import formats, records
 from xsam.datasets.base import Dataset, read_categories
-from xsam.datasets.records import (
-    CocoImage,
-    CocoInstance,
-    CocoSegment,
-    Id,
-    by_id,
-    check_category,
-    label,
-    mask_parts,
-    parse,
-    take,
-    unpack,
-)
+from xsam.datasets.records import CocoImage, CocoInstance, CocoSegment, Id, label, parse, take
 
 
 class Generic(Dataset):
@@ -41,7 +29,7 @@ class Generic(Dataset):
         self.category_index = {number: index for index, number in enumerate(categories)}
         self.names = [category.name for category in categories.values()]
         self.is_thing = [category.is_thing for category in categories.values()]
-        images = by_id(content, "images", where)
+        images = records.by_id(content, "images", where)
         self.index_images(images, take(content, "annotations", list, where))
 
     @property
@@ -99,7 +87,7 @@ class Panoptic(Generic):
             with self.record():
                 name = label(record, "image_id", "image {}", f"annotations[{index}]")
                 where = f"{self.annotations}: {name}"
-                number, infos = unpack(record, where, image_id=Id, segments_info=list)
+                number, infos = records.unpack(record, where, image_id=Id, segments_info=list)
                 if number not in images:
                     raise ValueError(f"{where}: has segments but is not in its images")
                 if number in segments:
@@ -114,17 +102,18 @@ class Panoptic(Generic):
                 png = formats.png_name(pngs[number], image.file_name)
                 self.records.append((image, self.segments(number, segments[number]), png))
 
-    def segments(self, image_id: Id, records: list) -> list[CocoSegment]:
+    def segments(self, image_id: Id, infos: list) -> list[CocoSegment]:
         where, segments = f"{self.annotations}: image {image_id}", []
-        for record in records:
+        for record in infos:
             at = where + label(record, "id", ", segment {}", "")
             segments.append(parse(CocoSegment, record, at))
-            check_category(segments[-1].category_id, self.category_index, at)
+            records.check_category(segments[-1].category_id, self.category_index, at)
         ids = [0, *(segment.id for segment in segments)]
         if len(set(ids)) < len(ids):
             number = Counter(ids).most_common(1)[0][0]
-            about = "is there twice" if number else "is that of void"
-            raise ValueError(f"{where}: segment id {number} {about}")
+            raise ValueError(
+                f"{where}: segment id {number} is {'there twice' if number else 'void'}"
+            )
         if not 0 <= min(ids) <= max(ids) < len(formats.SEGMENT_IDS):
             raise ValueError(f"{where}: a segment id is no colour")
         return segments
@@ -169,7 +158,7 @@ class Instances(Generic):
                 name = label(record, "id", "annotation {}", f"annotations[{index}]")
                 where = f"{self.annotations}: {name}"
                 shape = record.get("segmentation") if isinstance(record, dict) else {}
-                parts, num_invalid = mask_parts(shape or [])
+                parts, num_invalid = records.mask_parts(shape or [])
                 self.skipped["invalid rings"] += num_invalid
                 if not parts:
                     self.skipped["objects without a mask (a box alone)"] += 1
@@ -190,7 +179,7 @@ class Instances(Generic):
             with self.record():
                 for instance in by_image[number]:
                     where = f"{self.annotations}: annotation {instance.id}"
-                    check_category(instance.category_id, self.category_index, where)
+                    records.check_category(instance.category_id, self.category_index, where)
                 self.records.append((self.image(image), by_image[number]))
 
     def read(self, index: int) -> tuple[Image.Image, list[tuple[int, np.ndarray, bool]]]:

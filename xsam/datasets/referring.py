@@ -14,23 +14,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from xsam.data import Sample
-from xsam.datasets import formats
+from xsam.datasets import formats, records
 from xsam.datasets.base import Dataset, Packed, pack
 from xsam.datasets.formats import decode_mask, find_file, read_image, read_json
-from xsam.datasets.records import (
-    CocoImage,
-    Segmentation,
-    by_id,
-    expect,
-    label,
-    parse,
-    take,
-    unpack,
-)
+from xsam.datasets.records import CocoImage, Segmentation, expect, label, parse, take, unpack
 from xsam.prompts import check_words
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of what lies beside a JSON
-
 
 MAX_TURNS = 8  # referred objects of one training conversation
 
@@ -74,8 +62,8 @@ class RefCoco(Referring):
 
     def index(self) -> None:
         content, where = read_json(self.instances, dict), str(self.instances)
-        images = by_id(content, "images", where)
-        annotations = by_id(content, "annotations", where)
+        images = records.by_id(content, "images", where)
+        annotations = records.by_id(content, "annotations", where)
         by_image = defaultdict(list)
         for index, ref in enumerate(formats.read_refs(self.annotations)):
             with self.record():
@@ -211,8 +199,8 @@ class Reason(Dataset):
 
     def index(self) -> None:
         self.explanations = defaultdict(list)
-        records = read_json(self.instances, list) if self.source.instances else []
-        for index, record in enumerate(records):
+        explained = read_json(self.instances, list) if self.source.instances else []
+        for index, record in enumerate(explained):
             where = f"{self.instances}: record {index}"
             with self.record():
                 image, outputs = unpack(record, where, image=str, outputs=str)
@@ -222,12 +210,14 @@ class Reason(Dataset):
         for path in paths:
             with self.record():
                 self.index_file(path)
-        stems = {path.stem for path in formats.list_files(self.annotations, *IMAGE_SUFFIXES)}
+        stems = {
+            path.stem for path in formats.list_files(self.annotations, *formats.IMAGE_SUFFIXES)
+        }
         self.skipped["images without an annotation"] = len(stems - {path.stem for path in paths})
 
     def index_file(self, path: Path) -> None:
         content = read_json(path, last_resort="cp1252")  # some of the files are
-        names = [f"{path.stem}{suffix}" for suffix in IMAGE_SUFFIXES]
+        names = [f"{path.stem}{suffix}" for suffix in formats.IMAGE_SUFFIXES]
         if isinstance(content, dict) and isinstance(content.get("imagePath"), str):
             names.insert(0, content["imagePath"])
         image = find_file(self.annotations, *names)
@@ -236,13 +226,13 @@ class Reason(Dataset):
                 self.skipped["JSON files of something else"] += 1
                 return
             raise ValueError(f"{path}: its image {names[0]} is not beside it")
-        texts, is_sentence, records = unpack(
+        texts, is_sentence, drawn = unpack(
             content, str(path), text=list, is_sentence=bool, shapes=list
         )
         if not is_texts(texts):
             raise ValueError(f"{path}: a text is missing or no string")
         shapes = []
-        for index, record in enumerate(records):
+        for index, record in enumerate(drawn):
             where = f"{path}: shape {index}"
             name, points = unpack(record, where, label=str, points=list)
             if name.lower() != "flag":

@@ -35,16 +35,9 @@ READERS: dict[str, type[Dataset]] = {
 
 
 # What other programs' own files have, of the whole or of the first record.
-FOREIGN = {
-    "_via_img_metadata": "VGG Image Annotator (a project)",
-    "regions": "VGG Image Annotator",
-    "shapes": "labelme",
-    "data": "Label Studio",
-    "data_row": "Labelbox",
-    "Label": "Labelbox",
-    "objects": "Supervisely",
-    "items": "Datumaro",
-}
+FOREIGN = {"_via_img_metadata": "VGG Image Annotator", "regions": "VGG Image Annotator"}
+FOREIGN |= {"shapes": "labelme", "data": "Label Studio", "objects": "Supervisely"}
+FOREIGN |= {"data_row": "Labelbox", "Label": "Labelbox", "items": "Datumaro"}
 
 
 def read_dataset(
@@ -86,10 +79,9 @@ def recognise(source: Source, root: Path) -> Source:
     path = locate(root, source.annotations)
     content = read_json(path)
     parts = list(content.values()) if isinstance(content, dict) else content
-    for record in (content, *parts[:1]):
-        for sign, program in FOREIGN.items():
-            if isinstance(record, dict) and sign in record:
-                raise ValueError(f"{path}: is a file of {program}; export it in the COCO format")
+    keys = [key for part in (content, *parts[:1]) if isinstance(part, dict) for key in part]
+    if programs := [program for sign, program in FOREIGN.items() if sign in keys]:
+        raise ValueError(f"{path}: is a file of {programs[0]}; export it in the COCO format")
     if isinstance(content, list):
         return dataclasses.replace(source, task="refer", format="own_refs")
     annotations = take(content, "annotations", list, str(path))
