@@ -17,7 +17,6 @@ language model runs, and its logits are replaced by the next token of the script
 """
 
 import argparse
-import copy
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -59,7 +58,7 @@ def random_model(
     """A stage's model: small noise in matrices, ones and zeros in norms and biases. `backend` of
     torch.compile for its blocks; None: eager."""
     with parameters_on_meta():
-        model = build(copy.deepcopy(config), stage)
+        model = build(config, stage)
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, old in module._parameters.items():
@@ -85,12 +84,11 @@ def write_plan(report: Report, config: Config, gpus: int, memory_gb: float) -> N
     activations, and of the whole GPU."""
     for stage in STAGES:
         with report.guard(f"plan of stage {stage}"):
-            settings = config.stages[stage]
-            settings.micro_batch_size = settings.global_batch_size // gpus
-            plan = Plan(config, stage, gpus)
-            settings.micro_batch_size = plan.largest_micro_batch(memory_gb)
-            if settings.micro_batch_size != plan.micro_batch_size:
-                plan = Plan(config, stage, gpus)
+            size = config.stages[stage].global_batch_size // gpus
+            plan = Plan(config.resolve(micro_batch_size=size), stage, gpus)
+            size = plan.largest_micro_batch(memory_gb)
+            if size != plan.micro_batch_size:
+                plan = Plan(config.resolve(micro_batch_size=size), stage, gpus)
             planned = {
                 name: [size / 1e9, plan.peak(size) / 1e9] for name, size in plan.activations.items()
             }
@@ -301,8 +299,8 @@ def build_requests() -> tuple[Image.Image, dict[str, dict]]:
 
 def infer(report: Report, config: Config, device: torch.device, rounds: int) -> None:
     """Seconds and memory of one image for each task, tokens/s of an answer, images/s of a batch."""
-    config = copy.deepcopy(config)
-    config.score_threshold = config.overlap_threshold = 0.0  # else an untrained model has no masks
+    # Above a threshold an untrained model has no masks.
+    config = config.resolve(score_threshold=0.0, overlap_threshold=0.0)
     model = random_model(config, 3, device).requires_grad_(False)
     model.set_tokenizer(build_tokenizer(config.model.llm_config["vocab_size"]))
     script, llm = Script(model), model.llm
@@ -329,7 +327,7 @@ def infer(report: Report, config: Config, device: torch.device, rounds: int) -> 
                 f"inference, {task}", num_masks > 0 or task == "chat", masks=num_masks, **figures
             )
     with report.guard("inference, tokens of an answer"):
-        model.config.max_new_tokens = ANSWER_TOKENS
+        model.config = model.config.resolve(max_new_tokens=ANSWER_TOKENS)
         lengths = 1, ANSWER_TOKENS - 1
         short, long = (measure(lambda n=n: run("chat", n * [word]))["s"] for n in lengths)
         rate = (lengths[1] - lengths[0]) / (long - short)
@@ -352,7 +350,7 @@ def main() -> int:
     add_device_flag(parser)
     options = parser.parse_args()
     config = CONFIGS["toy" if options.small else "xsam"]()
-    config.dtype, config.recompute = "bfloat16", True
+    config = config.resolve(dtype="bfloat16", recompute=True)
     report = Report(options.out / f"{options.what}.jsonl")
     torch.manual_seed(config.seed)
     if options.what == "plan":

@@ -51,11 +51,8 @@ ROWS = "SAM encoder", "decoders", "losses", "decoders and losses"
 
 def small() -> Config:
     """The toy with smaller images, and the width that transformers' decoders require."""
-    config = toy()
-    config.model.seg_image_size = 64
-    config.model.decoder_dim, config.model.decoder_heads = 256, 8
-    config.model.pixel_decoder_points, config.model.num_classes = 4, 133
-    return config
+    sizes = dict(decoder_dim=256, decoder_heads=8, pixel_decoder_points=4, num_classes=133)
+    return toy().resolve(seg_image_size=64, **sizes)
 
 
 # ---- ours and theirs -----------------------------------------------------------------------------

@@ -108,8 +108,7 @@ def save_small(
     num_skipped: int = 0,
 ) -> Path:
     """A checkpoint whose every value is its step."""
-    config = toy()
-    config.keep_checkpoints = keep
+    config = toy().resolve(keep_checkpoints=keep)
     about = config, tokenizer or Words(), 1, step, small_states(step), num_skipped
     return save_checkpoint(folder, Small(step), *about)
 
@@ -138,14 +137,14 @@ def test_a_checkpoint_comes_back_as_it_was(request, kind, tmp_path):
 @pytest.mark.parametrize("change", [{"vocab_size": 130}, {"tie_word_embeddings": True}], ids=str)
 def test_other_embedding_tables_come_back_too(config, tokenizer, change, tmp_path):
     """A table that the special tokens made larger; one shared with the output, as Qwen3's."""
-    config.model.llm_config = config.model.llm_config | change
+    config = config.resolve(llm_config=config.model.llm_config | change)
     model = XSAM(config, tokenizer)
     loaded, _ = load_checkpoint(save(tmp_path, model))
     assert same(snapshot(loaded), snapshot(model))
 
 
 def test_a_model_in_bfloat16_comes_back_with_its_float32_buffers(world, config, tmp_path):
-    config.dtype = "bfloat16"
+    config = config.resolve(dtype="bfloat16")
     model = pretrained_model(3, config, world / "weights", lambda _: None)
     loaded, _ = load_checkpoint(save(tmp_path, model))
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
@@ -173,11 +172,10 @@ def test_a_checkpoint_of_another_model_is_refused(segmentor, config, tmp_path):
     folder = save(tmp_path, segmentor)
     with pytest.raises(ValueError, match=r"'toy'.*seg_image_size is 128, here 1024"):
         check_checkpoint(folder, xsam(), 1)
-    config.model.llm, config.model.llm_config = "another", {}  # a segmentor has none
+    config = config.resolve(llm="another", llm_config={})  # a segmentor has none
     assert check_checkpoint(folder, config, 1)
-    config.model.num_queries = 33
     with pytest.raises(ValueError, match="num_queries is 20, here 33"):
-        check_checkpoint(folder, config, 1)
+        check_checkpoint(folder, config.resolve(num_queries=33), 1)
 
 
 def test_stage_2_saves_the_projectors_alone(model, tmp_path):

@@ -1,10 +1,11 @@
-"""The configuration: names that make flags, trips through JSON, errors that say where, and what a
-run needs on disk.
+"""The configuration: it never changes, `resolve` makes another, names make flags, trips through
+JSON, errors that say where.
 
 pytest tests/test_config.py
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import subprocess
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from xsam.cli import CONFIGS, add_config_flags, apply_flags
-from xsam.config import Config, LossConfig, ModelConfig, Stage, xsam
+from xsam.cli import CONFIGS, add_config_flags
+from xsam.cli import parse as parse_command
+from xsam.config import ARCHITECTURES, Config, LossConfig, ModelConfig, Stage, xsam
+from xsam.encoders import transformers_config
 from xsam.toy.preset import toy
 
-NOT_FLAGS = {"name", "model", "stages", "loss", "categories"}
+NOT_KNOWN = {"model", "stages", "loss"}  # to `resolve`
+NOT_FLAGS = NOT_KNOWN | {"name", "categories"}
 
 
 def field_names(*kinds) -> list[str]:
@@ -66,12 +70,11 @@ def test_presets_agree_with_themselves(name):
 
 
 def test_presets_share_nothing():
-    """`toy` starts from `xsam()`, and flags are written into a configuration in place."""
+    """`toy` starts from `xsam()`; nobody should write into a dict of a configuration."""
     before = xsam().to_dict()
     config = toy()
     config.model.llm_config["hidden_size"] = 1
     config.stages[1].learning_rates[""] = 1.0
-    config.loss.num_points = 1
     assert xsam().to_dict() == before
 
 
@@ -88,14 +91,107 @@ def test_importing_config_imports_no_torch():
     assert run.stdout.strip() == "[]"
 
 
+# ---- one configuration from another --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (lambda config: config, "seed"),
+        (lambda config: config.model, "num_queries"),
+        (lambda config: config.loss, "num_points"),
+        (lambda config: config.stages[2], "epochs"),
+    ],
+    ids=["Config", "ModelConfig", "LossConfig", "Stage"],
+)
+def test_nothing_of_a_configuration_can_be_assigned(config, part, name):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(part(config), name, 1)
+    assert config == toy()
+
+
+def test_resolve_takes_a_field_of_each_kind_and_changes_nothing_else(config):
+    resolved = config.resolve(num_queries=7, num_points=9, seed=5, epochs=2.0)
+    assert config == toy()
+    expected = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_queries=7),
+        loss=dataclasses.replace(config.loss, num_points=9),
+        stages={n: dataclasses.replace(row, epochs=2.0) for n, row in config.stages.items()},
+        seed=5,
+    )
+    assert resolved == expected
+
+
+def test_resolve_reaches_the_stages_it_is_given(config):
+    resolved = config.resolve(stages=(1, 3), learning_rates={"": 1e-6})
+    assert [resolved.stages[n].learning_rates == {"": 1e-6} for n in (1, 2, 3)] == [
+        True,
+        False,
+        True,
+    ]
+    assert resolved.stages[2] == config.stages[2] and config == toy()
+
+
+def test_a_resolved_configuration_shares_no_dict_with_another(config):
+    """Nor with what it was given, nor with the table of architectures."""
+    before, given = copy.deepcopy(ARCHITECTURES), {"model_type": "siglip_vision_model"}
+    resolved = config.resolve(llm="vicuna-7b-v1.5", image_encoder_config=given, seed=1)
+    for each in (resolved.model.llm_config, resolved.model.image_encoder_config):
+        each["hidden_size"] = 1
+    resolved.stages[1].learning_rates[""] = 1.0
+    assert config == toy() and before == ARCHITECTURES and "hidden_size" not in given
+
+
+@pytest.mark.parametrize("part", ARCHITECTURES)
+def test_the_name_of_a_part_brings_its_architecture_unless_a_field_says_otherwise(part):
+    name, brought = list(ARCHITECTURES[part].items())[-1]
+    resolved = xsam().resolve(**{part: name}).model
+    assert getattr(resolved, part) == name
+    assert brought and all(getattr(resolved, field) == brought[field] for field in brought)
+    field, other = next(iter(brought)), getattr(toy().model, next(iter(brought)))
+    assert other != brought[field]
+    for order in ({part: name, field: other}, {field: other, part: name}):
+        assert getattr(xsam().resolve(**order).model, field) == other
+
+
+def test_an_unknown_seg_encoder_is_refused_with_those_that_are_known(config):
+    with pytest.raises(
+        ValueError, match=r"unknown seg_encoder sam-vit-giant; known are sam-vit-ba"
+    ):
+        config.resolve(seg_encoder="sam-vit-giant")
+    assert config.resolve(seg_encoder=config.model.seg_encoder) == config
+
+
+@pytest.mark.parametrize("name", ["queries", "model", "lr"])
+def test_an_unknown_field_is_refused_with_those_that_are_known(config, name):
+    known = ", ".join(sorted({*field_names(ModelConfig, Stage, LossConfig, Config)} - NOT_KNOWN))
+    with pytest.raises(ValueError) as error:
+        config.resolve(seed=1, **{name: 3})
+    assert str(error.value) == f"unknown field {name}; known are {known}"
+
+
+def test_a_value_of_another_type_is_refused(config):
+    with pytest.raises(ValueError, match=r"config\.model\.num_queries: expected int, got 'many'"):
+        config.resolve(num_queries="many")
+
+
+def test_transformers_writes_into_a_copy_of_a_configurations_dict():
+    """It completes the frequencies of positions in place."""
+    values = toy().model.llm_config | {"model_type": "llama", "rope_theta": 5.0}
+    values["rope_scaling"] = {"type": "linear", "factor": 2.0}
+    before = copy.deepcopy(values)
+    assert transformers_config(values).rope_parameters["rope_theta"] == 5.0
+    assert values == before
+
+
 # ---- dictionaries --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_round_trip_through_json(name):
     """JSON knows neither tuples nor integer keys; `==` tells them from lists and strings."""
-    config = CONFIGS[name]()
-    config.categories = ({"name": "circle", "is_thing": True},)
+    config = CONFIGS[name]().resolve(categories=({"name": "circle", "is_thing": True},))
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -207,19 +303,10 @@ def test_a_wrong_flag_ends_the_program_and_is_named(flag, text, capsys):
 
 
 def test_flags_reach_their_owner_and_only_the_stages_run():
-    before, config = toy(), toy()
-    flags = parse(
-        "--num_queries", "7", "--num_points", "9", "--seed", "5", "--epochs", "2",
-        "--learning_rates", '{"": 1e-6}',
-    )  # fmt: skip
-    assert apply_flags(config, flags, [1, 3]) is config
-    assert (config.model.num_queries, config.loss.num_points, config.seed) == (7, 9, 5)
-    for number in (1, 3):
-        expected = dataclasses.replace(before.stages[number], epochs=2.0, learning_rates={"": 1e-6})
-        assert config.stages[number] == expected
-    assert config.stages[2] == before.stages[2]
-    # Nothing else moved.
-    config.model.num_queries = before.model.num_queries
-    config.loss.num_points, config.seed = before.loss.num_points, before.seed
-    config.stages = before.stages
-    assert config == before
+    """`--init` stands in place of what the first of them would start from."""
+    flags = ["--num_queries", "7", "--num_points", "9", "--seed", "5", "--epochs", "2"]
+    flags += ["--init", "step_1", "--config", "toy", "--stage", "3"]
+    expected = toy().resolve(
+        stages=(3,), num_queries=7, num_points=9, seed=5, epochs=2.0, starts_from=()
+    )
+    assert toy().stages[3].starts_from and parse_command(flags)[1] == expected

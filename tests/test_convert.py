@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from xsam.datasets import build as convert
 from xsam.datasets.formats import decode_mask, encode_mask
+from xsam.datasets.registry import read_dataset
 from xsam.datasets.sources import PROMPT_TYPES
 
 SAMPLES = Path(__file__).parents[2] / "shared/samples/coco"
@@ -60,10 +62,8 @@ def test_prompts_of_a_large_object_lie_on_and_around_it(seed):
     assert tuple(raw) == tuple(grown) == PROMPT_TYPES
     assert all(p.any() and p.dtype == bool and p.shape == mask.shape for p in raw.values())
     assert raw["point"].sum() == 1 and mask[raw["point"]].all()
-    rows, columns = np.nonzero(raw["scribble"])
-    assert 120 * 0.8 <= np.ptp(rows) + 1 <= 120 * 1.2 and np.ptp(columns) < 80 * 1.2
-    assert raw["scribble"].sum() < 2 * (120 + 80)  # a line, whose middle lies on the object
-    assert mask[raw["scribble"]].mean() > 0.7
+    assert raw["scribble"].sum() < 2 * (120 + 80)  # a line
+    assert mask[raw["scribble"]].mean() > 0.6
     assert 0.9**2 - 0.03 < raw["box"].sum() / mask.sum() < 1.1**2 + 0.03
     for kind in ("box", "mask"):
         assert (raw[kind] & mask).sum() / (raw[kind] | mask).sum() > 0.75
@@ -72,6 +72,59 @@ def test_prompts_of_a_large_object_lie_on_and_around_it(seed):
         away = np.argwhere(grown[kind])[:, None] - np.argwhere(raw[kind])[None]
         assert np.hypot(*away.T).min(axis=0).max() == radius
         assert (raw[kind] <= grown[kind]).all()
+
+
+def drawn(mask: np.ndarray, kind: str, count: int) -> list[np.ndarray]:
+    """Where the prompts of many seeds lie, (row, column) [P, 2] each."""
+    rngs = map(np.random.default_rng, range(count))
+    return [np.argwhere(convert.visual_prompts(mask, rng, False)[kind]) for rng in rngs]
+
+
+@pytest.mark.parametrize("stretch", [1, 2])
+def test_a_point_lies_half_a_radius_from_the_middle_on_average(stretch):
+    rows, columns = np.mgrid[:60, :120]
+    away = np.stack([rows - 30, (columns - 50) / stretch])
+    points = np.concatenate(drawn(np.hypot(*away) <= 20, "point", 200))
+    away = (points - (30, 50)) / (1, stretch)
+    assert 0.45 < np.hypot(*away.T).mean() / 20 < 0.55 and np.hypot(*away.T).max() > 17
+    assert np.abs(away.mean(axis=0)).max() < 2
+
+
+def test_a_scribble_spans_a_half_to_six_fifths_of_the_box_and_swings_by_10_to_20_pixels():
+    mask = rectangle(40, 40, 90, 120, size=(180, 200))
+    middle, length = np.array([84.5, 99.5]), np.hypot(89, 119)
+    spans, swings = [], []
+    for line in drawn(mask, "scribble", 100):
+        diagonals = [np.array([89, 119 * way]) / length for way in (1, -1)]
+        along = max(diagonals, key=lambda diagonal: np.ptp((line - middle) @ diagonal))
+        spans.append(np.ptp((line - middle) @ along) / length)
+        swings.append(np.abs((line - middle) @ (along[::-1] * (1, -1))).max())
+    assert 0.48 < min(spans) < 0.55 and 1.15 < max(spans) < 1.22
+    assert 9 < min(swings) < 11 and 19 < max(swings) < 21
+
+
+@pytest.mark.parametrize("place", [(100, 200), (0, 0), (455, 610)])
+def test_a_mask_prompt_is_the_blurred_mask_cut_at_its_mean_over_the_image(place):
+    mask = rectangle(*place, 25, 30, size=(480, 640))
+    blurred = ndimage.gaussian_filter(mask.astype(float), 2)
+    prompt = convert.visual_prompts(mask, np.random.default_rng(0))["mask"]
+    np.testing.assert_array_equal(prompt, blurred > blurred.mean())
+    assert mask.sum() * 1.2 < prompt.sum() < mask.sum() * 2.5
+
+
+@pytest.mark.parametrize("size", [(1, 6), (2, 3), (6, 6), (20, 9)])
+def test_prompts_of_a_small_object_are_near_it(size):
+    """Also where it lies in a corner of a small image."""
+    for top, left in ((0, 0), (60, 50), (128 - size[0], 128 - size[1])):
+        mask = rectangle(top, left, *size, size=(128, 128))
+        for seed in range(20):
+            prompts = convert.visual_prompts(mask, np.random.default_rng(seed), is_dilated=False)
+            assert all((prompt & mask).any() for prompt in prompts.values())
+            for kind, reach in {"scribble": max(size) / 2, "box": 1, "mask": 8}.items():
+                rows, columns = np.nonzero(prompts[kind] & ~mask)
+                away = np.maximum(top - rows, rows - top - size[0] + 1)
+                away = np.maximum(away, np.maximum(left - columns, columns - left - size[1] + 1))
+                assert away.max(initial=0) <= reach, kind
 
 
 def test_prompts_unite_components_and_leave_out_specks():
@@ -96,7 +149,8 @@ def test_prompts_at_the_border_stay_in_the_image(mask):
     for seed in range(5):
         prompts = convert.visual_prompts(mask, np.random.default_rng(seed))
         assert all(prompt.shape == mask.shape for prompt in prompts.values())
-        assert all(prompts[kind].any() for kind in ("point", "box", "mask"))
+        assert all(prompt.any() for prompt in prompts.values())
+        assert not mask.all() or prompts["mask"].all()  # each pixel of its blur is the mean
 
 
 # ---- COCO-VGD ------------------------------------------------------------------------------------
@@ -179,6 +233,51 @@ def test_vgd_of_string_ids_and_of_nothing(instances, tmp_path):
     content["annotations"] = []
     counts = convert.build_vgd(write(tmp_path / "no.json", content), tmp_path / "b", num_workers=1)
     assert read(tmp_path / "b") == [] and counts["empty_images"] == 4
+
+
+PUBLISHED = """[{"image_file": "000000000139.jpg", "image_id": 139, "image_size": [60, 80],
+"image_info": {"id": 139, "file_name": "000000000139.jpg", "height": 60, "width": 80},
+"annotations": [{"segmentation": [[10, 10, 40, 10, 40, 30, 10, 30]], "area": 600.0, "iscrowd": 0,
+"image_id": 139, "bbox": [10.0, 10.0, 30.0, 20.0], "category_id": 90, "id": 31, "bbox_mode": 1,
+"visual_prompts": %s}]}]"""
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_published_file_is_read_as_it_is_and_ours_has_its_layout(tmp_path, split):
+    """Points and scribbles are grown already; a scribble without a pixel is not asked with."""
+    grown = rectangle(12, 15, 9, 9)
+    prompts = {"point": grown, "scribble": grown & False, "box": rectangle(9, 9, 22, 32)}
+    prompts["mask"] = rectangle(8, 8, 24, 34)
+    rles = {f"{kind}_visual_prompt": encode_mask(mask) for kind, mask in prompts.items()}
+    folder = tmp_path / "img_vgdseg/coco_vgd"
+    published = folder / f"annotations/img_vgdseg_coco_{split}.json"
+    write(folder / f"coco2017/{split}2017/000000000139.jpg", np.zeros((60, 80, 3), np.uint8))
+    (record,) = json.loads(PUBLISHED % json.dumps(rles))
+    plain = dict(record["annotations"][0])
+    del plain["bbox_mode"], plain["visual_prompts"]
+    coco = dict(images=[record["image_info"]], annotations=[plain])
+    coco["categories"] = [dict(id=90, name="toothbrush", supercategory="indoor")]
+    instances = write(folder / f"annotations/instances_{split}2017.json", coco)
+    published.write_text(PUBLISHED % json.dumps(rles))
+    names = ["coco_vgd"] if split == "train" else [f"coco_vgd_val_{kind}" for kind in PROMPT_TYPES]
+    for name in names:
+        dataset = read_dataset(name, tmp_path)
+        assert dataset.problems == [] and len(dataset) == (name != "coco_vgd_val_scribble")
+        for seed in range(len(dataset) * 20):
+            sample = dataset.sample(0, np.random.default_rng(seed))
+            known = [
+                prompts[kind] for kind in ("point", "box", "mask") if name.endswith(("vgd", kind))
+            ]
+            assert any((sample.regions[0] == prompt).all() for prompt in known)
+            assert sample.names == ["toothbrush"] and sample.category_ids == [90]
+            np.testing.assert_array_equal(sample.masks, rectangle(10, 10, 20, 30)[None])
+    convert.build_vgd(instances, tmp_path / "ours.json", num_workers=1)
+    (ours,) = read(tmp_path / "ours.json")
+    for each in (record, ours):
+        shown = each["annotations"][0].pop("visual_prompts")
+        assert list(shown) == list(rles)
+        assert all(p["size"] == [60, 80] and isinstance(p["counts"], str) for p in shown.values())
+    assert ours == record and list(ours) == list(record)
 
 
 @pytest.mark.parametrize(

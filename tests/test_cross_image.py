@@ -30,8 +30,7 @@ def any_model(request, model) -> XSAM:
     """The toy model, or a new one with another part."""
     if request.param == "toy":
         return model
-    settings = toy()
-    settings.model = dataclasses.replace(settings.model, **VARIANTS[request.param])
+    settings = toy().resolve(**VARIANTS[request.param])
     torch.manual_seed(0)
     return XSAM(settings, copy.deepcopy(model.tokenizer)).eval()
 

@@ -34,7 +34,7 @@ from xsam.data import (
 )
 from xsam.datasets.registry import open_dataset
 from xsam.llm import IGNORE_LABEL, IMAGE_TOKEN, REGION_TOKEN, add_special_tokens
-from xsam.prompts import Question
+from xsam.prompts import Phrased
 from xsam.toy import weights as toy
 
 SIZE = (30, 40)
@@ -130,11 +130,11 @@ STAGE = Stage({}, ())
 @pytest.mark.parametrize("stage", [None, STAGE])
 def test_words_that_are_too_many_are_refused_and_none_is_cut(processor, sample, stage):
     length = text_length(processor, sample)
-    processor.config.model.max_text_length = length
+    processor.config = processor.config.resolve(max_text_length=length)
     whole = processor.tokenize(sample)
     encoded = processor.encode(dataclasses.replace(sample), stage, rng())
     assert (encoded["ids"], encoded["labels"]) == whole
-    processor.config.model.max_text_length = length - 1
+    processor.config = processor.config.resolve(max_text_length=length - 1)
     with pytest.raises(
         SampleTooLong, match=rf"{sample.task}/1: {length} text tokens.* {length - 1}$"
     ):
@@ -146,7 +146,7 @@ NAMES = [f"{kind} {number}" for number in range(20) for kind in ("ring", "star")
 
 def generic(labels: list[int], names: list[str] = NAMES) -> Sample:
     """Masks that tell their class: the k-th class is the pixel at row k."""
-    turns = [(Question("Segment all of: {phrases}.", names), "Sure, <SEG>.")]
+    turns = [(Phrased("Segment all of: {phrases}.", names), "Sure, <SEG>.")]
     masks = [box(label % SIZE[0], label // SIZE[0], 1, 1) for label in labels]
     return sample_of("generic", turns, masks, labels, names=names)
 
@@ -156,7 +156,7 @@ def generic(labels: list[int], names: list[str] = NAMES) -> Sample:
 def test_a_generic_prompt_too_long_loses_absent_classes_only(processor, limit, labels):
     sample = generic(labels)
     assert text_length(processor, sample) == 216
-    processor.config.model.max_text_length = limit
+    processor.config = processor.config.resolve(max_text_length=limit)
     encoded = processor.encode(dataclasses.replace(sample), STAGE, rng())
     kept = encoded["sample"]
     assert len(encoded["ids"]) - processor.num_visual_tokens <= limit
@@ -171,19 +171,21 @@ def test_a_generic_prompt_too_long_loses_absent_classes_only(processor, limit, l
 
 def test_a_generic_prompt_that_fits_keeps_every_class(processor):
     sample = generic([3])
-    processor.config.model.max_text_length = text_length(processor, sample)
+    length = text_length(processor, sample)
+    processor.config = processor.config.resolve(max_text_length=length)
     assert processor.encode(dataclasses.replace(sample), STAGE, rng())["sample"].names == NAMES
 
 
 def test_a_generic_prompt_of_present_classes_that_is_too_long_is_refused(processor):
     sample = generic(list(range(40)))
-    processor.config.model.max_text_length = text_length(processor, sample) - 1
+    length = text_length(processor, sample)
+    processor.config = processor.config.resolve(max_text_length=length - 1)
     with pytest.raises(SampleTooLong, match=r"generic/1: \d+ text tokens"):
         processor.encode(sample, STAGE, rng())
 
 
 def test_evaluation_names_every_class_or_refuses(processor):
-    processor.config.model.max_text_length = 100
+    processor.config = processor.config.resolve(max_text_length=100)
     with pytest.raises(SampleTooLong, match=r"generic/1: \d+ text tokens.* is 100"):
         processor.encode(generic([3]))
 
@@ -193,6 +195,17 @@ def test_keep_names_keeps_the_masks_of_what_it_keeps():
     assert kept.names == [NAMES[7], NAMES[8], NAMES[39]] and kept.labels.tolist() == [0, 2, 0]
     assert (kept.masks == np.stack([box(7, 0, 1, 1), box(9, 1, 1, 1), box(7, 0, 1, 1)])).all()
     assert kept.turns[0][0].count("<p>") == 3
+
+
+def test_an_answer_that_says_the_names_loses_those_that_its_question_loses(processor):
+    sample = generic([7, 39])
+    (question, _) = sample.turns[0]
+    sample.turns = [(question, Phrased("There: {phrases}. <SEG>", NAMES))]
+    processor.config = processor.config.resolve(max_text_length=150)
+    kept = processor.encode(sample, STAGE, rng())["sample"]
+    phrases = ", ".join(f"<p>{name}</p>" for name in kept.names)
+    assert 2 <= len(kept.names) < len(NAMES)
+    assert kept.turns == [(f"Segment all of: {phrases}.", f"There: {phrases}. <SEG>")]
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -258,6 +271,37 @@ def test_an_absent_phrase_has_no_run_but_is_a_class_of_the_others(processor, tok
     masks += [encoded[2]["targets"].masks[0]]
     for target, mask in zip(batch.targets, masks, strict=True):
         assert torch.equal(target.masks, mask[None]) and mask.any()
+
+
+@pytest.mark.parametrize("task", ["generic", "refer"])
+def test_names_that_an_answer_says_again_are_words_and_no_classes(processor, tokenizer, task):
+    """In training as in XSAM.infer; also where the answer is that there is no such thing."""
+
+    def batch_of(template: str, absent: str):
+        samples = [generic([1, 0], NAMES[:2]), generic([2], NAMES[:3])]
+        if task == "refer":
+            samples = [referring(["red ring", "a star", "a disc"], [0, 2]), referring(["a"], [0])]
+        for sample in samples:
+            names = [sample.names] if task == "generic" else [[name] for name in sample.names]
+            sample.turns = [
+                (asked, Phrased(template if "<SEG>" in answer else absent, said))
+                for (asked, answer), said in zip(sample.turns, names, strict=True)
+            ]
+        return processor.collate([processor.encode(sample) for sample in samples])
+
+    plain = batch_of("Sure, <SEG>.", "No.")
+    said = batch_of("Sure, {phrases} is <SEG>.", "No {phrases}.")
+    opening = tokenizer.convert_tokens_to_ids("<p>")
+    asked, labelled = ((each == opening).sum() for each in (plain.input_ids, said.labels))
+    assert labelled == asked > 3 and (said.input_ids == opening).sum() == 2 * asked
+    assert torch.equal(said.runs.classes, plain.runs.classes)
+    assert torch.equal(said.runs.phrase_index, plain.runs.phrase_index)
+    assert torch.equal(said.runs.image_index, plain.runs.image_index)
+    assert said.runs.num_phrases == plain.runs.num_phrases
+    row, place = said.runs.image_index, said.runs.seg_position
+    assert (said.input_ids[row, place] == tokenizer.convert_tokens_to_ids("<SEG>")).all()
+    for target, other in zip(said.targets, plain.targets, strict=True):
+        assert torch.equal(target.labels, other.labels)
 
 
 def test_a_batch_of_absent_phrases_alone_has_no_run(processor):
@@ -464,7 +508,7 @@ def visual(regions: dict[str, np.ndarray], task: str = "vgd", **fields) -> Sampl
     names = list(regions)
     masks = [box(3 * k, left, 2, 5) for k in range(len(names)) for left in (2, 20)]
     labels = [k for k in range(len(names)) for _ in range(2)]
-    question = Question("Like {phrases}.", ["<region>"] * len(names))
+    question = Phrased("Like {phrases}.", ["<region>"] * len(names))
     stacked = np.stack(list(regions.values()))
     turns = [(question, "Sure, <SEG>.")]
     return sample_of(task, turns, masks, labels, names=names, regions=stacked, **fields)

@@ -607,6 +607,18 @@ def test_refs_images_in_the_folder_of_lisa(tmp_path):
     assert shade_of(open_dataset("refcoco", tmp_path).sample(0, rng())) == 1
 
 
+def test_answers_of_a_user_say_what_was_asked_for(tmp_path):
+    mine = {"answers": ["{phrases}: <SEG>"], "absent": ["No {phrases}."]}
+    phrasings = PHRASINGS | {"refer": PHRASINGS["refer"] | mine}
+    write_refs(tmp_path, TWO_REFS)
+    for sample in samples_of(open_dataset("refcoco", tmp_path, phrasings=phrasings)):
+        answers = [f"<p>{name}</p>: <SEG>" for name in sample.names]
+        assert [answered for _, answered in sample.turns] == answers
+    write_refs(tmp_path, GREFS, "grefcoco", GREFS_FILE)
+    absent = open_dataset("grefcoco_val", tmp_path, phrasings=phrasings).sample(0, rng())
+    assert absent.turns[0][1] == "No <p>nothing like it</p>."
+
+
 # ---- gRefCOCO ------------------------------------------------------------------------------------
 
 GREFS_FILE = "grefs(unc).json"
@@ -1400,6 +1412,9 @@ CHOICE = {"index": 241, "image": PICTURE, "question": "Which is red?", "hint": "
 CHOICE |= {"A": "the left", "B": "the right", "C": "", "D": "", "answer": "A", "category": "x"}
 
 
+OPEN = {"image": "241", "question": "Is there a ring?", "answer": "Yes"}
+
+
 def test_tsv_choices_yes_no_and_the_image_of_another_row(tmp_path):
     yes_no = {"index": 7, "image": "241", "question": "Is there\na ring?", "answer": "Yes"}
     write_tsv(tmp_path, [yes_no, CHOICE])
@@ -1413,6 +1428,19 @@ def test_tsv_choices_yes_no_and_the_image_of_another_row(tmp_path):
     lines += ["Answer with the letter of the right option."]
     assert chosen.turns == [("\n".join(lines), "A")] and chosen.sample_id == "mmbench/241"
     assert (asked.image_id, chosen.image_id) == ("7", "241")
+
+
+def test_choices_are_asked_in_a_users_words_the_same_each_time(tmp_path):
+    write_tsv(tmp_path, [CHOICE, CHOICE | {"index": 5}, {"index": 7} | OPEN])
+    mine = [f"{word}: {{question}}\n{{options}}" for word in "XYZ"]
+    dataset = open_dataset("mmbench", tmp_path, phrasings=PHRASINGS | {"chat": {"choices": mine}})
+    asked = [dataset.inputs(index).turns[0][0] for index in range(3)]
+    words = "Look\tup.\nWhich is red?\nA. the left\nB. the right"
+    assert all(question[0] in "XYZ" and question[1:] == f": {words}" for question in asked[:2])
+    assert asked[2] == OPEN["question"]
+    assert asked == [dataset.inputs(index).turns[0][0] for index in range(3)]
+    drawn = {dataset.sample(0, rng(seed)).turns[0][0][0] for seed in range(30)}
+    assert drawn == {*"XYZ"}
 
 
 @pytest.mark.parametrize(

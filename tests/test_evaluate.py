@@ -314,8 +314,7 @@ def test_a_model_is_not_shown_the_truth(speaking_model, world, tmp_path, monkeyp
 
 def test_loading_in_other_processes_changes_nothing(speaking_model, alone, world, tmp_path):
     model = copy.copy(speaking_model)
-    model.config = copy.deepcopy(model.config)
-    model.config.num_workers, model.config.eval_batch_size = 2, BATCH
+    model.config = model.config.resolve(num_workers=2, eval_batch_size=BATCH)
     dataset = open_dataset("refcoco_val", world / "data", all_classes=True)
     predict_dataset(model, dataset, tmp_path / "said")
     for name, content in contents(tmp_path / "said").items():
@@ -504,8 +503,7 @@ def test_a_segmentor_alone_is_scored_on_what_it_can(segmentor, world, tmp_path, 
 def shortened(model: XSAM, num_tokens: int) -> XSAM:
     """The model with room for so many tokens in a prompt."""
     model = copy.copy(model)
-    model.config = copy.deepcopy(model.config)
-    model.config.model.max_text_length = num_tokens
+    model.config = model.config.resolve(max_text_length=num_tokens)
     return model
 
 
@@ -587,7 +585,7 @@ def test_it_is_told_where_only_a_later_question_has_to_be_parted(
         counts = [len(asked_about(model, sample)) for sample in samples]
         if counts[0] == 1 < max(counts):
             break
-    model.config.eval_batch_size = 1
+    model.config = model.config.resolve(eval_batch_size=1)
     predict_dataset(model, classes, tmp_path / "said")
     assert len(parted(capsys.readouterr().out)) == 1
 

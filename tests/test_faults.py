@@ -138,7 +138,7 @@ def save_step(folder: Path, config: Config, step: int) -> None:
 
 
 def test_killed_at_any_operation_of_saving_leaves_whole_checkpoints(tmp_path, config):
-    config.keep_checkpoints = 2
+    config = config.resolve(keep_checkpoints=2)
     reached = []
     for operation in range(1000):
         folder = tmp_path / f"stage{operation}"
@@ -255,7 +255,7 @@ def test_killed_again_and_again_equals_uninterrupted(world, tmp_path):
     def start(log: Path, arguments: list[str]) -> BaseProcess:
         return start_ranks(log, faulty_train.main, {}, arguments)[0]
 
-    kills_change_nothing(world, tmp_path, 4, 1, start)
+    kills_change_nothing(world, tmp_path, 2, 1, start)
 
 
 @pytest.mark.slow
@@ -383,8 +383,7 @@ def sample_sequence(mixture: Mixture, world_size: int, num_micro_batches: int) -
 
 
 def test_any_number_of_ranks_sees_the_same_samples(world, config, model):
-    stage = config.stages[3]
-    stage.micro_batch_size = 2
+    stage = config.resolve(micro_batch_size=2).stages[3]
     datasets = [open_dataset(name, world / "data") for name in stage.datasets]
     mixture = Mixture(datasets, Processor(config, model.tokenizer), stage, seed=0)
     count = 4 * 2 * len(mixture)

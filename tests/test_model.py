@@ -4,7 +4,6 @@ pytest tests/test_model.py
 """
 
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
@@ -343,8 +342,7 @@ def say(model, monkeypatch):
             return new, states[:, : -len(ids)], states[:, -len(ids) :]
 
         monkeypatch.setattr(model.llm, "generate", generate)
-        settings = dataclasses.replace(model.config, score_threshold=0.0)
-        monkeypatch.setattr(model, "config", settings)
+        monkeypatch.setattr(model, "config", model.config.resolve(score_threshold=0.0))
         return model
 
     return apply
@@ -414,7 +412,7 @@ def test_the_segmentor_segments_its_own_categories_only(segmentor):
 
 
 def test_a_model_without_categories_says_so(model, monkeypatch):
-    monkeypatch.setattr(model.config, "categories", ())
+    monkeypatch.setattr(model, "config", model.config.resolve(categories=()))
     with pytest.raises(ValueError, match=r"things|stuff|categor"):
         model.predict(picture(), "panoptic")
 
@@ -471,9 +469,10 @@ def test_every_request_is_answered_at_the_images_size(speaking_model, task):
 
 def test_names_beyond_one_prompt_are_asked_in_several(speaking_model, monkeypatch):
     names = [f"{color} {shape}" for color in ("red", "green", "blue") for shape in ("ring", "star")]
-    monkeypatch.setattr(speaking_model.config.model, "max_text_length", 320)
+    config = speaking_model.config
+    monkeypatch.setattr(speaking_model, "config", config.resolve(max_text_length=320))
     whole = speaking_model.predict(picture(), "semantic", stuff=names)
-    monkeypatch.setattr(speaking_model.config.model, "max_text_length", 45)
+    monkeypatch.setattr(speaking_model, "config", config.resolve(max_text_length=45))
     split = speaking_model.predict(picture(), "semantic", stuff=names)
     assert whole.num_prompts == 1 and split.num_prompts > 1
     for prediction in (whole, split):
@@ -571,8 +570,8 @@ def test_compiled_blocks_give_the_same_gradients(world, model, processor, backen
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_autocast_is_for_bfloat16_alone(world, config, processor, dtype):
     """In training and in answering, whatever the device: float32 is float32 throughout."""
-    config.dtype = dtype
-    config.categories = open_dataset("coco_panoptic", world / "data").categories
+    categories = open_dataset("coco_panoptic", world / "data").categories
+    config = config.resolve(dtype=dtype, categories=categories)
     model, seen = pretrained_model(1, config, world / "weights", lambda _: None), set()
     hook = lambda *_: seen.add(torch.is_autocast_enabled("cpu"))  # noqa: E731
     model.encoder.register_forward_hook(hook)

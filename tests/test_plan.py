@@ -1,10 +1,11 @@
 """The plan against what happens: a real training step under torch's profiler, real optimizer
-states, torch's own sharding, closed formulas of the operations.
+states, torch's own sharding, closed formulas of the operations. Every stage and kind of step is
+there; further combinations are slow.
 
 pytest tests/test_plan.py
+pytest -m slow tests/test_plan.py
 """
 
-import copy
 import gc
 import math
 import re
@@ -40,29 +41,27 @@ from xsam.plan import (
 )
 from xsam.toy.preset import toy
 
+SLOW = pytest.mark.slow
 SAMPLES = {"generic": (300, 6, 1), "chat": (300, 300, 0), "refer": (80, 40, 3)}
 IMAGES = {"generic": (0, 0, 1)}  # of stage 1
 
 
 def middling(recompute: bool = True, **changes) -> Config:
     """Large enough that activations outweigh the rest; every kind of block is there three times.
-    `changes` are fields of the model."""
+    `changes` are fields that `resolve` takes."""
     config = toy()
-    config.dtype, config.recompute = "bfloat16", recompute
-    model = config.model
-    model.seg_image_size, model.seg_depth, model.connector_layers = 192, 7, (4, 6, 7)
-    model.seg_global_blocks, model.pixel_decoder_layers = (2, 4, 6), 3
-    model.image_encoder_config |= dict(num_hidden_layers=5)
-    model.llm_config |= dict(hidden_size=192, intermediate_size=384, num_hidden_layers=4)
-    for name, value in changes.items():
-        setattr(model, name, value)
-    return config
+    eyes = config.model.image_encoder_config | dict(num_hidden_layers=5)
+    words = dict(hidden_size=192, intermediate_size=384, num_hidden_layers=4)
+    sizes = dict(seg_image_size=192, seg_depth=7, connector_layers=(4, 6, 7))
+    sizes |= dict(seg_global_blocks=(2, 4, 6), pixel_decoder_layers=3)
+    sizes |= dict(image_encoder_config=eyes, llm_config=config.model.llm_config | words)
+    return config.resolve(dtype="bfloat16", recompute=recompute, **sizes | changes)
 
 
 def real_peak(config: Config, stage: int, *sizes) -> int:
     """Most bytes alive at once in a step, beyond weights and gradients, by the allocator's book."""
     torch.manual_seed(0)
-    model = build(copy.deepcopy(config), stage).to(getattr(torch, config.dtype))
+    model = build(config, stage).to(getattr(torch, config.dtype))
     if config.recompute:
         checkpoint_activations(model)
     for parameter in model.parameters():
@@ -88,10 +87,10 @@ def real_peak(config: Config, stage: int, *sizes) -> int:
     [
         (1, "generic", 2, True),
         (2, "chat", 4, True),
-        (3, "generic", 1, True),
-        (3, "generic", 2, False),
-        (3, "chat", 4, True),
         (3, "refer", 2, True),
+        (3, "generic", 2, False),
+        pytest.param(3, "generic", 1, True, marks=SLOW),
+        pytest.param(3, "chat", 4, True, marks=SLOW),
     ],
 )
 def test_a_simulated_step_takes_what_the_real_one_takes(stage, task, size, recompute):
@@ -129,16 +128,20 @@ def test_variants_take_what_they_really_take(changes):
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16"), (3, "bfloat16")]
+    ("stage", "dtype"),
+    [
+        (1, "float32"),
+        (2, "bfloat16"),
+        pytest.param(2, "float32", marks=SLOW),
+        pytest.param(3, "bfloat16", marks=SLOW),
+    ],
 )
 def test_states_are_those_that_a_step_leaves(stage, dtype):
-    config = toy()
-    config.dtype = dtype
-    config.stages[3].datasets = ("coco_panoptic", "llava_instruct")
-    config.stages[stage].micro_batch_size = 1
+    config = toy().resolve(dtype=dtype, micro_batch_size=1)
+    config = config.resolve(stages=(3,), datasets=("coco_panoptic", "llava_instruct"))
     held = {name: size for name, (size, _) in Plan(config, stage, gpus=1).held.items()}
     torch.manual_seed(0)
-    model = build(copy.deepcopy(config), stage).to(getattr(torch, dtype))
+    model = build(config, stage).to(getattr(torch, dtype))
     optimizer = build_optimizer(model, config.stages[stage], model.prefix)
     for sample in planned_samples(config, stage).values():
         batch_loss(model, example_batch(config, stage, 1, *sample), config).backward()
@@ -154,10 +157,8 @@ def test_states_are_those_that_a_step_leaves(stage, dtype):
 
 @pytest.fixture(scope="module")
 def full_plan() -> Plan:
-    config = xsam()
-    config.stages[3].datasets = ("llava_instruct",)  # soon told; has no use for the decoder
-    config.stages[3].micro_batch_size = 1
-    return Plan(config, 3, gpus=8)
+    datasets = ("llava_instruct",)  # soon told; has no use for the decoder
+    return Plan(xsam().resolve(stages=(3,), datasets=datasets, micro_batch_size=1), 3, gpus=8)
 
 
 def test_the_full_preset_on_eight_gpus(full_plan):
@@ -194,9 +195,7 @@ def test_an_even_share_is_that_of_torchs_sharding(full_plan):
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(monkeypatch):
     monkeypatch.setattr(planning, "CONTEXT_BYTES", 0.0)
-    config = middling()
-    config.stages[2].global_batch_size, config.stages[2].micro_batch_size = 32, 4
-    planned = Plan(config, 2, gpus=2)
+    planned = Plan(middling(global_batch_size=32, micro_batch_size=4), 2, gpus=2)
     room = planned.peak() / 1e9
     assert planned.largest_micro_batch(room) == 4
     assert planned.largest_micro_batch(room - 1e-4) == 2
@@ -209,17 +208,15 @@ def test_what_cannot_be_planned_is_refused():
         Plan(xsam(), 3, gpus=6)
     with pytest.raises(ValueError, match=r"0 GPUs"):
         Plan(xsam(), 3, gpus=0)
-    config = toy()
-    config.model.llm_config = {}
     with pytest.raises(ValueError, match="--llm_config"):
-        Plan(config, 2, gpus=2)
+        Plan(toy().resolve(llm_config={}), 2, gpus=2)
 
 
 # ---- steps ---------------------------------------------------------------------------------------
 
 
 def test_steps_are_those_of_the_mixture(world, config):
-    config.stages[3].max_steps, config.stages[3].epochs = 0, 1.5
+    config = config.resolve(stages=(3,), max_steps=0, epochs=1.5)
     stage, data = config.stages[3], world / "data"
     datasets = [open_dataset(name, data) for name in stage.datasets]
     mixture = Mixture(datasets, Processor(config, None), stage, seed=0)
@@ -234,11 +231,10 @@ def test_steps_of_the_published_datasets():
     assert count_steps(config, 1, None)[0] == 36 * round(118287 / 64)
     assert count_steps(config, 2, None) == (round(558128 / 256), {"chat": 1.0})
     assert count_steps(config, 3, None)[0] > 1.2e6 / 64
-    config.stages[3].datasets += ("grefcoco",)
+    config = config.resolve(stages=(3,), datasets=(*config.stages[3].datasets, "grefcoco"))
     with pytest.raises(ValueError, match=r"grefcoco is not .* not known: say --max_steps"):
         count_steps(config, 3, None)
-    config.stages[3].max_steps = 5
-    assert count_steps(config, 3, None)[0] == 5
+    assert count_steps(config.resolve(max_steps=5), 3, None)[0] == 5
 
 
 # ---- operations ----------------------------------------------------------------------------------
@@ -264,15 +260,15 @@ def test_operations_equal_the_closed_formulas():
 
 
 @pytest.mark.parametrize(
-    ("stage", "task"), [(1, "generic"), (2, "chat"), (3, "chat"), (3, "refer")]
+    ("stage", "task"),
+    [(1, "generic"), (2, "chat"), (3, "refer"), pytest.param(3, "chat", marks=SLOW)],
 )
 def test_operations_are_those_of_a_real_step(stage, task):
     """Forward and backward, counted as they run: the factors of the backward pass are right."""
-    config = middling(recompute=False)
-    config.dtype = "float32"
-    config.loss.num_points = 16  # the criterion is not counted
+    config = middling(recompute=False).resolve(dtype="float32")
+    config = config.resolve(num_points=16)  # the criterion is not counted
     torch.manual_seed(0)
-    model = build(copy.deepcopy(config), stage)
+    model = build(config, stage)
     batch = example_batch(config, stage, 2, task, *(IMAGES if stage == 1 else SAMPLES)[task])
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with FlopCounterMode(display=False) as counter, math_only:
@@ -292,8 +288,7 @@ def test_peaks_by_name(config, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_tflops(config, cuda) == peak
     assert peak_tflops(config, torch.device("cpu")) is None
-    config.peak_tflops = 7.0
-    assert peak_tflops(config, cuda) == 7.0
+    assert peak_tflops(config.resolve(peak_tflops=7.0), cuda) == 7.0
 
 
 def test_the_report_tells_a_person(config):

@@ -15,7 +15,6 @@ import pytest
 from xsam.config import SPECIAL_TOKENS
 from xsam.datasets.sources import SOURCES
 from xsam.prompts import (
-    OPTION_REQUEST,
     PER_PHRASE_TASKS,
     PHRASINGS,
     PLACEHOLDERS,
@@ -32,6 +31,7 @@ from xsam.prompts import (
 )
 
 TASKS = ("generic", "refer", "reason", "gcg", "interactive", "vgd")
+OPTION_REQUEST = "Answer with the letter of the right option."
 TOKENS = ("<image>", "<region>", "<SEG>", "<p>", "</p>")
 
 
@@ -43,8 +43,8 @@ def rng(*seed: int) -> np.random.Generator:
 
 
 def test_every_task_of_the_sources_has_phrasings():
-    assert tuple(PHRASINGS) == TASKS
-    assert {source.task for source in SOURCES.values()} == {*TASKS, "chat"}
+    assert tuple(PHRASINGS) == (*TASKS, "chat")
+    assert {source.task for source in SOURCES.values()} == {*PHRASINGS}
     assert (*SPECIAL_TOKENS, *PLACEHOLDERS) == ("<SEG>", "<p>", "</p>", "<image>", "<region>")
 
 
@@ -103,7 +103,14 @@ def test_a_file_replaces_only_what_it_names(tmp_path):
     [
         ([], "holds a list, expected a dict"),
         ({"refering": {"questions": ["{phrases}"]}}, "unknown task 'refering'; known are generic,"),
-        ({"chat": {"questions": ["?"]}}, "unknown task 'chat'"),
+        ({"chat": {"questions": ["?"]}}, "chat: questions: unknown; known .* are choices"),
+        (
+            {"chat": {"choices": ["{question} A or B?"]}},
+            "chat: choices: .* {options} 0 times, not 1",
+        ),
+        ({"chat": {"choices": ["{options}"]}}, "has {question} 0 times, not 1"),
+        ({"chat": {"choices": ["{question} {options} {phrases}"]}}, "has {phrases} 1 times, not 0"),
+        ({"refer": {"questions": ["{phrases} {options}"]}}, "has {options} 1 times, not 0"),
         ({"refer": ["{phrases}"]}, "refer: expected dict"),
         ({"refer": {"question": ["{phrases}"]}}, "refer: question: unknown; known for this task"),
         ({"generic": {"absent": ["None."]}}, "generic: absent: unknown"),
@@ -119,7 +126,11 @@ def test_a_file_replaces_only_what_it_names(tmp_path):
         ({"gcg": {"answers": ["<SEG>"]}}, "has {caption} 0 times, not 1"),
         ({"gcg": {"answers": ["{caption} {caption} <SEG>"]}}, "has {caption} 2 times, not 1"),
         ({"refer": {"answers": ["{caption} <SEG>"]}}, "has {caption} 1 times, not 0"),
-        ({"refer": {"answers": ["{phrases} is <SEG>"]}}, "has {phrases} 1 times, not 0"),
+        ({"refer": {"answers": ["{phrases} or {phrases}: <SEG>"]}}, "has {phrases} 2 times, not 1"),
+        ({"refer": {"absent": ["{phrases}{phrases}"]}}, "absent: .* has {phrases} 2 times, not 1"),
+        ({"vgd": {"answers": ["{phrases} is <SEG>"]}}, "has {phrases} 1 times, not 0"),
+        ({"interactive": {"answers": ["{phrases}: <SEG>"]}}, "has {phrases} 1 times, not 0"),
+        ({"gcg": {"answers": ["{phrases}: {caption} <SEG>"]}}, "has {phrases} 1 times, not 0"),
     ],
 )
 def test_a_mistake_in_a_file_is_said(tmp_path, content, message):
@@ -188,6 +199,20 @@ def test_join_phrases():
     assert join_phrases(["red ring", "sky"]) == "<p>red ring</p>, <p>sky</p>"
     assert join_phrases(["<region>"] * 2) == "<p><region></p>, <p><region></p>"
     assert join_phrases([]) == ""
+
+
+def test_choices_are_asked_in_a_users_words(tmp_path):
+    mine = ["{question}\nOptions:\n{options}\nWhich?", "{options}\n{question}"]
+    (tmp_path / "mine.json").write_text(json.dumps({"chat": {"choices": mine}}))
+    phrasings = read_phrasings(tmp_path / "mine.json")
+    options = {"A": "a {question}", "B": "{options}"}  # what is filled in is not filled in again
+    lines = "A. a {question}\nB. {options}"
+    asked = {
+        choice_question("Is {options} it?", options, "Look.", rng(n), phrasings) for n in range(9)
+    }
+    question = "Look.\nIs {options} it?"
+    assert asked == {f"{question}\nOptions:\n{lines}\nWhich?", f"{lines}\n{question}"}
+    assert choice_question("What?", {}, "Look.", rng(), phrasings) == "Look.\nWhat?"
 
 
 def test_choice_questions():

@@ -10,26 +10,9 @@ import pickle
 import re
 from pathlib import Path
 
-import pytest
-
 from xsam.prompts import PHRASINGS, clean_name
 from xsam.toy import weights as toy
 from xsam.toy.preset import toy as toy_config
-from xsam.toy.world import write_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    data = tmp_path_factory.mktemp("toy") / "data"
-    write_world(data, num_train=24, num_val=6)
-    return data
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("toy") / "weights"
-    toy.write_weights(folder, toy_config().model, steps=3)
-    return folder
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -71,15 +54,15 @@ def texts_in(value, key: str = "") -> list[str]:
     return [clean_name(value) if key == "name" else value]
 
 
-def test_tokenizer_knows_every_word_and_gives_it_back(world, weights):
+def test_tokenizer_knows_every_word_and_gives_it_back(world):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(weights / toy_config().model.llm)
+    tokenizer = AutoTokenizer.from_pretrained(world / "weights" / toy_config().model.llm)
     assert len(tokenizer) <= toy_config().model.llm_config["vocab_size"] - toy.SPARE_TOKENS
     built = toy.build_tokenizer(toy_config().model.llm_config["vocab_size"])
     assert tokenizer.get_vocab() == built.get_vocab()
     assert tokenizer.chat_template == built.chat_template
-    sentences = said(world)
+    sentences = said(world / "data")
     assert len(sentences) > 300
     for sentence in sentences:
         ids = tokenizer(sentence).input_ids
@@ -88,10 +71,10 @@ def test_tokenizer_knows_every_word_and_gives_it_back(world, weights):
         assert ids == built(sentence).input_ids
 
 
-def test_words_are_the_same_tokens_everywhere(weights):
+def test_words_are_the_same_tokens_everywhere(world):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(weights / toy_config().model.llm)
+    tokenizer = AutoTokenizer.from_pretrained(world / "weights" / toy_config().model.llm)
     tokenizer.add_tokens(["<p>", "</p>"], special_tokens=True)
     texts = ("circle", "a circle", "<|user|>circle", "\ncircle", "<p>circle</p>", "circle, ")
     assert all(tokenizer.convert_tokens_to_ids("circle") in tokenizer(t).input_ids for t in texts)
@@ -104,17 +87,17 @@ def test_words_are_the_same_tokens_everywhere(weights):
         assert text == "<|user|>\ncircle<|end|>\n" + end
 
 
-def test_weights_load_repeat_and_leave_torch_alone(weights, tmp_path):
+def test_weights_load_repeat_and_leave_torch_alone(world, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, SamVisionModel, SiglipVisionModel
 
     model = toy_config().model
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
     toy.write_weights(tmp_path / "weights", model, steps=3)
-    assert hashes(tmp_path / "weights") == hashes(weights)
+    assert hashes(tmp_path / "weights") == hashes(world / "weights")
     assert torch.equal(torch.random.get_rng_state(), state) and torch.get_num_threads() == threads
     kinds = (SamVisionModel, model.seg_encoder), (SiglipVisionModel, model.image_encoder)
     for kind, folder in (*kinds, (AutoModelForCausalLM, model.llm)):
-        loaded, report = kind.from_pretrained(weights / folder, output_loading_info=True)
+        loaded, report = kind.from_pretrained(world / "weights" / folder, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
         assert all(each.std() > 1e-3 for each in loaded.parameters() if each.dim() > 1)

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from xsam.checkpoints import load_trained, save_checkpoint
-from xsam.cli import apply_flags, parse
+from xsam.cli import parse
 from xsam.config import ARCHITECTURES, Config, ModelConfig, xsam
 from xsam.data import Batch, Mixture, Processor, Sample
 from xsam.datasets.generic import Generic
@@ -163,14 +163,16 @@ def tiny(**changes) -> Config:
         decoder_mlp_dim=32,
         num_queries=12,
     )
-    config.model = dataclasses.replace(config.model, **sizes | changes)
-    config.loss.num_points = 64
-    config.max_new_tokens = 2
-    config.score_threshold = config.overlap_threshold = 0.0
-    for stage in config.stages.values():
-        stage.global_batch_size, stage.micro_batch_size = 4, 2
-        stage.weight_decay = 0.0  # so that nothing moves without a gradient
-    return config
+    model = dataclasses.replace(config.model, **sizes | changes)
+    return dataclasses.replace(config, model=model).resolve(
+        num_points=64,
+        max_new_tokens=2,
+        score_threshold=0.0,
+        overlap_threshold=0.0,
+        global_batch_size=4,
+        micro_batch_size=2,
+        weight_decay=0.0,  # so that nothing moves without a gradient
+    )
 
 
 # What changes in `tiny`.
@@ -263,8 +265,7 @@ def test_parameters_alone_are_of_the_training_dtype(weights, stage, llm):
     """bfloat16 would bend the angles of the language model's positions."""
     models = []
     for dtype in ("float32", "bfloat16"):
-        config = tiny(llm=llm)
-        config.dtype = dtype
+        config = tiny(llm=llm).resolve(dtype=dtype)
         torch.manual_seed(0)
         models.append(pretrained_model(stage, config, weights, silent))
         assert {parameter.dtype for parameter in models[-1].parameters()} == {getattr(torch, dtype)}
@@ -314,8 +315,7 @@ def test_stage_1_needs_no_image_encoder(world, weights):
 
 @pytest.mark.parametrize("frozen", ["segmentor.encoder", "llm"])
 def test_a_stage_with_a_frozen_part_is_resumed(weights, tmp_path, frozen):
-    config = tiny()
-    config.stages[3].learning_rates = {"": 1e-3, frozen: 0.0}
+    config = tiny().resolve(learning_rates={"": 1e-3, frozen: 0.0})
     model, other = (pretrained_model(3, config, weights, silent) for _ in range(2))
     for each in (model, other):
         freeze(each, config.stages[3], "")
@@ -382,12 +382,11 @@ def unread(model: Segmentor | XSAM, task: str) -> tuple[str, ...]:
 
 def training_batches(model: Segmentor | XSAM, number: int, dataset: str, data: Path) -> list[Batch]:
     """The micro-batches of a stage's first step, were `dataset` its only one."""
-    config, stage = model.config, model.config.stages[number]
-    opened = open_dataset(dataset, data, number == 1)
+    opened, stage = open_dataset(dataset, data, number == 1), model.config.stages[number]
     if isinstance(opened, Generic):
-        config.categories = opened.categories
-    processor = Processor(config, model.tokenizer)
-    mixture = Mixture([opened], processor, stage, config.seed)
+        model.config = model.config.resolve(categories=opened.categories)
+    processor = Processor(model.config, model.tokenizer)
+    mixture = Mixture([opened], processor, stage, model.config.seed)
     draws = mixture.micro_batches(0, 0, 1)
     count = stage.global_batch_size // stage.micro_batch_size
     return [processor.collate([mixture[draw] for draw in next(draws)]) for _ in range(count)]
@@ -448,7 +447,7 @@ def trained_stages(variant: str, world: Path, weights: Path, out: Path) -> XSAM:
     models = {}
     for number in (1, 2, 3):
         torch.manual_seed(number)
-        config = tiny(**copy.deepcopy(VARIANTS[variant]))
+        config = tiny(**VARIANTS[variant])
         model = pretrained_model(number, config, weights, silent)
         for earlier in models:
             load_earlier_stage(model, earlier, out)
@@ -576,8 +575,7 @@ def test_region_pooling_max_is_not_mean_and_both_train(weights):
 @pytest.mark.parametrize("init", ["none", "stage 2", "stage 1", "SAM's folder"])
 def test_no_stage_begins_with_a_random_segmentation_encoder(weights, tmp_path, stage, init):
     """Without stage 1 the public folder is loaded (paper, table 8, row "S3")."""
-    config, lines = tiny(), []
-    config.stages[stage].starts_from = ()
+    config, lines = tiny().resolve(stages=(stage,), starts_from=()), []
     public = pretrained_model(1, tiny(), weights, silent)
     expected, paths = public.encoder.state_dict(), []
     if init == "stage 1":
@@ -625,7 +623,7 @@ def test_regions_of_image_tokens_are_read_where_they_are_in_the_image(world):
     sample.regions = mask[None]
     (points,) = processor.region_points(sample, processor.fit(sample.image), None)
     assert torch.allclose(points, torch.full((4, 2), 0.5), atol=0.03)
-    config.model.seg_tokens = True
+    processor.config = config.resolve(seg_tokens=True)
     (points,) = processor.region_points(sample, processor.fit(sample.image), None)
     assert torch.allclose(points[:, 0], torch.full((4,), 0.5 / 3), atol=0.03)
 
@@ -693,14 +691,13 @@ def test_a_flag_wins_over_what_a_name_brings():
 
 
 def test_sams_name_puts_an_end_to_swin():
-    config = xsam()
-    config.model.seg_backbone_config = dict(model_type="swin") | SWIN
-    assert apply_flags(config, {"seg_encoder": "sam-vit-base"}, [1]).model.seg_backbone_config == {}
+    config = xsam().resolve(seg_backbone_config=dict(model_type="swin") | SWIN)
+    assert config.resolve(seg_encoder="sam-vit-base").model.seg_backbone_config == {}
 
 
 def test_a_name_leaves_the_table_of_architectures_as_it_is():
     before = copy.deepcopy(ARCHITECTURES)
-    parsed("--llm", "Qwen3-1.7B").llm_config["vocab_size"] = 1
+    parsed("--llm", "Qwen3-1.7B").llm_config["vocab_size"] = 1  # nobody should
     assert before == ARCHITECTURES
 
 

@@ -5,7 +5,6 @@ pytest tests/test_weights.py
 """
 
 import copy
-import dataclasses
 import json
 import pickle
 import re
@@ -45,7 +44,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerTransformerModule,
 )
 
-from xsam.config import Config, ModelConfig
+from xsam.config import Config
 from xsam.decoder import MaskedAttentionDecoder, PixelDecoder
 from xsam.encoders import ImageEncoder, SamEncoder, resize_positions
 from xsam.inference import load_checkpoint
@@ -325,15 +324,14 @@ def hub_model(kind: str, size: int = 48) -> PreTrainedModel:
     return model.eval()
 
 
-def load_part(part: str, folder: Path, model: ModelConfig) -> tuple[nn.Module, str]:
-    """A part built as training builds it: without values, then filled."""
-    setattr(model, f"{part}_config", {})
-    vars(model).update(vars(complete_architecture(model, part, folder)))
+def load_part(part: str, folder: Path, config: Config) -> tuple[nn.Module, str, dict]:
+    """A part built as training builds it: without values, then filled. With what was loaded and
+    the architecture that the folder has."""
+    unknown = config.resolve(**{f"{part}_config": {}})
+    architecture = getattr(complete_architecture(unknown, part, folder).model, f"{part}_config")
     with parameters_on_meta():
-        module = {"image_encoder": ImageEncoder, "llm": LanguageModel}[part](
-            getattr(model, f"{part}_config")
-        )
-    return module.eval(), load_folder(module, part, folder)
+        module = {"image_encoder": ImageEncoder, "llm": LanguageModel}[part](architecture)
+    return module.eval(), load_folder(module, part, folder), architecture
 
 
 @pytest.mark.parametrize("layout", [as_it_is, split_in_two, to_bin])
@@ -345,13 +343,13 @@ def test_image_encoder_folders(size, kind, layout, config, tmp_path):
     reference = hub_model(kind, size)
     reference.save_pretrained(tmp_path)
     layout(tmp_path)
-    ours, report = load_part("image_encoder", tmp_path, config.model)
+    ours, report, architecture = load_part("image_encoder", tmp_path, config)
     tower = getattr(reference, "vision_model", reference)
     pixels = torch.randn(2, 3, size, size)
     hidden = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
     patches = hidden[:, -((size // 16) ** 2) :]
     torch.testing.assert_close(ours(pixels), patches, atol=1e-4, rtol=0)
-    assert config.model.image_encoder_config["image_size"] == size
+    assert architecture["image_size"] == size
     assert ("text_model" in report) == (kind in ("siglip", "clip"))
 
 
@@ -364,7 +362,7 @@ def test_older_names_of_a_vision_tower(config, tmp_path):
     older = {f"vision_model.{name}": tensor for name, tensor in state.items()}
     older["vision_model.embeddings.position_ids"] = torch.arange(9)[None]
     save_file(older, tmp_path / MODEL_FILE)
-    ours, report = load_part("image_encoder", tmp_path, config.model)
+    ours, report, _ = load_part("image_encoder", tmp_path, config)
     assert same(snapshot(ours.model), state)
     assert "1 not used: vision_encoder.vision_model.embeddings.position_ids" in report
 
@@ -376,7 +374,7 @@ def test_language_model_folders(kind, layout, config, tmp_path):
     reference = hub_model(kind)
     reference.save_pretrained(tmp_path)
     layout(tmp_path)
-    ours, report = load_part("llm", tmp_path, config.model)
+    ours, report, _ = load_part("llm", tmp_path, config)
     ids = torch.randint(80, (2, 11))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -472,11 +470,11 @@ def test_decoders_written_by_transformers(side, tmp_path):
 def test_sam_at_another_input_size_has_its_positions_interpolated(world, config):
     """The tables of a linear ramp are the same ramp, finer; all else is as it lies on disk."""
     folder = world / "weights" / config.model.seg_encoder
-    larger = dataclasses.replace(config.model, seg_image_size=256, seg_window_size=16)
-    encoder = Segmentor(dataclasses.replace(config, model=larger)).encoder
+    larger = config.resolve(seg_image_size=256, seg_window_size=16)
+    encoder = Segmentor(larger).encoder
     report = load_folder(encoder, "seg_encoder", folder)
     assert "9 resized" in report  # one embedding, four blocks with two axes
-    assert encoder.pos_embed.shape == (1, 32, 32, larger.seg_dim)
+    assert encoder.pos_embed.shape == (1, 32, 32, larger.model.seg_dim)
     state, own = read(folder), encoder.state_dict()
     for name, tensor in own.items():
         if "pos" not in name:
@@ -484,8 +482,7 @@ def test_sam_at_another_input_size_has_its_positions_interpolated(world, config)
     ramp = torch.linspace(0, 1, 7)[:, None].expand(-1, 4)
     finer = resize_positions(ramp, torch.Size((13, 4)))[:, 0]
     assert torch.all(finer.diff() >= 0) and abs(finer[6] - 0.5) < 1e-6
-    narrower = dataclasses.replace(config.model, seg_dim=32, seg_image_size=256)
-    encoder = Segmentor(dataclasses.replace(config, model=narrower)).encoder
+    encoder = Segmentor(config.resolve(seg_dim=32, seg_image_size=256)).encoder
     with pytest.raises(ValueError, match="sam-vit-toy does not fit"):
         load_folder(encoder, "seg_encoder", folder)
 
@@ -501,7 +498,7 @@ def test_a_folder_of_another_model_is_refused(world, config, segmentor, model, p
         load_folder(module, part, world / "weights" / other)
     if part != "seg_encoder":
         with pytest.raises(ValueError, match=f"{other}: a .* model"):
-            complete_architecture(config.model, part, world / "weights" / other)
+            complete_architecture(config, part, world / "weights" / other)
     assert same(snapshot(module), before)
 
 
@@ -521,10 +518,11 @@ def test_a_damaged_folder_is_named(world, config, segmentor, model, tmp_path, pa
 
 
 def test_a_folder_that_says_otherwise_than_the_configuration_is_refused(world, config):
-    config.model.image_encoder_config["intermediate_size"] = 96
+    other = config.model.image_encoder_config | {"intermediate_size": 96}
+    config = config.resolve(image_encoder_config=other)
     with pytest.raises(ValueError, match="intermediate_size is 128, the configuration has 96"):
         complete_architecture(
-            config.model, "image_encoder", world / "weights" / config.model.image_encoder
+            config, "image_encoder", world / "weights" / config.model.image_encoder
         )
 
 
@@ -533,14 +531,14 @@ def test_a_folder_tells_what_the_configuration_does_not(world, config, tmp_path)
     shutil.copytree(world / "weights/phi3-toy", tmp_path / "llm")
     path = tmp_path / "llm/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": 77}))
-    config.model = complete_architecture(config.model, "llm", tmp_path / "llm")
+    config = complete_architecture(config, "llm", tmp_path / "llm")
     assert config.model.llm_config["sliding_window"] == 77
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
     shutil.copytree(world / "weights/siglip2-toy", tmp_path / "eyes")
     said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2}
     (tmp_path / "eyes/preprocessor_config.json").write_text(json.dumps(said))
-    config.model = complete_architecture(config.model, "image_encoder", tmp_path / "eyes")
+    config = complete_architecture(config, "image_encoder", tmp_path / "eyes")
     assert config.model.image_mean == (0.1, 0.2, 0.3) and config.model.image_std[2] == 0.6
     assert config.model.image_resample == "bilinear"
 
@@ -679,7 +677,7 @@ def test_a_model_starts_from_published_parts(model, segmentor, generation, tmp_p
     with pytest.raises(ValueError, match="stage 2 holds the projectors alone"):
         load_checkpoint(two, config=toy())
 
-    fresh = XSAM(copy.deepcopy(model.config))
+    fresh = XSAM(model.config)
     before = snapshot(fresh)
     for path in (one, two):
         assert "loaded" in load_init(fresh, path, ())[0]
@@ -706,7 +704,7 @@ def test_a_whole_published_model_may_lack_rows_that_no_token_has(model, tmp_path
     for name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"):
         state[name] = state[name][:200].clone()
     path = write_published(state, tmp_path / "theirs", "file")
-    fresh = XSAM(copy.deepcopy(model.config))
+    fresh = XSAM(model.config)
     before = snapshot(fresh)["llm.model.lm_head.weight"]
     line, _ = load_init(fresh, path, ())
     assert "2 resized: llm.lm_head.weight, llm.model.embed_tokens.weight" in line
@@ -806,10 +804,9 @@ print((kilobytes("VmHWM") - before) * 1024 / size)
 def test_loading_needs_little_more_memory_than_the_weights(world, config, kind, tmp_path):
     """Weights of 0.6 GB: the largest tensor is a small part of them, as in the full model."""
     large = dict(vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
-    config.model.llm_config = config.model.llm_config | large
+    config = config.resolve(llm_config=config.model.llm_config | large)
     words = world / "weights" / config.model.llm
     model = XSAM(config, read_tokenizer(words))
-    config.model.llm_config["vocab_size"] = 4096
     if kind == "ours":
         model.save_pretrained(tmp_path / "model")
         path = tmp_path / "model"

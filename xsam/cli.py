@@ -4,7 +4,6 @@ Nothing here imports torch, so that a wrong flag or a missing file costs a secon
 """
 
 import argparse
-import copy
 import dataclasses
 import json
 import os
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xsam.config import (
-    ARCHITECTURES,
     Config,
     Dtype,
     LossConfig,
@@ -147,32 +145,6 @@ def _metavar(hint) -> str:
     )
 
 
-def apply_flags(config: Config, flags: dict, stages: list[int]) -> Config:
-    """Puts parsed flags into `config`: the model's, the loss's and the run's fields, and those of
-    the `stages` run. The name of a part brings its architecture (`ARCHITECTURES`)."""
-    brought: dict[str, Any] = {}
-    for part, known in ARCHITECTURES.items():
-        if part in flags:
-            if part == "seg_encoder" and flags[part] not in (*known, config.model.seg_encoder):
-                raise ValueError(f"unknown seg_encoder {flags[part]}; known are {', '.join(known)}")
-            unknown = {f"{part}_config": {}} if f"{part}_config" in vars(config.model) else {}
-            brought |= copy.deepcopy(known.get(flags[part], unknown))
-            if part == "seg_encoder" and "seg_backbone_config" not in brought:
-                brought["seg_backbone_config"] = {}
-    for name, value in (brought | flags).items():
-        targets = (
-            [config.stages[number] for number in stages],
-            [config.model],
-            [config.loss],
-            [config],
-        )
-        for owners in targets:
-            if name in {entry.name for entry in dataclasses.fields(owners[0])}:
-                for owner in owners:
-                    setattr(owner, name, value)
-    return config
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         complain(f"error: {message}\n{self.format_usage().rstrip()}", is_met_by_all=True)
@@ -245,11 +217,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
         options.world / "weights" if options.world else Path("weights")
     )
     try:
-        config = apply_flags(CONFIGS[options.config](), flags, options.stages)
+        config = CONFIGS[options.config]().resolve(options.stages, **flags)
     except ValueError as error:
         parser.error(str(error))
     if options.init:  # in place of what the first stage would start from
-        config.stages[options.stages[0]].starts_from = ()
+        config = config.resolve(options.stages[:1], starts_from=())
     for number in options.stages:
         stage = config.stages[number]
         for name in stage.datasets:

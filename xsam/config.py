@@ -4,10 +4,16 @@
 is a flag of the command line (`cli.py`):
 
     python xsam/train.py --config toy --stage 1 --num_queries 40 --global_batch_size 8
+
+A configuration never changes; `resolve` makes another one, from the same names:
+
+    toy().resolve(stages=(1,), num_queries=40, global_batch_size=8)
 """
 
+import copy
 import dataclasses
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -110,7 +116,7 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
 # ---- the model, the stages, the losses -----------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """Architecture (paper section 3 and figure 2). Lengths are pixels of the padded input.
 
@@ -175,7 +181,7 @@ class ModelConfig:
     logit_clamp: float = 50.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stage:
     """One row of the recipe (paper tables 10 and 11). `learning_rates` goes by the longest matching
     prefix; 0 is frozen."""
@@ -195,7 +201,7 @@ class Stage:
     repeat_threshold: float = 0.1  # t of max(1, sqrt(t / share)); 0: no repetition
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossConfig:
     """Weights of the criterion (paper equation 1; Mask2Former, Cheng et al. 2022)."""
 
@@ -209,7 +215,7 @@ class LossConfig:
     ignore_unlabelled: bool = True  # False: void and crowd are negatives, as in the published code
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """A whole run: enough to rebuild the model and to repeat the training."""
 
@@ -249,6 +255,24 @@ class Config:
         missing name."""
         return _build(cls, values, "config")
 
+    def resolve(self, stages: Iterable[int] | None = None, **fields) -> "Config":
+        """Another configuration, with `fields` of the model, the losses and the run by their names
+        alone, and with those of a stage in each of `stages` (None: in all). The name of a part
+        brings its architecture (`ARCHITECTURES`); a field given beside it wins. Raises ValueError
+        at an unknown name or a value of another type."""
+        fields = _architectures(self.model, fields) | fields
+        values = self.to_dict()
+        parts = {name: values.pop(name) for name in ("model", "loss", "stages")}
+        rows = [parts["stages"][number] for number in (self.stages if stages is None else stages)]
+        owners = [values, parts["model"], parts["loss"], *rows]
+        known = {name for owner in owners for name in owner}
+        if unknown := sorted(fields.keys() - known):
+            names = ", ".join(sorted(known))
+            raise ValueError(f"unknown field {', '.join(unknown)}; known are {names}")
+        for owner in owners:
+            owner.update({name: fields[name] for name in owner.keys() & fields.keys()})
+        return Config.from_dict(values | parts)
+
 
 def xsam() -> Config:
     """X-SAM of the paper: SAM ViT-L, SigLIP2-so400m, Phi-3-mini."""
@@ -259,7 +283,7 @@ def xsam() -> Config:
             1: Stage(
                 learning_rates={"segmentor.encoder": 1e-5, "": 1e-4},
                 datasets=("coco_panoptic",),
-                epochs=36,
+                epochs=36.0,
                 clip_norm=0.01,
                 scale_range=(0.1, 2.0),
             ),
@@ -333,4 +357,19 @@ def _build(kind, values, where: str):
             raise ValueError(f"{where}: {error}") from error
         items = zip(keys, values.values(), strict=True)
         return {key: _build(arguments[1], value, f"{where}.{key}") for key, value in items}
-    return float(values) if kind is float else values
+    return float(values) if kind is float else copy.deepcopy(values)
+
+
+def _architectures(model: ModelConfig, fields: dict) -> dict:
+    """What the names of parts among `fields` bring. Raises ValueError at an unknown seg_encoder."""
+    brought = {}
+    for part, known in ARCHITECTURES.items():
+        if part in fields:
+            if part == "seg_encoder":
+                if fields[part] not in (*known, model.seg_encoder):
+                    names = ", ".join(known)
+                    raise ValueError(f"unknown seg_encoder {fields[part]}; known are {names}")
+                brought["seg_backbone_config"] = {}
+            unknown = {f"{part}_config": {}} if hasattr(model, f"{part}_config") else {}
+            brought |= known.get(fields[part], unknown)
+    return brought

@@ -8,6 +8,7 @@ Legend: B batch, h w patch grid, C channels, N tokens, S side of the padded inpu
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -196,11 +197,12 @@ class SamEncoder(nn.Module):
 
 
 def transformers_config(values: dict) -> PreTrainedConfig:
-    """A configuration of the transformers library from config.json values."""
+    """A configuration of the transformers library from config.json values; it writes into them, so
+    it has a copy."""
     from transformers import AutoConfig
 
-    others = {name: value for name, value in values.items() if name != "model_type"}
-    return AutoConfig.for_model(values["model_type"], **others)
+    values = copy.deepcopy(values)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 # ---- image encoder -------------------------------------------------------------------------------

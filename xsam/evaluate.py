@@ -416,8 +416,7 @@ def load_model(
     if stage == 1 and not categories:  # a published checkpoint: the categories are COCO's
         check_paths(["coco_panoptic_val"], options.data)
         categories = open_dataset("coco_panoptic_val", options.data).categories
-    model.config = dataclasses.replace(
-        config,
+    model.config = config.resolve(
         eval_batch_size=options.batch_size or config.eval_batch_size,
         phrasings=options.phrasings or config.phrasings,
         categories=categories,

@@ -6,7 +6,6 @@ request, `build_inputs` makes batches of samples, `predict_inputs` runs the mode
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -355,19 +354,17 @@ def load_checkpoint(
         stored = list_tensors(path)
         stage, generation, changes = read_published(stored, path)
         if config is None:
-            model_config = dataclasses.replace(xsam().model, **changes)
+            config = xsam().resolve(**changes)
             if tokenizer and (Path(tokenizer) / CONFIG_FILE).is_file():
-                unknown = dataclasses.replace(model_config, llm_config={})
-                model_config = complete_architecture(unknown, "llm", Path(tokenizer))
-            config = dataclasses.replace(xsam(), model=model_config)
+                unknown = config.resolve(llm_config={})
+                config = complete_architecture(unknown, "llm", Path(tokenizer))
         report(f"{path}: a published checkpoint of stage {stage}, {generation} generation")
     if stage == 2:
         raise ValueError(f"{path}: stage 2 holds the projectors alone; give a stage 1 or 3")
     table = next((entry for name, entry in stored.items() if disk_name(name) == EMBEDDING), None)
     if stage == 3 and table is not None:
         llm_config = config.model.llm_config | {"vocab_size": table.shape[0]}
-        model_config = dataclasses.replace(config.model, llm_config=llm_config)
-        config = dataclasses.replace(config, model=model_config)
+        config = config.resolve(llm_config=llm_config)
     with contextlib.nullcontext() if allow_missing else parameters_on_meta():
         model = Segmentor(config) if stage == 1 else XSAM(config)
     options = {"allow_missing": allow_missing, "dtype": dtype, "device": device}

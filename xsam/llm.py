@@ -187,6 +187,13 @@ def find_runs(
     return Runs(*columns, table, phrase_number.to(device), num_phrases)
 
 
+def without_marks(ids: Tensor, special_ids: tuple[int, int, int]) -> Tensor:
+    """Ids of any shape with IGNORE_LABEL in place of <p> and </p>, for `find_runs`: where a
+    question has phrases, those of its answer are no classes."""
+    marks = torch.tensor(special_ids[1:]).to(ids)
+    return ids.masked_fill(torch.isin(ids, marks), IGNORE_LABEL)
+
+
 # ---- model side ----------------------------------------------------------------------------------
 
 

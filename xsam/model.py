@@ -7,7 +7,6 @@ Legend: B images, R decoder runs, P phrases, Q queries, K classes, C channels, V
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from xsam.decoder import (
     PixelDecoderLayer,
 )
 from xsam.encoders import Block, ImageEncoder, SamEncoder
-from xsam.llm import IGNORE_LABEL, LanguageModel, Runs, find_runs
+from xsam.llm import LanguageModel, Runs, find_runs, without_marks
 from xsam.prompts import PER_PHRASE_TASKS
 
 if TYPE_CHECKING:
@@ -218,8 +217,7 @@ class XSAM(nn.Module):
         self.tokenizer = tokenizer
         rows = self.llm.set_tokenizer(tokenizer)
         llm_config = self.config.model.llm_config | {"vocab_size": rows}
-        model_config = dataclasses.replace(self.config.model, llm_config=llm_config)
-        self.config = dataclasses.replace(self.config, model=model_config)
+        self.config = self.config.resolve(llm_config=llm_config)
 
     def encode(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Embeddings [B, N, C] of the batch's words, visual tokens and regions, and the hidden
@@ -306,8 +304,7 @@ class XSAM(nn.Module):
             return answers, None
         # The classes are the question's phrases, or where it has none (GCG) those of the answer.
         if batch.task != "gcg":
-            marks = torch.tensor(self.llm.special_ids[1:]).to(new_ids)
-            new_ids = new_ids.masked_fill(torch.isin(new_ids, marks), IGNORE_LABEL)
+            new_ids = without_marks(new_ids, self.llm.special_ids)
         input_ids = torch.cat([batch.input_ids, new_ids], dim=1)
         runs = find_runs(input_ids, self.llm.special_ids, batch.task in PER_PHRASE_TASKS)
         states = torch.cat([states, new_states], dim=1)

@@ -220,7 +220,7 @@ def panoptic_inference(
         return np.zeros((0, *transform.original), bool), [], []
     scores, categories = scores.tolist(), categories.tolist()
     read = OriginalReader(mask_logits, transform)
-    whole = torch.zeros(count, dtype=torch.int64, device=mask_logits.device)
+    areas = torch.zeros(count, dtype=torch.int64, device=mask_logits.device)
     won, shown = np.zeros((2, count), np.int64)
     segments = np.empty(transform.original, np.int16)  # which query a pixel shows; -1: none
     for band in bands(transform, 4):  # a mask, the best so far and what compares them
@@ -231,7 +231,7 @@ def panoptic_inference(
         for number, score in enumerate(scores):
             mask = read(mask_logits[number : number + 1], band)[0].sigmoid_()
             is_half = mask >= (0.5 / score if is_published else 0.5)
-            whole[number] += is_half.count_nonzero()
+            areas[number] += is_half.count_nonzero()
             is_better = mask.mul_(score) > best  # the first of equals wins
             torch.maximum(best, mask, out=best)
             # Later numbers are larger. `where` would say the same, at ten times the time on a CPU.
@@ -243,15 +243,25 @@ def panoptic_inference(
         won += np.bincount(winner.ravel(), minlength=count)
         shown += np.bincount(winner[is_inside], minlength=count)
         segments[band] = np.where(is_inside, winner, -1)
+    areas = areas.cpu().numpy()
+    shares = won / np.maximum(areas, 1)
+    is_kept = (shown > 0) & (areas > 0) & (shares >= overlap_threshold)
+    places, chosen = place_segments(categories, is_kept, is_thing)
+    masks = split_map(places[segments], len(chosen))
+    return masks, [categories[number] for number in chosen], [scores[number] for number in chosen]
 
-    # Where each query's segment is among the masks; -1: nowhere, and last for the pixels of none.
-    places = np.full(count + 1, -1, np.int16)
-    chosen, stuff = [], {}
-    areas = whole.tolist()
-    for number, category in enumerate(categories):
-        share = won[number] / max(areas[number], 1)
-        if shown[number] == 0 or areas[number] == 0 or share < overlap_threshold:
-            continue
+
+def place_segments(
+    categories: list[int], is_kept: np.ndarray, is_thing: list[bool]
+) -> tuple[np.ndarray, list[int]]:
+    """Which mask the segment of each query belongs to, int16 [queries + 1], -1 for none (the last
+    entry is that of pixels without a query), and the query whose score each mask has. Segments of
+    one stuff class share a mask."""
+    places = np.full(len(categories) + 1, -1, np.int16)
+    chosen: list[int] = []
+    stuff: dict[int, int] = {}
+    for number in np.flatnonzero(is_kept).tolist():
+        category = categories[number]
         if category in stuff:
             places[number] = stuff[category]
             continue
@@ -259,8 +269,7 @@ def panoptic_inference(
         if not is_thing[category]:
             stuff[category] = len(chosen)
         chosen.append(number)
-    masks = split_map(places[segments], len(chosen))
-    return masks, [categories[number] for number in chosen], [scores[number] for number in chosen]
+    return places, chosen
 
 
 def semantic_inference(

@@ -10,7 +10,6 @@ where.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -66,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             device=choose_device(options.device),
             report=lambda line: print(line, file=sys.stderr),
         )
-        model.config = dataclasses.replace(model.config, **inference_changes(options))
+        model.config = model.config.resolve(**inference_changes(options))
         lists = {"things": options.things, "stuff": options.stuff}
         names = {kind: read_names(text) for kind, text in lists.items() if text}
         shown = read_image(options.region_image) if options.region_image else None

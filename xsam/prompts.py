@@ -1,8 +1,9 @@
 """What is asked and answered: phrasings of every task, and the words of one turn.
 
 A question's {phrases} becomes "<p>name</p>, <p>name</p>", one phrase, or one "<p><region></p>" for
-each visual prompt (paper section 3, figure 2). The phrasings are ours; for weights that were
-trained with others, a JSON file replaces them (`--phrasings`).
+each visual prompt (paper section 3, figure 2). An answer may say the names again in the same way;
+the classes stay the question's. The phrasings are ours; for weights that were trained with others,
+a JSON file replaces them (`--phrasings`).
 """
 
 import csv
@@ -21,13 +22,12 @@ PLACEHOLDERS = ("<image>", "<region>")
 PER_PHRASE_TASKS = ("refer", "reason")  # a <SEG> for each phrase; elsewhere one for the image
 
 
-OPTION_REQUEST = "Answer with the letter of the right option."
-
-
 _SEG_ANSWERS = ["Here is the segmentation: <SEG>.", "Sure, <SEG>.", "It is segmented: <SEG>."]
 
 
 # Of each task: what is asked, what is answered, and what is answered where there is no such thing.
+# Of chat: how a question with options is asked; {question} is its hint and itself, {options} has a
+# line "A. text" for each.
 PHRASINGS: dict[str, dict[str, list[str]]] = {
     "generic": {
         "questions": [
@@ -84,15 +84,17 @@ PHRASINGS: dict[str, dict[str, list[str]]] = {
         ],
         "answers": ["Here is the segmentation: <SEG>.", "Sure, <SEG>."],
     },
+    "chat": {"choices": ["{question}\n{options}\nAnswer with the letter of the right option."]},
 }
 
 
 def read_phrasings(path: Path | str) -> dict[str, dict[str, list[str]]]:
     """Our phrasings with those of a user's JSON file in their place: {task: {"questions": […],
-    "answers": […], "absent": […]}}; what the file leaves out stays ours.
+    "answers": […], "absent": […]}, "chat": {"choices": […]}}; what the file leaves out stays ours.
 
     Raises ValueError at an unknown task or kind, an empty list, a question without {phrases} (but
-    for gcg), or an answer that has not exactly one <SEG>.
+    for gcg), an answer that has not exactly one <SEG>, {phrases} in an answer to a visual prompt,
+    which no words can say again, or choices without {question} and {options}.
     """
     from xsam.datasets.formats import expect, read_json
 
@@ -114,33 +116,36 @@ def read_phrasings(path: Path | str) -> dict[str, dict[str, list[str]]]:
 
 
 def _check(text: str, task: str, kind: str, where: str) -> None:
-    counts = dict.fromkeys((*SPECIAL_TOKENS, *PLACEHOLDERS, "{phrases}", "{caption}"), 0)
+    counts = dict.fromkeys((*SPECIAL_TOKENS, *PLACEHOLDERS, "{caption}"), 0)
     counts["{phrases}"] = int(kind == "questions" and task != "gcg")
+    if kind in ("answers", "absent") and task in ("generic", "refer", "reason"):
+        counts["{phrases}"] = min(text.count("{phrases}"), 1)
     counts["<SEG>"] = int(kind == "answers")
     counts["{caption}"] = int(kind == "answers" and task == "gcg")
+    counts["{question}"] = counts["{options}"] = int(kind == "choices")
     for token, count in counts.items():
         if text.count(token) != count:
             found = text.count(token)
             raise ValueError(f"{where}: {text!r} has {token} {found} times, not {count}")
 
 
-class Question(str):
-    """A question's words, with the template and the names that they were made of."""
+class Phrased(str):
+    """A question's or an answer's words, with the template and the names that they were made of."""
 
     template: str
     names: list[str]
 
-    def __new__(cls, template: str, names: list[str]) -> "Question":
-        question = super().__new__(cls, template.replace("{phrases}", join_phrases(names)))
-        question.template, question.names = template, list(names)
-        return question
+    def __new__(cls, template: str, names: list[str]) -> "Phrased":
+        phrased = super().__new__(cls, template.replace("{phrases}", join_phrases(names)))
+        phrased.template, phrased.names = template, list(names)
+        return phrased
 
     def __getnewargs__(self) -> tuple[str, list[str]]:  # of copies and pickles
         return self.template, self.names
 
-    def keep(self, indices: list[int]) -> "Question":
-        """The question about these of its names alone."""
-        return Question(self.template, [self.names[index] for index in indices])
+    def keep(self, indices: list[int]) -> "Phrased":
+        """The same about these of its names alone."""
+        return Phrased(self.template, [self.names[index] for index in indices])
 
 
 def ask(
@@ -148,9 +153,9 @@ def ask(
     names: list[str],
     rng: np.random.Generator | None = None,
     phrasings: dict = PHRASINGS,
-) -> Question:
+) -> Phrased:
     """The task's question about `names`: a random phrasing, or the first one without `rng`."""
-    return Question(_draw(phrasings[task]["questions"], rng), names)
+    return Phrased(_draw(phrasings[task]["questions"], rng), names)
 
 
 def reply(
@@ -160,7 +165,8 @@ def reply(
     kind: str = "answers",
     caption: str = "",
 ) -> str:
-    """A random answer; of kind "absent" where nothing fits the phrase. `caption` is GCG's."""
+    """A random answer, as yet with its {phrases}; of kind "absent" where nothing fits the phrase.
+    `caption` is GCG's."""
     return _draw(phrasings[task][kind], rng).replace("{caption}", caption)
 
 
@@ -173,11 +179,22 @@ def join_phrases(names: list[str]) -> str:
     return ", ".join(f"<p>{name}</p>" for name in names)
 
 
-def choice_question(question: str, options: dict[str, str], hint: str = "") -> str:
-    """A question with its hint before it and its options, by letter, below it."""
-    lines = [hint, question, *(f"{letter}. {text}" for letter, text in options.items())]
-    lines += [OPTION_REQUEST] if options else []
-    return "\n".join(line for line in lines if line)
+def choice_question(
+    question: str,
+    options: dict[str, str],
+    hint: str = "",
+    rng: np.random.Generator | None = None,
+    phrasings: dict = PHRASINGS,
+) -> str:
+    """A question with its hint before it and its options by letter, in a random phrasing of chat's
+    choices, or the first one without `rng`; one without options stays as it is."""
+    question = f"{hint}\n{question}" if hint else question
+    if not options:
+        return question
+    lines = "\n".join(f"{letter}. {text}" for letter, text in options.items())
+    words = {"{question}": question, "{options}": lines}
+    template = _draw(phrasings["chat"]["choices"], rng)
+    return re.sub("{question}|{options}", lambda field: words[field[0]], template)
 
 
 def find_phrases(answer: str) -> list[str]:

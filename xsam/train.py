@@ -22,7 +22,6 @@ if __name__ == "__main__":
     sys.exit(train_command())
 
 import argparse
-import dataclasses
 import json
 import math
 import signal
@@ -108,10 +107,9 @@ def pretrained_model(
         folder = weights / getattr(config.model, part)
         if folder.name == "none":
             continue
-        model_config = complete_architecture(config.model, part, folder)
-        config = dataclasses.replace(config, model=model_config)
+        config = complete_architecture(config, part, folder)
         with parameters_on_meta():
-            parts[part] = kind(getattr(model_config, f"{part}_config"))
+            parts[part] = kind(getattr(config.model, f"{part}_config"))
         report(load_folder(parts[part], part, folder, dtype=dtype))
     model = XSAM(config, **parts)
     rows = config.model.llm_config["vocab_size"]
@@ -251,7 +249,8 @@ def train_stage(
         fill_states(optimizer, model, model.prefix, list_states(checkpoint))
         say(f"resumed from {checkpoint}")
     say(check_space(options.out, model, number))
-    flops, peak_tflops = plan.FlopCount(config, number), plan.peak_tflops(config, device)
+    peak_tflops = plan.peak_tflops(config, device)
+    flops = plan.FlopCount(config, number) if peak_tflops else None
 
     # ---- data
     num_steps = stage.max_steps or math.ceil(len(mixture) * stage.epochs)
@@ -288,8 +287,9 @@ def train_stage(
 
             # ---- update, on all ranks or on none
             norms = gradient_norms(model)
-            costs = {"flops": sum(map(flops.of, micro_batches)), "data_seconds": waited}
-            costs["signals"] = len(signals)
+            costs = {"data_seconds": waited, "signals": len(signals)}
+            if flops is not None:
+                costs["flops"] = sum(map(flops.of, micro_batches))
             figures = add_up(losses, norms, micro_batches, costs, device)
             figures["lr"] = set_rate(optimizer, schedule(step, num_steps, stage.warmup_ratio))
             if math.isfinite(figures["loss"] + figures["grad_norm"]):
@@ -388,7 +388,7 @@ def open_mixture(
         report(f"{dataset.name}: {len(dataset)} samples x {factor:.2f}{without}")
     generic = [dataset for dataset in datasets if isinstance(dataset, Generic)]
     if generic:
-        model.config = dataclasses.replace(config, categories=generic[0].categories)
+        model.config = config.resolve(categories=generic[0].categories)
     for dataset in generic if number == 1 else ():
         if len(dataset.names) != config.model.num_classes:
             raise ValueError(

@@ -7,7 +7,6 @@ parameters that may still be on the meta device: the host never holds the weight
 """
 
 import contextlib
-import dataclasses
 import json
 import pickle
 import re
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from xsam.config import ModelConfig
+from xsam.config import Config
 from xsam.encoders import resize_positions, transformers_config
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -267,6 +266,24 @@ def load_tensors(
     return "\n".join(lines)
 
 
+def _names_on_disk(
+    targets: dict[str, Tensor], prefix: str, only: tuple[str, ...]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The names of a module's tensors by the name on disk that fills them (several where weights
+    are tied), and the further names on disk of tied weights with the first."""
+    first_name: dict[int, str] = {}  # of each parameter, on disk
+    own: dict[str, list[str]] = {}
+    tied: dict[str, str] = {}
+    for name, target in targets.items():
+        on_disk = disk_name(prefix + name)
+        first = first_name.setdefault(id(target), on_disk)
+        if on_disk.startswith(only or ""):
+            own.setdefault(first, []).append(name)
+        if first != on_disk:
+            tied[on_disk] = first
+    return own, tied
+
+
 def _match(
     module: nn.Module,
     stored: dict[str, Stored],
@@ -285,17 +302,7 @@ def _match(
     may be of another length. `short_vocabulary`: the tables of words may lack their last rows.
     """
     targets = module.state_dict(keep_vars=True)
-    first_name: dict[int, str] = {}  # of each parameter, on disk
-    own: dict[str, list[str]] = {}  # by that name
-    tied: dict[str, str] = {}  # second names to it
-    for name, target in targets.items():
-        on_disk = disk_name(prefix + name)
-        first = first_name.setdefault(id(target), on_disk)
-        if on_disk.startswith(only or ""):
-            own.setdefault(first, []).append(name)
-        if first != on_disk:
-            tied[on_disk] = first
-
+    own, tied = _names_on_disk(targets, prefix, only)
     fills, problems, notes, seen = {}, [], defaultdict(list), {}
     for name, entry in stored.items():
         on_disk = disk_name(name)
@@ -383,14 +390,14 @@ def part_of_folder(folder: Path) -> str | None:
     return next((part for part, types in FOLDERS.items() if model_type in types), None)
 
 
-def complete_architecture(config: ModelConfig, part: str, folder: Path) -> ModelConfig:
+def complete_architecture(config: Config, part: str, folder: Path) -> Config:
     """`config` with what the folder of the image encoder or the language model says of itself: its
     config.json, and of its preprocessor_config.json mean, deviation and resampling. Raises
     ValueError where `config` says otherwise."""
     read_model_type(folder, part)
     theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     values = getattr(theirs, "vision_config", theirs).to_diff_dict()
-    configured = getattr(config, f"{part}_config")
+    configured = getattr(config.model, f"{part}_config")
     ours = transformers_config(configured).to_diff_dict() if configured else {}
     named = {"rope_parameters" if name == "rope_theta" else name for name in configured}
     named.discard("vocab_size")  # an earlier stage may have grown it for the special tokens
@@ -409,10 +416,10 @@ def complete_architecture(config: ModelConfig, part: str, folder: Path) -> Model
     if part == "image_encoder" and path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         for name in ("image_mean", "image_std"):
-            changes[name] = tuple(found.get(name, getattr(config, name)))
+            changes[name] = tuple(found.get(name, getattr(config.model, name)))
         resample = {2: "bilinear", 3: "bicubic"}.get(found.get("resample"))
-        changes["image_resample"] = resample or config.image_resample
-    return dataclasses.replace(config, **changes)
+        changes["image_resample"] = resample or config.model.image_resample
+    return config.resolve(**changes)
 
 
 def load_folder(

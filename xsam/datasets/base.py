@@ -17,7 +17,7 @@ import numpy as np
 from xsam.data import Sample
 from xsam.datasets.records import Flag, Id, by_id, take, whole
 from xsam.datasets.sources import Source, locate
-from xsam.prompts import PHRASINGS, ask, check_words, clean_name, reply
+from xsam.prompts import PHRASINGS, Phrased, ask, check_words, clean_name, reply
 
 
 def pack(record, where: str) -> bytes:
@@ -130,9 +130,9 @@ class Dataset:
         return groups
 
     def turn(self, names: list[str], rng: np.random.Generator, kind: str = "answers"):
-        """A random question about `names` and a random answer."""
+        """A random question about `names` and a random answer, which may say them again."""
         question = ask(self.source.task, names, rng, self.phrasings)
-        return question, reply(self.source.task, rng, self.phrasings, kind)
+        return question, Phrased(reply(self.source.task, rng, self.phrasings, kind), names)
 
 
 class Category(NamedTuple):

@@ -1,5 +1,9 @@
 """Files that are made, not downloaded: COCO-VGD, COCO's semantic maps, ADE20K for three tasks.
 
+COCO-VGD is published too: img_vgdseg_coco_train.json and img_vgdseg_coco_val.json, ready made. Only
+those give the paper's figures, since their prompts were drawn without a seed; the reader reads them
+as they are. Ours have the same layout and keys, and other draws of prompts of the same kind.
+
 Images are processed by a pool of processes, and what is drawn at random for an image depends on its
 ids alone, so the output is the same for any number of workers. An output takes its name only once
 it is complete. Wrong records raise ValueError naming file and record, an output that exists
@@ -63,6 +67,7 @@ def visual_prompts(
         for kind, draw in _DRAW.items():
             patch, offset = draw(component, rng)
             _unite(prompts[kind], patch, corner + offset)
+        _unite(prompts["mask"], *_blurred(component, corner, mask.shape))
     if is_dilated:
         prompts |= {kind: dilate(prompts[kind], radius) for kind, radius in PROMPT_RADII.items()}
     return prompts
@@ -73,26 +78,28 @@ def visual_prompts(
 
 
 def _point(component: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, tuple]:
+    """A pixel inside, drawn with a weight of one over its distance from the middle, where the box
+    has width and height one: on a disc, its mean distance is half the radius."""
     inside = np.argwhere(component)
-    return np.ones((1, 1), bool), tuple(inside[rng.integers(len(inside))])
+    distance = np.linalg.norm((inside - inside.mean(axis=0)) / component.shape, axis=1)
+    weights = 1 / distance.clip(min=0.5 / max(component.shape))  # half a pixel
+    return np.ones((1, 1), bool), tuple(rng.choice(inside, p=weights / weights.sum()))
 
 
 def _scribble(component: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, tuple]:
-    """A diagonal that swings like a sine, fading at its ends, across the box with each side moved
-    by up to a tenth; of the two diagonals the one that has more of itself on the object."""
+    """A diagonal of the box, scaled by 0.5 to 1.2 around its centre, that swings like a sine: by 10
+    to 20 pixels, but by no more than a third of the box's shorter side, so that its middle stays in
+    the box. Of the two diagonals the one that has more of itself on the object."""
     size = np.array(component.shape)
-    first = rng.uniform(-0.1, 0.1, 2) * size
-    last = size - 1 + rng.uniform(-0.1, 0.1, 2) * size
-    along = np.linspace(0, 1, 8 * size.sum())[:, None]  # so close that no pixel is skipped
+    span = rng.uniform(0.5, 1.2) * (size - 1)
+    along = np.linspace(-0.5, 0.5, 8 * size.sum() + 1)[:, None]  # so close: no pixel is skipped
     waves, phase = rng.uniform(1, 3), rng.random()
-    swing = rng.uniform(0.05, 0.15) * size.min() * np.sin(np.pi * along)
-    direction = (last - first) / np.linalg.norm(last - first)
-    path = first + along * (last - first)
-    path += swing * np.sin(2 * np.pi * (waves * along + phase)) * direction[::-1] * (1, -1)
-    falling = np.rint(path).astype(int)  # [P, 2] rows and columns
-    rising = np.rint(path * (1, -1) + (0, first[1] + last[1])).astype(int)
-    on_object = [component[tuple(np.clip(p, 0, size - 1).T)].sum() for p in (falling, rising)]
-    path = falling if on_object[0] >= on_object[1] else rising
+    swing = min(rng.uniform(10, 20), (size.min() - 1) / 3)
+    across = span[::-1] * (1, -1) / max(np.linalg.norm(span), 1)
+    path = along * span + swing * np.sin(2 * np.pi * (waves * along + phase)) * across
+    lines = [np.rint((size - 1) / 2 + path * turn).astype(int) for turn in ((1, 1), (1, -1))]
+    inside = [line[((line >= 0) & (line < size)).all(axis=1)] for line in lines]
+    path = lines[np.argmax([component[tuple(line.T)].sum() for line in inside])]  # [P, 2]
     offset = path.min(axis=0)
     patch = np.zeros(path.max(axis=0) - offset + 1, bool)
     patch[tuple((path - offset).T)] = True
@@ -107,15 +114,20 @@ def _box(component: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, t
     return np.ones(size, bool), tuple(offset)
 
 
-def _blurred(component: np.ndarray, _: np.random.Generator) -> tuple[np.ndarray, tuple]:
-    """The component after a Gaussian blur, cut at the blur's mean over a window that is four sigma
-    wider on each side: sharp corners and gaps go, and a thin object becomes thicker."""
+_DRAW = {"point": _point, "scribble": _scribble, "box": _box}
+
+
+def _blurred(component: np.ndarray, corner: np.ndarray, size: tuple[int, int]) -> tuple:
+    """The component [h, w] at `corner` after a Gaussian blur, cut at the blur's mean over the whole
+    image of `size`: the smaller the object, the farther the prompt goes beyond it, by up to four
+    sigma. A patch and the (row, column) of its corner, inside the image."""
     margin = int(4 * BLUR_SIGMA)
-    blurred = ndimage.gaussian_filter(np.pad(component, margin).astype(np.float32), BLUR_SIGMA)
-    return blurred > blurred.mean(), (-margin, -margin)
-
-
-_DRAW = {"point": _point, "scribble": _scribble, "box": _box, "mask": _blurred}
+    before = np.minimum(corner, margin)
+    after = np.minimum(size - corner - component.shape, margin)
+    window = np.pad(component.astype(float), np.stack([before, after], axis=1))
+    blurred = ndimage.gaussian_filter(window, BLUR_SIGMA)
+    # The slack is for an object that fills the image, where every pixel is the mean.
+    return blurred > (1 - 1e-6) * blurred.sum() / np.prod(size), corner - before
 
 
 def _unite(prompt: np.ndarray, patch: np.ndarray, corner: np.ndarray) -> None:

@@ -114,7 +114,8 @@ class Benchmark(Dataset):
         answer = check_words(row["answer"].strip(), where)
         if options and answer not in options:
             raise ValueError(f"{where}: its answer {answer!r} is none of {list(options)}")
-        question = choice_question(row["question"].strip(), options, row.get("hint", "").strip())
+        hint = row.get("hint", "").strip()
+        question = choice_question(row["question"].strip(), options, hint, rng, self.phrasings)
         turns = [(check_words(question, where), answer)]
         return conversation(f"{self.name}/{row['index']}", image, turns, row["index"])
 

@@ -62,7 +62,7 @@ class Monitor:
         peak_tflops: float | None,
     ):
         """Forgets what an interrupted run recorded from `first_step` on. `peak_tflops` of one
-        device, None where it is not known."""
+        device; None where it is not known, and no rate is told."""
         self.out, self.stage, self.is_on = out, stage, distributed.rank() == 0
         self.device, self.peak_tflops = device, peak_tflops
         self.bar = tqdm(
@@ -86,7 +86,8 @@ class Monitor:
 
     def step(self, step: int, batches: list[Batch], figures: dict[str, float]) -> None:
         """Records a step of these micro-batches: `figures` are its losses, norm and rate, and what
-        it cost, of all ranks: "images", "tokens", "skipped_samples", of one: "flops", …"""
+        it cost, of all ranks: "images", "tokens", "skipped_samples", of one: "seconds", …, and
+        "flops" where the device's peak is known."""
         reasons = [reason for batch in batches for reason in batch.skipped]
         for reason in reasons[: max(0, MOST_REASONS - self.num_reasons)]:
             tqdm.write(f"skipped: {reason}")
@@ -98,8 +99,8 @@ class Monitor:
         seconds = record["seconds"]
         for name in ("images", "tokens"):
             record[f"{name}_per_second"] = record.pop(name) / seconds
-        record["tflops"] = record.pop("flops") / seconds / 1e12  # of one device
         if self.peak_tflops:
+            record["tflops"] = record.pop("flops") / seconds / 1e12  # of one device
             record["mfu"] = record["tflops"] / self.peak_tflops
         record["memory_gb"] = peak_memory(self.device)
         self._write(record)
@@ -152,14 +153,14 @@ class Monitor:
 def step_line(record: dict) -> str:
     """A step's record for the eye."""
     losses = " ".join(f"{name} {record[name]:.3f}" for name in LOSSES if name in record)
-    mfu = f" MFU {record['mfu']:.1%}" if "mfu" in record else ""
+    mfu = f" {record['tflops']:.3g} TFLOP/s MFU {record['mfu']:.1%}" if "mfu" in record else ""
     tokens = record["tokens_per_second"]
     return (
         f"stage {record['stage']} step {record['step']} {record['task']}: "
         f"loss {record['loss']:.3f} ({losses}) norm {record['grad_norm']:.2f} "
         f"lr {record['lr']:.1e} {record['images_per_second']:.1f} images/s "
         f"{f'{tokens:.0f} tokens/s ' * (tokens > 0)}data {record['data_seconds']:.2f} s "
-        f"memory {record['memory_gb']:.1f} GB {record['tflops']:.3g} TFLOP/s{mfu}"
+        f"memory {record['memory_gb']:.1f} GB{mfu}"
     )
 
 

@@ -1,46 +1,50 @@
 """The configuration of the toy: the model of the paper with smaller numbers."""
 
+import dataclasses
+
 from xsam.config import Config, ModelConfig, xsam
 
 
 def toy() -> Config:
     """The same code for a laptop: 128-pixel drawings, 1.3 million parameters, minutes on two CPU
     cores."""
-    config = xsam()
-    config.name = "toy"
-    config.model = toy_model()
-    config.loss.num_points = 512
-    config.loss.class_weight = 4.0  # shapes are learned later than masks
-    config.score_threshold, config.overlap_threshold = 0.25, 0.6
-    config.dtype, config.recompute = "float32", False  # small enough to need neither
-    config.num_workers = 0
-    config.save_every = 200
-    config.eval_batch_size = 16
-    config.max_new_tokens = 48
-    config.eval_tasks = (
-        "panoptic", "instance", "semantic", "openvocab", "refer", "grefer", "reason", "gcg",
-        "interactive", "vgd", "chat",
+    config = dataclasses.replace(xsam(), name="toy", model=toy_model()).resolve(
+        num_points=512,
+        class_weight=4.0,  # shapes are learned later than masks
+        score_threshold=0.25, overlap_threshold=0.6,
+        dtype="float32", recompute=False,  # small enough to need neither
+        num_workers=0, save_every=200, eval_batch_size=16, max_new_tokens=48,
+        eval_tasks=(
+            "panoptic", "instance", "semantic", "openvocab", "refer", "grefer", "reason", "gcg",
+            "interactive", "vgd", "chat",
+        ),
+        global_batch_size=8, micro_batch_size=4,
     )  # fmt: skip
-    one, two, three = config.stages[1], config.stages[2], config.stages[3]
-    one.learning_rates = {"segmentor.encoder": 1e-3, "": 1e-3}
-    one.scale_range = (0.8, 1.25)
-    one.clip_norm = 1.0
-    one.max_steps = 1000
-    two.learning_rates = {"": 0.0, "image_projector": 5e-3, "seg_projector": 5e-3}
-    two.max_steps = 80
-    three.learning_rates = {
-        "segmentor.encoder": 3e-4, "segmentor": 1e-3, "image_encoder": 5e-4, "": 1.5e-3,
-    }  # fmt: skip
-    # The mix of the paper, and the two sets that it scores without training on them.
-    three.datasets = (
-        "llava_instruct", "coco_panoptic", "coco_vgd", "refcoco", "grefcoco", "gcg_grandf",
-        "gcg_refcocog", "gcg_psg", "gcg_flickr", "reasonseg", "coco_interactive",
+    config = config.resolve(
+        stages=(1,),
+        learning_rates={"segmentor.encoder": 1e-3, "": 1e-3},
+        scale_range=(0.8, 1.25),
+        clip_norm=1.0,
+        max_steps=1000,
+    )
+    config = config.resolve(
+        stages=(2,),
+        learning_rates={"": 0.0, "image_projector": 5e-3, "seg_projector": 5e-3},
+        max_steps=80,
+    )
+    return config.resolve(
+        stages=(3,),
+        learning_rates={
+            "segmentor.encoder": 3e-4, "segmentor": 1e-3, "image_encoder": 5e-4, "": 1.5e-3,
+        },
+        # The mix of the paper, and the two sets that it scores without training on them.
+        datasets=(
+            "llava_instruct", "coco_panoptic", "coco_vgd", "refcoco", "grefcoco", "gcg_grandf",
+            "gcg_refcocog", "gcg_psg", "gcg_flickr", "reasonseg", "coco_interactive",
+        ),
+        max_steps=1300,
+        repeat_threshold=0.5,  # the sets are small, and RefCOCO's combinations many
     )  # fmt: skip
-    three.max_steps = 1300
-    three.repeat_threshold = 0.5  # the sets are small, and RefCOCO's combinations many
-    for stage in config.stages.values():
-        stage.global_batch_size, stage.micro_batch_size = 8, 4
-    return config
 
 
 def toy_model() -> ModelConfig:

@@ -30,7 +30,7 @@ from xsam.data import ResizeAndPad, seg_pixels
 from xsam.decoder import sine_positions
 from xsam.encoders import transformers_config
 from xsam.model import build_seg_encoder
-from xsam.prompts import OPTION_REQUEST, PHRASINGS, clean_name
+from xsam.prompts import PHRASINGS, clean_name
 from xsam.toy import scenes
 from xsam.toy.scenes import CLASSES, FACTS, RIDDLES, THING_IDS, Scene, plural
 from xsam.toy.world import ADE_NAMES, HINT, SPLITS, YES_OR_NO, draw_split, new_folder
@@ -62,7 +62,7 @@ def vocabulary() -> list[str]:
     texts += [text for text, _ in scenes.GROUPS]
     texts += [*scenes.CHECKS.values(), *scenes.CAPTION_REQUESTS]
     # Options of benchmarks, and what is added to their questions.
-    texts += [HINT, YES_OR_NO, "A. B. C. D.", OPTION_REQUEST]
+    texts += [HINT, YES_OR_NO, "A. B. C. D."]
     texts += ["a an and in is it many no of on the this yes Yes No , . : ? !"]
     plain = re.sub(r"\{\w+\}|<[^>]+>", " ", " ".join(texts))  # without fields and tokens
     return sorted({"\n", *re.findall(r"\w+|[^\w\s]", plain + plain.lower())})
