@@ -3,9 +3,10 @@ is sound.
 
 Each case is a tiny valid data set and the rules of its format, said here once more and without the
 readers. A corruption changes JSON, pickles, tables and masks (delete, retype, swap, duplicate,
-nest, cut), or files (cut, flip bits, remove, another size, another mode). If the rules are broken,
-the reader has to say so; what it gives all the same is looked at sample by sample. A failure names
-its seed, which is all that `corrupt_and_read` needs to do it again.
+nest, cut), now and then in an exporter's dialect or with a byte order mark, or files (cut, flip
+bits, remove, another size, another mode). If the rules are broken, the reader has to say so; what
+it gives all the same is looked at sample by sample. A failure names its seed, which is all that
+`corrupt_and_read` needs to do it again.
 
 pytest tests/test_corruption.py
 """
@@ -273,7 +274,8 @@ def check_rle(record: dict, size: tuple[int, int]) -> None:
     need(record["size"] == list(size), "an RLE of the image's size")
     counts = record["counts"]
     runs = counts if isinstance(counts, list) else unpack(counts)
-    need(all(type(run) is int and run >= 0 for run in runs), "runs from 0 on")
+    runs = [whole(run) for run in runs]
+    need(all(run >= 0 for run in runs), "runs from 0 on")
     need(sum(runs) == size[0] * size[1], "runs that fill the image")
 
 

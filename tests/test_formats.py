@@ -20,8 +20,6 @@ from xsam.datasets.formats import (
     decode_mask,
     dilate,
     encode_mask,
-    find_file,
-    list_files,
     read_class_map,
     read_image,
     read_image_size,
@@ -34,6 +32,7 @@ from xsam.datasets.formats import (
     segment_colours,
 )
 from xsam.datasets.records import Flag, Id, Side, Size, expect, label, parse, take
+from xsam.files import find_file, is_file, list_files
 from xsam.prompts import read_names, read_phrasings
 
 SIZE = (9, 14)
@@ -211,7 +210,7 @@ BAD_MASKS = {
     "negative run": ({"size": [9, 14], "counts": [100, -4, 30]}, "does not fit"),
     "run beyond 64 bits": ({"size": [9, 14], "counts": [2**70, 26]}, "too long"),
     "sum beyond 64 bits": ({"size": [9, 14], "counts": [2**63 - 1] * 2 + [128]}, "does not fit"),
-    "float run": ({"size": [9, 14], "counts": [100.0, 26]}, "expected int"),
+    "float run": ({"size": [9, 14], "counts": [100.5, 26]}, "expected int"),
     "boolean run": ({"size": [9, 14], "counts": [125, True]}, "expected int"),
     "string cut": ({"size": [9, 14], "counts": COUNTS[:-1]}, "RLE"),
     "string too long": ({"size": [9, 14], "counts": COUNTS + "3"}, "does not fit"),
@@ -585,18 +584,11 @@ def test_a_file_of_the_same_name_in_another_folder_is_not_taken(tmp_path):
         (tmp_path / name).touch()
     for name in ("right/a.jpg", "right\\a.jpg", "b.jpg", "", "a\0b", "x" * 5000):
         path = find_file(tmp_path, name)
-        assert path == tmp_path / name and (name == "" or not _is_file(path))
+        assert path == tmp_path / name and (name == "" or not is_file(path))
     (tmp_path / "A.jpg").touch()
     (tmp_path / "a.JPG").touch()
     assert find_file(tmp_path, "a.jpg") == tmp_path / "a.jpg"  # the exact name first
     assert find_file(tmp_path, "no.jpg", "left\\a.jpg") == tmp_path / "left/a.jpg"
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def test_what_a_system_leaves_in_a_folder_is_none_of_its_files(tmp_path):

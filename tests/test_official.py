@@ -225,7 +225,12 @@ def test_labelme_says_which_image_it_is_about(tmp_path):
     folder.mkdir(parents=True)
     write_reason(folder, "a", "what?", 1, POLYGON)
     picture(folder / "photo one.png", 77)
-    for path, shade in (("photo one.png", 77), ("..\\val\\photo one.png", 77), ("gone.jpg", 1)):
+    for path, shade in (
+        ("photo one.png", 77),
+        ("..\\val\\photo one.png", 77),
+        ("x" * 5000, 1),
+        ("gone.jpg", 1),
+    ):
         record = json.loads((folder / "a.json").read_text()) | dict(imagePath=path)
         write(folder / "a.json", record)
         (sample,) = samples_of("reasonseg_val", tmp_path)

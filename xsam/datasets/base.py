@@ -80,10 +80,7 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.records)
 
-    @property
-    def left_out(self) -> Counter[str]:
-        """`skipped`, by the name that it had before."""
-        return self.skipped
+    left_out = property(lambda self: self.skipped, doc="`skipped`, by its former name.")
 
     def index(self) -> None:
         raise NotImplementedError

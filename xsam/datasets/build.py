@@ -35,7 +35,7 @@ from xsam.datasets import formats, records
 from xsam.datasets.formats import bounding_box, decode_mask, dilate, encode_mask
 from xsam.datasets.records import CocoImage, CocoInstance, CocoSegment, Id, by_id, parse, take
 from xsam.datasets.sources import PROMPT_RADII, PROMPT_TYPES
-from xsam.files import complete, read_text, refuse_existing
+from xsam.files import complete, find_file, list_files, read_text, refuse_existing
 
 # ---- visual prompts ------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ def _semantic_map(job: Job, masks: Path, out: Path, indices: dict[int, int]) -> 
     name = formats.png_name(annotations[0][1], image.file_name).replace("\\", "/")
     if ".." in Path(name).parts or Path(name).is_absolute():
         raise ValueError(f"{annotations[0][0]}: 'file_name' {name!r} leads out of {masks}")
-    path = formats.find_file(masks, name)
+    path = find_file(masks, name)
     ids = formats.read_segment_ids(path, image.size)
     classes = np.full(image.size, IGNORED, np.uint8)
     num_segments = 0
@@ -384,7 +384,7 @@ def _read_ade_classes(folder: Path, aliases: bool) -> tuple[list[dict], dict[int
 def _convert_split(
     folder: Path, split: str, categories: list, things: dict[int, int], num_workers: int | None
 ) -> dict[str, int]:
-    stems = [path.stem for path in formats.list_files(folder / "images" / split, ".jpg")]
+    stems = [path.stem for path in list_files(folder / "images" / split, ".jpg")]
     if not stems:
         raise FileNotFoundError(f"{folder / 'images' / split}: holds no .jpg; unpack it again")
     images, annotations, instances = [], [], []

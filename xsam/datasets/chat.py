@@ -11,8 +11,9 @@ from PIL import Image
 
 from xsam.data import Sample
 from xsam.datasets.base import Dataset
-from xsam.datasets.formats import IMAGE_SUFFIXES, find_file, read_image, read_json, read_tsv
+from xsam.datasets.formats import read_image, read_json, read_tsv
 from xsam.datasets.records import expect, label, take, unpack
+from xsam.files import IMAGE_SUFFIXES, find_file
 from xsam.prompts import check_words, choice_question
 
 SHORTEST_IMAGE = 64  # characters; what is shorter is the index of another row

@@ -4,11 +4,9 @@ Whatever the bytes of a file, all functions here raise ValueError that names the
 (records.py has what a record must hold). Legend: H W image size.
 """
 
-import contextlib
 import csv
 import io
 import json
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -19,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
-from xsam.datasets.records import Segmentation, expect, mask_parts, take
+from xsam.datasets.records import Segmentation, expect, mask_parts, take, whole
 from xsam.files import cause_of, read_text
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -91,40 +89,6 @@ def read_image(path: Path | io.BytesIO, size: tuple[int, int] | None = None) -> 
     image = _open(path).convert("RGB")
     _check_size(path, image, size)
     return image
-
-
-IMAGE_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg", ".webp", ".bmp")
-
-
-def first_file(paths: list[Path]) -> Path:
-    """The first of the paths that is a file; the very first where none is."""
-    for path in paths:
-        with contextlib.suppress(OSError, ValueError):  # no name that a file could have
-            if path.is_file():
-                return path
-    return paths[0]
-
-
-def find_file(folder: Path, *names: str) -> Path:
-    """The file that an annotation names, seen from `folder`: the first of `names` that there is.
-
-    A name may be absolute or have "..", backslashes (Windows), a suffix that differs in case, or
-    begin with folders of which the last has the name of `folder` ("train2017/1.jpg")."""
-    paths = []
-    for name in names:
-        unix = name.replace("\\", "/")
-        inside = f"/{unix}".split(f"/{folder.absolute().name}/")[-1].lstrip("/")
-        for known in (name, unix, inside):
-            stem, suffix = os.path.splitext(known)
-            endings = dict.fromkeys((suffix, suffix.lower(), suffix.upper()))
-            paths += [folder / f"{stem}{ending}" for ending in endings]
-    return first_file(paths)
-
-
-def list_files(folder: Path, *suffixes: str) -> list[Path]:
-    """The files of a folder that end so, by name; what begins with a dot is the system's."""
-    paths = folder.glob("[!.]*")
-    return sorted(path for path in paths if path.suffix.lower() in suffixes)
 
 
 def png_name(annotation: dict, image: str) -> str:
@@ -278,7 +242,7 @@ def checked_rle(rle: dict, size: tuple[int, int], where: str) -> dict:
     counts = take(rle, "counts", (list, str, bytes), where)
     if isinstance(counts, list):
         try:
-            runs = np.array([expect(run, int, where) for run in counts], np.int64)
+            runs = np.array([expect(whole(run), int, where) for run in counts], np.int64)
         except OverflowError as error:
             raise ValueError(f"{where}: a run of its RLE is too long") from error
     else:

@@ -14,6 +14,7 @@ from xsam.data import Sample
 from xsam.datasets import formats, records
 from xsam.datasets.base import Dataset, read_categories
 from xsam.datasets.records import CocoImage, CocoInstance, CocoSegment, Id, label, parse, take
+from xsam.files import find_file
 
 
 class Generic(Dataset):
@@ -48,7 +49,7 @@ class Generic(Dataset):
         return parse(CocoImage, record, f"{self.annotations}: image {record['id']}")
 
     def open_image(self, image: CocoImage) -> Image.Image:
-        return formats.read_image(formats.find_file(self.images, image.file_name), image.size)
+        return formats.read_image(find_file(self.images, image.file_name), image.size)
 
     def make(
         self,
@@ -122,7 +123,7 @@ class Panoptic(Generic):
         """The picture; a map [H, W] of 1 + the index of the segment that a pixel belongs to, 0
         being void; and the segments, with their contiguous class as "class"."""
         image, segments, png = self.records[index]
-        picture, path = self.open_image(image), formats.find_file(self.masks, png)
+        picture, path = self.open_image(image), find_file(self.masks, png)
         ids = formats.read_segment_ids(path, image.size)
         numbers = [0, *(segment.id for segment in segments)]
         table = np.zeros(len(formats.SEGMENT_IDS), np.int32)  # unused pages take no memory
@@ -229,7 +230,7 @@ class Semantic(Generic):
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """The picture and its class map, uint8 [H, W]."""
         image, png = self.records[index]
-        picture, path = self.open_image(image), formats.find_file(self.masks, png)
+        picture, path = self.open_image(image), find_file(self.masks, png)
         classes = formats.read_class_map(path, image.size)
         largest = classes.max(initial=0, where=classes != 255)
         if largest >= len(self.names):

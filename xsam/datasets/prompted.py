@@ -11,9 +11,10 @@ from PIL import Image
 
 from xsam.data import Sample
 from xsam.datasets.base import Dataset, Packed, pack, read_categories
-from xsam.datasets.formats import decode_mask, dilate, find_file, read_image, read_json, rle_area
+from xsam.datasets.formats import decode_mask, dilate, read_image, read_json, rle_area
 from xsam.datasets.records import Flag, Id, Segmentation, Size, label, parse, take, unpack
 from xsam.datasets.sources import PROMPT_RADII, PROMPT_TYPES
+from xsam.files import find_file
 
 
 class PromptedObject(NamedTuple):

@@ -16,8 +16,9 @@ from PIL import Image, ImageDraw
 from xsam.data import Sample
 from xsam.datasets import formats, records
 from xsam.datasets.base import Dataset, Packed, pack
-from xsam.datasets.formats import decode_mask, find_file, read_image, read_json
+from xsam.datasets.formats import decode_mask, read_image, read_json
 from xsam.datasets.records import CocoImage, Segmentation, expect, label, parse, take, unpack
+from xsam.files import IMAGE_SUFFIXES, find_file, is_file, list_files
 from xsam.prompts import check_words
 
 MAX_TURNS = 8  # referred objects of one training conversation
@@ -206,22 +207,20 @@ class Reason(Dataset):
                 image, outputs = unpack(record, where, image=str, outputs=str)
                 stem = Path(image.replace("\\", "/")).stem
                 self.explanations[stem].append(check_words(outputs.strip(), where))
-        paths = formats.list_files(self.annotations, ".json")
+        paths = list_files(self.annotations, ".json")
         for path in paths:
             with self.record():
                 self.index_file(path)
-        stems = {
-            path.stem for path in formats.list_files(self.annotations, *formats.IMAGE_SUFFIXES)
-        }
+        stems = {path.stem for path in list_files(self.annotations, *IMAGE_SUFFIXES)}
         self.skipped["images without an annotation"] = len(stems - {path.stem for path in paths})
 
     def index_file(self, path: Path) -> None:
         content = read_json(path, last_resort="cp1252")  # some of the files are
-        names = [f"{path.stem}{suffix}" for suffix in formats.IMAGE_SUFFIXES]
+        names = [f"{path.stem}{suffix}" for suffix in IMAGE_SUFFIXES]
         if isinstance(content, dict) and isinstance(content.get("imagePath"), str):
             names.insert(0, content["imagePath"])
         image = find_file(self.annotations, *names)
-        if not image.is_file():
+        if not is_file(image):
             if not isinstance(content, dict) or "shapes" not in content:
                 self.skipped["JSON files of something else"] += 1
                 return
