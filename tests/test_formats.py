@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,10 @@ from xsam.datasets.formats import (
     dilate,
     encode_mask,
     foreground,
-    num_bad_rings,
     read_class_map,
     read_image,
     read_image_size,
     read_json,
-    read_labelme,
     read_refs,
     read_region,
     read_segment_ids,
@@ -37,6 +36,8 @@ from xsam.datasets.formats import (
 from xsam.datasets.records import Flag, Id, Side, Size, expect, label, parse, take
 from xsam.datasets.referring import OwnReferring
 from xsam.datasets.sources import Source
+from xsam.files import find_file, is_file, list_files
+from xsam.prompts import read_names, read_phrasings
 
 SIZE = (9, 14)
 WHERE = "instances.json: annotation 5"
@@ -170,9 +171,19 @@ def test_a_polygon_is_filled_as_pycocotools_fills_it():
 def test_bad_rings_are_dropped_and_counted():
     bad = [[1, 1, 8, 8], [0, 0, 5, 0, 5, 5, 3], [4, 4, 4], []]
     assert (decode_mask([*bad, *RINGS], SIZE, WHERE) == two_parts()).all()
-    assert num_bad_rings([*bad, *RINGS]) == 4
-    assert num_bad_rings(RINGS) == num_bad_rings(list_rle(two_parts())) == 0
-    assert num_bad_rings([packed(two_parts())]) == num_bad_rings(None) == 0
+    assert records.mask_parts([*bad, *RINGS]) == (RINGS, 4)
+    for shape in (RINGS, [packed(two_parts())]):
+        assert records.mask_parts(shape) == (shape, 0)
+    assert records.mask_parts(list_rle(two_parts())) == ([list_rle(two_parts())], 0)
+    assert records.mask_parts([]) == ([], 0)
+
+
+def test_a_polygon_may_stand_alone_or_have_its_corners_in_pairs_or_as_text():
+    ring, expected = RINGS[0], decode_mask(RINGS[:1], SIZE, WHERE)
+    pairs = [list(pair) for pair in zip(ring[::2], ring[1::2], strict=True)]
+    as_text = [[str(number) for number in ring]]
+    for shape in (ring, pairs, [pairs], [[1, 2], pairs], as_text):
+        assert (decode_mask(shape, SIZE, WHERE) == expected).all(), shape
 
 
 COUNTS = packed(two_parts())["counts"]
@@ -180,18 +191,17 @@ BAD_MASKS = {
     "nothing": ([], "no valid polygon or RLE"),
     "no valid ring": ([[1, 1, 8, 8]], "no valid polygon or RLE"),
     "three numbers": ([[1, 2, 3]], "no valid polygon or RLE"),
-    "a number": (7, "expected list, got 7"),
+    "a number": (7, "no valid polygon or RLE"),
     "a string": (["mask.png"], "expected list, got 'mask.png'"),
     "word in a ring": ([[1, 1, 5, 1, 5, "five"]], "no number"),
-    "numbers as words": ([["1", "1", "5", "1", "5", "5"]], "no number"),
-    "flags in a ring": ([[True, True, False, True, False, False]], "no number"),
+    "words in a ring": ([["1", "1", "5", "1", "5", "five"]], "no number"),
+    "pairs and a triple": ([[[1, 1], [5, 1], [5, 5, 5]]], "no valid polygon|no number"),
     "lists in a ring": ([[1, 1, 5, 1, 5, [5]]], "no number"),
-    "huge number in a ring": ([[1, 1, 5, 1, 5, 2**80]], "no number"),
+    "huge number in a ring": ([[1, 1, 5, 1, 5, 2**80]], "outside its image"),
     "null in a ring": ([[1, 1, 5, 1, 5, None]], "no number"),
-    "pairs": ([[[1, 1], [5, 1], [5, 5], [1, 5], [0, 2], [0, 1]]], "no number"),
     "far outside": ([[1, 1, 900, 1, 900, 5]], "outside its image"),
     "infinite": ([[1, 1, float("inf"), 1, 5, 5]], "outside its image"),
-    "not a number": ([[1, 1, float("nan"), 1, 5, 5]], "outside its image"),
+    "not a number": ([[1, 1, float("nan"), 1, 5, 5]], "no number"),
     "list RLE of another size": (list_rle(two_parts()[:8]), r"RLE of size \[8, 14\].*\[9, 14\]"),
     "string RLE of another size": ([packed(two_parts().T)], r"RLE of size \[14, 9\].*\[9, 14\]"),
     "no size": ({"counts": COUNTS}, "has no 'size'"),
@@ -204,7 +214,7 @@ BAD_MASKS = {
     "negative run": ({"size": [9, 14], "counts": [100, -4, 30]}, "does not fit"),
     "run beyond 64 bits": ({"size": [9, 14], "counts": [2**70, 26]}, "too long"),
     "sum beyond 64 bits": ({"size": [9, 14], "counts": [2**63 - 1] * 2 + [128]}, "does not fit"),
-    "float run": ({"size": [9, 14], "counts": [100.0, 26]}, "expected int"),
+    "float run": ({"size": [9, 14], "counts": [100.5, 26]}, "expected int"),
     "boolean run": ({"size": [9, 14], "counts": [125, True]}, "expected int"),
     "string cut": ({"size": [9, 14], "counts": COUNTS[:-1]}, "RLE"),
     "string too long": ({"size": [9, 14], "counts": COUNTS + "3"}, "does not fit"),
@@ -282,21 +292,74 @@ def test_dilate_grows_by_a_disc(radius):
 # ---- JSON and records ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("read", [read_json, read_labelme])
 @pytest.mark.parametrize(
-    "content",
-    [b'{"images": [', b"", b"<html>not found</html>", b"[" * 100_000],
-    ids=["cut", "empty", "page", "deep"],
+    "content", [b'{"images": [', b"", b"[" * 100_000], ids=["cut", "empty", "deep"]
 )
-def test_a_damaged_json_is_named(tmp_path, read, content):
+def test_a_damaged_json_is_named(tmp_path, content):
     (tmp_path / "refs.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"refs\.json: not valid JSON.*fetch it again"):
-        read(tmp_path / "refs.json")
+        read_json(tmp_path / "refs.json")
 
 
-def test_a_json_that_is_not_utf_8_is_named(tmp_path):
+def test_json_lines_are_told_from_damage(tmp_path):
+    (tmp_path / "refs.json").write_text('{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(ValueError, match=r"refs\.json: not valid JSON.*make its lines one list"):
+        read_json(tmp_path / "refs.json")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.tsv", "a.p", "names.txt", "a.jpg", "a.png"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER, "git-LFS pointer.*git lfs pull"),
+        (b"<html>not found</html>", "web page.*fetch it again"),
+        (b"\xef\xbb\xbf\r\n<!DOCTYPE HTML><title>Log in", "web page.*fetch it again"),
+    ],
+)
+def test_what_lies_in_the_place_of_a_file_is_told(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    read = {
+        ".json": read_json,
+        ".tsv": read_tsv,
+        ".p": read_refs,
+        ".txt": lambda path: read_names(str(path)),
+        ".jpg": read_image,
+        ".png": lambda path: read_segment_ids(path, (4, 4)),
+    }[Path(name).suffix]
+    with pytest.raises(ValueError, match=f"{re.escape(name)}: .*{message}"):
+        read(tmp_path / name)
+
+
+MARKED = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]
+UNMARKED = ["utf-16-le", "utf-16-be", "utf-32-le"]  # known by their zeros
+
+
+@pytest.mark.parametrize("encoding", [*MARKED, *UNMARKED])
+def test_every_text_is_read_in_the_encodings_that_files_have(tmp_path, encoding):
+    def write(name: str, text: str) -> Path:
+        (tmp_path / name).write_bytes(text.replace("\n", "\r\n").encode(encoding))
+        return tmp_path / name
+
+    assert read_json(write("a.json", '{"name":\n"café 猫"}')) == {"name": "café 猫"}
+    assert read_refs(write("b.json", '[{"sent": "猫"}]')) == [{"sent": "猫"}]
+    assert read_tsv(write("a.tsv", 'index\tquestion\n1\t"é\n猫"\n'))[0]["index"] == "1"
+    assert read_names(str(write("names.txt", "cup\nhot dog\ncafé\n"))) == ["cup", "hot dog", "café"]
+    if encoding in MARKED:  # a text that begins with other letters has no zeros to go by
+        assert read_names(str(write("cats.txt", "猫\n犬\n"))) == ["猫", "犬"]
+    phrasings = read_phrasings(write("a.json", '{"refer": {"absent": ["Kein 猫."]}}'))
+    assert phrasings["refer"]["absent"] == ["Kein 猫."]
+
+
+def test_a_text_in_a_code_page_is_refused_but_where_published_files_are_in_one(tmp_path):
     (tmp_path / "refs.json").write_bytes(b'{"name": "caf\xe9"}')
-    with pytest.raises(ValueError, match=r"refs\.json: not valid JSON.*utf-8"):
+    with pytest.raises(ValueError, match=r"refs\.json: is no text in UTF-8 or UTF-16 .*byte 0xe9"):
+        read_json(tmp_path / "refs.json")
+    assert read_json(tmp_path / "refs.json", last_resort="cp1252") == {"name": "café"}
+    (tmp_path / "refs.json").write_bytes("{}".encode("utf-16")[:-1])
+    with pytest.raises(ValueError, match=r"refs\.json: is no text"):
         read_json(tmp_path / "refs.json")
 
 
@@ -337,7 +400,8 @@ def test_expect_refuses_what_is_of_another_kind(value, kind):
 
 def test_take_names_the_record_and_the_key():
     assert take({"id": 3}, "id", int, "a.json: record 4") == 3
-    for record in ({}, {"id": "3"}, {"id": None}):
+    assert take({"id": "3"}, "id", int, "a.json") == 3
+    for record in ({}, {"id": "three"}, {"id": None}):
         with pytest.raises(ValueError, match=r"a\.json: record 4.*'id'"):
             take(record, "id", int, "a.json: record 4")
     for record in (None, [], "id", 3):
@@ -370,19 +434,29 @@ def test_sizes_may_be_strings(value):
     assert parse(Size, {"height": value, "width": 40}, "x") == (30, 40)
 
 
-@pytest.mark.parametrize("value", [0, -30, "thirty", "", None, 30.5, True, 1e9, [30], "30.0", "²"])
+@pytest.mark.parametrize("value", [0, -30, "thirty", "", None, 30.5, True, 1e9, [30], "30.5", "²"])
 def test_a_size_that_is_no_number_of_pixels_is_refused(value):
     with pytest.raises(ValueError, match=r"image 7.*'height'"):
         parse(Size, {"height": value, "width": 40}, "image 7")
 
 
-@pytest.mark.parametrize("value", [0, 1, False, True])
+@pytest.mark.parametrize("value", [0, 1, False, True, 0.0, 1.0])
 def test_flags_are_0_or_1(value):
-    assert take({"iscrowd": value}, "iscrowd", Flag, "x") is bool(value)
+    for written in (value, str(int(value))):
+        assert take({"iscrowd": written}, "iscrowd", Flag, "x") is bool(value)
     assert take({}, "iscrowd", Flag, "x") is False
+    assert take({"iscrowd": None}, "iscrowd", Flag, "x") is False
 
 
-@pytest.mark.parametrize("value", [2, -1, "0", "no", None, 0.0, [], 1.0])
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("12", 12), (" 12 ", 12), (12.0, 12), ("012", "012"), ("a7", "a7"), ("٣", "٣"), (2.5, 2.5)],
+)
+def test_a_whole_number_is_one_however_it_is_written(written, value):
+    assert records.whole(written) == value and type(records.whole(written)) is type(value)
+
+
+@pytest.mark.parametrize("value", [2, -1, "2", "no", [], 0.5, "1.0"])
 def test_a_flag_that_is_neither_is_refused(value):
     with pytest.raises(ValueError, match=r"annotation 5: 'iscrowd' is .*, neither 0 nor 1"):
         take({"iscrowd": value}, "iscrowd", Flag, "annotation 5")
@@ -453,12 +527,7 @@ def test_labelme_of_either_encoding(tmp_path):
     path = tmp_path / "a.json"
     for content in ('{"text": ["café’s"]}'.encode(), b'{"text": ["caf\xe9\x92s"]}'):
         path.write_bytes(content)
-        assert read_labelme(path) == {"text": ["café’s"]}
-    path.write_text("[]")
-    with pytest.raises(ValueError, match=r"a\.json: expected dict"):
-        read_labelme(path)
-    with pytest.raises(ValueError, match=r"b\.json: missing"):
-        read_labelme(tmp_path / "b.json")
+        assert read_json(path, last_resort="cp1252") == {"text": ["café’s"]}
 
 
 def test_tables(tmp_path):
@@ -473,12 +542,64 @@ def test_tables(tmp_path):
     ]
     path.write_text("index\tquestion\n0\ta\tone too many\n")
     assert read_tsv(path) == [{"index": "0", "question": "a"}]
-    for content in (b"index\tquestion\n0\t\xff\xfe\n", b'index\n"never closed\n'):
+    for content, message in (
+        (b"index\tquestion\n0\t\xff\xfe\n", "is no text"),
+        (b'index\n"never closed\n', "line 2: not a row"),
+        (b'index\tquestion\n1\ta\n2\t"Stop" sign?\n3\tb\n', "line 3: not a row .*quote"),
+    ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"MME\.tsv: not a table"):
+        with pytest.raises(ValueError, match=rf"MME\.tsv: {message}"):
             read_tsv(path)
-    with pytest.raises(ValueError, match=r"absent\.tsv"):
+    with pytest.raises(ValueError, match=r"absent\.tsv: cannot be read \(No such file"):
         read_tsv(tmp_path / "absent.tsv")
+
+
+# ---- which file is meant -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "lies"),
+    [
+        ("a.jpg", "a.jpg"),
+        ("left\\a.jpg", "left/a.jpg"),
+        (".\\left\\a.jpg", "left/a.jpg"),
+        ("train2017/a.jpg", "a.jpg"),
+        ("train2017\\left\\a.jpg", "left/a.jpg"),
+        ("C:\\Users\\me\\train2017\\a.jpg", "a.jpg"),
+        ("/home/me/train2017/a.jpg", "a.jpg"),
+        ("a.jpg", "a.JPG"),
+        ("left/A.PNG", "left/A.png"),
+        ("../other/a.jpg", "../other/a.jpg"),
+    ],
+)
+def test_a_file_is_found_by_the_name_that_an_annotation_has(tmp_path, name, lies):
+    folder = tmp_path / "train2017"
+    path = folder / lies
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    path.touch()
+    assert find_file(folder, name).resolve() == path.resolve()
+
+
+def test_a_file_of_the_same_name_in_another_folder_is_not_taken(tmp_path):
+    """Nothing is guessed: what is absent stays absent, under the name that the annotation has."""
+    (tmp_path / "left").mkdir()
+    for name in ("a.jpg", "left/a.jpg", "left/b.jpeg"):
+        (tmp_path / name).touch()
+    for name in ("right/a.jpg", "right\\a.jpg", "b.jpg", "", "a\0b", "x" * 5000):
+        path = find_file(tmp_path, name)
+        assert path == tmp_path / name and (name == "" or not is_file(path))
+    (tmp_path / "A.jpg").touch()
+    (tmp_path / "a.JPG").touch()
+    assert find_file(tmp_path, "a.jpg") == tmp_path / "a.jpg"  # the exact name first
+    assert find_file(tmp_path, "no.jpg", "left\\a.jpg") == tmp_path / "left/a.jpg"
+
+
+def test_what_a_system_leaves_in_a_folder_is_none_of_its_files(tmp_path):
+    for name in ("b.json", "a.JSON", "._a.json", ".DS_Store", "Thumbs.db", "a.jpg"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_files(tmp_path, ".json")] == ["a.JSON", "b.json"]
+    assert list_files(tmp_path / "absent", ".json") == []
 
 
 # ---- images --------------------------------------------------------------------------------------

@@ -446,6 +446,10 @@ def test_a_request_at_any_size_and_of_many_images(speaking_model):
     prediction = model.predict(images[0], "panoptic", things=["ring", "star"], stuff=["dots"])
     assert prediction.labels and set(prediction.labels) <= {"ring", "star", "dots"}
     assert prediction.labels == [["ring", "star", "dots"][i] for i in prediction.categories]
+    as_text = model.predict(images[0], "panoptic", things="ring,star", stuff="dots")
+    assert as_text.labels == prediction.labels  # not the letters of the text
+    with pytest.raises(ValueError, match=r"absent\.txt: cannot be read as a list of names"):
+        model.predict(images[0], "panoptic", things="absent.txt")
     assert model.predict(images[0], "chat", "Hello").masks.shape == (0, 60, 100)
 
 

@@ -81,6 +81,7 @@ def annotation(number: int, mask: np.ndarray, category: int = 1, image_id=1, **m
     return record | {"segmentation": encode_mask(mask)} | more
 
 
+PNG = "000000000001.png"
 CATEGORIES = [
     {"id": 7, "name": "floor", "isthing": 0},
     {"id": 3, "name": "ring", "isthing": 1},
@@ -98,9 +99,9 @@ def write_panoptic(
         for n, category in classes.items()
     ]
     content = {"images": [image(1)], "categories": CATEGORIES}
-    content["annotations"] = [{"image_id": 1, "file_name": "1.png", "segments_info": segments}]
+    content["annotations"] = [{"image_id": 1, "file_name": PNG, "segments_info": segments}]
     put(root / source.annotations, content)
-    put(root / source.masks / "000000000001.png", np.stack([ids, ids * 0, ids * 0], axis=-1))
+    put(root / source.masks / PNG, np.stack([ids, ids * 0, ids * 0], axis=-1))
     put(root / source.images / "000000000001.jpg", np.zeros((*SIZE, 3)))
 
 

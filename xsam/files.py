@@ -1,10 +1,88 @@
-"""Outputs that are whole or absent, whenever a run is killed."""
+"""Texts in whatever encoding, files by the names that annotations have for them, and outputs that
+are whole or absent, whenever a run is killed."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+# How files begin that stand in the place of others, and what they are.
+_STAND_INS = {
+    b"version https://git-lfs": "it is a git-LFS pointer, not the file itself: run `git lfs pull`",
+    b"<!doctype html": "it is a web page (a login or an error), not the file: fetch it again",
+    b"<html": "it is a web page (a login or an error), not the file: fetch it again",
+}
+
+
+def cause_of(error: Exception | str, path: Any) -> str:
+    """Why a file cannot be read: what lies in its place, or else the error."""
+    start = b""
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(path, Path) and is_file(path):
+            with path.open("rb") as file:
+                start = file.read(99).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    abouts = (about for sign, about in _STAND_INS.items() if start.startswith(sign))
+    return next(abouts, str(error))
+
+
+def read_text(path: Path, last_resort: str = "") -> str:
+    """A text in UTF-8, UTF-16 or UTF-32, with or without a byte order mark; what is none of them is
+    read in `last_resort` (a code page), if there is one, and else refused.
+
+    Raises ValueError that names the file and what it is."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    if about := cause_of("", path):
+        raise ValueError(f"{path}: {about}")
+    try:
+        return content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError as error:
+        if last_resort:
+            return content.decode(last_resort, errors="replace")
+        raise ValueError(f"{path}: is no text in UTF-8 or UTF-16 ({error}); save it so") from error
+
+
+IMAGE_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg", ".webp", ".bmp")
+
+
+def is_file(path: Path) -> bool:
+    """Also of a name that no file could have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def first_file(paths: list[Path]) -> Path:
+    """The first of the paths that is a file; the very first where none is."""
+    return next(filter(is_file, paths), paths[0])
+
+
+def find_file(folder: Path, *names: str) -> Path:
+    """The file that an annotation names, seen from `folder`: the first of `names` that there is.
+
+    A name may be absolute or have "..", backslashes (Windows), a suffix that differs in case, or
+    begin with folders of which the last has the name of `folder` ("train2017/1.jpg")."""
+    paths = []
+    for name in names:
+        unix = name.replace("\\", "/")
+        inside = f"/{unix}".split(f"/{folder.absolute().name}/")[-1].lstrip("/")
+        for known in (name, unix, inside):
+            stem, suffix = os.path.splitext(known)
+            endings = dict.fromkeys((suffix, suffix.lower(), suffix.upper()))
+            paths += [folder / f"{stem}{ending}" for ending in endings]
+    return first_file(paths)
+
+
+def list_files(folder: Path, *suffixes: str) -> list[Path]:
+    """The files of a folder that end so, by name; what begins with a dot is the system's."""
+    paths = folder.glob("[!.]*")
+    return sorted(path for path in paths if path.suffix.lower() in suffixes)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -33,7 +33,7 @@ from xsam.postprocess import (
     semantic_inference,
     union_inference,
 )
-from xsam.prompts import ask, check_words, find_phrases
+from xsam.prompts import ask, check_words, find_phrases, read_names
 from xsam.weights import (
     CONFIG_FILE,
     EMBEDDING,
@@ -211,23 +211,23 @@ def predict(
     image: Picture | list[Picture],
     task: str,
     text: str | list[str] = "",
-    things: list[str] | None = None,
-    stuff: list[str] | None = None,
+    things: list[str] | str | None = None,
+    stuff: list[str] | str | None = None,
     regions: list[Picture] | None = None,
     region_image: Picture | None = None,
 ) -> SegmentationResult | list[SegmentationResult]:
     """One request, or a list of images with the same one or a list of texts.
 
     task (REQUESTS): "panoptic", "instance" and "semantic" segment the categories `things` and
-    `stuff` (default: those the model was trained on; any number of names, asked in several prompts
-    where they do not fit one), "refer" and "reason" what `text` refers to or asks for, "gcg" what
-    the model says of the image, "interactive" and "vgd" what the `regions` mark, as bool [H, W] or
-    any other picture of it (`formats.foreground`): one object, or all objects of their kinds, which
-    `region_image` may show in place of the image itself; "chat" answers `text`. An image is taken
-    as viewers show it (`formats.viewed`), upright unless a region has the size of the stored
-    pixels; the result's `image` is that, and its masks are of it. Raises ValueError at another
-    task, a missing text or region, a picture or region that is none, a text with tokens of the
-    prompt format, or a task that needs a language model where there is none.
+    `stuff` (lists, or what `read_names` takes; default: those the model was trained on; any number
+    of names, asked in several prompts where they do not fit one), "refer" and "reason" what `text`
+    refers to or asks for, "gcg" what the model says of the image, "interactive" and "vgd" what the
+    `regions` mark, as bool [H, W] or any other picture of it (`formats.foreground`): one object, or
+    all objects of their kinds, which `region_image` may show in place of the image itself; "chat"
+    answers `text`. An image is taken as viewers show it (`formats.viewed`), upright unless a region
+    has the size of the stored pixels; the result's `image` is that, and its masks are of it. Raises
+    ValueError at another task, a missing text or region, a picture or region that is none, a text
+    with tokens of the prompt format, or a task that needs a language model where there is none.
     """
     if task not in REQUESTS:
         raise ValueError(f"unknown task {task!r}; known are {', '.join(REQUESTS)}")
@@ -261,10 +261,11 @@ def predict(
 
 
 def chosen_categories(
-    config: Config, task: str, things: list[str] | None, stuff: list[str] | None
+    config: Config, task: str, things: list[str] | str | None, stuff: list[str] | str | None
 ) -> tuple[list[str], list[bool]]:
     """Names of categories, and which of them are things: those given, or the model's own."""
-    categories = [(name, True) for name in things or []] + [(name, False) for name in stuff or []]
+    things, stuff = (read_names(n) if isinstance(n, str) else n or [] for n in (things, stuff))
+    categories = [(name, True) for name in things] + [(name, False) for name in stuff]
     if not categories:
         categories = [
             (category["name"], category["is_thing"])

@@ -6,6 +6,7 @@ the classes stay the question's. The phrasings are ours; for weights that were t
 a JSON file replaces them (`--phrasings`).
 """
 
+import csv
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from xsam.config import SPECIAL_TOKENS
+from xsam.names import names_in
 
 PLACEHOLDERS = ("<image>", "<region>")
 
@@ -222,24 +224,18 @@ def check_words(
 
 
 def read_names(text: str) -> list[str]:
-    """A list of class names: separated by commas, or the path of a file with one a line, where
-    "id:name,alias,…" stands for its name, and lines for the background or no class are skipped.
+    """A list of class names: separated by commas, or the path of a file (names.py). Background and
+    no class are skipped.
 
-    Raises ValueError where the list is empty, or a name holds a token of the prompt format.
+    Raises ValueError where the list is empty, a file is absent or holds something else, or a name
+    holds a token of the prompt format.
     """
-    path = Path(text)
-    if os.path.isfile(text) or text.endswith(".txt"):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read as a list of names ({error})") from error
-        names = []
-        for line in lines:
-            number, colon, aliases = line.partition(":")
-            is_numbered = colon and number.strip().isdecimal()
-            names.append(aliases.split(",")[0] if is_numbered else line)
-    else:
-        names = text.split(",")
+    looks_like_path = "," not in text and re.search(r"[/\\]|\.[A-Za-z]\w*$", text.strip())
+    try:
+        is_file = looks_like_path or os.path.isfile(text)
+        names = names_in(Path(text)) if is_file else text.split(",")
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{text}: cannot be read as a list of names ({error})") from error
     names = [name.strip() for name in names if name.strip()]
     names = [name for name in names if name.lower() not in ("background", "invalid_class_id")]
     if not names:

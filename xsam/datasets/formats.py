@@ -19,29 +19,24 @@ from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
-from xsam.datasets.records import Segmentation, expect, take
+from xsam.datasets.records import Segmentation, expect, mask_parts, take, whole
+from xsam.files import cause_of, read_text
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, kind: type | None = None) -> Any:
+def read_json(path: Path, kind: type | None = None, last_resort: str = "") -> Any:
     """The content of a JSON file, which must be of `kind` (list or dict) at its top."""
+    text = read_text(path, last_resort)
     try:
-        with _json_errors(path):
-            content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        are_lines = str(error).startswith("Extra data: line 2 column 1 ")
+        mend = "make its lines one list" if are_lines else "mend it there or fetch it again"
+        raise ValueError(f"{path}: not valid JSON ({error}); {mend}") from error
     if kind is not None and not isinstance(content, kind):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a {kind.__name__}")
     return content
-
-
-@contextlib.contextmanager
-def _json_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -60,37 +55,26 @@ def read_refs(path: Path) -> list[dict]:
         with path.open("rb") as file:
             refs = _PlainUnpickler(file, encoding="utf-8").load()
     except Exception as error:  # damaged bytes make the unpickler fail in any way
-        raise ValueError(f"{path}: not a plain pickle of refs: {error}") from error
+        raise ValueError(f"{path}: not a plain pickle of refs: {cause_of(error, path)}") from error
     if not isinstance(refs, list):
         raise ValueError(f"{path}: holds a {type(refs).__name__}, expected a list of refs")
     return refs
 
 
-def read_labelme(path: Path) -> dict:
-    """A ReasonSeg annotation: UTF-8, or the Windows code page that some of the files have."""
-    if not path.is_file():
-        raise ValueError(f"{path}: missing, the image beside it has no annotation")
-    with _json_errors(path):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            text = path.read_text(encoding="cp1252", errors="replace")
-        record = json.loads(text)
-    return expect(record, dict, str(path))
-
-
 def read_tsv(path: Path) -> list[dict[str, str]]:
     """A VLMEvalKit table as a record a row; images are base64 in a column."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    lines = io.StringIO(read_text(path), newline="")
+    rows = csv.DictReader(lines, delimiter="\t", strict=True)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t", strict=True)
-            return [
-                {key: value or "" for key, value in row.items() if isinstance(key, str)}
-                for row in reader
-            ]
-    except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: not a table of tab-separated values ({error})") from error
+        return [
+            {key: value or "" for key, value in row.items() if isinstance(key, str)} for row in rows
+        ]
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}: line {rows.reader.line_num}: not a row of tab-separated values ({error}); "
+            'a value that begins with a quote is quoted as a whole, with "" for a quote inside'
+        ) from error
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -113,13 +97,10 @@ def read_image(path: Path | io.BytesIO, size: Shape | None = None) -> Image.Imag
     return viewed(image, size, str(path))
 
 
-def first_file(paths: list[Path]) -> Path:
-    """The first of the paths that is a file; the very first where none is."""
-    for path in paths:
-        with contextlib.suppress(OSError, ValueError):  # no name that a file could have
-            if path.is_file():
-                return path
-    return paths[0]
+def png_name(annotation: dict, image: str) -> str:
+    """The PNG of an image: the annotation's own "file_name"; if it has none, the image's name."""
+    name = annotation.get("file_name")
+    return name if isinstance(name, str) and name else str(Path(image).with_suffix(".png"))
 
 
 def read_image_size(path: Path) -> Shape:
@@ -172,7 +153,8 @@ def _image_errors(where: Path | io.BytesIO | str) -> Iterator[None]:
     try:
         yield
     except _DAMAGED as error:
-        raise ValueError(f"{where}: cannot be read as an image ({error})") from error
+        cause = cause_of(error, where)
+        raise ValueError(f"{where}: cannot be read as an image ({cause})") from error
 
 
 # ---- what a picture shows ------------------------------------------------------------------------
@@ -327,20 +309,20 @@ def decode_mask(
     segmentation: Segmentation, size: tuple[int, int], where: str, may_be_empty: bool = False
 ) -> np.ndarray:
     """Any of the four COCO encodings as a mask, bool [H, W]: RLE with list or string counts, a list
-    of RLEs, a list of polygons. A ring of under six or of an odd number of coordinates is dropped.
+    of RLEs, a list of polygons (`mask_parts`).
 
     Raises ValueError naming `where` if nothing valid is left, something does not fit the image, or
     no pixel is inside, unless it `may_be_empty` as a few of COCO's tiny polygons are. Everything is
     checked first: pycocotools writes beyond its memory where an RLE is too long.
     """
     height, width = size
-    parts = segmentation if isinstance(segmentation, list) else [segmentation]
     rles, rings = [], []
-    for part in parts:
+    for part in mask_parts(segmentation)[0]:
         if isinstance(part, dict):
             rles.append(checked_rle(part, size, where))
-        elif len(expect(part, list, f"{where}: a ring or RLE")) >= 6 and len(part) % 2 == 0:
-            rings.append(_checked_ring(part, size, where))
+        else:
+            ring = expect(part, list, f"{where}: a ring or RLE")
+            rings.append(_checked_ring(ring, size, where))
     if rings:
         rles += coco_mask.frPyObjects(rings, height, width)
     if not rles:
@@ -349,12 +331,6 @@ def decode_mask(
     if not (may_be_empty or mask.any()):
         raise ValueError(f"{where}: its mask has no pixel in the image")
     return mask
-
-
-def num_bad_rings(segmentation: Segmentation) -> int:
-    """Rings that `decode_mask` drops."""
-    rings = segmentation if isinstance(segmentation, list) else []
-    return sum(isinstance(ring, list) and (len(ring) < 6 or len(ring) % 2) for ring in rings)
 
 
 def rle_area(rle: dict, size: tuple[int, int], where: str) -> int:
@@ -375,17 +351,17 @@ def bounding_box(mask: np.ndarray) -> list[int]:
     return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
 
 
-def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list:
+def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list[float]:
     """A polygon whose corners are numbers and no farther outside the image than it is large."""
     try:
-        corners = np.array(ring)
-    except (OverflowError, ValueError):  # a number too large, or lists of several lengths
-        corners = np.array(None)
-    if corners.dtype.kind not in "iuf" or corners.ndim != 1:
+        corners = np.array(ring, np.float64)  # also of numbers as text
+    except (OverflowError, TypeError, ValueError):
+        corners = np.array(np.nan)
+    if np.isnan(corners).any():
         raise ValueError(f"{where}: a polygon holds something that is no number")
-    if not (np.abs(corners.astype(np.float64)) <= 2 * max(size)).all():
+    if not (np.abs(corners) <= 2 * max(size)).all():
         raise ValueError(f"{where}: a polygon lies outside its image of {list(size)}")
-    return ring
+    return corners.tolist()
 
 
 def checked_rle(rle: dict, size: tuple[int, int], where: str) -> dict:
@@ -395,7 +371,7 @@ def checked_rle(rle: dict, size: tuple[int, int], where: str) -> dict:
     counts = take(rle, "counts", (list, str, bytes), where)
     if isinstance(counts, list):
         try:
-            runs = np.array([expect(run, int, where) for run in counts], np.int64)
+            runs = np.array([expect(whole(run), int, where) for run in counts], np.int64)
         except OverflowError as error:
             raise ValueError(f"{where}: a run of its RLE is too long") from error
     else:

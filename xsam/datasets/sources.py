@@ -251,7 +251,7 @@ def find_source(name: str) -> Source:
     if name in SOURCES:
         return SOURCES[name]
     file, *folders = name.split(":")
-    if not file.endswith(".json") or len(folders) > 2:
+    if not file.lower().endswith(".json") or len(folders) > 2:
         raise ValueError(
             f"unknown dataset {name!r}; known are {', '.join(SOURCES)}, and files of one's own as "
             "FILE.json, FILE.json:IMAGES or FILE.json:IMAGES:MASKS"
