@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from xsam import former_names
+
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -314,6 +316,9 @@ def xsam() -> Config:
             ),
         },
     )
+
+
+__getattr__ = former_names(toy="xsam.former.presets")
 
 
 def stage_folder(out: Path, stage: int) -> Path:
