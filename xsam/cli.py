@@ -148,8 +148,8 @@ def _metavar(hint) -> str:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        complain(f"error: {message}\n{self.format_usage().rstrip()}", is_met_by_all=True)
-        sys.exit(2)
+        message = f"error: {message}\n{self.format_usage().rstrip()}"
+        sys.exit(complain(message, is_met_by_all=True))
 
 
 def train_parser() -> Parser:
@@ -315,9 +315,11 @@ def run_training(options: argparse.Namespace, config: Config) -> int:
 
 def complain(message: str, is_met_by_all: bool = False) -> int:
     """Prints an error and returns the status 2. What all ranks meet is said by the first of each
-    machine alone; of another the rank is named."""
+    machine alone; of another the rank is named. Those that leave it to the first return 0: torchrun
+    ends every rank as soon as one fails, and the first may not have spoken yet."""
     rank = int(os.environ.get("RANK", 0))
-    if not is_met_by_all or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        whose = f"rank {rank}: " if rank and not is_met_by_all else ""
-        print(f"xsam/train.py: {whose}{message}", file=sys.stderr, flush=True)
+    if is_met_by_all and int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        return 0
+    whose = f"rank {rank}: " if rank and not is_met_by_all else ""
+    print(f"xsam/train.py: {whose}{message}", file=sys.stderr, flush=True)
     return 2

@@ -273,7 +273,10 @@ class Processor:
         """Ids and labels. Raises SampleTooLong where they are too many."""
         limit = self.config.model.max_text_length + self.num_visual_tokens
         turns = [(f"<image>\n{sample.turns[0][0]}", sample.turns[0][1]), *sample.turns[1:]]
-        pieces = render_conversation(self.tokenizer, turns)
+        try:
+            pieces = render_conversation(self.tokenizer, turns)
+        except ValueError as error:
+            raise ValueError(f"{sample.sample_id}: {error}") from error
         vectors = self.config.model.num_region_vectors
         ids, labels = tokenize(self.tokenizer, pieces, self.num_visual_tokens, vectors)
         if len(ids) > limit:

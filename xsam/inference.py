@@ -383,10 +383,10 @@ def load_checkpoint(
             parameter.data = parameter.data.to(dtype or parameter.dtype)
     if stage == 3:
         words = read_tokenizer(Path(tokenizer) if tokenizer else path)
-        add_special_tokens(words)
-        if table is not None and len(words) > table.shape[0]:
+        rows = add_special_tokens(words)
+        if table is not None and rows > table.shape[0]:
             raise ValueError(
-                f"{tokenizer or path}: {len(words)} tokens with {', '.join(SPECIAL_TOKENS)}, but "
+                f"{tokenizer or path}: {rows} tokens with {', '.join(SPECIAL_TOKENS)}, but "
                 f"{path} has {table.shape[0]} rows of embeddings: the tokenizer of another model"
             )
         model.set_tokenizer(words)

@@ -29,9 +29,14 @@ IGNORE_LABEL = -100
 # ---- tokenizer side ------------------------------------------------------------------------------
 
 
-def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds <SEG>, <p> and </p>; does nothing to a tokenizer that has them."""
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Adds <SEG>, <p> and </p>, and where there is none a padding token, which is always masked;
+    does nothing to a tokenizer that has them. Returns the rows of embeddings that it needs: one
+    more than its largest id, as ids may have gaps."""
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
@@ -45,7 +50,9 @@ def render_conversation(
     """Turns of (question, answer) in the tokenizer's chat template: [(text, is_answer)].
 
     An answer's text runs to its end-of-turn marker, which the model has to learn. A last answer of
-    None leaves the conversation open for generation.
+    None leaves the conversation open for generation. Raises ValueError where the template changes
+    a question or an answer by more than the white space around it, or opens an answer otherwise
+    than it asks for one.
     """
     messages = []
     for question, answer in turns:
@@ -65,28 +72,48 @@ def render_conversation(
     whole = apply(len(messages), is_open, **no_thought)
     marker = end_of_turn(tokenizer)
     pieces, position = [], 0
-    for index, (_, answer) in enumerate(turns):
-        if answer is None:
-            break
-        prompt = apply(2 * index + 1, True, **no_thought)
-        start = len(prompt if whole.startswith(prompt) else apply(2 * index + 1, True))
-        end = whole.index(answer, start) + len(answer)
-        if whole.startswith(marker, end):
-            end += len(marker)
-        pieces += [(whole[position:start], False), (whole[start:end], True)]
-        position = end
-    return pieces + ([(whole[position:], False)] if is_open else [])
+    for index, (question, answer) in enumerate(turns):
+        start = len(whole)
+        if answer is not None:
+            prompt = apply(2 * index + 1, True, **no_thought)
+            prompt = prompt if whole.startswith(prompt) else apply(2 * index + 1, True)
+            start = len(prompt) if whole.startswith(prompt) else position
+        if question.strip() not in whole[position:start]:
+            raise ValueError(
+                f"the chat template changes the question {question[:80]!r} or drops it, or opens "
+                f"its answer otherwise than it asks for one: it writes {whole[position:][:200]!r}"
+            )
+        pieces.append((whole[position:start], False))
+        if answer is not None:
+            position = _answer_end(whole, start, answer)
+            is_marked = whole.startswith(marker, position)
+            pieces.append((whole[start:position] + marker, True))
+            position += len(marker) if is_marked else 0
+    return pieces
+
+
+def _answer_end(whole: str, start: int, answer: str) -> int:
+    """Where the answer ends that begins, but for white space, at `start`. A template may take the
+    white space around it."""
+    for text in (answer, answer.strip()):
+        begin = whole.find(text, start)
+        if begin >= 0 and not whole[start:begin].strip():
+            return begin + len(text)
+    raise ValueError(
+        f"the chat template changes the answer {answer[:80]!r}: it writes {whole[start:][:200]!r}; "
+        "write the answer as the template does, without <think> and the like, or mend the template"
+    )
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that closes an answer in the tokenizer's chat template."""
+    """The text that closes an answer in the tokenizer's chat template, up to its first token that
+    is no word; the end of the text where the template has none."""
     question = {"role": "user", "content": "question"}
     answer = {"role": "assistant", "content": "answer"}
     rendered = tokenizer.apply_chat_template([question, answer], tokenize=False)
     tail = rendered[rendered.rindex("answer") + len("answer") :]
-    ends = [
-        tail.find(token) + len(token) for token in tokenizer.all_special_tokens if token in tail
-    ]
+    tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    ends = [tail.find(token) + len(token) for token in tokens if token in tail]
     return tail[: min(ends)] if ends else tokenizer.eos_token
 
 
@@ -215,11 +242,11 @@ class LanguageModel(nn.Module):
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Learns the ids of the special tokens and grows both tables where the vocabulary outgrew
         them; a new row starts as the mean of the old ones. Returns the number of rows."""
-        add_special_tokens(tokenizer)
+        size = add_special_tokens(tokenizer)
         self.seg_id, self.phrase_id, self.phrase_end_id = special_ids(tokenizer)
         old_size = self.model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > old_size:
-            self.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        if size > old_size:
+            self.model.resize_token_embeddings(size, mean_resizing=False)
             with torch.no_grad():
                 for table in (
                     self.model.get_input_embeddings(),

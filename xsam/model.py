@@ -300,7 +300,8 @@ class XSAM(nn.Module):
         new_ids, states, new_states = self.llm.generate(
             embeddings, batch.attention_mask, max_new_tokens
         )
-        answers = [self.tokenizer.decode(row[row >= 0]).strip() for row in new_ids]
+        decode = functools.partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
+        answers = [decode(row[row >= 0]).strip() for row in new_ids]
         if batch.task == "chat":
             return answers, None
         # The classes are the question's phrases, or where it has none (GCG) those of the answer.

@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from xsam.config import Config
 from xsam.encoders import resize_positions, transformers_config
-from xsam.files import give_rights
+from xsam.files import cause_of, give_rights, read_text
+from xsam.llm import render_conversation
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
@@ -129,17 +130,31 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
+def _first_bytes(file: Path) -> bytes:
+    """How a file begins. Raises ValueError that says what it is where it is empty or stands in for
+    another: a git-LFS pointer, a web page."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(200)
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror.lower()}") from error
+    if about := cause_of("", file) if start else "empty, fetch it again":
+        raise ValueError(f"{file}: {about}")
+    return start
+
+
 @contextlib.contextmanager
 def open_tensors(file: Path) -> Iterator[dict[str, Callable[[], Tensor]]]:
     """Names and memory-mapped tensors of a safetensors file or a pickled state dict, of which
-    nothing but tensors is accepted. Raises ValueError that names the file."""
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file")
-    if file.suffix == ".safetensors":
+    nothing but tensors is accepted. Raises ValueError that names the file and what it is."""
+    start, unknown = _first_bytes(file), "damaged, cut short or no weights; fetch it again"
+    if re.fullmatch(rb"[\s -~]+", start):
+        raise ValueError(f"{file}: a text, no weights: it begins {start[:40]!r}")
+    if file.suffix == ".safetensors" or start[8:9] == b"{":  # after the length of its header
         try:
             opened = safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: damaged, fetch it again ({error})") from error
+            raise ValueError(f"{file}: {unknown} ({error})") from error
         with opened:
             yield {name: lambda n=name: opened.get_tensor(n) for name in opened.keys()}  # noqa: SIM118
         return
@@ -148,19 +163,32 @@ def open_tensors(file: Path) -> Iterator[dict[str, Callable[[], Tensor]]]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         what = re.search(r"GLOBAL (\S+)", str(error))
+        if what is None and (start[0] != 0x80 or "truncated" in str(error)):
+            raise ValueError(f"{file}: {unknown}") from error
         what = f" ({what[1]})" if what else ""
         raise ValueError(
-            f"{file}: holds more than tensors{what}, or is damaged; nothing of it was run. Have a "
-            "trusted copy of it written as safetensors"
+            f"{file}: holds more than tensors{what}; nothing of it was run. Have a trusted copy of "
+            "it written as safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"{file}: damaged, fetch it again ({error})") from error
+        raise ValueError(f"{file}: {unknown} ({error})") from error
     for wrapper in ("state_dict", "module"):  # as trainers save it
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise ValueError(f"{file}: not a state dict: it holds more than named tensors")
     yield {name: lambda n=name: state[n] for name in state}
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON object. Raises ValueError that says what the file is where it is none."""
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected an object")
+    return content
 
 
 def list_tensors(path: Path) -> dict[str, Stored]:
@@ -175,10 +203,9 @@ def list_tensors(path: Path) -> dict[str, Stored]:
         files = [file for file in candidates if file.is_file()][:1]
         index = next((index for index in indices if index.is_file()), None)
         if not files and index is not None:
-            try:
-                placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{index}: not an index of weights ({error!r})") from error
+            placed = _read_json(index).get("weight_map")
+            if not isinstance(placed, dict):
+                raise ValueError(f"{index}: not an index of weights, it has no weight_map")
             files = [path / file for file in sorted(set(placed.values()))]
         if not files:
             names = ", ".join(file.name for file in candidates)
@@ -366,13 +393,9 @@ def _fill(
 
 def read_model_type(folder: Path, part: str) -> str:
     """model_type of a folder's config.json, if it is one of a `part` ("seg_encoder", …)."""
-    path = folder / CONFIG_FILE
-    try:
-        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not a config.json of a Hugging Face model ({error!r})"
-        ) from error
+    model_type = _read_json(folder / CONFIG_FILE).get("model_type")
+    if model_type is None:
+        raise ValueError(f"{folder / CONFIG_FILE}: not of a Hugging Face model, no model_type")
     if model_type not in FOLDERS[part]:
         known = ", ".join(FOLDERS[part])
         raise ValueError(f"{folder}: a {model_type} model; as {part} known are {known}")
@@ -384,10 +407,7 @@ def part_of_folder(folder: Path) -> str | None:
     path = folder / CONFIG_FILE
     if not path.is_file():
         return None
-    try:
-        model_type = dict(json.loads(path.read_text(encoding="utf-8"))).get("model_type")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a config.json ({error})") from error
+    model_type = _read_json(path).get("model_type")
     return next((part for part, types in FOLDERS.items() if model_type in types), None)
 
 
@@ -415,7 +435,7 @@ def complete_architecture(config: Config, part: str, folder: Path) -> Config:
 
     path = folder / "preprocessor_config.json"
     if part == "image_encoder" and path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = _read_json(path)
         for name in ("image_mean", "image_std"):
             changes[name] = tuple(found.get(name, getattr(config.model, name)))
         resample = {2: "bilinear", 3: "bicubic"}.get(found.get("resample"))
@@ -443,19 +463,59 @@ def load_folder(
     return line + (f"\n  {others.total():>5} left in the folder: {rest}" if rest else "")
 
 
+# Vicuna's folders hold no template; this is FastChat's vicuna_v1.1, with which it was trained.
+VICUNA_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions.{% endif %}{{ ' ' }}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ 'USER: ' + message['content'] + ' ' }}{% elif message['role'] == 'assistant' %}"
+    "{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A folder's tokenizer with its chat template. Raises ValueError where either is missing."""
+    """A folder's tokenizer with its chat template, or Vicuna's own where the folder is named after
+    it and has none. Raises ValueError where it lacks words, a template or what reads them, or
+    where the template changes what is said."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no tokenizer could be read (no such folder)")
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".model", ".txt", ".jinja"):
+            _first_bytes(file)
+    model = folder / "tokenizer.model"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
+        if model.is_file() and not (folder / "tokenizer.json").is_file():
+            import google.protobuf  # noqa: F401
+            import sentencepiece
+
+            sentencepiece.SentencePieceProcessor(model_file=str(model))
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{model}: is read by sentencepiece and protobuf: pip install 'xsam[sentencepiece]'"
+        ) from error
+    except Exception as error:  # the tokenizers library raises no other
         raise ValueError(f"{folder}: no tokenizer could be read ({error})") from error
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise ValueError(
+            f"{folder}: its tokenizer has no words; tokenizer.json, or else tokenizer.model, or "
+            "vocab.json and merges.txt, is missing or empty"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: its tokenizer names no eos_token (tokenizer_config.json)")
+    if not tokenizer.chat_template and "vicuna" in folder.absolute().name.lower():
+        tokenizer.chat_template = VICUNA_TEMPLATE
     if not tokenizer.chat_template:
         raise ValueError(
             f"{folder}: its tokenizer has no chat template; put the model's into "
             f"{folder / 'chat_template.jinja'}"
         )
+    try:
+        render_conversation(tokenizer, [("One?", "Two."), ("Three?", "Four."), ("Five?", None)])
+    except Exception as error:  # a template is a program
+        raise ValueError(f"{folder}: its chat template does not serve ({error})") from error
     return tokenizer
 
 
