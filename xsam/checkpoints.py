@@ -106,12 +106,13 @@ def save_checkpoint(
 
 
 def check_space(folder: Path, model: nn.Module, stage: int) -> str:
-    """What a checkpoint takes and the disk of `folder`, which exists, has left, as a line. Raises
-    OSError where it has not enough for one."""
+    """What a checkpoint takes and the disk of `folder` has left, as a line. Raises OSError where it
+    has not enough for one."""
     trained = [each for each in model.parameters() if each.requires_grad]
     needed = sum(tensor.nbytes for tensor in _trained(model, stage).values())
     needed += sum(each.numel() * (8 if each.dtype == torch.float32 else 12) for each in trained)
-    free = shutil.disk_usage(folder).free
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
     line = f"a checkpoint takes {needed / 1e9:.3g} GB; {folder} has {free / 1e9:.3g} GB left"
     if needed > free:
         raise OSError(f"{line}: make room, or choose another --out")
@@ -207,6 +208,13 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return (_steps(folder) or [None])[-1]
 
 
+def find_checkpoint(path: Path) -> Path:
+    """What a path stands for: a run's folder for its last stage's, a stage's for its newest
+    checkpoint, all else for itself."""
+    path = max(path.glob("stage[123]"), default=path)
+    return latest_checkpoint(path) or path
+
+
 def load_trained(model: nn.Module, folder: Path) -> str:
     """What `save_checkpoint` wrote, over what the model holds."""
     only = ()
@@ -255,6 +263,8 @@ def read_header(folder: Path) -> dict:
         reason = repr(error)
         if isinstance(header, dict) and "model_type" in header:
             reason = f"a Hugging Face folder of a {header['model_type']} model, a part at most"
+        if isinstance(header, dict) and "stages" in header:
+            reason = "a run's folder, without a checkpoint; those are in its stageN/step_M"
         raise ValueError(f"{folder}: not a checkpoint of this library ({reason})") from error
 
 

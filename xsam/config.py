@@ -224,6 +224,7 @@ class Config:
     stages: dict[int, Stage]
     loss: LossConfig = field(default_factory=LossConfig)
     categories: tuple[dict, ...] = ()  # {"name", "is_thing"} of the generic data, from training
+    init: tuple[str, ...] = ()  # what --init named, in place of the first stage's earlier ones
     phrasings: str = ""  # a JSON file of questions and answers in place of ours (prompts.py)
     seed: int = 0
     # Of weights and gradients in training. bfloat16 computes under autocast and steps in float32
@@ -314,6 +315,46 @@ def xsam() -> Config:
             ),
         },
     )
+
+
+def part_names(model: ModelConfig, stage: int) -> list[str]:
+    """The parts of a stage's model by the names that `learning_rates` and the log give them."""
+    is_sam, has_image_encoder = model.decoder == "sam", model.image_encoder != "none"
+    parts = {
+        "segmentor.encoder": True,
+        "segmentor.connector": not (is_sam or model.seg_backbone_config),
+        "segmentor.pixel_decoder": not is_sam,
+        "segmentor.decoder": True,
+        "segmentor.class_head": True,
+        "image_encoder": stage > 1 and has_image_encoder,
+        "image_projector": stage > 1 and has_image_encoder,
+        "seg_projector": stage > 1 and model.seg_tokens,
+        "llm": stage > 1,
+        "llm_projector": stage > 1,
+        "background_embedding": stage > 1,
+    }
+    return [part for part, is_there in parts.items() if is_there]
+
+
+# Where the parts of a stage come from: what stages 1 and 2 hand on, and what a stage may train from
+# nothing (paper table 8 has stage 3 without stage 2 too).
+_SEGMENTOR = ("segmentor.connector", "segmentor.pixel_decoder", "segmentor.decoder")
+_PROJECTORS = ("image_projector", "seg_projector")
+HANDED_ON = {1: ("segmentor.encoder", *_SEGMENTOR), 2: _PROJECTORS}
+NEW_PARTS = {1: (*_SEGMENTOR, "segmentor.class_head"), 2: _PROJECTORS}
+NEW_PARTS[3] = (*_PROJECTORS, "segmentor.class_head", "llm_projector", "background_embedding")
+
+
+def origins(config: Config, number: int, brought: dict[str, str]) -> dict[str, str]:
+    """Where each part of a stage's model is read from before its first step, "" for one that starts
+    from nothing. `brought`: the parts that --init gives to this stage, and its paths."""
+    model = config.model
+    found = {"segmentor.encoder": model.seg_encoder, "image_encoder": model.image_encoder}
+    found["llm"] = model.llm
+    for earlier in config.stages[number].starts_from:
+        found |= dict.fromkeys(HANDED_ON[earlier], f"stage {earlier}")
+    found |= brought
+    return {part: found.get(part, "") for part in part_names(model, number)}
 
 
 def stage_folder(out: Path, stage: int) -> Path:

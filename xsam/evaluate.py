@@ -31,10 +31,9 @@ from xsam.datasets.base import Dataset, read_categories
 from xsam.datasets.formats import read_json
 from xsam.datasets.generic import Generic
 from xsam.datasets.registry import open_dataset
-from xsam.datasets.sources import SOURCES, locate
+from xsam.datasets.sources import SEGMENTOR_TASKS, SOURCES, locate
 from xsam.evaluation import prediction_files as files
 from xsam.evaluation.benchmarks import (
-    SEGMENTOR_TASKS,
     TASKS,
     Figures,
     bert_embedder,

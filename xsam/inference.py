@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xsam.checkpoints import latest_checkpoint, read_header, write_header
+from xsam.checkpoints import find_checkpoint, read_header, write_header
 from xsam.config import SPECIAL_TOKENS, Config, xsam
 from xsam.data import Batch, Processor, ResizeAndPad, Sample
 from xsam.llm import add_special_tokens
@@ -334,20 +334,20 @@ def load_checkpoint(
 ) -> tuple[Segmentor | XSAM, int]:
     """The model of a checkpoint and its stage (1: a `Segmentor`, 3: an `XSAM`), ready to answer.
 
-    `path` is a folder that we wrote (a step_N, its stage's folder, or one of `save_pretrained`), or
-    a published X-SAM checkpoint of either generation, a folder or a file. A published one says
-    nothing of its architecture: `config` does (default: the full preset with the language model of
-    the folder `tokenizer`), and `tokenizer` has the words where `path` has none. `dtype` None keeps
+    `path` is a folder that we wrote (a step_N, its stage's or its run's folder, or one of
+    `save_pretrained`), or a published X-SAM checkpoint of either generation, a folder or a file. A
+    published one says nothing of its architecture: `config` does (default: the full preset with the
+    language model of the folder `tokenizer`), which is also taken in place of the one that is
+    stored, and `tokenizer` has the words where `path` has none. `dtype` None keeps
     what is stored. Names that begin with one of `allow_missing` (as on disk, such as "llm.") may be
     absent and start as a new model's, in float32 unless `dtype` says otherwise, as all then is.
     `report` is told what was loaded. Raises ValueError that names file and tensor where anything
     does not fit.
     """
-    path = Path(path)
-    path = latest_checkpoint(path) or path
+    path = find_checkpoint(Path(path))
     if (path / CONFIG_FILE).is_file():
         header = read_header(path)
-        stage, config = header["stage"], header["config"]
+        stage, config = header["stage"], config or header["config"]
         stored = list_tensors(path)
     else:
         stored = list_tensors(path)
