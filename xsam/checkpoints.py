@@ -208,10 +208,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return (_steps(folder) or [None])[-1]
 
 
+def last_stage(path: Path) -> Path:
+    """The folder of a run's last stage with a checkpoint; of all that is no run, itself."""
+    return max(filter(latest_checkpoint, path.glob("stage[123]")), default=path)
+
+
 def find_checkpoint(path: Path) -> Path:
-    """What a path stands for: a run's folder for its last stage's, a stage's for its newest
-    checkpoint, all else for itself."""
-    path = max(path.glob("stage[123]"), default=path)
+    """The newest checkpoint of a run's last stage, or of a stage; of all else, itself."""
+    path = last_stage(path)
     return latest_checkpoint(path) or path
 
 

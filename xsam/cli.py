@@ -128,7 +128,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = Tr
         type=Path,
         required=is_required,
         metavar="PATH",
-        help="a step_N folder, its stage's or its run's (then the newest of the last stage), one of "
+        help="a step_N folder, its stage's or its run's (the newest of the last stage), one of "
         "save_pretrained, or a published X-SAM checkpoint",
     )
     parser.add_argument(

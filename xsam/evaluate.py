@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from xsam import distributed
-from xsam.checkpoints import latest_checkpoint, read_header
-from xsam.cli import add_checkpoint_flags, inference_changes
+from xsam.checkpoints import last_stage
+from xsam.cli import Parser, add_checkpoint_flags, inference_changes
 from xsam.data import Processor, Sample
 from xsam.datasets.base import Dataset, read_categories
 from xsam.datasets.formats import read_json
@@ -43,10 +43,9 @@ from xsam.evaluation.benchmarks import (
     task_of,
 )
 from xsam.evaluation.prediction_files import SavedPredictions, keys_of, kind_of
-from xsam.inference import Inputs, build_inputs, load_checkpoint, predict_inputs
+from xsam.inference import Inputs, build_inputs, load_checkpoint, predict_inputs, stored_stage
 from xsam.model import XSAM, Segmentor
 from xsam.prompts import read_names, read_phrasings
-from xsam.weights import CONFIG_FILE
 
 if __name__ == "__main__":  # a script's own folder must not shadow other packages' modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -269,14 +268,8 @@ def check_paths(names: list[str], data: Path) -> None:
         raise ValueError(f"missing: {', '.join(missing)}; --tasks says what else to score")
 
 
-def stored_stage(checkpoint: Path) -> int | None:
-    """The stage of a checkpoint of ours; None for a published one, which does not say."""
-    folder = latest_checkpoint(checkpoint) or checkpoint
-    return read_header(folder)["stage"] if (folder / CONFIG_FILE).is_file() else None
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="xsam/evaluate.py",
         description="Scores a checkpoint, or predictions, on the benchmarks; runs under torchrun "
         "or alone. The same command continues where it was interrupted.",
@@ -318,17 +311,25 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
             "names",
             "phrasings",
             "batch_size",
+            "tokenizer",
+            "allow_missing",
             "device",
             "dtype",
             "panoptic_rule",
         ):
-            if getattr(options, name) not in (None, False):
+            if getattr(options, name) not in (None, False, []):
                 flag = f"--{name.replace('_', '-')}"
                 parser.error(f"{flag} is for predicting, so it goes with --checkpoint")
     for name in ("limit", "batch_size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} has to be 1 or more")
+    if options.checkpoint is not None:
+        options.checkpoint = last_stage(options.checkpoint)
+    source = options.checkpoint or options.from_predictions
+    options.out = options.out or (source.parent if source.is_file() else source)
     try:
+        read_results(options.out)
+        read_phrasings(options.phrasings or "")
         names = chosen_sets(options.tasks)
         options.names = read_names(options.names) if options.names else None
         options.bert = bert_embedder(options.bert) if options.bert else None
@@ -366,19 +367,18 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
     """Evaluates as the command line says, and writes the results."""
     is_first = distributed.rank() == 0
     if options.from_predictions is not None:
-        model, column, out = None, "predictions", options.from_predictions
-        folder = out / FOLDER if (out / FOLDER).is_dir() else out
+        model, column, folder = None, "predictions", options.from_predictions
+        folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
         names = chosen_sets(options.tasks)
         if not options.tasks:
             names = [name for name in names if (folder / name).is_dir()]
         if not names:
             raise ValueError(f"{folder}: has no folder of a set that is scored")
-        out = options.out or out
+        out = options.out
     else:
         model, stage = load_model(options, device, print if is_first else lambda _: None)
-        column, checkpoint = f"stage {stage}", options.checkpoint
+        column, out = f"stage {stage}", options.out
         names = chosen_sets(options.tasks, is_segmentor=stage == 1)
-        out = options.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
         folder = out / FOLDER
     check_paths(names, options.data)
     sets = {}
@@ -424,21 +424,29 @@ def load_model(
     return model, stage
 
 
+def read_results(out: Path) -> dict:
+    """What an earlier command wrote to OUT/results.json, {} for nothing. Raises ValueError where it
+    is not of this command, or OUT is a file."""
+    path = out / "results.json"
+    if out.is_file():
+        raise ValueError(f"--out {out}: is a file")
+    before = read_json(path, dict) if path.is_file() else {"about": {}}
+    if "about" not in before:
+        raise ValueError(f"{path}: is not of this command; give another --out")
+    return before
+
+
 def write_results(out: Path, results: dict[str, dict[str, Figures]], about: dict) -> None:
     """Writes OUT/results.json and results.md, which is also printed. Figures of other sets that an
     earlier command wrote there for the same weights are kept. Raises ValueError where the file is
     one of training."""
     out.mkdir(parents=True, exist_ok=True)
-    path, sets = out / "results.json", about["sets"]
-    if path.is_file():
-        before = read_json(path, dict)
-        if "about" not in before:
-            raise ValueError(f"{path}: is not of this command; give another --out")
-        earlier = before.pop("about")
-        if earlier | {"sets": {}} == about | {"sets": {}}:
-            about = about | {"sets": earlier["sets"] | sets}
-            tasks = [task for task in TASKS if task in before or task in results]
-            results = {task: before.get(task, {}) | results.get(task, {}) for task in tasks}
+    path, sets, before = out / "results.json", about["sets"], read_results(out)
+    earlier = before.pop("about")
+    if earlier | {"sets": {}} == about | {"sets": {}}:
+        about = about | {"sets": earlier["sets"] | sets}
+        tasks = [task for task in TASKS if task in before or task in results]
+        results = {task: before.get(task, {}) | results.get(task, {}) for task in tasks}
     path.write_text(json.dumps(results | {"about": about}, indent=1), encoding="utf-8")
     notes = []
     if limit := about["first_samples"]:

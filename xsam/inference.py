@@ -32,7 +32,7 @@ from xsam.postprocess import (
     semantic_inference,
     union_inference,
 )
-from xsam.prompts import ask, check_words, find_phrases
+from xsam.prompts import ask, check_words, find_phrases, read_names
 from xsam.weights import (
     CONFIG_FILE,
     EMBEDDING,
@@ -210,42 +210,31 @@ def predict(
     image: Image.Image | list[Image.Image],
     task: str,
     text: str | list[str] = "",
-    things: list[str] | None = None,
-    stuff: list[str] | None = None,
+    things: list[str] | str | None = None,
+    stuff: list[str] | str | None = None,
     regions: list[np.ndarray] | None = None,
     region_image: Image.Image | None = None,
 ) -> SegmentationResult | list[SegmentationResult]:
     """One request, or a list of images with the same one or a list of texts.
 
     task (REQUESTS): "panoptic", "instance" and "semantic" segment the categories `things` and
-    `stuff` (default: those the model was trained on; any number of names, asked in several prompts
-    where they do not fit one), "refer" and "reason" what `text` refers to or asks for, "gcg" what
-    the model says of the image, "interactive" and "vgd" what the `regions` mark, bool [H, W] each:
-    one object, or all objects of their kinds, which `region_image` may show in place of the image
-    itself; "chat" answers `text`. Raises ValueError at another task, a missing text or region, a
-    text with tokens of the prompt format, or a task that needs a language model where there is
-    none.
+    `stuff`, lists or what `read_names` makes lists of (default: those the model was trained on; any
+    number of names, asked in several prompts where they do not fit one), "refer" and "reason" what
+    `text` refers to or asks for, "gcg" what the model says of the image, "interactive" and "vgd"
+    what the `regions` mark, bool [H, W] each: one object, or all objects of their kinds, which
+    `region_image` may show in place of the image itself; "chat" answers `text`. Raises ValueError
+    at what `check_request` refuses.
     """
-    if task not in REQUESTS:
-        raise ValueError(f"unknown task {task!r}; known are {', '.join(REQUESTS)}")
-    request, regions = REQUESTS[task], regions or []
-    if isinstance(model, Segmentor) and request.task != "generic":
-        raise ValueError(f"a stage-1 checkpoint has no language model, which {task} needs")
-    if request.needs == "text" and not text:
-        raise ValueError(f"task {task} needs a text")
-    if request.needs == "regions" and not regions:
-        raise ValueError(f"task {task} needs regions")
-    if task == "interactive" and (len(regions) > 1 or region_image is not None):
-        raise ValueError("task interactive takes one region, of the image itself")
+    things, stuff = (read_names(x) if isinstance(x, str) else x for x in (things, stuff))
     images = image if isinstance(image, list) else [image]
     texts = text if isinstance(text, list) else [text] * len(images)
     if len(texts) != len(images):
         raise ValueError(f"{len(images)} images but {len(texts)} texts")
+    regions = regions or []
+    request = check_request(task, model.stage, texts, things, stuff, regions, region_image)
     names, is_thing = [], []
     if request.needs == "categories":
         names, is_thing = chosen_categories(model.config, task, things, stuff)
-    for words in [*filter(None, texts), *names]:  # a generic request takes no text
-        check_words(words, "a text or a name")
     samples = [
         build_sample(request, picture, words, names, regions, region_image)
         for picture, words in zip(images, texts, strict=True)
@@ -253,6 +242,45 @@ def predict(
     inputs = build_inputs(Processor(model.config, model.tokenizer), samples)
     predictions = predict_inputs(model, inputs, request.post_processing, is_thing)
     return predictions if isinstance(image, list) else predictions[0]
+
+
+def check_request(
+    task: str,
+    stage: int | None,
+    texts: list[str],
+    things: list[str] | None,
+    stuff: list[str] | None,
+    regions: list[np.ndarray],
+    region_image: Image.Image | None,
+) -> Request:
+    """The request of a task, known to be one that the model of a stage (None: not known yet) can
+    answer. Raises ValueError at another task, one that needs a language model where there is none,
+    a missing text or region, one that the task does not look at, and words of the prompt format."""
+    if task not in REQUESTS:
+        raise ValueError(f"unknown task {task!r}; known are {', '.join(REQUESTS)}")
+    request, names = REQUESTS[task], [*(things or []), *(stuff or [])]
+    if stage == 1 and request.task != "generic":
+        raise ValueError(f"a stage-1 checkpoint has no language model, which {task} needs")
+    given = {"text": any(texts), "regions": bool(regions)}
+    given["categories"] = things is not None or stuff is not None
+    for kind, is_given in given.items():
+        if is_given and kind != request.needs:
+            what = {"categories": "things and stuff"}.get(kind, kind)
+            about = {"categories": "things and stuff"}.get(request.needs, request.needs)
+            raise ValueError(f"task {task} looks at no {what}: it is asked with {about}")
+    if request.needs == "text" and not all(texts):
+        raise ValueError(f"task {task} needs a text")
+    if request.needs == "regions" and not regions:
+        raise ValueError(f"task {task} needs regions")
+    if region_image is not None and task != "vgd":
+        raise ValueError(f"task {task} takes regions of the image itself alone")
+    if task == "interactive" and len(regions) > 1:
+        raise ValueError("task interactive takes one region")
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise ValueError(f"{twice[0]!r} is named twice")
+    for words in [*filter(None, texts), *names]:
+        check_words(words, "a text or a name")
+    return request
 
 
 def chosen_categories(
@@ -320,6 +348,12 @@ def save_pretrained(
     write_header(folder, model.config, model.stage, step=0)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
+
+
+def stored_stage(path: Path) -> int | None:
+    """The stage of a checkpoint of ours; None for a published one, which does not say."""
+    path = find_checkpoint(path)
+    return read_header(path)["stage"] if (path / CONFIG_FILE).is_file() else None
 
 
 def load_checkpoint(

@@ -13,19 +13,20 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from xsam.cli import add_checkpoint_flags, inference_changes
+from xsam.cli import Parser, add_checkpoint_flags, inference_changes
 from xsam.datasets.formats import read_image, read_region
 from xsam.distributed import choose_device
-from xsam.inference import REQUESTS, load_checkpoint, predict
+from xsam.inference import REQUESTS, check_request, load_checkpoint, predict, stored_stage
 from xsam.postprocess import SHOWN_SCORE
 from xsam.prompts import read_names
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m xsam.predict",
         description="Segments an image, or answers a question about it.",
         epilog='example: python -m xsam.predict refer "the red circle" --image drawing.jpg '
@@ -53,10 +54,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_request(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `predict` that the command line names, read and checked before a model is
+    loaded. Raises ValueError where they are no request."""
+    image = read_image(options.image)
+    lists = {"things": options.things, "stuff": options.stuff}
+    names = {kind: text if text is None else read_names(text) for kind, text in lists.items()}
+    shown = read_image(options.region_image) if options.region_image else None
+    width, height = (shown or image).size
+    for path in options.region:
+        if (size := read_image(path).size) != (width, height):
+            raise ValueError(
+                f"{path}: a region of {size[0]}x{size[1]} (width x height) in "
+                f"{options.region_image or options.image}, which is {width}x{height}"
+            )
+    regions = [read_region(path, (height, width)) for path in options.region]
+    stage, texts = stored_stage(options.checkpoint), [options.text]
+    check_request(options.task, stage, texts, *names.values(), regions, shown)
+    if options.image in output_paths(options):
+        raise ValueError(f"--out {options.out} would replace the image")
+    about = {"image": image, "task": options.task, "text": options.text}
+    return about | names | {"regions": regions, "region_image": shown}
+
+
+def output_paths(options: argparse.Namespace) -> list[Path]:
+    stem = options.out or options.image.with_name(f"{options.image.stem}_{options.task}")
+    return [Path(f"{stem}{suffix}") for suffix in (".png", ".json")]
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
-        image = read_image(options.image)
+        request = read_request(options)
         model, _ = load_checkpoint(
             options.checkpoint,
             tokenizer=options.tokenizer,
@@ -66,20 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
             report=lambda line: print(line, file=sys.stderr),
         )
         model.config = model.config.resolve(**inference_changes(options))
-        lists = {"things": options.things, "stuff": options.stuff}
-        names = {kind: read_names(text) for kind, text in lists.items() if text}
-        shown = read_image(options.region_image) if options.region_image else None
-        size = (shown or image).height, (shown or image).width
-        regions = [read_region(path, size) for path in options.region]
-        prediction = predict(
-            model,
-            image,
-            options.task,
-            options.text,
-            **names,
-            regions=regions or None,
-            region_image=shown,
-        )
+        prediction = predict(model, **request)
     except ValueError as error:
         print(f"xsam.predict: {error}", file=sys.stderr)
         return 2
@@ -88,8 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     if prediction.answer:
         print(prediction.answer)
     if options.task != "chat":
-        stem = options.out or options.image.with_name(f"{options.image.stem}_{options.task}")
-        picture, document = (Path(f"{stem}{suffix}") for suffix in (".png", ".json"))
+        picture, document = output_paths(options)
         least = SHOWN_SCORE if options.task in ("instance", "vgd") else 0.0
         prediction.draw(options.text, min_score=least).save(picture)
         document.write_text(json.dumps(prediction.to_dict(), indent=1), encoding="utf-8")
