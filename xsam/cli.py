@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from xsam.config import (
     NEW_PARTS,
+    PARTS,
     Config,
     Dtype,
     LossConfig,
@@ -29,7 +30,6 @@ from xsam.config import (
     xsam,
 )
 from xsam.datasets.sources import SCORED_SETS, find_source, required_paths, scored_tasks
-from xsam.files import no_empty_folders
 from xsam.toy.preset import toy
 
 DEVICES = ("cpu", "cuda", "mps")
@@ -41,22 +41,20 @@ HELP = {
     "eval_tasks": f"scored before the first stage and after each, of {', '.join(SCORED_SETS)}; "
     "none, or '', for none",
     "learning_rates": 'by part, or by a module in one; "" for all others, 0 freezes; parts: '
-    + ", ".join(part_names(ModelConfig(), 3)),
+    + ", ".join(PARTS),
     "datasets": "names, or files of your own, FILE.json[:IMAGES[:MASKS]]",
     "starts_from": "earlier stages whose checkpoints in --out are read; empty for none",
 }
 
-# Numbers of the configuration are more than 0, but for these, and shares are 1 at most.
-MAY_BE_ZERO = {
-    *("max_steps", "weight_decay", "warmup_ratio", "flip_probability", "repeat_threshold"),
-    *("class_weight", "mask_weight", "dice_weight", "background_weight", "importance_ratio"),
-    *("seed", "num_workers", "max_skipped_steps", "validate_every", "peak_tflops"),
-    *("score_threshold", "overlap_threshold", "num_pictures"),
+# Numbers of the configuration that have to be more than 0, and those that are 1 at most; none is
+# negative.
+POSITIVE = {
+    *("global_batch_size", "micro_batch_size", "epochs", "clip_norm", "num_points", "num_queries"),
+    *("oversample_ratio", "num_classes", "save_every", "keep_checkpoints", "num_validation"),
+    *("eval_batch_size", "max_new_tokens"),
 }
-SHARES = {
-    *("warmup_ratio", "flip_probability", "importance_ratio"),
-    *("score_threshold", "overlap_threshold"),
-}
+SHARES = {"warmup_ratio", "flip_probability", "importance_ratio"}
+SHARES |= {"score_threshold", "overlap_threshold"}
 
 
 def _parse(kind, text: str):
@@ -252,6 +250,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
         options.world / "weights" if options.world else Path("weights")
     )
     options.brought = {}  # the parts that --init gives to the first stage, and its paths
+    options.replaced = set()  # those that no public folder is needed for
     try:
         check_flags(options, flags)
         config = configure(options, flags, preset := CONFIGS[options.config]())
@@ -259,9 +258,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
         if options.init and all(path.exists() for path in options.init):
             from xsam.train import inspect_init  # the first that imports torch
 
-            preset, options.brought = inspect_init(preset, options.init, options.stages[0])
+            preset, options.brought, options.replaced = inspect_init(
+                preset, options.init, options.stages[0]
+            )
             config = configure(options, flags, preset)
-        check_beginnings(options, flags, config)
+        if options.brought or not options.init:  # else the missing paths are listed next
+            check_beginnings(options, flags, config)
     except ValueError as error:
         parser.error(str(error))
     return options, config
@@ -276,52 +278,55 @@ def configure(options: argparse.Namespace, flags: dict[str, Any], preset: Config
     return config
 
 
+def refuse(what: object, message: str) -> None:
+    if what:
+        raise ValueError(message)
+
+
 def check_flags(options: argparse.Namespace, flags: dict[str, Any]) -> None:
     """Raises ValueError at a flag that the run would not look at, or look at another way."""
     for name in ("gpus", "gpu_memory", "images_per_second"):
         value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
-        if value is not None and not options.plan:
-            raise ValueError(f"{flag} is for --plan")
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{flag} is {value}; it has to be more than 0")
-    if options.allow_missing and not options.init:
-        raise ValueError("--allow-missing is for the checkpoints of --init")
+        refuse(value is not None and not options.plan, f"{flag} is for --plan")
+        wrong = value is not None and not 0 < value < math.inf
+        refuse(wrong, f"{flag} is {value}; it has to be more than 0")
+    unused = options.allow_missing and not options.init
+    refuse(unused, "--allow-missing is for the checkpoints of --init")
     if starts_from := flags.get("starts_from"):
-        if options.init:
-            raise ValueError("--init is in place of --starts_from: give one of them")
-        if not set(starts_from) <= {*range(1, min(3, options.stages[0]))}:
-            raise ValueError(f"--starts_from {starts_from}: not stages before {options.stages[0]}")
+        refuse(options.init, "--init is in place of --starts_from: give one of them")
+        earlier = set(range(1, min(3, options.stages[0])))
+        refuse(set(starts_from) - earlier, f"--starts_from is {starts_from}: not earlier stages")
 
 
 def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Config) -> None:
     """Raises ValueError at a value that no run can have, or a name that matches nothing."""
     rows = config, config.model, config.loss, *(config.stages[each] for each in options.stages)
     for name, value in (item for row in rows for item in vars(row).items()):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        most = 1 if name in SHARES else math.inf
-        if not (value > 0 or (value == 0 and name in MAY_BE_ZERO)) or value > most:
-            least = "0 or more" if name in MAY_BE_ZERO else "more than 0"
-            limit = " and 1 at most" if name in SHARES else ""
-            raise ValueError(f"{name} is {value}; it has to be {least}{limit}")
+        if isinstance(value, (int, float)):
+            least = "more than 0" if name in POSITIVE else "0 or more"
+            is_in = (value > 0 or (value == 0 and name not in POSITIVE)) and value < math.inf
+            refuse(not is_in, f"{name} is {value}; it has to be {least}")
+            refuse(name in SHARES and value > 1, f"{name} is {value}; it is 1 at most")
+    unknown = ", ".join(task for task in config.eval_tasks if task not in SCORED_SETS)
     known = ", ".join(SCORED_SETS)
-    if unknown := [task for task in config.eval_tasks if task not in SCORED_SETS]:
-        raise ValueError(f"eval_tasks: unknown task {unknown[0]}; known are {known}, or none")
-    if flags.get("eval_tasks") and not scored_tasks(config, options.stages):
-        raise ValueError(f"eval_tasks: stage {options.stage} is not scored on any of these")
-    if config.validate_every and not config.eval_tasks:
-        raise ValueError("validate_every: name the tasks to validate with --eval_tasks")
+    refuse(unknown, f"eval_tasks: unknown task {unknown}; known are {known}, or none")
+    is_idle = flags.get("eval_tasks") and not scored_tasks(config, options.stages)
+    refuse(is_idle, f"eval_tasks: stage {options.stage} is scored on none of these")
+    is_idle = config.validate_every and not config.eval_tasks
+    refuse(is_idle, "validate_every: name the tasks to validate with --eval_tasks")
     if config.phrasings:
         from xsam.prompts import read_phrasings
 
         read_phrasings(config.phrasings)
+    parts = {part: 0 for number in options.stages for part in part_names(config.model, number)}
+    for key in filter(None, flags.get("learning_rates", ())):
+        is_known = any(_is_in(part, key) or _is_in(key, part) for part in parts)
+        names = ", ".join(parts)
+        refuse(
+            not is_known or key[-1] == ".", f"learning_rates: no part {key!r}; parts are {names}"
+        )
     for number in options.stages:
         check_stage(number, config)
-    if "learning_rates" in flags:
-        parts = {part: 0 for n in options.stages for part in part_names(config.model, n)}
-        for key in flags["learning_rates"]:
-            if key and not any(_is_in(part, key) or _is_in(key, part) for part in parts):
-                raise ValueError(f"learning_rates: no part {key!r}; there are {', '.join(parts)}")
 
 
 def _is_in(name: str, path: str) -> bool:
@@ -336,59 +341,47 @@ def _rate(part: str, rates: dict[str, float]) -> float:
 def check_stage(number: int, config: Config) -> None:
     """Raises ValueError where a stage cannot train as it is configured."""
     stage, where = config.stages[number], f"stage {number}"
-    if not stage.datasets:
-        raise ValueError(f"{where}: datasets names none")
+    refuse(not stage.datasets, f"{where}: datasets names none")
     for name in stage.datasets:
-        source = find_source(name)  # of a file of one's own the task is in the file
-        if number == 1 and source.task not in ("generic", ""):
-            raise ValueError(
-                f"{where} learns the classes of generic segmentation alone; {name} is a set of "
-                f"{source.task}, for stage 3"
-            )
-    chunk = stage.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
-    if stage.global_batch_size % chunk:
-        raise ValueError(
-            f"{where}: global_batch_size {stage.global_batch_size} is not a multiple of "
-            f"micro_batch_size {stage.micro_batch_size} x {chunk // stage.micro_batch_size} "
-            "processes"
-        )
+        task = find_source(name).task  # of a file of one's own it is in the file
+        is_other = number == 1 and task not in ("generic", "")
+        refuse(is_other, f"{where} learns classes from generic sets alone; {name} is of {task}")
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    refuse(
+        stage.global_batch_size % (stage.micro_batch_size * num_processes),
+        f"{where}: global_batch_size {stage.global_batch_size} is not a multiple of "
+        f"micro_batch_size {stage.micro_batch_size} x {num_processes} processes",
+    )
     rates, parts = stage.learning_rates, part_names(config.model, number)
-    if wrong := [rate for rate in rates.values() if not 0 <= rate < math.inf]:
-        raise ValueError(f"{where}: a learning rate of {wrong[0]}")
-    if without := [part for part in parts if not any(_is_in(part, key) for key in rates)]:
-        raise ValueError(
-            f'{where}: learning_rates has none for {", ".join(without)}; "" is for all others'
-        )
-    used = {_rate(part, rates) for part in parts}
-    used |= {rate for key, rate in rates.items() if any(_is_in(key, part) for part in parts)}
-    if not any(used):
-        raise ValueError(f"{where}: learning_rates leaves nothing to train")
+    wrong = [rate for rate in rates.values() if not 0 <= rate < math.inf]
+    refuse(wrong, f"{where}: a learning rate in {wrong}")
+    bare = ", ".join(part for part in parts if not any(_is_in(part, key) for key in rates))
+    refuse(bare, f'{where}: learning_rates has none for {bare}; "" is for all others')
+    used = [_rate(part, rates) for part in parts]
+    used += [rate for key, rate in rates.items() if any(_is_in(key, part) for part in parts)]
+    refuse(not any(used), f"{where}: learning_rates leaves nothing to train")
 
 
 def check_beginnings(options: argparse.Namespace, flags: dict[str, Any], config: Config) -> None:
     """Raises ValueError where a stage would begin with a random part that it does not train, or not
     from nothing by design."""
     first = options.stages[0]
-    if strange := sorted(options.brought.keys() - set(part_names(config.model, first))):
-        path = options.brought[strange[0]]
-        raise ValueError(f"--init {path} holds {', '.join(strange)}, which stage {first} has not")
-    if options.init and not options.brought:  # not there; the missing paths are listed next
-        return
+    strange = ", ".join(sorted(options.brought.keys() - set(part_names(config.model, first))))
+    refuse(strange, f"--init holds {strange}, which stage {first} has not")
     for number in options.stages:
-        found = origins(config, number, options.brought if number == first else {})
-        new, allowed = [part for part, origin in found.items() if not origin], NEW_PARTS[number]
-        if flags.get("starts_from") == () and options.stage == "3":
-            allowed = new  # paper table 8, row "S3"
-        tasks = {find_source(name).task for name in config.stages[number].datasets}
-        if number == 2 and tasks == {"chat"}:
+        stage, brought = config.stages[number], options.brought if number == first else {}
+        new = [part for part, origin in origins(config, number, brought).items() if not origin]
+        if number == 2 and {find_source(name).task for name in stage.datasets} == {"chat"}:
             new = []  # chat has no use for them, and a checkpoint of stage 2 does not hold them
-        rates = config.stages[number].learning_rates
-        if wrong := [part for part in new if part not in allowed or not _rate(part, rates)]:
-            raise ValueError(
-                f"stage {number} begins with random {', '.join(wrong)}, and does not train that "
-                "from nothing: give --init a checkpoint that has it (where it is meant, as in "
-                "table 8 of the paper, --stage 3 takes --starts_from= with nothing behind it)"
-            )
+        is_meant = flags.get("starts_from") == () and options.stage == "3"  # table 8, row "S3"
+        allowed = new if is_meant else NEW_PARTS[number]
+        rates = stage.learning_rates
+        wrong = [part for part in new if part not in allowed or not _rate(part, rates)]
+        refuse(
+            wrong,
+            f"stage {number} begins with random {', '.join(wrong)}, and does not train that from "
+            "nothing: give --init a checkpoint that has it (or --starts_from= where it is meant)",
+        )
 
 
 def preflight(options: argparse.Namespace, config: Config) -> str:
@@ -396,12 +389,7 @@ def preflight(options: argparse.Namespace, config: Config) -> str:
     if not next(path for path in (options.out, *options.out.parents) if path.exists()).is_dir():
         return f"--out {options.out}: a file is in its place"
     folders = options.data, options.weights, options.out
-    brought = set(options.brought)
-    if "llm" not in brought:  # not a whole model: image encoder and language model are read first
-        brought &= {"segmentor.encoder"}
-    elif not any(path.glob("tokenizer*") for path in options.brought.values()):
-        brought.remove("llm")
-    required = required_paths(config, options.stages, *folders, brought)
+    required = required_paths(config, options.stages, *folders, options.replaced)
     options.makes_data &= any(options.data in path.parents for path, _ in required)
     options.makes_weights &= any(options.weights in path.parents for path, _ in required)
     made = [options.data] * options.makes_data + [options.weights] * options.makes_weights
@@ -456,8 +444,7 @@ def run_training(options: argparse.Namespace, config: Config) -> int:
         tasks = ", ".join(scored_tasks(config, options.stages)) or "nothing"
         print("\n".join([*outlines, f"scored on: {tasks}"]), flush=True)
     try:
-        with no_empty_folders(options.out):
-            train.run(options, config)
+        train.run(options, config)
     except train.Stopped as stopped:
         name = signal.Signals(stopped.signal).name
         complain(f"{name}: {stopped}; go on with --resume", is_met_by_all=True)

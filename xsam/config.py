@@ -317,44 +317,41 @@ def xsam() -> Config:
     )
 
 
+# The parts by the names that `learning_rates` and the log give them; the first five are stage 1's.
+PARTS = (
+    *("segmentor.encoder", "segmentor.connector", "segmentor.pixel_decoder", "segmentor.decoder"),
+    *("segmentor.class_head", "image_encoder", "image_projector", "seg_projector", "llm"),
+    *("llm_projector", "background_embedding"),
+)
+HANDED_ON = {1: PARTS[:4], 2: PARTS[6:8]}  # to the stages that start from this one
+NEW_PARTS = {  # what a stage may train from nothing (paper table 8 has stage 3 without stage 2)
+    1: PARTS[1:5],
+    2: PARTS[6:8],
+    3: (*PARTS[4:5], *PARTS[6:8], *PARTS[9:]),
+}
+
+
 def part_names(model: ModelConfig, stage: int) -> list[str]:
-    """The parts of a stage's model by the names that `learning_rates` and the log give them."""
-    is_sam, has_image_encoder = model.decoder == "sam", model.image_encoder != "none"
-    parts = {
-        "segmentor.encoder": True,
-        "segmentor.connector": not (is_sam or model.seg_backbone_config),
-        "segmentor.pixel_decoder": not is_sam,
-        "segmentor.decoder": True,
-        "segmentor.class_head": True,
-        "image_encoder": stage > 1 and has_image_encoder,
-        "image_projector": stage > 1 and has_image_encoder,
-        "seg_projector": stage > 1 and model.seg_tokens,
-        "llm": stage > 1,
-        "llm_projector": stage > 1,
-        "background_embedding": stage > 1,
-    }
-    return [part for part, is_there in parts.items() if is_there]
-
-
-# Where the parts of a stage come from: what stages 1 and 2 hand on, and what a stage may train from
-# nothing (paper table 8 has stage 3 without stage 2 too).
-_SEGMENTOR = ("segmentor.connector", "segmentor.pixel_decoder", "segmentor.decoder")
-_PROJECTORS = ("image_projector", "seg_projector")
-HANDED_ON = {1: ("segmentor.encoder", *_SEGMENTOR), 2: _PROJECTORS}
-NEW_PARTS = {1: (*_SEGMENTOR, "segmentor.class_head"), 2: _PROJECTORS}
-NEW_PARTS[3] = (*_PROJECTORS, "segmentor.class_head", "llm_projector", "background_embedding")
+    """The parts of a stage's model."""
+    absent = set(PARTS[5:] if stage == 1 else ())
+    if model.seg_backbone_config or model.decoder == "sam":
+        absent |= {"segmentor.connector", "segmentor.pixel_decoder" * (model.decoder == "sam")}
+    if model.image_encoder == "none":
+        absent |= {"image_encoder", "image_projector"}
+    if not model.seg_tokens:
+        absent |= {"seg_projector"}
+    return [part for part in PARTS if part not in absent]
 
 
 def origins(config: Config, number: int, brought: dict[str, str]) -> dict[str, str]:
     """Where each part of a stage's model is read from before its first step, "" for one that starts
     from nothing. `brought`: the parts that --init gives to this stage, and its paths."""
-    model = config.model
-    found = {"segmentor.encoder": model.seg_encoder, "image_encoder": model.image_encoder}
-    found["llm"] = model.llm
+    found = {"segmentor.encoder": config.model.seg_encoder, "llm": config.model.llm}
+    found["image_encoder"] = config.model.image_encoder
     for earlier in config.stages[number].starts_from:
         found |= dict.fromkeys(HANDED_ON[earlier], f"stage {earlier}")
     found |= brought
-    return {part: found.get(part, "") for part in part_names(model, number)}
+    return {part: found.get(part, "") for part in part_names(config.model, number)}
 
 
 def stage_folder(out: Path, stage: int) -> Path:

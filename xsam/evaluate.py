@@ -31,7 +31,7 @@ from xsam.datasets.base import Dataset, read_categories
 from xsam.datasets.formats import read_json
 from xsam.datasets.generic import Generic
 from xsam.datasets.registry import open_dataset
-from xsam.datasets.sources import SEGMENTOR_TASKS, SOURCES, locate
+from xsam.datasets.sources import SCORED_SETS, SEGMENTOR_TASKS, SOURCES, locate
 from xsam.evaluation import prediction_files as files
 from xsam.evaluation.benchmarks import (
     TASKS,
@@ -247,8 +247,7 @@ def chosen_sets(tasks: str | None, is_segmentor: bool = False) -> list[str]:
     """The sets of a comma-separated list of tasks and sets; of "all", or of none, all. Raises
     ValueError at an unknown one, or one that a stage-1 checkpoint cannot predict."""
     known = SEGMENTOR_TASKS if is_segmentor else tuple(TASKS)
-    sets = {task: [name for _, name in each.datasets] for task, each in TASKS.items()}
-    sets |= {name: [name] for names in sets.values() for name in names}
+    sets = SCORED_SETS | {name: [name] for names in SCORED_SETS.values() for name in names}
     chosen: list[str] = []
     for word in known if tasks in (None, "", "all") else tasks.split(","):
         if word not in sets:

@@ -22,20 +22,6 @@ def complete(*targets: Path) -> Iterator[list[Path]]:
         yield partials
 
 
-@contextlib.contextmanager
-def no_empty_folders(folder: Path) -> Iterator[None]:
-    """An error inside leaves no empty folder in a `folder` that was not there before."""
-    was_there = folder.exists()
-    try:
-        yield
-    except BaseException:
-        inside = sorted(folder.rglob("*"), reverse=True)  # what is in a folder comes before it
-        for path in (*inside, folder) if not was_there else ():
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-        raise
-
-
 def refuse_existing(*targets: Path) -> None:
     for target in targets:
         if target.exists():

@@ -53,7 +53,7 @@ from xsam.checkpoints import (
     save_checkpoint,
     state_tensors,
 )
-from xsam.config import Config, ModelConfig, origins, part_names, stage_folder
+from xsam.config import PARTS, Config, origins, stage_folder
 from xsam.data import Batch, Mixture, Processor
 from xsam.encoders import ImageEncoder
 from xsam.files import write_whole
@@ -151,20 +151,28 @@ def load_earlier_stage(model: XSAM, stage: int, out: Path) -> str:
     return load_tensors(model, without_class_head(stored), folder, only=only)
 
 
-def inspect_init(preset: Config, paths: list[Path], stage: int) -> tuple[Config, dict[str, str]]:
+def inspect_init(
+    preset: Config, paths: list[Path], stage: int
+) -> tuple[Config, dict[str, str], set[str]]:
     """What the checkpoints of --init bring to a stage, from their names and headers: the preset,
-    with the architecture of the first where that is a whole model, and the path of each part."""
+    with the architecture of the first where that is a whole model, the path of each part, and the
+    parts for which no public folder is needed any more."""
     brought = {part: str(path) for path in paths for part in init_parts(path, stage)}
-    if whole := [path for path in paths if is_whole(path)]:
-        if whole != paths[:1]:
-            raise ValueError(
-                f"--init {whole[-1]} is a whole model: name it alone, or first and once"
-            )
-        path = find_checkpoint(whole[0])
-        if (path / CONFIG_FILE).is_file():
-            return dataclasses.replace(preset, model=read_header(path)["config"].model), brought
+    whole = [path for path in paths if is_whole(path)]
+    if not whole:
+        return preset, brought, {"segmentor.encoder"} & brought.keys()
+    if whole != paths[:1]:
+        raise ValueError(f"--init {whole[-1]} is a whole model: name it alone, or first and once")
+    path = find_checkpoint(whole[0])
+    if (path / CONFIG_FILE).is_file():
+        preset = dataclasses.replace(preset, model=read_header(path)["config"].model)
+    else:
         preset = preset.resolve(**read_published(list_tensors(path), path)[2])
-    return preset, brought
+    return preset, brought, brought.keys() - ({"llm"} if not has_tokenizer(path) else set())
+
+
+def has_tokenizer(path: Path) -> bool:
+    return any(find_checkpoint(path).glob("tokenizer*"))
 
 
 def init_parts(path: Path, stage: int) -> set[str]:
@@ -174,8 +182,7 @@ def init_parts(path: Path, stage: int) -> set[str]:
         return {PREFIXES[part].removesuffix(".")}
     stored = list_tensors(path)
     stored = stored if stage == 1 else without_class_head(stored)
-    names = part_names(ModelConfig(), 3)
-    ours = {part_name(disk_name(f"{part}.model.x")): part for part in names}
+    ours = {part_name(disk_name(f"{part}.model.x")): part for part in PARTS}
     return {ours.get(each, each) for each in (part_name(disk_name(name)) for name in stored)}
 
 
@@ -370,17 +377,22 @@ def starting_model(
     torch.manual_seed(config.seed + number)
     earlier_stages = config.stages[number].starts_from
     inits = list(options.init) if number == options.stages[0] else []
-    allow_missing = tuple(options.allow_missing)
+    rules = {"allow_missing": tuple(options.allow_missing)}
     has_encoder = 1 in earlier_stages
     has_encoder |= any("segmentor.encoder" in init_parts(path, number) for path in inits)
     if inits and is_whole(inits[0]):
-        model = whole_model(inits.pop(0), config, options.weights, allow_missing, report)
+        from xsam.inference import load_checkpoint
+
+        path, folder = inits.pop(0), options.weights / config.model.llm
+        rules |= {"config": config, "dtype": getattr(torch, config.dtype), "report": report}
+        rules["tokenizer"] = None if has_tokenizer(path) else folder
+        model = load_checkpoint(path, **rules)[0].train()
     else:
         model = pretrained_model(number, config, options.weights, report, has_encoder)
     for earlier in earlier_stages:
         report(load_earlier_stage(model, earlier, options.out))
     for path in inits:
-        report(load_init(model, path, allow_missing)[0])
+        report(load_init(model, path, rules["allow_missing"])[0])
     if (
         number > 1 and not has_encoder
     ):  # neither an earlier stage nor --init holds it (paper table 8, row "S3")
@@ -389,29 +401,6 @@ def starting_model(
         report(load_folder(model.segmentor.encoder, "seg_encoder", folder, dtype=dtype))
     freeze(model, config.stages[number], model.prefix)
     return model
-
-
-def whole_model(
-    path: Path,
-    config: Config,
-    weights: Path,
-    allow_missing: tuple[str, ...],
-    report: Callable[[str], None],
-) -> XSAM:
-    """The model of a checkpoint that holds all of it, to be trained on: its tokenizer is its own,
-    or where it has none, that of the language model's public folder."""
-    from xsam.inference import load_checkpoint
-
-    has_words = any(find_checkpoint(path).glob("tokenizer*"))
-    model, _ = load_checkpoint(
-        path,
-        config=config,
-        tokenizer=None if has_words else weights / config.model.llm,
-        dtype=getattr(torch, config.dtype),
-        allow_missing=allow_missing,
-        report=report,
-    )
-    return model.train()
 
 
 def outline(number: int, config: Config, options: argparse.Namespace) -> str:
@@ -597,24 +586,6 @@ def ignore_signals(_: int) -> None:
 # ---- the run -------------------------------------------------------------------------------------
 
 
-def score_beginning(
-    column: str, config: Config, options: argparse.Namespace, device: torch.device
-) -> None:
-    """Scores the model before the first step: what --init brings to the first stage, or else the
-    public weights of the last."""
-    from xsam.report import monitor
-
-    silent = lambda _: None  # noqa: E731
-    torch.manual_seed(config.seed)
-    if options.init:
-        model = starting_model(options.stages[0], config, options, silent)
-    else:
-        model = pretrained_model(options.stages[-1], config, options.weights, silent)
-    if model.stage == 1:  # its classes are those of its data
-        open_mixture(model, 1, options, silent)
-    monitor.score(column, model.to(device), options.out, options.data)
-
-
 def run(options: argparse.Namespace, config: Config) -> None:
     from xsam.datasets.sources import scored_tasks
     from xsam.report import monitor
@@ -632,8 +603,17 @@ def run(options: argparse.Namespace, config: Config) -> None:
 
     column = monitor.INIT if options.init else monitor.UNTRAINED
     if scored_tasks(config, options.stages) and column not in monitor.read_results(options.out):
-        score_beginning(column, config, options, device)
+        torch.manual_seed(config.seed)
+        if options.init:
+            model = starting_model(options.stages[0], config, options, lambda _: None)
+        else:
+            model = pretrained_model(options.stages[-1], config, options.weights, lambda _: None)
+        if model.stage == 1:  # its classes are those of its data
+            open_mixture(model, 1, options, lambda _: None)
+        monitor.score(column, model.to(device), options.out, options.data)
     for number in options.stages:
+        if number != options.stages[0] and distributed.rank() == 0:  # that of the first stands above
+            print(outline(number, config, options))
         model = train_stage(number, config, options, device)
         column = f"stage {number}"
         if config.eval_tasks and number != 2 and column not in monitor.read_results(options.out):

@@ -244,19 +244,12 @@ SOURCES: dict[str, Source] = {
 
 
 # The sets that score a task: those whose names begin so (evaluation/benchmarks.py says how).
-_SCORED_BY: dict[str, tuple[str, ...]] = {
-    "panoptic": ("coco_panoptic_val",),
-    "instance": ("coco_instance_val",),
-    "semantic": ("coco_semantic_val",),
-    "openvocab": ("ade20k_",),
-    "refer": ("refcoco_", "refcoco+_", "refcocog_"),
-    "grefer": ("grefcoco_",),
-    "reason": ("reasonseg_",),
-    "gcg": ("gcg_val", "gcg_test"),
-    "interactive": ("coco_interactive_val_",),
-    "vgd": ("coco_vgd_val_",),
-    "chat": ("mme", "mmbench", "seed", "pope", "ai2d"),
-}
+_SCORED_BY = dict(
+    panoptic="coco_panoptic_val", instance="coco_instance_val", semantic="coco_semantic_val",
+    openvocab="ade20k_", refer=("refcoco_", "refcoco+_", "refcocog_"), grefer="grefcoco_",
+    reason="reasonseg_", gcg=("gcg_val", "gcg_test"), interactive="coco_interactive_val_",
+    vgd="coco_vgd_val_", chat=("mme", "mmbench", "seed", "pope", "ai2d"),
+)  # fmt: skip
 SCORED_SETS = {
     task: [name for name in SOURCES if name.startswith(begins)]
     for task, begins in _SCORED_BY.items()
@@ -294,11 +287,9 @@ def find_source(name: str) -> Source:
 def scored_tasks(config: Config, stages: list[int]) -> list[str]:
     """The tasks of `eval_tasks` that a run of these stages scores: the model of stage 1 can do some
     of them alone, and after stage 2 nothing is scored."""
-    stages = [number for number in stages if number != 2 or config.validate_every]
-    return [
-        task for task in config.eval_tasks
-        if set(stages) - {1} or (stages and task in SEGMENTOR_TASKS)
-    ]  # fmt: skip
+    stages = {number for number in stages if number != 2 or config.validate_every}
+    known = SCORED_SETS if stages - {1} else SEGMENTOR_TASKS if stages else ()
+    return [task for task in config.eval_tasks if task in known]
 
 
 def required_paths(
@@ -312,21 +303,17 @@ def required_paths(
     """(path, what belongs there) for all that the named stages read, to train and to score, and no
     earlier one of them makes. `brought`: the parts that --init gives to the first of them."""
     required: dict[Path, str] = {}
-    names = [name for task in scored_tasks(config, stages) for name in SCORED_SETS[task]]
-    for number in stages:
-        names += config.stages[number].datasets
+    names = [name for number in stages for name in config.stages[number].datasets]
+    names += [name for task in scored_tasks(config, stages) for name in SCORED_SETS[task]]
     for source in map(find_source, names):
         required |= {locate(data, path): source.about for path in source.paths()}
     for number in stages:
         stage, model = config.stages[number], config.model
-        folders = {"segmentor.encoder": model.seg_encoder}
-        if number > 1:
-            folders |= {"image_encoder": model.image_encoder, "llm": model.llm}
-        has_encoder = number > 1 and 1 in stage.starts_from
-        for part, folder in folders.items():
-            is_brought = number == stages[0] and part in brought
-            is_brought |= part == "segmentor.encoder" and has_encoder
-            if folder != "none" and not is_brought:
+        here = set(brought) if number == stages[0] else set()
+        here |= {"segmentor.encoder"} if 1 in stage.starts_from else set()
+        for part in ("seg_encoder", "image_encoder", "llm")[: 1 if number == 1 else None]:
+            folder = getattr(model, part)
+            if folder != "none" and part.replace("seg_", "segmentor.") not in here:
                 about = f"Hugging Face folder {folder} (config.json and safetensors)"
                 required[weights / folder] = about
         for earlier in stage.starts_from:

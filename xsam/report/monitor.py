@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from xsam import distributed
 from xsam.data import Batch, Sample
-from xsam.datasets.sources import SEGMENTOR_TASKS
+from xsam.datasets.sources import scored_tasks
 from xsam.evaluate import FOLDER, evaluate
 from xsam.evaluation.benchmarks import TASKS, Figures, table
 from xsam.evaluation.prediction_files import SavedPredictions
@@ -220,10 +220,7 @@ def score_tasks(
     """Figures of the tasks that the configuration names, and pictures of a task's first set, whose
     names begin with `prefix`. Predictions stay in OUT/predictions/PREFIX, but not where only the
     first `num_samples` are asked for."""
-    tasks = [
-        task for task in model.config.eval_tasks
-        if isinstance(model, XSAM) or task in SEGMENTOR_TASKS
-    ]  # fmt: skip
+    tasks = scored_tasks(model.config, [model.stage])
     folder, drawn = out / FOLDER / prefix, set()
 
     def draw_first(task: str, predictions: SavedPredictions) -> None:
