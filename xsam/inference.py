@@ -263,11 +263,11 @@ def check_request(
         raise ValueError(f"a stage-1 checkpoint has no language model, which {task} needs")
     given = {"text": any(texts), "regions": bool(regions)}
     given["categories"] = things is not None or stuff is not None
+    words = {"categories": "things or stuff", "image": "the image alone"}
     for kind, is_given in given.items():
         if is_given and kind != request.needs:
-            what = {"categories": "things and stuff"}.get(kind, kind)
-            about = {"categories": "things and stuff"}.get(request.needs, request.needs)
-            raise ValueError(f"task {task} looks at no {what}: it is asked with {about}")
+            kind, needed = (words.get(each, each) for each in (kind, request.needs))
+            raise ValueError(f"task {task} takes no {kind}, but {needed}")
     if request.needs == "text" and not all(texts):
         raise ValueError(f"task {task} needs a text")
     if request.needs == "regions" and not regions:

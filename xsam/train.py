@@ -612,7 +612,9 @@ def run(options: argparse.Namespace, config: Config) -> None:
             open_mixture(model, 1, options, lambda _: None)
         monitor.score(column, model.to(device), options.out, options.data)
     for number in options.stages:
-        if number != options.stages[0] and distributed.rank() == 0:  # that of the first stands above
+        if (
+            number != options.stages[0] and distributed.rank() == 0
+        ):  # that of the first stands above
             print(outline(number, config, options))
         model = train_stage(number, config, options, device)
         column = f"stage {number}"
