@@ -23,11 +23,10 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from xsam.datasets.base import Dataset
 from xsam.datasets.formats import encode_mask
 from xsam.datasets.registry import open_dataset
-from xsam.datasets.sources import PROMPT_TYPES, SOURCES
+from xsam.datasets.sources import PROMPT_TYPES, SCORED_SETS, SEGMENTOR_TASKS, SOURCES
 from xsam.evaluation import metrics
 from xsam.evaluation.benchmarks import (
     SEGMENTOR_PAPER,
-    SEGMENTOR_TASKS,
     TASKS,
     bert_embedder,
     named,
@@ -510,7 +509,9 @@ def test_every_set_is_one_of_a_single_task():
             assert task_of(name) == (task, suffix)
     with pytest.raises(ValueError, match="coco_vgd: no task scores this set"):
         task_of("coco_vgd")
-    assert set(SEGMENTOR_PAPER) == set(SEGMENTOR_TASKS) <= set(TASKS)
+    scored = {task: [name for _, name in each.datasets] for task, each in TASKS.items()}
+    assert scored == SCORED_SETS
+    assert tuple(SEGMENTOR_PAPER) == SEGMENTOR_TASKS
 
 
 def test_figures_are_named_by_their_set():

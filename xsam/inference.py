@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xsam.checkpoints import latest_checkpoint, read_header, write_header
+from xsam.checkpoints import find_checkpoint, read_header, write_header
 from xsam.config import SPECIAL_TOKENS, Config, xsam
 from xsam.data import Batch, Processor, ResizeAndPad, Sample
 from xsam.datasets.formats import Picture, foreground, viewed
@@ -226,31 +226,20 @@ def predict(
     all objects of their kinds, which `region_image` may show in place of the image itself; "chat"
     answers `text`. An image is taken as viewers show it (`formats.viewed`), upright unless a region
     has the size of the stored pixels; the result's `image` is that, and its masks are of it. Raises
-    ValueError at another task, a missing text or region, a picture or region that is none, a text
-    with tokens of the prompt format, or a task that needs a language model where there is none.
+    ValueError at a picture or region that is none, and at what `check_request` refuses.
     """
-    if task not in REQUESTS:
-        raise ValueError(f"unknown task {task!r}; known are {', '.join(REQUESTS)}")
-    request = REQUESTS[task]
+    things, stuff = (read_names(x) if isinstance(x, str) else x for x in (things, stuff))
     numbered = enumerate([] if regions is None else regions, start=1)
     regions = [foreground(region, f"region {number}") for number, region in numbered]
-    if isinstance(model, Segmentor) and request.task != "generic":
-        raise ValueError(f"a stage-1 checkpoint has no language model, which {task} needs")
-    if request.needs == "text" and not text:
-        raise ValueError(f"task {task} needs a text")
-    if request.needs == "regions" and not regions:
-        raise ValueError(f"task {task} needs regions")
-    if task == "interactive" and (len(regions) > 1 or region_image is not None):
-        raise ValueError("task interactive takes one region, of the image itself")
     images = image if isinstance(image, list) else [image]
     texts = text if isinstance(text, list) else [text] * len(images)
     if len(texts) != len(images):
         raise ValueError(f"{len(images)} images but {len(texts)} texts")
+    regions = regions or []
+    request = check_request(task, model.stage, texts, things, stuff, regions, region_image)
     names, is_thing = [], []
     if request.needs == "categories":
         names, is_thing = chosen_categories(model.config, task, things, stuff)
-    for words in [*filter(None, texts), *names]:  # a generic request takes no text
-        check_words(words, "a text or a name")
     samples = [
         build_sample(request, picture, words, names, regions, region_image)
         for picture, words in zip(images, texts, strict=True)
@@ -258,6 +247,45 @@ def predict(
     inputs = build_inputs(Processor(model.config, model.tokenizer), samples)
     predictions = predict_inputs(model, inputs, request.post_processing, is_thing)
     return predictions if isinstance(image, list) else predictions[0]
+
+
+def check_request(
+    task: str,
+    stage: int | None,
+    texts: list[str],
+    things: list[str] | None,
+    stuff: list[str] | None,
+    regions: list[np.ndarray],
+    region_image: Picture | None,
+) -> Request:
+    """The request of a task, known to be one that the model of a stage (None: not known yet) can
+    answer. Raises ValueError at another task, one that needs a language model where there is none,
+    a missing text or region, one that the task does not look at, and words of the prompt format."""
+    if task not in REQUESTS:
+        raise ValueError(f"unknown task {task!r}; known are {', '.join(REQUESTS)}")
+    request, names = REQUESTS[task], [*(things or []), *(stuff or [])]
+    if stage == 1 and request.task != "generic":
+        raise ValueError(f"a stage-1 checkpoint has no language model, which {task} needs")
+    given = {"text": any(texts), "regions": bool(regions)}
+    given["categories"] = things is not None or stuff is not None
+    words = {"categories": "things or stuff", "image": "the image alone"}
+    for kind, is_given in given.items():
+        if is_given and kind != request.needs:
+            kind, needed = (words.get(each, each) for each in (kind, request.needs))
+            raise ValueError(f"task {task} takes no {kind}, but {needed}")
+    if request.needs == "text" and not all(texts):
+        raise ValueError(f"task {task} needs a text")
+    if request.needs == "regions" and not regions:
+        raise ValueError(f"task {task} needs regions")
+    if region_image is not None and task != "vgd":
+        raise ValueError(f"task {task} takes regions of the image itself alone")
+    if task == "interactive" and len(regions) > 1:
+        raise ValueError("task interactive takes one region")
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise ValueError(f"{twice[0]!r} is named twice")
+    for words in [*filter(None, texts), *names]:
+        check_words(words, "a text or a name")
+    return request
 
 
 def chosen_categories(
@@ -332,6 +360,12 @@ def save_pretrained(
         model.tokenizer.save_pretrained(folder)
 
 
+def stored_stage(path: Path) -> int | None:
+    """The stage of a checkpoint of ours; None for a published one, which does not say."""
+    path = find_checkpoint(path)
+    return read_header(path)["stage"] if (path / CONFIG_FILE).is_file() else None
+
+
 def load_checkpoint(
     path: Path | str,
     *,
@@ -344,20 +378,20 @@ def load_checkpoint(
 ) -> tuple[Segmentor | XSAM, int]:
     """The model of a checkpoint and its stage (1: a `Segmentor`, 3: an `XSAM`), ready to answer.
 
-    `path` is a folder that we wrote (a step_N, its stage's folder, or one of `save_pretrained`), or
-    a published X-SAM checkpoint of either generation, a folder or a file. A published one says
-    nothing of its architecture: `config` does (default: the full preset with the language model of
-    the folder `tokenizer`), and `tokenizer` has the words where `path` has none. `dtype` None keeps
+    `path` is a folder that we wrote (a step_N, its stage's or its run's folder, or one of
+    `save_pretrained`), or a published X-SAM checkpoint of either generation, a folder or a file. A
+    published one says nothing of its architecture: `config` does (default: the full preset with the
+    language model of the folder `tokenizer`), which is also taken in place of the one that is
+    stored, and `tokenizer` has the words where `path` has none. `dtype` None keeps
     what is stored. Names that begin with one of `allow_missing` (as on disk, such as "llm.") may be
     absent and start as a new model's, in float32 unless `dtype` says otherwise, as all then is.
     `report` is told what was loaded. Raises ValueError that names file and tensor where anything
     does not fit.
     """
-    path = Path(path)
-    path = latest_checkpoint(path) or path
+    path = find_checkpoint(Path(path))
     if (path / CONFIG_FILE).is_file():
         header = read_header(path)
-        stage, config = header["stage"], header["config"]
+        stage, config = header["stage"], config or header["config"]
         stored = list_tensors(path)
     else:
         stored = list_tensors(path)

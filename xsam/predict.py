@@ -14,22 +14,23 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from xsam.cli import add_checkpoint_flags, inference_changes
+from xsam.cli import Parser, add_checkpoint_flags, inference_changes
 from xsam.datasets.formats import read_image, read_image_size, read_region
 from xsam.distributed import choose_device
 from xsam.files import check_target, write_whole
-from xsam.inference import REQUESTS, load_checkpoint, predict
+from xsam.inference import REQUESTS, check_request, load_checkpoint, predict, stored_stage
 from xsam.postprocess import SHOWN_SCORE
 from xsam.prompts import read_names
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m xsam.predict",
         description="Segments an image, or answers a question about it.",
         epilog='example: python -m xsam.predict refer "the red circle" --image drawing.jpg '
@@ -80,13 +81,27 @@ def output_files(options: argparse.Namespace) -> list[Path]:
     paths = [Path(f"{stem}{suffix}") for suffix in (".png", ".json")]
     for path in paths:
         check_target(path)
+    if options.image in paths:
+        raise ValueError(f"--out {options.out} would replace the image")
     return paths
+
+
+def read_request(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `predict` that the command line names, read and checked before a model is
+    loaded. Raises ValueError where they are no request."""
+    image, regions, shown = read_pictures(options)
+    lists = {"things": options.things, "stuff": options.stuff}
+    names = {kind: text if text is None else read_names(text) for kind, text in lists.items()}
+    stage, texts = stored_stage(options.checkpoint), [options.text]
+    check_request(options.task, stage, texts, *names.values(), regions, shown)
+    about = {"image": image, "task": options.task, "text": options.text}
+    return about | names | {"regions": regions, "region_image": shown}
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
-        image, regions, shown = read_pictures(options)
+        request = read_request(options)
         written = output_files(options) if options.task != "chat" else []
         model, _ = load_checkpoint(
             options.checkpoint,
@@ -97,17 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             report=lambda line: print(line, file=sys.stderr),
         )
         model.config = model.config.resolve(**inference_changes(options))
-        lists = {"things": options.things, "stuff": options.stuff}
-        names = {kind: read_names(text) for kind, text in lists.items() if text}
-        prediction = predict(
-            model,
-            image,
-            options.task,
-            options.text,
-            **names,
-            regions=regions or None,
-            region_image=shown,
-        )
+        prediction = predict(model, **request)
     except ValueError as error:
         print(f"xsam.predict: {error}", file=sys.stderr)
         return 2

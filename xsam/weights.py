@@ -114,9 +114,9 @@ def disk_name(name: str) -> str:
     return name
 
 
-def part_name(on_disk: str) -> str:
-    """The part that a tensor belongs to: "llm", "segmentor.encoder", …"""
-    return ".".join(on_disk.split(".")[: 2 if on_disk.startswith("segmentor.") else 1])
+def part_name(name: str) -> str:
+    """The part that a tensor, by our name or that on disk, belongs to: "llm", …"""
+    return ".".join(name.split(".")[: 2 if name.startswith("segmentor.") else 1])
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def load_tensors(
 
     counts, sizes = Counter(), Counter()
     for entry, names in fills.items():
-        part = part_name(disk_name(prefix + names[0]))
+        part = part_name(prefix + names[0])
         counts[part] += 1
         sizes[part] += torch.Size(entry.shape).numel()
     lines = [f"loaded {source}"]
