@@ -4,6 +4,7 @@ anything starts, and a name that matches nothing is an error.
 pytest tests/test_cli.py
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -31,7 +32,7 @@ SMALL += ["--num_workers", "0", "--num_points", "64"]
 def run_folder(model, segmentor, tmp_path_factory) -> Path:
     """What a finished run leaves: a checkpoint of each stage, and the run's own config.json."""
     out = tmp_path_factory.mktemp("runs") / "toy"
-    config = model.config
+    config, model = model.config, copy.deepcopy(model)
     save_checkpoint(out / "stage1", segmentor, segmentor.config, None, 1, 3, {})
     freeze(model, config.stages[2], "")
     save_checkpoint(out / "stage2", model, config, model.tokenizer, 2, 3, {})
@@ -69,7 +70,7 @@ def toy_run(out: Path, data: Path, *flags: object) -> list[str]:
         ("--stage all --datasets llava_pretrain", "llava_pretrain is of chat"),
         ("--stage 3 --datasets=", "datasets names none"),
         ("--stage 3 --datasets coco_panoptik", "unknown dataset 'coco_panoptik'"),
-        ('--stage 3 --learning_rates {"vision_encoder":0}', "there are segmentor.encoder, segm"),
+        ('--stage 3 --learning_rates {"vision_encoder":0}', "parts are segmentor.encoder, segm"),
         ('--stage 3 --learning_rates {"llmm":0,"":1}', "no part 'llmm'"),
         ('--stage 3 --learning_rates {"llm.":0,"":1}', "no part 'llm.'"),
         ('--stage 1 --learning_rates {"llm":0,"":1}', "no part 'llm'"),
@@ -185,6 +186,18 @@ def test_own_files_are_found_from_the_current_folder(world, tmp_path, monkeypatc
     assert "mine.json" not in preflight(*parse(flags))
 
 
+def test_an_own_file_is_never_made_and_is_looked_into_before_the_start(world, tmp_path, capsys):
+    refs = tmp_path / "refs.json"
+    refs.write_text("[]")
+    flags = ["--stage", 1, "--eval_tasks", "none", "--weights", world / "weights"]
+    arguments = toy_run(tmp_path / "out", world / "data", *flags, "--datasets", refs)
+    assert faulty_train.main({}, arguments) == 2
+    assert "generic sets alone" in capsys.readouterr().err
+    arguments = ["--config", "toy", *map(str, flags), "--out", str(tmp_path / "out")]
+    assert "absent.json\n" in preflight(*parse([*arguments, "--datasets", "absent.json"]))
+    assert not (tmp_path / "out").exists()
+
+
 # ---- stage 1, and what a stage starts from -------------------------------------------------------
 
 
@@ -196,16 +209,8 @@ def test_stage_1_alone_is_scored_before_and_after(world, tmp_path, capsys):
     assert list(results) == ["untrained", "stage 1"]
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if line.startswith("  segmentor.decoder")]
-    assert line.split() == [
-        "segmentor.decoder",
-        "0.17",
-        "M",
-        "learning",
-        "rate",
-        "0.001",
-        "from",
-        "nothing",
-    ]
+    words = "segmentor.decoder 0.17 M learning rate 0.001 from nothing"
+    assert " ".join(line.split()) == words
     assert "scored on: semantic\n" in printed
 
 
@@ -226,9 +231,8 @@ def test_stage_1_alone_is_scored_before_and_after(world, tmp_path, capsys):
     ],
 )
 def test_no_part_is_random_that_the_stage_does_not_train_so(run_folder, flags, wrong, capsys):
-    flags = [
-        str(run_folder / flag) if flag in ("stage1", "stage2", ".") else flag for flag in flags
-    ]
+    paths = {name: run_folder / name for name in ("stage1", "stage2", ".")}
+    flags = [paths.get(flag, flag) for flag in flags]
     if wrong is None:
         options, _ = parse(["--config", "toy", *map(str, flags)])
         assert options.brought or "--init" not in flags
@@ -248,10 +252,8 @@ def test_a_whole_model_needs_no_other_folder(run_folder, world, tmp_path, capsys
     assert faulty_train.main({}, toy_run(tmp_path, world / "data", *flags)) == 0
     assert not (tmp_path / "world").exists()
     assert json.loads((tmp_path / "config.json").read_text())["init"] == [str(run_folder)]
-    assert list(json.loads((tmp_path / "results.json").read_text())["columns"]) == [
-        "init",
-        "stage 3",
-    ]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["columns"]) == ["init", "stage 3"]
     printed = capsys.readouterr().out
     assert "from nothing" not in printed and f"loaded {run_folder / 'stage3/step_12'}" in printed
 

@@ -1494,5 +1494,5 @@ def test_a_size_is_compared_to_the_image_before_masks_of_that_size_are_made(tmp_
     monkeypatch.setattr(
         "xsam.datasets.referring.decode_mask", lambda *_: pytest.fail("a mask was made")
     )
-    with pytest.raises(ValueError, match="goes with says 65535x65535"):
+    with pytest.raises(ValueError, match="not 65535x65535 as what goes with it says"):
         dataset.sample(0, np.random.default_rng(0))

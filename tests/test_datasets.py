@@ -1716,7 +1716,7 @@ def test_an_image_of_another_size_is_named(tmp_path, name):
     write_world(tmp_path)
     write(tmp_path / image, grey(1, (11, 50)))
     messages = errors(name, tmp_path)
-    expected = rf"{re.escape(image)}: is 11x50 .*goes with says \d+x\d+"
+    expected = rf"{re.escape(image)}: is 11x50 .*not \d+x\d+ as what goes with it says"
     assert messages and all(re.search(expected, message) for message in messages)
 
 
@@ -1933,7 +1933,7 @@ def test_a_bad_record_is_named(tmp_path, case):
     ("mask", "message"),
     [
         (CLASS_MAP + 1, "class 133, but there are 133"),
-        (CLASS_MAP[:2], "is 2x5 .* goes with says 3x5"),
+        (CLASS_MAP[:2], "is 2x5 .*, not 3x5 as"),
         (np.stack([CLASS_MAP] * 3, axis=-1), "its pixels are RGB"),
         (b"no picture", "cannot be read as an image"),
         (None, "cannot be read as an image"),
@@ -1950,7 +1950,7 @@ def test_semantic_bad_map_is_named(tmp_path, mask, message):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (np.zeros((6, 4, 3), np.uint8), "is 6x4 .* goes with says 4x6"),
+        (np.zeros((6, 4, 3), np.uint8), "is 6x4 .*, not 4x6 as"),
         (b"no picture", "cannot be read as an image"),
         (None, "cannot be read as an image"),
     ],

@@ -136,6 +136,60 @@ def test_a_photo_is_segmented_upright_unless_its_region_is_of_the_stored_pixels(
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (["panoptic", "person,dog"], "task panoptic takes no text, but things or stuff"),
+        (["gcg", "what is it?"], "task gcg takes no text, but the image alone"),
+        (
+            ["refer", "the ring", "--things", "ring"],
+            "task refer takes no things or stuff, but text",
+        ),
+        (["refer", "the <SEG>"], "contains <SEG>"),
+        (["refer", "  "], "is empty"),
+        (["semantic", "--things", "ring,star,ring"], "'ring' is named twice"),
+        (["panoptic", "--stuff", ""], "no names in it"),
+        (["interactive"], "needs regions"),
+        (
+            ["vgd", "--region", "{small}"],
+            "drawing.png: is 60x90 (height x width), not 7x9 as",
+        ),
+        (["refer", "the ring", "--checkpoint", "{stage1}"], "a stage-1 checkpoint has no language"),
+        (["refer", "the ring", "--out", "{stem}"], "would replace the image"),
+    ],
+)
+def test_a_request_is_checked_before_a_model_is_loaded(
+    segmentor, checkpoint, image, tmp_path, monkeypatch, capsys, request_, message
+):
+    monkeypatch.setattr(predict_command, "load_checkpoint", None)
+    Image.new("L", (9, 7), 255).save(tmp_path / "small.png")
+    save_checkpoint(tmp_path / "stage1", segmentor, segmentor.config, None, 1, 5, {})
+    image = image.rename(tmp_path / "drawing.png")
+    paths = {name: tmp_path / name for name in ("small.png", "stage1", "drawing")}
+    words = {"small": paths["small.png"], "stage1": paths["stage1"], "stem": paths["drawing"]}
+    task, *others = (each.format(**words) for each in request_)
+    assert run(task, "--checkpoint", checkpoint, "--image", image, *others) == 2
+    error = capsys.readouterr().err
+    assert message in error and "annotation" not in error and error.count("\n") == 1
+
+
+def test_a_wrong_flag_is_told_in_a_line(capsys):
+    with pytest.raises(SystemExit):
+        run("refr", "the ring")
+    error = capsys.readouterr().err
+    assert "invalid choice: 'refr'" in error and error.count("\n") == 1 and "--help" in error
+
+
+def test_names_are_split_from_python_as_on_the_command_line(speaking_model, image, tmp_path):
+    picture = Image.open(image)
+    expected = speaking_model.predict(picture, "semantic", things=["ring", "red star"])
+    (tmp_path / "names.txt").write_text("ring\nred star\n")
+    for things in ("ring, red star", str(tmp_path / "names.txt")):
+        found = speaking_model.predict(picture, "semantic", things=things)
+        assert found.labels == expected.labels and np.array_equal(found.masks, expected.masks)
+    assert set(expected.labels) <= {"ring", "red star"} and expected.labels
+
+
 def test_chat_writes_nothing(checkpoint, image):
     assert run("chat", "What is it?", "--checkpoint", checkpoint, "--image", image) == 0
     assert list(image.parent.glob("drawing_*")) == []

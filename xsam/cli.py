@@ -394,11 +394,13 @@ def preflight(options: argparse.Namespace, config: Config) -> str:
     options.makes_data &= any(options.data in path.parents for path, _ in required)
     options.makes_weights &= any(options.weights in path.parents for path, _ in required)
     made = [options.data] * options.makes_data + [options.weights] * options.makes_weights
+    made = [root for root in made if not root.exists()]
     required += [(path, "the checkpoint of --init") for path in options.init]
     missing = [
         (path, about)
         for path, about in required
-        if not path.exists() and not any(root in path.parents for root in made)
+        if not path.exists()
+        and ("your own" in about or not any(root in path.parents for root in made))
     ]
     if missing:
         lines = [f"{len(missing)} missing; put each where it belongs:"]

@@ -393,9 +393,7 @@ def starting_model(
         report(load_earlier_stage(model, earlier, options.out))
     for path in inits:
         report(load_init(model, path, rules["allow_missing"])[0])
-    if (
-        number > 1 and not has_encoder
-    ):  # neither an earlier stage nor --init holds it (paper table 8, row "S3")
+    if number > 1 and not has_encoder:  # nothing before holds it (paper table 8, row "S3")
         folder = options.weights / config.model.seg_encoder
         dtype = getattr(torch, config.dtype)
         report(load_folder(model.segmentor.encoder, "seg_encoder", folder, dtype=dtype))
@@ -405,8 +403,16 @@ def starting_model(
 
 def outline(number: int, config: Config, options: argparse.Namespace) -> str:
     """A table of the parts that a stage begins with: their size, where they come from, and their
-    peak learning rate. Raises ValueError where the configuration is of no model."""
+    peak learning rate. Raises ValueError where the configuration is of no model, or a file of one's
+    own of no data set that the stage can train on."""
+    from xsam.datasets.registry import recognise
+    from xsam.datasets.sources import find_source
+
     stage, is_first = config.stages[number], number == options.stages[0]
+    for source in map(find_source, stage.datasets):
+        task = source.task or recognise(source, options.data).task
+        if number == 1 and task != "generic":
+            raise ValueError(f"stage 1 learns classes from generic sets alone; {source.about}")
     for part in ("image_encoder", "llm") if number > 1 else ():
         folder = options.weights / getattr(config.model, part)
         if folder.is_dir() and not (is_first and options.brought.get(part)):
@@ -485,7 +491,7 @@ def open_mixture(
         if len(dataset.names) != config.model.num_classes:
             raise ValueError(
                 f"{dataset.annotations} has {len(dataset.names)} categories, num_classes is "
-                f"{config.model.num_classes}"
+                f"{config.model.num_classes}: --num_classes {len(dataset.names)} fits"
             )
     return mixture
 
@@ -612,9 +618,7 @@ def run(options: argparse.Namespace, config: Config) -> None:
             open_mixture(model, 1, options, lambda _: None)
         monitor.score(column, model.to(device), options.out, options.data)
     for number in options.stages:
-        if (
-            number != options.stages[0] and distributed.rank() == 0
-        ):  # that of the first stands above
+        if number != options.stages[0] and distributed.rank() == 0:
             print(outline(number, config, options))
         model = train_stage(number, config, options, device)
         column = f"stage {number}"

@@ -187,8 +187,8 @@ def upright(image: Image.Image, size: Shape | None = None, where: str = "image")
             return candidate
     stored = f" upright, {image.height}x{image.width} as stored" if turn > 4 else ""
     raise ValueError(
-        f"{where}: is {shown[0].height}x{shown[0].width} (height x width){stored}; the annotation, "
-        f"image or mask that it goes with says {size[0]}x{size[1]}"
+        f"{where}: is {shown[0].height}x{shown[0].width} (height x width){stored}, not "
+        f"{size[0]}x{size[1]} as what goes with it says"
     )
 
 
