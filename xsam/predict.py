@@ -83,7 +83,7 @@ def output_paths(options: argparse.Namespace) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
+    options = build_parser().parse_intermixed_args(arguments)
     try:
         request = read_request(options)
         model, _ = load_checkpoint(
