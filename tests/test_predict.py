@@ -175,7 +175,7 @@ def test_a_request_is_checked_before_a_model_is_loaded(
 
 def test_a_wrong_flag_is_told_in_a_line(capsys):
     with pytest.raises(SystemExit):
-        run("refr", "the ring")
+        run("refr", "--checkpoint", "x", "--image", "y", "the ring")
     error = capsys.readouterr().err
     assert "invalid choice: 'refr'" in error and error.count("\n") == 1 and "--help" in error
 

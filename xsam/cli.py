@@ -12,6 +12,7 @@ import signal
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -319,13 +320,10 @@ def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Con
         from xsam.prompts import read_phrasings
 
         read_phrasings(config.phrasings)
-    parts = {part: 0 for number in options.stages for part in part_names(config.model, number)}
+    parts = part_names(config.model, options.stages[-1])
     for key in filter(None, flags.get("learning_rates", ())):
-        is_known = any(_is_in(part, key) or _is_in(key, part) for part in parts)
-        names = ", ".join(parts)
-        refuse(
-            not is_known or key[-1] == ".", f"learning_rates: no part {key!r}; parts are {names}"
-        )
+        wrong = f"learning_rates: no part {key!r}; parts are {', '.join(parts)}"
+        refuse(key.endswith(".") or not _touches(key, parts), wrong)
     for number in options.stages:
         check_stage(number, config)
 
@@ -333,6 +331,11 @@ def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Con
 def _is_in(name: str, path: str) -> bool:
     """Whether a module lies under a path; all lie under ""."""
     return f"{name}.".startswith(f"{path}." * bool(path))
+
+
+def _touches(key: str, parts: Iterable[str]) -> bool:
+    """Whether a key of `learning_rates` is of one of the parts, or of modules inside or around."""
+    return any(_is_in(part, key) or _is_in(key, part) for part in parts)
 
 
 def _rate(part: str, rates: dict[str, float]) -> float:
@@ -358,8 +361,7 @@ def check_stage(number: int, config: Config) -> None:
     refuse(wrong, f"{where}: a learning rate in {wrong}")
     bare = ", ".join(part for part in parts if not any(_is_in(part, key) for key in rates))
     refuse(bare, f'{where}: learning_rates has none for {bare}; "" is for all others')
-    used = [_rate(part, rates) for part in parts]
-    used += [rate for key, rate in rates.items() if any(_is_in(key, part) for part in parts)]
+    used = [rate for key, rate in rates.items() if _touches(key, parts)]
     refuse(not any(used), f"{where}: learning_rates leaves nothing to train")
 
 

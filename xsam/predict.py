@@ -99,7 +99,7 @@ def read_request(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
+    options = build_parser().parse_intermixed_args(arguments)
     try:
         request = read_request(options)
         written = output_files(options) if options.task != "chat" else []
