@@ -37,7 +37,8 @@ from xsam.datasets.records import Flag, Id, Side, Size, expect, label, parse, ta
 from xsam.datasets.referring import OwnReferring
 from xsam.datasets.sources import Source
 from xsam.files import find_file, is_file, list_files
-from xsam.prompts import read_names, read_phrasings
+from xsam.names import read_names
+from xsam.prompts import read_phrasings
 
 SIZE = (9, 14)
 WHERE = "instances.json: annotation 5"

@@ -132,7 +132,7 @@ def test_a_photo_is_segmented_upright_unless_its_region_is_of_the_stored_pixels(
     Image.new("L", (5, 5), 1).save(tmp_path / "small.png")
     arguments = ["--image", path, "--region", tmp_path / "small.png"]
     assert run("vgd", "--checkpoint", checkpoint, *arguments) == 2
-    expected = "photo.png: is 60x90 (height x width) upright, 90x60 as stored; "
+    expected = "photo.png: is 60x90 (height x width) upright, 90x60 as stored, not "
     assert expected in capsys.readouterr().err
 
 

@@ -103,7 +103,7 @@ def test_weights_load_repeat_and_leave_torch_alone(world, tmp_path):
         assert all(each.std() > 1e-3 for each in loaded.parameters() if each.dim() > 1)
 
 
-def test_weights_have_the_rights_of_any_new_file(weights, tmp_path):
+def test_weights_have_the_rights_of_any_new_file(world, tmp_path):
     (tmp_path / "new").touch()
-    rights = {path.stat().st_mode for path in weights.rglob("*") if path.is_file()}
+    rights = {path.stat().st_mode for path in (world / "weights").rglob("*") if path.is_file()}
     assert rights == {(tmp_path / "new").stat().st_mode}

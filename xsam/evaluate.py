@@ -46,7 +46,8 @@ from xsam.evaluation.prediction_files import SavedPredictions, keys_of, kind_of
 from xsam.files import check_target, write_whole
 from xsam.inference import Inputs, build_inputs, load_checkpoint, predict_inputs, stored_stage
 from xsam.model import XSAM, Segmentor
-from xsam.prompts import read_names, read_phrasings
+from xsam.names import read_names
+from xsam.prompts import read_phrasings
 
 if __name__ == "__main__":  # a script's own folder must not shadow other packages' modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)

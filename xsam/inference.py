@@ -22,6 +22,7 @@ from xsam.datasets.formats import Picture, foreground, viewed
 from xsam.files import check_target
 from xsam.llm import add_special_tokens
 from xsam.model import XSAM, Segmentor
+from xsam.names import read_names
 from xsam.postprocess import (
     Reading,
     SegmentationResult,
@@ -33,7 +34,7 @@ from xsam.postprocess import (
     semantic_inference,
     union_inference,
 )
-from xsam.prompts import ask, check_words, find_phrases, read_names
+from xsam.prompts import ask, check_words, find_phrases
 from xsam.weights import (
     CONFIG_FILE,
     EMBEDDING,

@@ -2,13 +2,35 @@
 
 import csv
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from xsam.files import read_text
+from xsam.prompts import check_words
 
 _COLUMNS = ("name", "names", "class", "class_name", "label", "category")
+
+
+def read_names(text: str) -> list[str]:
+    """A list of class names: separated by commas, or the path of a file (`names_in`). Background
+    and no class are skipped.
+
+    Raises ValueError where the list is empty, a file is absent or holds something else, or a name
+    holds a token of the prompt format.
+    """
+    looks_like_path = "," not in text and re.search(r"[/\\]|\.[A-Za-z]\w*$", text.strip())
+    try:
+        is_file = looks_like_path or os.path.isfile(text)
+        names = names_in(Path(text)) if is_file else text.split(",")
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{text}: cannot be read as a list of names ({error})") from error
+    names = [name.strip() for name in names if name.strip()]
+    names = [name for name in names if name.lower() not in ("background", "invalid_class_id")]
+    if not names:
+        raise ValueError(f"{text!r}: no names in it")
+    return [check_words(name, f"name {name!r}") for name in names]
 
 
 def names_in(path: Path) -> list[str]:

@@ -25,8 +25,8 @@ from xsam.datasets.formats import read_image, read_image_size, read_region
 from xsam.distributed import choose_device
 from xsam.files import check_target, write_whole
 from xsam.inference import REQUESTS, check_request, load_checkpoint, predict, stored_stage
+from xsam.names import read_names
 from xsam.postprocess import SHOWN_SCORE
-from xsam.prompts import read_names
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,15 +6,13 @@ the classes stay the question's. The phrasings are ours; for weights that were t
 a JSON file replaces them (`--phrasings`).
 """
 
-import csv
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 
+from xsam import former_names
 from xsam.config import SPECIAL_TOKENS
-from xsam.names import names_in
 
 PLACEHOLDERS = ("<image>", "<region>")
 
@@ -223,26 +221,9 @@ def check_words(
     return text
 
 
-def read_names(text: str) -> list[str]:
-    """A list of class names: separated by commas, or the path of a file (names.py). Background and
-    no class are skipped.
-
-    Raises ValueError where the list is empty, a file is absent or holds something else, or a name
-    holds a token of the prompt format.
-    """
-    looks_like_path = "," not in text and re.search(r"[/\\]|\.[A-Za-z]\w*$", text.strip())
-    try:
-        is_file = looks_like_path or os.path.isfile(text)
-        names = names_in(Path(text)) if is_file else text.split(",")
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{text}: cannot be read as a list of names ({error})") from error
-    names = [name.strip() for name in names if name.strip()]
-    names = [name for name in names if name.lower() not in ("background", "invalid_class_id")]
-    if not names:
-        raise ValueError(f"{text!r}: no names in it")
-    return [check_words(name, f"name {name!r}") for name in names]
-
-
 def clean_name(name: str) -> str:
     """A COCO category name as it stands in a prompt: "sky-other-merged" is "sky other"."""
     return name.replace("-merged", "").replace("-stuff", "").replace("-", " ").strip().lower()
+
+
+__getattr__ = former_names(read_names="xsam.names")
