@@ -136,7 +136,7 @@ def test_without_names_every_known_set_is_looked_for(root, capsys):
 
 
 def test_a_missing_path_is_named_once_with_what_belongs_there(root, capsys):
-    assert run(root, "--datasets", "refcoco+,refcoco+_val,coco_vgd_val_point") == 0
+    assert run(root, "--datasets", "refcoco+,refcoco+_val,coco_vgd_val_point") == 1
     output = capsys.readouterr().out
     plus = root / "img_refseg/refcocos/refcoco+"
     vgd = root / "img_vgdseg/coco_vgd"

@@ -22,7 +22,7 @@ from xsam.encoders import transformers_config
 from xsam.toy.preset import toy
 
 NOT_KNOWN = {"model", "stages", "loss"}  # to `resolve`
-NOT_FLAGS = NOT_KNOWN | {"name", "categories"}
+NOT_FLAGS = NOT_KNOWN | {"name", "categories", "init"}  # --init is a list of paths
 
 
 def field_names(*kinds) -> list[str]:
@@ -307,6 +307,12 @@ def test_flags_reach_their_owner_and_only_the_stages_run():
     flags = ["--num_queries", "7", "--num_points", "9", "--seed", "5", "--epochs", "2"]
     flags += ["--init", "step_1", "--config", "toy", "--stage", "3"]
     expected = toy().resolve(
-        stages=(3,), num_queries=7, num_points=9, seed=5, epochs=2.0, starts_from=()
+        stages=(3,),
+        num_queries=7,
+        num_points=9,
+        seed=5,
+        epochs=2.0,
+        starts_from=(),
+        init=("step_1",),
     )
     assert toy().stages[3].starts_from and parse_command(flags)[1] == expected

@@ -370,6 +370,25 @@ def test_semantic_maps_hold_the_ranks_of_categories(panoptic, tmp_path):
     assert (np.asarray(Image.open(tmp_path / "one" / "a.png")) == 255).all()
 
 
+def test_semantic_maps_are_named_as_the_annotations_name_their_pngs(panoptic, tmp_path):
+    content, masks = read(panoptic), tmp_path / "masks"
+    (masks / "left").mkdir()
+    for record in content["annotations"]:
+        image = next(i for i in content["images"] if i["id"] == record["image_id"])
+        old = masks / Path(image["file_name"]).with_suffix(".png").name
+        record["file_name"] = f"left\\{old.stem}_gt.png"
+        if old.exists():
+            old.rename(masks / "left" / f"{old.stem}_gt.png")
+    counts = convert.build_coco_semantic(write(panoptic, content), masks, tmp_path / "out", 1)
+    made = sorted(path.name for path in (tmp_path / "out/left").iterdir())
+    assert len(made) == counts["images"] and all(name.endswith("_gt.png") for name in made)
+    for name in ("../b.png", "..\\b.png", "/tmp/b.png"):
+        content["annotations"][0]["file_name"] = name
+        with pytest.raises(ValueError, match=r"'file_name' .*b\.png' leads out of"):
+            convert.build_coco_semantic(write(panoptic, content), masks, tmp_path / "no", 1)
+    assert not (tmp_path / "no").exists()
+
+
 def test_semantic_names_what_is_wrong(panoptic, tmp_path):
     content = read(panoptic)
     changed = {
@@ -456,6 +475,36 @@ def test_ade20k_semantic_panoptic_and_instances(ade):
         assert each["image_id"] == "ADE_val_2" and isinstance(each["segmentation"]["counts"], str)
         mask = decode_mask(each["segmentation"], (6, 8), "mask")
         np.testing.assert_array_equal(mask, ids == segment["id"])
+
+
+@pytest.mark.parametrize("aliases", [False, True])
+def test_ade20k_classes_have_the_names_of_the_public_file_or_all_aliases(ade, aliases):
+    """Facts of the published panoptic file, as DATA-FORMATS and Mask2Former have them."""
+    rows = [f"{number}\t0.1\t5\t2\t{number} thing, alias" for number in range(1, 151)]
+    (ade / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]))
+    options = ["--splits", "validation", "--workers", "1", *["--aliases"] * aliases]
+    parser = argparse.ArgumentParser()
+    convert.add_commands(parser.add_subparsers(required=True))
+    parsed = parser.parse_args(["ade20k", "--folder", str(ade), *options])
+    assert parsed.run(parsed) == 0
+    categories = read(ade / "ade20k_panoptic_val.json")["categories"]
+    names = [each["name"] for each in categories]
+    assert len(set(names)) == 150 and [each["id"] for each in categories] == list(range(150))
+    if aliases:
+        assert names == [f"{number} thing, alias" for number in range(1, 151)]
+        return
+    assert names[:7] == ["wall", "building", "sky", "floor", "tree", "ceiling", "road, route"]
+    known = {8: "window", 12: "person", 58: "screen door, screen", 63: "blind, screen", 89: "tv"}
+    known |= {94: "land, ground, soil", 109: "pool", 130: "screen", 141: "crt screen", 149: "flag"}
+    assert {number: names[number] for number in known} == known
+    instances = read(ade / "ade20k_instance_val.json")["categories"]
+    assert instances == [dict(id=2, name="sky"), dict(id=3, name="floor")]  # of the fixture
+
+
+def test_ade20k_reads_no_file_that_a_system_left_beside_the_images(ade):
+    (ade / "images/validation/._ADE_val_2.jpg").write_bytes(b"\0\5\26\7")
+    counts = convert.convert_ade20k(ade, ["validation"], num_workers=1)
+    assert counts["validation"]["images"] == 1
 
 
 def test_ade20k_is_the_same_for_any_workers(ade, tmp_path):

@@ -3,17 +3,20 @@ is sound.
 
 Each case is a tiny valid data set and the rules of its format, said here once more and without the
 readers. A corruption changes JSON, pickles, tables and masks (delete, retype, swap, duplicate,
-nest, cut), or files (cut, flip bits, remove, another size, another mode). If the rules are broken,
-the reader has to say so; what it gives all the same is looked at sample by sample. A failure names
-its seed, which is all that `corrupt_and_read` needs to do it again.
+nest, cut), now and then in an exporter's dialect or with a byte order mark, or files (cut, flip
+bits, remove, another size, another mode). If the rules are broken, the reader has to say so; what
+it gives all the same is looked at sample by sample. A failure names its seed, which is all that
+`corrupt_and_read` needs to do it again.
 
 pytest tests/test_corruption.py
 """
 
 import base64
+import contextlib
 import copy
 import csv
 import io
+import itertools
 import json
 import math
 import pickle
@@ -30,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from xsam.data import Sample
@@ -65,8 +68,8 @@ def encode(name: str, content) -> bytes:
     if isinstance(content, bytes):
         return content
     if isinstance(content, Image.Image):
-        buffer = io.BytesIO()
-        content.save(buffer, "JPEG" if name.endswith(".jpg") else "PNG")
+        buffer, exif = io.BytesIO(), content.info.get("exif", b"")
+        content.save(buffer, "JPEG" if name.endswith(".jpg") else "PNG", exif=exif)
         return buffer.getvalue()
     if name.endswith(".p"):
         return pickle.dumps(content, protocol=2)
@@ -160,11 +163,23 @@ class Files:
         need(isinstance(content, kind), f"{name} is no {kind.__name__}")
         return content
 
-    def image(self, folder: str, name: str, size: tuple | None = None) -> Image.Image:
-        need(isinstance(name, str), "a file name is a string")
-        image = self.read(posixpath.normpath(f"{folder}/{name}"), Image.Image)
-        need(size is None or image.size == size[::-1], f"{name} is {image.size}, not {size}")
-        return image
+    def image(self, folder: str, name: str | list, size: tuple | None = None) -> Image.Image:
+        names = name if isinstance(name, list) and len(name) > 1 else [name]
+        image = self.read(self.find(folder, *names), Image.Image)
+        shown = ImageOps.exif_transpose(image)
+        sizes = (shown.size, image.size)
+        need(size is None or size[::-1] in sizes, f"{name} is {sizes}, not {size}")
+        return shown if size is None or shown.size == size[::-1] else image
+
+    def find(self, folder: str, *names: str) -> str:
+        """The first file that one of the names means, or the first name."""
+        paths = []
+        for name in names:
+            need(isinstance(name, str), "a file name is a string")
+            path = posixpath.normpath(f"{folder}/{name}".replace("\\", "/"))
+            stem, suffix = posixpath.splitext(path)
+            paths += [path, stem + suffix.lower(), stem + suffix.upper()]
+        return next((path for path in paths if path in self.files), paths[0])
 
 
 class _Unpickler(pickle.Unpickler):
@@ -180,19 +195,27 @@ def read_bytes(name: str, content: bytes):
     if name.endswith(".p"):
         return _Unpickler(io.BytesIO(content)).load()
     if name.endswith(".tsv"):
-        lines = io.StringIO(content.decode(), newline="")
+        lines = io.StringIO(content.decode(json.detect_encoding(content)), newline="")
         rows = csv.DictReader(lines, delimiter="\t", strict=True)
         return [{k: v or "" for k, v in row.items() if isinstance(k, str)} for row in rows]
     try:
         return json.loads(content)
     except UnicodeDecodeError:
-        need("reason" in name, "JSON is UTF-8, but ReasonSeg's")
+        need("reason/" in name, "JSON is UTF-8, -16 or -32, but ReasonSeg's")
         return json.loads(content.decode("cp1252", "replace"))
 
 
+def spelled(value):
+    """A whole number, also where it is written as a text or with a point; else as it is."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    digits = isinstance(value, str) and re.fullmatch(r" *(0|[1-9][0-9]*) *", value)
+    return int(value) if digits and len(value) < 19 else value
+
+
 def whole(value) -> int:
-    need(type(value) is int, "a whole number")
-    return value
+    need(type(spelled(value)) is int, "a whole number")
+    return spelled(value)
 
 
 def text(value) -> str:
@@ -203,19 +226,17 @@ def text(value) -> str:
 
 
 def flag(value) -> bool:
-    need(type(value) in (int, bool, float) and value in (0, 1), "0 or 1")
-    return bool(value)
+    need(value is None or spelled(value) in (0, 1), "0 or 1")
+    return bool(value) and bool(spelled(value))
 
 
 def key(value) -> int | str:
-    need(type(value) in (int, str), "an id")
-    return value
+    need(type(spelled(value)) in (int, str), "an id")
+    return spelled(value)
 
 
 def size_of(record: dict) -> tuple[int, int]:
-    sides = record["height"], record["width"]
-    need(all(type(side) in (int, str) for side in sides), "a size")
-    return int(sides[0]), int(sides[1])
+    return whole(record["height"]), whole(record["width"])
 
 
 def table(records: list) -> dict:
@@ -229,24 +250,34 @@ def check_mask(shape, size: tuple[int, int]) -> None:
     """COCO's four encodings."""
     need(isinstance(shape, (dict, list)), "a segmentation")
     num_parts = 0
-    for part in shape if isinstance(shape, list) else [shape]:
+    shape = shape if isinstance(shape, list) else [shape]
+    if is_pairs(shape) or (shape and all(isinstance(part, (int, float)) for part in shape)):
+        shape = [shape]  # a polygon alone
+    for part in shape:
+        part = [*itertools.chain(*part)] if is_pairs(part) else part
         if isinstance(part, dict):
             check_rle(part, size)
             num_parts += 1
         else:
             need(isinstance(part, list), "a ring is a list")
             if len(part) >= 6 and len(part) % 2 == 0:  # others are dropped
-                need(all(isinstance(number, (int, float)) for number in part), "a ring of numbers")
+                part = [float(number) for number in part]
                 need(all(abs(number) < 10 * max(size) for number in part), "a ring in its image")
                 num_parts += 1
     need(num_parts > 0, "a valid part")
+
+
+def is_pairs(part) -> bool:
+    pairs = part if isinstance(part, list) else []
+    return bool(pairs) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
 
 
 def check_rle(record: dict, size: tuple[int, int]) -> None:
     need(record["size"] == list(size), "an RLE of the image's size")
     counts = record["counts"]
     runs = counts if isinstance(counts, list) else unpack(counts)
-    need(all(type(run) is int and run >= 0 for run in runs), "runs from 0 on")
+    runs = [whole(run) for run in runs]
+    need(all(run >= 0 for run in runs), "runs from 0 on")
     need(sum(runs) == size[0] * size[1], "runs that fill the image")
 
 
@@ -278,6 +309,12 @@ def check_categories(content: dict, with_things: bool = False) -> list[int]:
     return sorted(table(content["categories"]))
 
 
+def png_of(annotation: dict) -> str:
+    """The name that an annotation gives to its PNG, if any."""
+    name = annotation.get("file_name")
+    return name if isinstance(name, str) else ""
+
+
 def panoptic_case() -> Case:
     """A segment id over 65535, void, a crowd segment, an image without segments."""
     annotations, files = [], images("images")
@@ -296,7 +333,9 @@ def panoptic_case() -> Case:
                 (11, 1, 1),
             )
         ]
-        annotations.append({"image_id": number, "file_name": "x.png", "segments_info": segments})
+        name = f"of_{place}.png"
+        files[f"masks/{name}"] = files.pop(f"masks/{place}.png")
+        annotations.append({"image_id": number, "file_name": name, "segments_info": segments})
     records = [*image_records(), {"id": 1, "file_name": "no.jpg", "height": 9, "width": 9}]
     annotations.append({"image_id": 1, "file_name": "no.png", "segments_info": []})
     content = {"images": records, "annotations": annotations, "categories": CATEGORIES}
@@ -309,10 +348,11 @@ def panoptic_case() -> Case:
             table(content["images"]),
             {},
         )
+        names = {}
         for annotation in content["annotations"]:
             number = key(annotation["image_id"])
             need(number in records and number not in segments, "one annotation of a known image")
-            segments[number] = annotation["segments_info"]
+            segments[number], names[number] = annotation["segments_info"], png_of(annotation)
             need(isinstance(segments[number], list), "a list")
         for number, found in segments.items():
             ids = {0}
@@ -320,11 +360,11 @@ def panoptic_case() -> Case:
                 need(whole(segment["category_id"]) in categories, "a known category")
                 flag(segment.get("iscrowd", 0))
                 need(whole(segment["id"]) not in ids, "an id once")
-                ids.add(segment["id"])
+                ids.add(whole(segment["id"]))
             if found:
                 size = size_of(records[number])
                 files.image("images", records[number]["file_name"], size)
-                name = Path(records[number]["file_name"]).stem + ".png"
+                name = names[number] or Path(records[number]["file_name"]).stem + ".png"
                 colours = np.asarray(files.image("masks", name, size).convert("RGB"), np.int64)
                 used = np.unique(colours @ [1, 256, 65536]).tolist()
                 need(set(used) <= ids, "segment ids that the annotation has")
@@ -357,8 +397,9 @@ def instances_case() -> Case:
             {},
         )
         for annotation in table(content["annotations"]).values():
-            need(key(annotation["image_id"]) in records, "a known image")
-            by_image.setdefault(annotation["image_id"], []).append(annotation)
+            number = key(annotation["image_id"])
+            need(number in records, "a known image")
+            by_image.setdefault(number, []).append(annotation)
         for number, found in by_image.items():
             if all([flag(annotation.get("iscrowd", 0)) for annotation in found]):
                 continue
@@ -380,19 +421,21 @@ def semantic_case() -> Case:
     records = image_records(("a", "b"))
     records.append({"id": "c", "file_name": "no.jpg", "height": 9, "width": 9})
     annotations = [{"image_id": number, "segments_info": []} for number in ("a", "b")]
+    annotations[1]["file_name"] = "1.png"
     content = {"images": records, "annotations": annotations, "categories": CATEGORIES}
     source = Source("generic", "semantic", "panoptic.json", "images", "masks")
 
     def check(files: Files, source: Source) -> None:
         content = files.read("panoptic.json", dict)
         num_categories = len(check_categories(content))
-        labelled = {key(annotation["image_id"]) for annotation in content["annotations"]}
+        labelled = {key(each["image_id"]): png_of(each) for each in content["annotations"]}
         for number, record in table(content["images"]).items():
             if number not in labelled:
                 continue
             size = size_of(record)
             files.image("images", record["file_name"], size)
-            classes = files.image("masks", Path(record["file_name"]).stem + ".png", size)
+            name = labelled[number] or Path(record["file_name"]).stem + ".png"
+            classes = files.image("masks", name, size)
             need(classes.mode in ("L", "P"), "a channel of eight bits")
             values = np.unique(np.asarray(classes))
             need(all(values[values != 255] < num_categories), "classes that there are")
@@ -429,20 +472,21 @@ def refs_of(objects: list[tuple]) -> list[dict]:
 def check_refs(files: Files, source: Source) -> None:
     content = files.read("instances.json", dict)
     records, annotations = table(content["images"]), table(content["annotations"])
-    splits = {}
     for ref in files.read(source.annotations, list):
         number = whole(ref["image_id"])
         need(number in records, "a known image")
-        splits.setdefault(number, ref["split"])
         need(isinstance(ref["split"], str), "a split")
         numbers = ref["ann_id"] if isinstance(ref["ann_id"], list) else [whole(ref["ann_id"])]
         need(len(numbers) > 0 and ref["ann_id"] != -1, "annotations, or the list [-1]")
         for annotation in numbers if numbers != [-1] else ():
             need(whole(annotation) in annotations, "a known annotation")
-            need(annotations[annotation]["image_id"] == number, "an annotation of the image")
-        need(isinstance(ref["sentences"], list) and len(ref["sentences"]) > 0, "sentences")
+            of_image = whole(annotations[annotation]["image_id"])
+            need(of_image == number, "an annotation of the image")
+        is_asked = ref["split"] == source.split
+        need(isinstance(ref["sentences"], list), "sentences")
+        need(not is_asked or len(ref["sentences"]) > 0, "a sentence")
         sentences = [ref_sentence["sent"] for ref_sentence in ref["sentences"]]
-        if splits[number] == source.split:
+        if is_asked:
             size = size_of(records[number])
             files.image("images", records[number]["file_name"], size)
             for sentence in sentences:
@@ -485,8 +529,10 @@ def own_case() -> Case:
 
     def check(files: Files, source: Source) -> None:
         for record in files.read("own.json", list):
-            image = files.image("images", record["image"])
             masks, texts = record["masks"], record["texts"]
+            told = [mask["size"] for mask in masks if isinstance(mask, dict)]
+            told += [files.image("images", m).size[::-1] for m in masks if isinstance(m, str)]
+            image = files.image("images", record["image"], tuple(told[0]) if told else None)
             need(isinstance(masks, list) and isinstance(texts, list), "lists")
             need(len(masks) == len(texts) > 0, "a text for each mask")
             for mask, alternatives in zip(masks, texts, strict=True):
@@ -570,8 +616,7 @@ def check_caption(files: Files, caption: str, spans: list, paths: list[str], siz
         text(caption)
         for span in kept:
             text(caption[span[0] : span[1]])
-        path = next((path for path in paths if f"images/{path}" in files.files), paths[0])
-        image = files.image("images", path, size)
+        image = files.image("images", paths if len(paths) > 1 else paths[0], size)
         for span in kept:
             check_mask(span[2], image.size[::-1])
 
@@ -687,8 +732,9 @@ def gcg_flickr_case() -> Case:
         content = files.read("gcg.json", dict)
         records, by_image = table(content["images"]), {}
         for annotation in content["annotations"]:
-            need(key(annotation["image_id"]) in records, "a known image")
-            by_image.setdefault(annotation["image_id"], []).append(annotation)
+            number = key(annotation["image_id"])
+            need(number in records, "a known image")
+            by_image.setdefault(number, []).append(annotation)
         for number, record in records.items():
             caption, spans = clean(record["caption"]), []
             if len(caption.split()) < 3:
@@ -728,8 +774,9 @@ def gcg_scored_case() -> Case:
         content, texts = files.read("masks.json", dict), {}
         records, by_image = table(content["images"]), {}
         for annotation in content["annotations"]:
-            need(key(annotation["image_id"]) in records, "a known image")
-            by_image.setdefault(annotation["image_id"], []).append(annotation["segmentation"])
+            number = key(annotation["image_id"])
+            need(number in records, "a known image")
+            by_image.setdefault(number, []).append(annotation["segmentation"])
         for record in files.read("captions.json", dict)["annotations"]:
             texts[key(record["image_id"])] = text(record["caption"])
         for number, record in records.items():
@@ -769,7 +816,7 @@ def check_prompts(files: Files, source: Source) -> None:
         for annotation in annotations:
             key(annotation["id"])
             whole(annotation["category_id"])
-            need(categories is None or annotation["category_id"] in categories, "a category")
+            need(categories is None or whole(annotation["category_id"]) in categories, "known")
             prompts = annotation if source.task == "interactive" else annotation["visual_prompts"]
             filled = []
             for kind in PROMPT_TYPES:
@@ -863,10 +910,11 @@ def llava_case() -> Case:
             if not record.get("image"):
                 continue
             name = record["image"]
+            name = name[0] if isinstance(name, list) and len(name) == 1 else name
             need(isinstance(name, str), "a file name")
             kinds = (".jpg", ".png", ".gif", ".jpeg")
-            names = [name, *(str(Path(name).with_suffix(kind)) for kind in kinds)]
-            files.image("images", next((n for n in names if f"images/{n}" in files.files), name))
+            names = [name, *(posixpath.splitext(name)[0] + kind for kind in kinds)]
+            files.image("images", names)
             speakers = [turn["from"] for turn in record["conversations"]]
             texts = [turn["value"].replace("<image>", "") for turn in record["conversations"]]
             first = 1 if speakers[0] == "gpt" else 0
@@ -948,11 +996,67 @@ VALUES: tuple = (
 )
 
 
+def respelled(content, change: Callable):
+    """JSON with `change` of (key, value) in the place of every value that a record has."""
+    if isinstance(content, list):
+        return [respelled(each, change) for each in content]
+    if not isinstance(content, dict):
+        return content
+    return {name: change(name, respelled(value, change)) for name, value in content.items()}
+
+
+def _of(names: tuple, kind: type, spell: Callable) -> Callable:
+    return lambda name, value: spell(value) if name in names and type(value) is kind else value
+
+
+def _of_polygons(spell: Callable) -> Callable:
+    def change(name, value):
+        is_polygons = name == "segmentation" and isinstance(value, list)
+        is_polygons = is_polygons and isinstance(value[0], list)
+        return spell(value) if is_polygons else value
+
+    return change
+
+
+def _in_pairs(ring: list) -> list:
+    return [ring[at : at + 2] for at in range(0, len(ring), 2)] if len(ring) >= 6 else ring
+
+
+_IDS = ("id", "image_id", "category_id")
+_FILES = ("file_name", "image", "image_file", "img_file_name")
+# What exporters write in another way, and means the same.
+DIALECTS: dict[str, Callable] = {
+    "ids as text": _of(_IDS, int, str),
+    "ids with a point": _of(_IDS, int, float),
+    "flags as text": _of(("iscrowd", "isthing", "ignore"), int, str),
+    "no flag": _of(("iscrowd", "ignore"), int, lambda value: value or None),
+    "sizes as text": _of(("height", "width"), int, str),
+    "sizes with a point": _of(("height", "width"), int, float),
+    "backslashes": _of(_FILES, str, ".\\{}".format),
+    "capital suffix": _of(_FILES, str, lambda name: name.replace(".jpg", ".JPG")),
+    "corners in pairs": _of_polygons(lambda rings: [_in_pairs(each) for each in rings]),
+    "corners as text": _of_polygons(lambda rings: [[*map(str, each)] for each in rings]),
+    "a polygon alone": _of_polygons(lambda rings: rings[0] if len(rings) == 1 else rings),
+}
+ENCODINGS = ("utf-8-sig", "utf-16", "utf-32", "utf-16-le")
+
+
+def in_dialect(files: dict[str, Any], dialect: str) -> dict[str, Any]:
+    changed = dict(files)
+    for name, content in files.items():
+        if not isinstance(content, (Image.Image, bytes)) and not name.endswith(".tsv"):
+            changed[name] = respelled(content, DIALECTS[dialect])
+    return changed
+
+
 class Corruption:
     """One change of a case's files, drawn from `rng`; `what` says which."""
 
     def __init__(self, files: dict[str, Any], rng: np.random.Generator):
         self.files, self.rng = dict(files), rng
+        dialect = self.pick([*DIALECTS, *ENCODINGS]) if rng.random() < 0.3 else ""
+        if dialect in DIALECTS:
+            files = self.files = in_dialect(files, dialect)
         records = [name for name in sorted(files) if not isinstance(files[name], Image.Image)]
         self.name = self.pick(records if rng.random() < 0.7 else sorted(files))
         content = self.files[self.name]
@@ -968,7 +1072,15 @@ class Corruption:
                 self.what = self.change_mask(self.pick(masks))
             else:
                 self.what = self.change_structure(content)
-        self.what = f"{self.name}: {self.what}"
+        if (
+            dialect in ENCODINGS
+            and self.name.endswith((".json", ".tsv"))
+            and self.name in self.files
+        ):
+            content = encode(self.name, self.files[self.name])
+            with contextlib.suppress(UnicodeError):  # half a character
+                self.files[self.name] = content.decode().encode(dialect)
+        self.what = f"{dialect}, {self.name}: {self.what}"
 
     def pick(self, choices):
         return choices[self.rng.integers(len(choices))]
@@ -997,16 +1109,24 @@ class Corruption:
         return kind
 
     def change_image(self, image: Image.Image) -> str:
-        kind = self.pick(["size", "turned", "mode", "pixel", "pixel"])
+        kind = self.pick(["size", "turned", "tag", "turned and tag", "mode", "pixel", "pixel"])
         if kind == "size":
             image = image.resize((image.width + int(self.rng.integers(1, 3)), image.height))
-        elif kind == "turned":
-            image = image.transpose(Image.Transpose.ROTATE_90)
+        elif "turned" in kind or kind == "tag":
+            image = image.transpose(Image.Transpose.ROTATE_90) if kind != "tag" else image.copy()
+            if kind != "turned":
+                tag = Image.Exif()
+                tag[274] = int(self.rng.integers(10))
+                image.info["exif"] = tag.tobytes()
+                kind += f" {tag[274]}"
         elif kind == "mode":
             modes = ["L", "1", "CMYK"] if self.name.endswith(".jpg") else ["L", "1", "P", "RGBA"]
-            modes += [] if self.name.endswith(".jpg") else ["LA", "I;16"]
+            modes += [] if self.name.endswith(".jpg") else ["LA", "I;16", "16 bits"]
             kind = self.pick(modes)
-            image = image.convert("L").convert(kind) if kind == "I;16" else image.convert(kind)
+            if kind == "16 bits":
+                image = Image.fromarray(np.asarray(image.convert("L")) * np.uint16(257))
+            else:
+                image = image.convert("L").convert(kind) if kind == "I;16" else image.convert(kind)
         else:
             image = image.copy()
             value = self.rng.integers(256, size=len(image.getbands())).tolist()
@@ -1246,9 +1366,12 @@ def corrupt_and_read(case: Case, root: Path, seed: int, skipped: dict) -> str:
     """What is wrong with the reader's dealing with corruption `seed`, "" if nothing. The files of
     `case` lie under `root` and do again afterwards; `skipped` is what is left out of them."""
     corruption = Corruption(case.files, np.random.default_rng(seed))
-    source, name = case.sources[seed % len(case.sources)], corruption.name
-    changed = corruption.files.get(name)
-    write(root, name, None if changed is None else encode(name, changed))
+    source, names = case.sources[seed % len(case.sources)], []
+    for name, content in case.files.items():
+        changed = corruption.files.get(name)
+        if changed is not content:
+            names.append(name)
+            write(root, name, None if changed is None else encode(name, changed))
     try:
         broken = what_is_broken(case, corruption.files, source)
         messages, dataset = open_and_read(source, root, seed)
@@ -1268,7 +1391,8 @@ def corrupt_and_read(case: Case, root: Path, seed: int, skipped: dict) -> str:
         where = f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
         wrong = f"{type(error).__name__} at {where}: {str(error)[:200]}"
     finally:
-        write(root, name, encode(name, case.files[name]))
+        for name in names:
+            write(root, name, encode(name, case.files[name]))
     return f"{wrong}  <-  seed {seed}, {source.split} {corruption.what}"[:400] if wrong else ""
 
 
@@ -1314,6 +1438,33 @@ def test_a_corrupted_record_is_refused_with_a_message_or_is_sound(name, tmp_path
     assert not failures, f"{len(failures)} of {NUM_CORRUPTIONS}:\n" + "\n".join(failures)
 
 
+def all_samples(source: Source, root: Path) -> list[tuple]:
+    messages, dataset = open_and_read(source, root, 1)
+    assert messages == []
+    samples = [dataset.sample(index, np.random.default_rng(index)) for index in range(len(dataset))]
+    return [(s.turns, s.names, s.masks.tolist(), s.labels.tolist(), s.ignore) for s in samples]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_dialect_and_encoding_is_read_as_what_it_means(name, tmp_path):
+    case, num_changed = CASES[name](), 0
+    lay(case, tmp_path)
+    sound = [all_samples(source, tmp_path) for source in case.sources]
+    for spelling in (*DIALECTS, *ENCODINGS):
+        files = in_dialect(case.files, spelling) if spelling in DIALECTS else dict(case.files)
+        for file, content in files.items():
+            changed = encode(file, content)
+            if spelling in ENCODINGS and file.endswith((".json", ".tsv")):
+                changed = changed.decode().encode(spelling)
+            num_changed += changed != encode(file, case.files[file])
+            write(tmp_path, file, changed)
+        for source, expected in zip(case.sources, sound, strict=True):
+            for one, other in zip(all_samples(source, tmp_path), expected, strict=True):
+                assert one[:4] == other[:4], spelling
+                assert np.array_equal(one[4], other[4]), spelling
+    assert num_changed >= len(ENCODINGS)
+
+
 def test_a_damaged_map_is_refused_or_is_what_it_was(tmp_path):
     """Pillow alone takes a few percent of them for other pixels."""
     rng, path = np.random.default_rng(0), tmp_path / "map.png"
@@ -1343,5 +1494,5 @@ def test_a_size_is_compared_to_the_image_before_masks_of_that_size_are_made(tmp_
     monkeypatch.setattr(
         "xsam.datasets.referring.decode_mask", lambda *_: pytest.fail("a mask was made")
     )
-    with pytest.raises(ValueError, match="its annotation says 65535x65535"):
+    with pytest.raises(ValueError, match="not 65535x65535 as what goes with it says"):
         dataset.sample(0, np.random.default_rng(0))

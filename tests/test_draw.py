@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from xsam.report import pictures as draw
 from xsam.report.pictures import PALETTE, draw_segments, side_by_side
@@ -117,6 +117,69 @@ def test_the_title_is_a_strip_that_grows_with_its_lines():
     assert 300 < short.height < long.height
     assert short.width == long.width == 500
     assert (np.array(long)[-300:] == np.array(image)).all()
+
+
+WORDS = {
+    "Chinese": ("红色", "蓝猫"),
+    "Japanese": ("ねこ", "いぬ"),
+    "Korean": ("고양이", "강아지"),
+    "Thai": ("แมว", "หมา"),
+    "Hindi": ("बिल्ली", "कुत्ता"),
+    "Russian": ("кот", "пёс"),
+    "accents": ("é", "è"),
+    "emoji": ("😀", "🦊"),
+    "control characters": ("a\x01", "a\x02"),
+    "halves of characters": ("\ud83d", "\ude00"),
+    "in a longer name": ("a 猫 here", "a 犬 here"),
+    "beyond the width": ("猫" * 90 + "犬", "猫" * 91),
+}
+
+
+@pytest.mark.parametrize("has_fonts", [True, False], ids=["the system's fonts", "Pillow's alone"])
+@pytest.mark.parametrize("kind", WORDS)
+def test_words_of_any_script_can_be_told_apart(monkeypatch, kind, has_fonts):
+    if not has_fonts:
+        monkeypatch.setattr(draw, "_font_files", lambda: [""])
+    masks = rectangle(480, 480, 100, 100, 400, 400)[None]
+    titles, labels = [], []
+    for word in WORDS[kind]:
+        picture = draw_segments(photograph(480, 480), masks[:0], [], title=word)
+        titles.append(np.array(picture)[:-480].tobytes())
+        labels.append(draw_segments(photograph(480, 480), masks, [word]).tobytes())
+    assert titles[0] != titles[1] and labels[0] != labels[1]
+
+
+def test_no_letter_is_a_box(monkeypatch):
+    box = ImageFont.load_default(16).getmask("\U0010ffff")
+    texts = [word for words in WORDS.values() for word in words]
+    for fonts in (draw._font_files(), [""]):
+        monkeypatch.setattr(draw, "_font_files", lambda fonts=fonts: fonts)
+        for text in texts:
+            written, font = draw._legible(text, 16)
+            for letter in set(written) - {" "}:
+                assert bytes(font.getmask(letter)) != bytes(box), (text, letter)
+
+
+def test_a_font_that_has_the_letters_is_taken_and_else_their_numbers_are_written(monkeypatch):
+    assert draw._legible("a red cat", 16)[0] == "a red cat"
+    assert draw._legible("a red cat", 16)[1].getname()[0] == ImageFont.load_default(16).getname()[0]
+    known = {"": "cat ", "first.ttf": "cat 猫", "second.ttf": "cat 猫犬"}
+    monkeypatch.setattr(draw, "_font_files", lambda: list(known))
+    monkeypatch.setattr(draw, "_has_letter", lambda file, letter: letter in known[file])
+    monkeypatch.setattr(draw, "_load_font", lambda file, size: (file, size))
+    assert draw._legible("cat", 9) == ("cat", ("", 9))
+    assert draw._legible("猫 cat", 9) == ("猫 cat", ("first.ttf", 9))
+    assert draw._legible("猫犬", 9) == ("猫犬", ("second.ttf", 9))
+    assert draw._legible("猫 猿", 9) == (r"\u732b \u733f", ("", 9))
+
+
+def test_a_long_word_is_broken_and_a_thin_picture_has_room_for_words():
+    image, masks = photograph(500, 300), np.zeros((0, 300, 500), bool)
+    assert draw_segments(image, masks, [], title="x" * 300).height > 300 + 4 * 16
+    for size in ((2, 3000), (3000, 2), (1, 1)):
+        masks = np.ones((1, *size), bool)
+        picture = draw_segments(photograph(*size[::-1]), masks, ["a cat"], title="a cat sat here")
+        assert picture.height < size[0] + 600
 
 
 def test_wrong_masks_are_refused():

@@ -7,11 +7,12 @@ import io
 import itertools
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter, PngImagePlugin
 from pycocotools import mask as coco_mask
 
 from xsam.datasets import records
@@ -19,20 +20,25 @@ from xsam.datasets.formats import (
     decode_mask,
     dilate,
     encode_mask,
-    num_bad_rings,
+    foreground,
     read_class_map,
     read_image,
     read_image_size,
     read_json,
-    read_labelme,
-    read_mask_image,
     read_refs,
+    read_region,
     read_segment_ids,
     read_tsv,
     rle_area,
     segment_colours,
+    viewed,
 )
 from xsam.datasets.records import Flag, Id, Side, Size, expect, label, parse, take
+from xsam.datasets.referring import OwnReferring
+from xsam.datasets.sources import Source
+from xsam.files import find_file, is_file, list_files
+from xsam.names import read_names
+from xsam.prompts import read_phrasings
 
 SIZE = (9, 14)
 WHERE = "instances.json: annotation 5"
@@ -166,9 +172,19 @@ def test_a_polygon_is_filled_as_pycocotools_fills_it():
 def test_bad_rings_are_dropped_and_counted():
     bad = [[1, 1, 8, 8], [0, 0, 5, 0, 5, 5, 3], [4, 4, 4], []]
     assert (decode_mask([*bad, *RINGS], SIZE, WHERE) == two_parts()).all()
-    assert num_bad_rings([*bad, *RINGS]) == 4
-    assert num_bad_rings(RINGS) == num_bad_rings(list_rle(two_parts())) == 0
-    assert num_bad_rings([packed(two_parts())]) == num_bad_rings(None) == 0
+    assert records.mask_parts([*bad, *RINGS]) == (RINGS, 4)
+    for shape in (RINGS, [packed(two_parts())]):
+        assert records.mask_parts(shape) == (shape, 0)
+    assert records.mask_parts(list_rle(two_parts())) == ([list_rle(two_parts())], 0)
+    assert records.mask_parts([]) == ([], 0)
+
+
+def test_a_polygon_may_stand_alone_or_have_its_corners_in_pairs_or_as_text():
+    ring, expected = RINGS[0], decode_mask(RINGS[:1], SIZE, WHERE)
+    pairs = [list(pair) for pair in zip(ring[::2], ring[1::2], strict=True)]
+    as_text = [[str(number) for number in ring]]
+    for shape in (ring, pairs, [pairs], [[1, 2], pairs], as_text):
+        assert (decode_mask(shape, SIZE, WHERE) == expected).all(), shape
 
 
 COUNTS = packed(two_parts())["counts"]
@@ -176,18 +192,17 @@ BAD_MASKS = {
     "nothing": ([], "no valid polygon or RLE"),
     "no valid ring": ([[1, 1, 8, 8]], "no valid polygon or RLE"),
     "three numbers": ([[1, 2, 3]], "no valid polygon or RLE"),
-    "a number": (7, "expected list, got 7"),
+    "a number": (7, "no valid polygon or RLE"),
     "a string": (["mask.png"], "expected list, got 'mask.png'"),
     "word in a ring": ([[1, 1, 5, 1, 5, "five"]], "no number"),
-    "numbers as words": ([["1", "1", "5", "1", "5", "5"]], "no number"),
-    "flags in a ring": ([[True, True, False, True, False, False]], "no number"),
+    "words in a ring": ([["1", "1", "5", "1", "5", "five"]], "no number"),
+    "pairs and a triple": ([[[1, 1], [5, 1], [5, 5, 5]]], "no valid polygon|no number"),
     "lists in a ring": ([[1, 1, 5, 1, 5, [5]]], "no number"),
-    "huge number in a ring": ([[1, 1, 5, 1, 5, 2**80]], "no number"),
+    "huge number in a ring": ([[1, 1, 5, 1, 5, 2**80]], "outside its image"),
     "null in a ring": ([[1, 1, 5, 1, 5, None]], "no number"),
-    "pairs": ([[[1, 1], [5, 1], [5, 5], [1, 5], [0, 2], [0, 1]]], "no number"),
     "far outside": ([[1, 1, 900, 1, 900, 5]], "outside its image"),
     "infinite": ([[1, 1, float("inf"), 1, 5, 5]], "outside its image"),
-    "not a number": ([[1, 1, float("nan"), 1, 5, 5]], "outside its image"),
+    "not a number": ([[1, 1, float("nan"), 1, 5, 5]], "no number"),
     "list RLE of another size": (list_rle(two_parts()[:8]), r"RLE of size \[8, 14\].*\[9, 14\]"),
     "string RLE of another size": ([packed(two_parts().T)], r"RLE of size \[14, 9\].*\[9, 14\]"),
     "no size": ({"counts": COUNTS}, "has no 'size'"),
@@ -200,7 +215,7 @@ BAD_MASKS = {
     "negative run": ({"size": [9, 14], "counts": [100, -4, 30]}, "does not fit"),
     "run beyond 64 bits": ({"size": [9, 14], "counts": [2**70, 26]}, "too long"),
     "sum beyond 64 bits": ({"size": [9, 14], "counts": [2**63 - 1] * 2 + [128]}, "does not fit"),
-    "float run": ({"size": [9, 14], "counts": [100.0, 26]}, "expected int"),
+    "float run": ({"size": [9, 14], "counts": [100.5, 26]}, "expected int"),
     "boolean run": ({"size": [9, 14], "counts": [125, True]}, "expected int"),
     "string cut": ({"size": [9, 14], "counts": COUNTS[:-1]}, "RLE"),
     "string too long": ({"size": [9, 14], "counts": COUNTS + "3"}, "does not fit"),
@@ -278,21 +293,74 @@ def test_dilate_grows_by_a_disc(radius):
 # ---- JSON and records ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("read", [read_json, read_labelme])
 @pytest.mark.parametrize(
-    "content",
-    [b'{"images": [', b"", b"<html>not found</html>", b"[" * 100_000],
-    ids=["cut", "empty", "page", "deep"],
+    "content", [b'{"images": [', b"", b"[" * 100_000], ids=["cut", "empty", "deep"]
 )
-def test_a_damaged_json_is_named(tmp_path, read, content):
+def test_a_damaged_json_is_named(tmp_path, content):
     (tmp_path / "refs.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"refs\.json: not valid JSON.*fetch it again"):
-        read(tmp_path / "refs.json")
+        read_json(tmp_path / "refs.json")
 
 
-def test_a_json_that_is_not_utf_8_is_named(tmp_path):
+def test_json_lines_are_told_from_damage(tmp_path):
+    (tmp_path / "refs.json").write_text('{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(ValueError, match=r"refs\.json: not valid JSON.*make its lines one list"):
+        read_json(tmp_path / "refs.json")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.tsv", "a.p", "names.txt", "a.jpg", "a.png"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER, "git-LFS pointer.*git lfs pull"),
+        (b"<html>not found</html>", "web page.*fetch it again"),
+        (b"\xef\xbb\xbf\r\n<!DOCTYPE HTML><title>Log in", "web page.*fetch it again"),
+    ],
+)
+def test_what_lies_in_the_place_of_a_file_is_told(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    read = {
+        ".json": read_json,
+        ".tsv": read_tsv,
+        ".p": read_refs,
+        ".txt": lambda path: read_names(str(path)),
+        ".jpg": read_image,
+        ".png": lambda path: read_segment_ids(path, (4, 4)),
+    }[Path(name).suffix]
+    with pytest.raises(ValueError, match=f"{re.escape(name)}: .*{message}"):
+        read(tmp_path / name)
+
+
+MARKED = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]
+UNMARKED = ["utf-16-le", "utf-16-be", "utf-32-le"]  # known by their zeros
+
+
+@pytest.mark.parametrize("encoding", [*MARKED, *UNMARKED])
+def test_every_text_is_read_in_the_encodings_that_files_have(tmp_path, encoding):
+    def write(name: str, text: str) -> Path:
+        (tmp_path / name).write_bytes(text.replace("\n", "\r\n").encode(encoding))
+        return tmp_path / name
+
+    assert read_json(write("a.json", '{"name":\n"café 猫"}')) == {"name": "café 猫"}
+    assert read_refs(write("b.json", '[{"sent": "猫"}]')) == [{"sent": "猫"}]
+    assert read_tsv(write("a.tsv", 'index\tquestion\n1\t"é\n猫"\n'))[0]["index"] == "1"
+    assert read_names(str(write("names.txt", "cup\nhot dog\ncafé\n"))) == ["cup", "hot dog", "café"]
+    if encoding in MARKED:  # a text that begins with other letters has no zeros to go by
+        assert read_names(str(write("cats.txt", "猫\n犬\n"))) == ["猫", "犬"]
+    phrasings = read_phrasings(write("a.json", '{"refer": {"absent": ["Kein 猫."]}}'))
+    assert phrasings["refer"]["absent"] == ["Kein 猫."]
+
+
+def test_a_text_in_a_code_page_is_refused_but_where_published_files_are_in_one(tmp_path):
     (tmp_path / "refs.json").write_bytes(b'{"name": "caf\xe9"}')
-    with pytest.raises(ValueError, match=r"refs\.json: not valid JSON.*utf-8"):
+    with pytest.raises(ValueError, match=r"refs\.json: is no text in UTF-8 or UTF-16 .*byte 0xe9"):
+        read_json(tmp_path / "refs.json")
+    assert read_json(tmp_path / "refs.json", last_resort="cp1252") == {"name": "café"}
+    (tmp_path / "refs.json").write_bytes("{}".encode("utf-16")[:-1])
+    with pytest.raises(ValueError, match=r"refs\.json: is no text"):
         read_json(tmp_path / "refs.json")
 
 
@@ -333,7 +401,8 @@ def test_expect_refuses_what_is_of_another_kind(value, kind):
 
 def test_take_names_the_record_and_the_key():
     assert take({"id": 3}, "id", int, "a.json: record 4") == 3
-    for record in ({}, {"id": "3"}, {"id": None}):
+    assert take({"id": "3"}, "id", int, "a.json") == 3
+    for record in ({}, {"id": "three"}, {"id": None}):
         with pytest.raises(ValueError, match=r"a\.json: record 4.*'id'"):
             take(record, "id", int, "a.json: record 4")
     for record in (None, [], "id", 3):
@@ -366,19 +435,29 @@ def test_sizes_may_be_strings(value):
     assert parse(Size, {"height": value, "width": 40}, "x") == (30, 40)
 
 
-@pytest.mark.parametrize("value", [0, -30, "thirty", "", None, 30.5, True, 1e9, [30], "30.0", "²"])
+@pytest.mark.parametrize("value", [0, -30, "thirty", "", None, 30.5, True, 1e9, [30], "30.5", "²"])
 def test_a_size_that_is_no_number_of_pixels_is_refused(value):
     with pytest.raises(ValueError, match=r"image 7.*'height'"):
         parse(Size, {"height": value, "width": 40}, "image 7")
 
 
-@pytest.mark.parametrize("value", [0, 1, False, True])
+@pytest.mark.parametrize("value", [0, 1, False, True, 0.0, 1.0])
 def test_flags_are_0_or_1(value):
-    assert take({"iscrowd": value}, "iscrowd", Flag, "x") is bool(value)
+    for written in (value, str(int(value))):
+        assert take({"iscrowd": written}, "iscrowd", Flag, "x") is bool(value)
     assert take({}, "iscrowd", Flag, "x") is False
+    assert take({"iscrowd": None}, "iscrowd", Flag, "x") is False
 
 
-@pytest.mark.parametrize("value", [2, -1, "0", "no", None, 0.0, [], 1.0])
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("12", 12), (" 12 ", 12), (12.0, 12), ("012", "012"), ("a7", "a7"), ("٣", "٣"), (2.5, 2.5)],
+)
+def test_a_whole_number_is_one_however_it_is_written(written, value):
+    assert records.whole(written) == value and type(records.whole(written)) is type(value)
+
+
+@pytest.mark.parametrize("value", [2, -1, "2", "no", [], 0.5, "1.0"])
 def test_a_flag_that_is_neither_is_refused(value):
     with pytest.raises(ValueError, match=r"annotation 5: 'iscrowd' is .*, neither 0 nor 1"):
         take({"iscrowd": value}, "iscrowd", Flag, "annotation 5")
@@ -449,12 +528,7 @@ def test_labelme_of_either_encoding(tmp_path):
     path = tmp_path / "a.json"
     for content in ('{"text": ["café’s"]}'.encode(), b'{"text": ["caf\xe9\x92s"]}'):
         path.write_bytes(content)
-        assert read_labelme(path) == {"text": ["café’s"]}
-    path.write_text("[]")
-    with pytest.raises(ValueError, match=r"a\.json: expected dict"):
-        read_labelme(path)
-    with pytest.raises(ValueError, match=r"b\.json: missing"):
-        read_labelme(tmp_path / "b.json")
+        assert read_json(path, last_resort="cp1252") == {"text": ["café’s"]}
 
 
 def test_tables(tmp_path):
@@ -469,12 +543,64 @@ def test_tables(tmp_path):
     ]
     path.write_text("index\tquestion\n0\ta\tone too many\n")
     assert read_tsv(path) == [{"index": "0", "question": "a"}]
-    for content in (b"index\tquestion\n0\t\xff\xfe\n", b'index\n"never closed\n'):
+    for content, message in (
+        (b"index\tquestion\n0\t\xff\xfe\n", "is no text"),
+        (b'index\n"never closed\n', "line 2: not a row"),
+        (b'index\tquestion\n1\ta\n2\t"Stop" sign?\n3\tb\n', "line 3: not a row .*quote"),
+    ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"MME\.tsv: not a table"):
+        with pytest.raises(ValueError, match=rf"MME\.tsv: {message}"):
             read_tsv(path)
-    with pytest.raises(ValueError, match=r"absent\.tsv"):
+    with pytest.raises(ValueError, match=r"absent\.tsv: cannot be read \(No such file"):
         read_tsv(tmp_path / "absent.tsv")
+
+
+# ---- which file is meant -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "lies"),
+    [
+        ("a.jpg", "a.jpg"),
+        ("left\\a.jpg", "left/a.jpg"),
+        (".\\left\\a.jpg", "left/a.jpg"),
+        ("train2017/a.jpg", "a.jpg"),
+        ("train2017\\left\\a.jpg", "left/a.jpg"),
+        ("C:\\Users\\me\\train2017\\a.jpg", "a.jpg"),
+        ("/home/me/train2017/a.jpg", "a.jpg"),
+        ("a.jpg", "a.JPG"),
+        ("left/A.PNG", "left/A.png"),
+        ("../other/a.jpg", "../other/a.jpg"),
+    ],
+)
+def test_a_file_is_found_by_the_name_that_an_annotation_has(tmp_path, name, lies):
+    folder = tmp_path / "train2017"
+    path = folder / lies
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    path.touch()
+    assert find_file(folder, name).resolve() == path.resolve()
+
+
+def test_a_file_of_the_same_name_in_another_folder_is_not_taken(tmp_path):
+    """Nothing is guessed: what is absent stays absent, under the name that the annotation has."""
+    (tmp_path / "left").mkdir()
+    for name in ("a.jpg", "left/a.jpg", "left/b.jpeg"):
+        (tmp_path / name).touch()
+    for name in ("right/a.jpg", "right\\a.jpg", "b.jpg", "", "a\0b", "x" * 5000):
+        path = find_file(tmp_path, name)
+        assert path == tmp_path / name and (name == "" or not is_file(path))
+    (tmp_path / "A.jpg").touch()
+    (tmp_path / "a.JPG").touch()
+    assert find_file(tmp_path, "a.jpg") == tmp_path / "a.jpg"  # the exact name first
+    assert find_file(tmp_path, "no.jpg", "left\\a.jpg") == tmp_path / "left/a.jpg"
+
+
+def test_what_a_system_leaves_in_a_folder_is_none_of_its_files(tmp_path):
+    for name in ("b.json", "a.JSON", "._a.json", ".DS_Store", "Thumbs.db", "a.jpg"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_files(tmp_path, ".json")] == ["a.JSON", "b.json"]
+    assert list_files(tmp_path / "absent", ".json") == []
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -559,12 +685,288 @@ def test_a_coloured_class_map_is_refused(tmp_path):
         read_class_map(tmp_path / "x.png", (20, 30))
 
 
+# ---- images as they are shown --------------------------------------------------------------------
+
+GREY = ("L", "LA", "1", "I", "I;16", "F", "12 bits")
+COLOUR = ("RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "P", "PA")
+FORMATS = {  # lossless, by mode, and None: not written to a file
+    "L": ("PNG", "TIFF", "WEBP", None), "LA": ("PNG", "TIFF", None), "1": ("PNG", "TIFF", None),
+    "I": ("TIFF", None), "I;16": ("PNG", "TIFF", None), "F": ("TIFF", None),
+    "12 bits": ("PNG", "TIFF", None), "RGB": ("PNG", "TIFF", None), "RGBA": ("PNG", "TIFF", None),
+    "CMYK": ("TIFF", None), "P": ("PNG", "TIFF", "GIF", None),
+}  # fmt: skip
+BACK = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that EXIF's tag undoes
+
+
+def in_mode(reference: Image.Image, mode: str, draw: np.random.Generator) -> Image.Image:
+    """The same picture, RGB of 8 bits, in another mode."""
+    levels = np.asarray(reference.convert("L"))
+    if mode == "F":
+        return Image.fromarray(levels.astype(np.float32) / draw.choice([1, 255]))
+    if mode == "I":
+        return Image.fromarray(levels * np.int32(draw.choice([1, 257])))
+    if mode in ("I;16", "12 bits"):
+        return Image.fromarray(levels * np.uint16(257) // np.uint16(16 if mode == "12 bits" else 1))
+    if mode == "PA":
+        return reference.quantize(40).convert("PA")
+    if mode == "P" and draw.random() < 0.5:  # the colour of one entry is transparent
+        image = reference.quantize(40)
+        image.info["transparency"] = 255
+        return image
+    return reference.quantize(40) if mode == "P" else reference.convert(mode)
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_any_mode_depth_and_orientation_is_the_upright_picture(tmp_path, seed):
+    draw = rng(seed)
+    mode = (GREY + COLOUR)[seed % 15]
+    height, width = (int(side) for side in draw.integers(3, 30, 2))
+    reference = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    if mode == "1":
+        reference = reference.convert("1").convert("RGB")
+    elif mode in ("P", "PA"):
+        reference = reference.quantize(40).convert("RGB")
+    elif mode in GREY:  # all levels, so that the brightest is white
+        reference.paste((255, 255, 255), (0, 0, 1, 1))
+        reference = reference.convert("L").convert("RGB")
+    number = int(draw.integers(1, 9))
+    stored = reference if number == 1 else reference.transpose(Image.Transpose(BACK[number]))
+    image, kind = in_mode(stored, mode, draw), draw.choice(FORMATS.get(mode, (None,)))
+    tag = Image.Exif()
+    tag[274] = number
+    if kind is None:
+        image.info["exif"] = tag.tobytes()
+        shown = viewed(image)
+    else:
+        number = 1 if kind == "GIF" else number  # has no tags
+        reference = stored if number == 1 else reference
+        extra = {} if kind == "GIF" else {"exif": tag}
+        path = tmp_path / f"x.{kind.lower()}"
+        image.save(path, kind, **extra, **({"lossless": True} if kind == "WEBP" else {}))
+        shown = read_image(path)
+        assert read_image_size(path) == (shown.height, shown.width)
+        assert read_image(path, (shown.height, shown.width)).tobytes() == shown.tobytes()
+    assert shown.mode == "RGB" and shown.size == reference.size
+    difference = np.asarray(shown, int) - np.asarray(reference, int)
+    lossy = {"YCbCr": 3, "HSV": 9}  # steps of 8 bits in another space of colours
+    assert abs(difference).max() <= lossy.get(mode, 1), (mode, kind, number)
+    assert viewed(shown).tobytes() == shown.tobytes()  # is not turned again
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16, np.int64, np.float32, np.float64])
+@pytest.mark.parametrize("channels", [(), (1,), (3,), (4,)])
+def test_an_array_of_any_type_is_its_picture(dtype, channels):
+    levels = rng(3).integers(0, 256, (7, 9, *channels), dtype=np.uint8)
+    levels.flat[0], levels[..., 3:] = 255, 255
+    scale = {bool: 1, np.uint16: 257, np.float32: 1 / 255, np.float64: 1 / 255}.get(dtype, 1)
+    values = levels > 99 if dtype is bool else (levels * dtype(scale)).astype(dtype)
+    expected = (values * np.uint8(255) if dtype is bool else levels).reshape(7, 9, -1)[..., :3]
+    assert (np.asarray(viewed(values)) == np.broadcast_to(expected, (7, 9, 3))).all()
+
+
+def test_levels_beyond_a_depth_are_shown_from_the_lowest_to_the_highest():
+    hounsfield = np.array([[-1000, 0, 1000, 3000]], np.int16)  # of a CT scan
+    assert np.asarray(viewed(hounsfield))[0, :, 0].tolist() == [0, 64, 128, 255]
+    height = np.array([[0, np.nan, 500_000, 1_000_000, np.inf]], np.float32)
+    assert np.asarray(viewed(height))[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    assert not np.asarray(viewed(np.zeros((3, 4), np.float32))).any()
+
+
+def test_what_is_transparent_is_on_white(tmp_path):
+    colours = np.zeros((4, 6, 4), np.uint8)
+    colours[..., 0], colours[:2, :, 3], colours[2, :, 3] = 200, 255, 128
+    half = [round((200 * 128 + 255 * 127) / 255), 127, 127]
+    Image.fromarray(colours).save(tmp_path / "x.png")
+    marked = Image.fromarray(colours[..., :3])  # PNG's other way: one colour is transparent
+    marked.paste((1, 2, 3), (0, 3, 6, 4))
+    marked.save(tmp_path / "y.png", transparency=(1, 2, 3))
+    for name in ("x.png", "y.png"):
+        rows = np.asarray(read_image(tmp_path / name))[:, 0].tolist()
+        assert rows[0] == [200, 0, 0] and rows[3] == [255, 255, 255]
+        assert name == "y.png" or rows[2] == half
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_several_frames_the_first_is_read(tmp_path, kind):
+    frames = [Image.new("RGB", (8, 5), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    frames[0].save(tmp_path / "x", kind, save_all=True, append_images=frames[1:], **options)
+    assert read_image(tmp_path / "x").getcolors() == [(40, (255, 0, 0))]
+
+
+def tagged(path: Path, image: Image.Image, number: int) -> Path:
+    tag = Image.Exif()
+    tag[274] = number
+    image.save(path, exif=tag)
+    return path
+
+
+def test_a_users_masks_tell_whether_their_photo_is_turned(tmp_path):
+    shown = picture(*SIZE)
+    photo = tagged(tmp_path / "a.png", shown.transpose(Image.Transpose.ROTATE_90), 6)
+    stored = np.rot90(two_parts()).copy()
+    Image.fromarray(stored).save(tmp_path / "stored.png")
+    for mask, expected in (
+        (RINGS, two_parts()),  # say nothing: the photo as it is shown
+        (packed(two_parts()), two_parts()),
+        (packed(stored), stored),
+        ("stored.png", stored),
+    ):
+        record = {"image": photo.name, "masks": [mask], "texts": ["it"]}
+        (tmp_path / "own.json").write_text(json.dumps([record]))
+        dataset = OwnReferring("own", Source("refer", "own_refs", "own.json"), tmp_path)
+        sample = dataset.sample(0, rng())
+        assert (sample.masks[0] == expected).all()
+        assert sample.image.size == expected.shape[::-1]
+
+
+def test_a_size_that_is_told_decides_whether_a_photo_is_turned(tmp_path):
+    shown = picture(20, 30)
+    quarter = tagged(tmp_path / "a.png", shown.transpose(Image.Transpose.ROTATE_90), 6)
+    assert read_image(quarter, (20, 30)).tobytes() == shown.tobytes()
+    stored = read_image(quarter, (30, 20))
+    assert stored.tobytes() == shown.transpose(Image.Transpose.ROTATE_90).tobytes()
+    assert viewed(stored).size == (20, 30)  # nothing turns it later
+    expected = r"a\.png: is 20x30 \(height x width\) upright, 30x20 as stored; .* says 7x5"
+    with pytest.raises(ValueError, match=expected):
+        read_image(quarter, (7, 5))
+    # Upside down or mirrored both fit, and it is upright that people saw it.
+    for number, back in ((2, 0), (3, 3), (4, 1)):
+        path = tagged(tmp_path / "b.png", shown.transpose(Image.Transpose(back)), number)
+        assert read_image(path, (20, 30)).tobytes() == shown.tobytes()
+
+
+def test_tags_that_cannot_be_read_turn_nothing(tmp_path):
+    shown = picture()
+    for exif in (b"", b"Exif\0\0", b"Exif\0\0MM\0*\0\0", b"MM\0*" + b"\xff" * 40, b"II*\0"):
+        shown.save(tmp_path / "x.png", exif=exif)
+        assert read_image(tmp_path / "x.png").tobytes() == shown.tobytes()
+        assert read_image_size(tmp_path / "x.png") == (20, 30)
+    for number in (0, 9, 65535):
+        tagged(tmp_path / "x.png", shown, number)
+        assert read_image(tmp_path / "x.png").tobytes() == shown.tobytes()
+    note = PngImagePlugin.PngInfo()
+    note.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="3"/>')
+    shown.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "x.png", pnginfo=note)
+    assert read_image(tmp_path / "x.png").tobytes() == shown.tobytes()
+
+
+# ---- what is inside a mask -----------------------------------------------------------------------
+
+DISC = np.hypot(*np.mgrid[-20:21, -20:21]) < 12
+RIM = (np.hypot(*np.mgrid[-20:21, -20:21]) < 16) & ~DISC
+OTHER = np.zeros_like(DISC)
+OTHER[:9, 30:] = True
+
+
+def voc(index: np.ndarray) -> Image.Image:
+    """With the palette of Pascal VOC."""
+    image = Image.fromarray(index.astype(np.uint8))
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, *[0] * 756, 224, 224, 192])
+    return image
+
+
+def drawn(colour: tuple, paper: tuple, mode: str) -> Image.Image:
+    image = Image.new(mode, DISC.shape[::-1], paper)
+    image.paste(colour, mask=Image.fromarray(DISC))
+    return image
+
+
+def soft(image: Image.Image, blur: float = 1.0) -> Image.Image:
+    return image.resize((164, 164)).filter(ImageFilter.GaussianBlur(blur)).resize((41, 41))
+
+
+SHADES = np.asarray(soft(Image.fromarray(DISC).convert("L")))
+CUTOUT = np.dstack([rng(5).integers(0, 256, (41, 41, 3), dtype=np.uint8), DISC * np.uint8(255)])
+INSIDE = {
+    **{f"{kind.__name__} 1": DISC.astype(kind) for kind in (bool, np.uint8, np.int64, np.float32)},
+    "128": DISC * np.uint8(128),
+    "255 as float": DISC * 255.0,
+    "channel of its own": DISC[..., None] * np.uint8(255),
+    "RGB array": np.dstack([DISC * np.uint8(255)] * 3),
+    "probabilities": np.where(DISC, 0.6, 0.4),
+    "1 bit": Image.fromarray(DISC),
+    "16 bits": Image.fromarray(DISC * np.uint16(65535)),
+    "float picture": Image.fromarray(DISC.astype(np.float32)),
+    "blue on black": drawn((0, 0, 255), (0, 0, 0), "RGB"),
+    "black on nothing": drawn((0, 0, 0, 255), (0, 0, 0, 0), "RGBA"),
+    "white on nothing": drawn((255, 255), (255, 0), "LA"),
+    "white on black, opaque": drawn((255, 255, 255, 255), (0, 0, 0, 255), "RGBA"),
+    "cut out": CUTOUT,
+    "grey palette": Image.fromarray(DISC * np.uint8(255)).convert("P"),
+    "VOC": voc(DISC + 255 * RIM),
+    "VOC, a cream object": voc(255 * DISC),
+    "VOC in colours": voc(DISC + 255 * RIM).convert("RGB"),
+    "class map with void": (DISC * 7 + RIM * 255).astype(np.uint8),
+    "soft red": Image.merge("RGB", [Image.fromarray(SHADES), *[Image.new("L", (41, 41))] * 2]),
+}
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+def test_what_is_inside_is_the_same_of_every_kind(kind):
+    mask = foreground(INSIDE[kind])
+    assert mask.dtype == bool and mask.shape == DISC.shape
+    assert (mask == (SHADES > 128 if "soft" in kind else DISC)).all()
+
+
+def test_shades_are_an_edge(tmp_path):
+    for levels in (SHADES, SHADES // np.uint8(2), SHADES * np.uint16(257)):
+        assert (foreground(levels) == (levels > levels.max() * (128 / 255))).all()
+    buffer = io.BytesIO()
+    Image.fromarray(DISC).resize((200, 200)).convert("L").save(buffer, "JPEG")
+    Image.open(buffer).save(tmp_path / "x.png")  # with the noise of a JPEG
+    levels = np.asarray(Image.open(tmp_path / "x.png"))
+    assert (read_region(tmp_path / "x.png", (200, 200)) == (levels > 128)).all()
+
+
+AMBIGUOUS = {
+    "class numbers": DISC + 2 * OTHER,
+    "class numbers and void": DISC + 2 * OTHER + 255 * RIM,
+    "greys": DISC * 85 + 170 * OTHER,
+    "a trimap": DISC * 255 + RIM * 128,
+    "colours": voc(DISC + 2 * OTHER).convert("RGB"),
+    "a palette": voc(DISC + 2 * OTHER + 255 * RIM),
+    "soft greys": soft(Image.fromarray((DISC * 255 + OTHER * 90).astype(np.uint8))),
+    "one stray pixel of another class": DISC * 255 + 3 * (np.arange(1681) == 0).reshape(41, 41),
+    "small classes": np.array([[0, 1], [2, 0]]),
+}
+
+
+@pytest.mark.parametrize("kind", AMBIGUOUS)
+def test_a_mask_of_several_objects_is_an_error_that_says_what_to_do(kind):
+    picture = AMBIGUOUS[kind]
+    picture = picture.astype(np.uint8) if isinstance(picture, np.ndarray) else picture
+    with pytest.raises(ValueError, match=r"here: has .* make that white and all else black"):
+        foreground(picture, "here")
+
+
+def test_what_is_no_mask_is_an_error():
+    for picture in (DISC * 0, ~DISC & DISC, Image.new("RGBA", (9, 9)), np.full((4, 4), 0.4)):
+        with pytest.raises(ValueError, match="here: is all black"):
+            foreground(picture, "here")
+    with pytest.raises(ValueError, match="here: holds numbers below 0"):
+        foreground(np.where(DISC, 4.0, -4.0), "here")
+    with pytest.raises(ValueError, match=r"here: is bool of shape \[2, 41, 41\]"):
+        foreground(np.stack([DISC, DISC]), "here")
+    with pytest.raises(ValueError, match=r"here: is .*give a PIL image or an array"):
+        foreground("mask.png", "here")
+
+
+def test_a_mask_with_a_tag_is_turned_as_its_photo(tmp_path):
+    mask = np.zeros((20, 30), bool)
+    mask[2:5, 3:20] = True
+    image = Image.fromarray(mask * np.uint8(255))
+    for number, back in BACK.items():
+        path = tagged(tmp_path / "x.png", image.transpose(Image.Transpose(back)), number)
+        assert (read_region(path, (20, 30)) == mask).all()
+
+
 def test_a_mask_picture_is_inside_where_it_is_not_black(tmp_path):
     for mode, white in (("L", 255), ("L", 1), ("RGB", (0, 9, 0)), ("1", 1)):
         image = Image.new(mode, (14, 9))
         for row, column in np.argwhere(two_parts()).tolist():
             image.putpixel((column, row), white)
         image.save(tmp_path / "x.png")
-        assert (read_mask_image(tmp_path / "x.png", SIZE) == two_parts()).all()
+        assert (read_region(tmp_path / "x.png", SIZE) == two_parts()).all()
     with pytest.raises(ValueError, match=r"x\.png: is 9x14"):
-        read_mask_image(tmp_path / "x.png", (14, 9))
+        read_region(tmp_path / "x.png", (14, 9))

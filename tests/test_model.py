@@ -388,7 +388,10 @@ def picture(height: int = 60, width: int = 100) -> Image.Image:
         ({"task": "chat"}, "chat needs a text"),
         ({"task": "refer", "text": ["a", "b"]}, "1 images but 2 texts"),
         ({"task": "vgd"}, "vgd needs regions"),
-        ({"task": "interactive", "regions": [np.ones((2, 3), bool)]}, r"region of \(2, 3\)"),
+        (
+            {"task": "interactive", "regions": [np.ones((2, 3), bool)]},
+            r"is 60x100 .* says 2x3",
+        ),
         ({"task": "interactive", "regions": [np.ones((60, 100), bool)] * 2}, "takes one region"),
     ],
 )
@@ -443,6 +446,10 @@ def test_a_request_at_any_size_and_of_many_images(speaking_model):
     prediction = model.predict(images[0], "panoptic", things=["ring", "star"], stuff=["dots"])
     assert prediction.labels and set(prediction.labels) <= {"ring", "star", "dots"}
     assert prediction.labels == [["ring", "star", "dots"][i] for i in prediction.categories]
+    as_text = model.predict(images[0], "panoptic", things="ring,star", stuff="dots")
+    assert as_text.labels == prediction.labels  # not the letters of the text
+    with pytest.raises(ValueError, match=r"absent\.txt: cannot be read as a list of names"):
+        model.predict(images[0], "panoptic", things="absent.txt")
     assert model.predict(images[0], "chat", "Hello").masks.shape == (0, 60, 100)
 
 
@@ -465,6 +472,32 @@ def test_every_request_is_answered_at_the_images_size(speaking_model, task):
         )
         assert set(shown.labels) == {"region 1", "region 2"}
         assert shown.masks.shape[1:] == (60, 100)
+
+
+def test_an_image_and_regions_from_python_are_of_any_kind(speaking_model):
+    """An array, a photo with a tag, 16 bits: all are the upright picture of 8 bits."""
+    shown, inside = picture(), np.zeros((60, 100), bool)
+    inside[10:30, 20:50] = True
+    stored = shown.transpose(Image.Transpose.ROTATE_90)
+    stored.getexif()[274] = 6
+    stored.info["exif"] = stored.getexif().tobytes()
+    expected = speaking_model.predict(shown, "vgd", regions=[inside, inside])
+    drawn = Image.fromarray(inside.astype(np.uint8) * 200).convert("RGBA")
+    drawn.putalpha(Image.fromarray(inside.astype(np.uint8) * 255))
+    for image in (np.asarray(shown), np.asarray(shown, np.uint16) * 257, stored):
+        for region in (inside.astype(np.uint8), inside.astype(np.float32), drawn):
+            regions = np.stack([inside, inside]) if region is drawn else [region, inside]
+            found = speaking_model.predict(image, "vgd", regions=regions)
+            assert found.image.tobytes() == shown.tobytes()
+            assert (found.masks == expected.masks).all() and found.scores == expected.scores
+    turned = np.rot90(inside).copy()  # a region of the stored pixels
+    assert speaking_model.predict(stored, "vgd", regions=[turned]).masks.shape[1:] == (100, 60)
+    for wrong in ("photo.jpg", np.zeros((3, 60, 100)), np.zeros((0, 4)), None):
+        with pytest.raises(ValueError, match=r"image: is .*give a PIL image or an array"):
+            speaking_model.predict(wrong, "vgd", regions=[inside])
+    with pytest.raises(ValueError, match=r"region 2: has \[1, 2\] beside black"):
+        labels = inside + 2 * np.roll(inside, 40, axis=1)
+        speaking_model.predict(shown, "vgd", regions=[inside, labels])
 
 
 def test_names_beyond_one_prompt_are_asked_in_several(speaking_model, monkeypatch):

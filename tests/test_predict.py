@@ -72,6 +72,124 @@ def test_the_segmentor_predicts_too(segmentor, image, tmp_path, capsys):
     assert "stage-1 checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("out", "stem"),
+    [
+        ("new/folder/answer", "new/folder/answer"),
+        ("there", "there/drawing_panoptic"),
+        ("there/answer.png", "there/answer"),
+        ("answer.json", "answer"),
+    ],
+)
+def test_out_is_a_path_in_any_folder(segmentor, image, tmp_path, out, stem):
+    folder = save_checkpoint(tmp_path, segmentor, segmentor.config, None, 1, 5, {})
+    (tmp_path / "there").mkdir()
+    arguments = ["--checkpoint", folder, "--image", image, "--out", tmp_path / out]
+    for _ in range(2):  # what is there already is replaced
+        assert run("panoptic", *arguments) == 0
+    assert Image.open(tmp_path / f"{stem}.png").width
+    assert json.loads((tmp_path / f"{stem}.json").read_text())
+
+
+@pytest.mark.parametrize("out", ["drawing.jpg/answer", "taken"])
+def test_an_out_that_cannot_be_is_told_before_the_model_is_read(image, tmp_path, capsys, out):
+    (tmp_path / "taken.png").mkdir()
+    arguments = ["--checkpoint", tmp_path / "absent", "--image", image, "--out", tmp_path / out]
+    assert run("panoptic", *arguments) == 2
+    assert str(tmp_path / out) in capsys.readouterr().err
+
+
+def photo(image: Image.Image, path: Path) -> Path:
+    """Stored turned by a quarter, with the tag that says so."""
+    tag = Image.Exif()
+    tag[274] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=tag)
+    return path
+
+
+def test_a_photo_is_segmented_upright_unless_its_region_is_of_the_stored_pixels(
+    checkpoint, image, tmp_path, capsys
+):
+    path = photo(Image.open(image), tmp_path / "photo.png")
+    region = np.zeros(SIZE[::-1], np.uint8)
+    region[20:40, 30:60] = 1
+    Image.fromarray(region).save(tmp_path / "upright.png")
+    Image.fromarray(np.rot90(region).copy() * 255).save(tmp_path / "stored.png")
+    sizes = {}
+    for name in ("upright", "stored"):
+        arguments = [
+            "--image",
+            path,
+            "--region",
+            tmp_path / f"{name}.png",
+            "--out",
+            tmp_path / name,
+        ]
+        assert run("vgd", "--checkpoint", checkpoint, *arguments) == 0
+        segments = json.loads((tmp_path / f"{name}.json").read_text())["segments"]
+        sizes[name] = {tuple(segment["segmentation"]["size"]) for segment in segments}
+    assert sizes == {"upright": {SIZE[::-1]}, "stored": {SIZE}}
+    Image.new("L", (5, 5), 1).save(tmp_path / "small.png")
+    arguments = ["--image", path, "--region", tmp_path / "small.png"]
+    assert run("vgd", "--checkpoint", checkpoint, *arguments) == 2
+    expected = "photo.png: is 60x90 (height x width) upright, 90x60 as stored, not "
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (["panoptic", "person,dog"], "task panoptic takes no text, but things or stuff"),
+        (["gcg", "what is it?"], "task gcg takes no text, but the image alone"),
+        (
+            ["refer", "the ring", "--things", "ring"],
+            "task refer takes no things or stuff, but text",
+        ),
+        (["refer", "the <SEG>"], "contains <SEG>"),
+        (["refer", "  "], "is empty"),
+        (["semantic", "--things", "ring,star,ring"], "'ring' is named twice"),
+        (["panoptic", "--stuff", ""], "no names in it"),
+        (["interactive"], "needs regions"),
+        (
+            ["vgd", "--region", "{small}"],
+            "drawing.png: is 60x90 (height x width), not 7x9 as",
+        ),
+        (["refer", "the ring", "--checkpoint", "{stage1}"], "a stage-1 checkpoint has no language"),
+        (["refer", "the ring", "--out", "{stem}"], "would replace the image"),
+    ],
+)
+def test_a_request_is_checked_before_a_model_is_loaded(
+    segmentor, checkpoint, image, tmp_path, monkeypatch, capsys, request_, message
+):
+    monkeypatch.setattr(predict_command, "load_checkpoint", None)
+    Image.new("L", (9, 7), 255).save(tmp_path / "small.png")
+    save_checkpoint(tmp_path / "stage1", segmentor, segmentor.config, None, 1, 5, {})
+    image = image.rename(tmp_path / "drawing.png")
+    paths = {name: tmp_path / name for name in ("small.png", "stage1", "drawing")}
+    words = {"small": paths["small.png"], "stage1": paths["stage1"], "stem": paths["drawing"]}
+    task, *others = (each.format(**words) for each in request_)
+    assert run(task, "--checkpoint", checkpoint, "--image", image, *others) == 2
+    error = capsys.readouterr().err
+    assert message in error and "annotation" not in error and error.count("\n") == 1
+
+
+def test_a_wrong_flag_is_told_in_a_line(capsys):
+    with pytest.raises(SystemExit):
+        run("refr", "--checkpoint", "x", "--image", "y", "the ring")
+    error = capsys.readouterr().err
+    assert "invalid choice: 'refr'" in error and error.count("\n") == 1 and "--help" in error
+
+
+def test_names_are_split_from_python_as_on_the_command_line(speaking_model, image, tmp_path):
+    picture = Image.open(image)
+    expected = speaking_model.predict(picture, "semantic", things=["ring", "red star"])
+    (tmp_path / "names.txt").write_text("ring\nred star\n")
+    for things in ("ring, red star", str(tmp_path / "names.txt")):
+        found = speaking_model.predict(picture, "semantic", things=things)
+        assert found.labels == expected.labels and np.array_equal(found.masks, expected.masks)
+    assert set(expected.labels) <= {"ring", "red star"} and expected.labels
+
+
 def test_chat_writes_nothing(checkpoint, image):
     assert run("chat", "What is it?", "--checkpoint", checkpoint, "--image", image) == 0
     assert list(image.parent.glob("drawing_*")) == []

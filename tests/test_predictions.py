@@ -551,8 +551,11 @@ def save_as(change: Callable[[Image.Image], Image.Image], format: str = "PNG") -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (save_as(lambda image: image.resize((9, 8))), "is 8x9 .* its annotation says"),
-        (save_as(lambda image: image.transpose(Image.Transpose.ROTATE_90)), "its annotation says"),
+        (save_as(lambda image: image.resize((9, 8))), "is 8x9 .* as what goes with it says"),
+        (
+            save_as(lambda image: image.transpose(Image.Transpose.ROTATE_90)),
+            "as what goes with it says",
+        ),
         (save_as(lambda image: image, "JPEG"), "is a JPEG file, masks have to be PNG"),
         (lambda path: path.unlink(), "cannot be read"),
         (lambda path: path.write_bytes(path.read_bytes()[:-20]), "cannot be read"),

@@ -6,6 +6,8 @@ pytest tests/test_prompts.py
 import copy
 import json
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -326,6 +328,64 @@ def test_lists_without_a_name_and_bad_names_are_refused(tmp_path):
         read_names(str(tmp_path / "absent.txt"))
     with pytest.raises(ValueError, match="name 'a <SEG>': contains <SEG>"):
         read_names("cup,a <SEG>")
+
+
+CUP_AND_DOG = {
+    "a.csv": "id,name\n1,cup\n2,hot dog\n",
+    "b.csv": "cup\nhot dog\n",
+    "c.csv": "id;class_name;colour\n1;cup;red\n2;hot dog;blue\n",
+    "d.tsv": "0\tcup\n1\thot dog\n",
+    "objectInfo150.txt": "Idx\tRatio\tName\n1\t0.5\tcup, mug\n2\t0.3\thot dog, sausage\n",
+    "a.json": '["cup", "hot dog"]',
+    "b.json": '{"0": "cup", "1": "hot dog"}',
+    "c.json": '{"cup": 0, "hot dog": 1}',
+    "d.json": '{"images": [], "categories": [{"id": 4, "name": "cup"}, {"name": "hot dog"}]}',
+    "e.json": '[{"name": "cup", "color": [1, 2, 3]}, {"name": "hot dog"}]',
+    "config.json": '{"model_type": "x", "id2label": {"0": "cup", "1": "hot dog"}}',
+    "a.yaml": "path: ../data\nnc: 2\nnames:\n  0: cup\n  # not this\n  1: hot dog # or this\n",
+    "b.yaml": "names: ['cup', \"hot dog\"]\nnc: 2\n",
+    "c.yml": "train: x\r\nnames:\r\n- cup\r\n- hot dog\r\nval: y\r\n",
+    "d.yml": "names: {0: cup, 1: hot dog}\n",
+    "coco.names": "cup\nhot dog\n",
+    "names.txt": "\ufeff0:background\n1:cup,mug\n2:hot dog\n",
+}
+
+
+@pytest.mark.parametrize("name", CUP_AND_DOG)
+def test_names_are_read_from_the_forms_that_lists_have(tmp_path, name):
+    (tmp_path / name).write_bytes(CUP_AND_DOG[name].encode())
+    assert read_names(str(tmp_path / name)) == ["cup", "hot dog"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "a,b,c\n1,2,3\n"),
+        ("b.csv", "id,name\n1,cup\n2\n"),
+        ("a.json", "[1, 2]"),
+        ("b.json", '{"a": {"b": 1}}'),
+        ("c.json", '["cup", '),
+        ("a.yaml", "path: ../data\n"),
+        ("b.yaml", "nc: 3\nnames: [cup, hot dog]\n"),
+        ("a.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF"),
+        ("names.txt", "<!DOCTYPE html><html>"),
+        ("names.txt", None),
+        ("folder/names", None),
+        ("photo.jpg", None),
+        ("C:\\lists\\classes.names", None),
+    ],
+)
+def test_what_is_no_list_of_names_is_an_error_that_names_it(tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"^{re.escape(name)}: cannot be read as a list of names"):
+        read_names(name)
+
+
+def test_a_name_may_have_a_slash_or_a_dot_between_others():
+    assert read_names("tv/monitor, St. Bernard,car") == ["tv/monitor", "St. Bernard", "car"]
+    assert read_names("St. Bernard") == ["St. Bernard"]
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,10 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from xsam.datasets.base import Dataset
 from xsam.datasets.formats import encode_mask
 from xsam.datasets.registry import open_dataset
-from xsam.datasets.sources import PROMPT_TYPES, SOURCES
+from xsam.datasets.sources import PROMPT_TYPES, SCORED_SETS, SEGMENTOR_TASKS, SOURCES
 from xsam.evaluation import metrics
 from xsam.evaluation.benchmarks import (
     SEGMENTOR_PAPER,
-    SEGMENTOR_TASKS,
     TASKS,
     bert_embedder,
     named,
@@ -81,6 +80,7 @@ def annotation(number: int, mask: np.ndarray, category: int = 1, image_id=1, **m
     return record | {"segmentation": encode_mask(mask)} | more
 
 
+PNG = "000000000001.png"
 CATEGORIES = [
     {"id": 7, "name": "floor", "isthing": 0},
     {"id": 3, "name": "ring", "isthing": 1},
@@ -98,9 +98,9 @@ def write_panoptic(
         for n, category in classes.items()
     ]
     content = {"images": [image(1)], "categories": CATEGORIES}
-    content["annotations"] = [{"image_id": 1, "file_name": "1.png", "segments_info": segments}]
+    content["annotations"] = [{"image_id": 1, "file_name": PNG, "segments_info": segments}]
     put(root / source.annotations, content)
-    put(root / source.masks / "000000000001.png", np.stack([ids, ids * 0, ids * 0], axis=-1))
+    put(root / source.masks / PNG, np.stack([ids, ids * 0, ids * 0], axis=-1))
     put(root / source.images / "000000000001.jpg", np.zeros((*SIZE, 3)))
 
 
@@ -509,7 +509,9 @@ def test_every_set_is_one_of_a_single_task():
             assert task_of(name) == (task, suffix)
     with pytest.raises(ValueError, match="coco_vgd: no task scores this set"):
         task_of("coco_vgd")
-    assert set(SEGMENTOR_PAPER) == set(SEGMENTOR_TASKS) <= set(TASKS)
+    scored = {task: [name for _, name in each.datasets] for task, each in TASKS.items()}
+    assert scored == SCORED_SETS
+    assert tuple(SEGMENTOR_PAPER) == SEGMENTOR_TASKS
 
 
 def test_figures_are_named_by_their_set():

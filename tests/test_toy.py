@@ -101,3 +101,9 @@ def test_weights_load_repeat_and_leave_torch_alone(world, tmp_path):
         loaded, report = kind.from_pretrained(world / "weights" / folder, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
         assert all(each.std() > 1e-3 for each in loaded.parameters() if each.dim() > 1)
+
+
+def test_weights_have_the_rights_of_any_new_file(world, tmp_path):
+    (tmp_path / "new").touch()
+    rights = {path.stat().st_mode for path in (world / "weights").rglob("*") if path.is_file()}
+    assert rights == {(tmp_path / "new").stat().st_mode}

@@ -52,6 +52,7 @@ from xsam.optimizer import build_optimizer, freeze
 from xsam.postprocess import SegmentationResult
 from xsam.toy.preset import toy
 from xsam.train import (
+    inspect_init,
     load_earlier_stage,
     load_init,
     pretrained_model,
@@ -596,8 +597,10 @@ def test_no_stage_begins_with_a_random_segmentation_encoder(weights, tmp_path, s
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert sum("segmentor.encoder" in line for line in lines) == 1
-    required = required_paths(config, [stage], Path("d"), weights, tmp_path, bool(paths))
-    assert ((weights / "sam") in dict(required)) == (init == "none")
+    _, brought, replaced = inspect_init(config, paths, stage)
+    assert ("segmentor.encoder" in brought) == (init in ("stage 1", "SAM's folder"))
+    required = required_paths(config, [stage], Path("d"), weights, tmp_path, replaced)
+    assert ((weights / "sam") in dict(required)) == (init in ("none", "stage 2"))
 
 
 def test_init_takes_the_folders_of_other_parts(weights):

@@ -106,12 +106,13 @@ def save_checkpoint(
 
 
 def check_space(folder: Path, model: nn.Module, stage: int) -> str:
-    """What a checkpoint takes and the disk of `folder`, which exists, has left, as a line. Raises
-    OSError where it has not enough for one."""
+    """What a checkpoint takes and the disk of `folder` has left, as a line. Raises OSError where it
+    has not enough for one."""
     trained = [each for each in model.parameters() if each.requires_grad]
     needed = sum(tensor.nbytes for tensor in _trained(model, stage).values())
     needed += sum(each.numel() * (8 if each.dtype == torch.float32 else 12) for each in trained)
-    free = shutil.disk_usage(folder).free
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
     line = f"a checkpoint takes {needed / 1e9:.3g} GB; {folder} has {free / 1e9:.3g} GB left"
     if needed > free:
         raise OSError(f"{line}: make room, or choose another --out")
@@ -207,6 +208,17 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return (_steps(folder) or [None])[-1]
 
 
+def last_stage(path: Path) -> Path:
+    """The folder of a run's last stage with a checkpoint; of all that is no run, itself."""
+    return max(filter(latest_checkpoint, path.glob("stage[123]")), default=path)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The newest checkpoint of a run's last stage, or of a stage; of all else, itself."""
+    path = last_stage(path)
+    return latest_checkpoint(path) or path
+
+
 def load_trained(model: nn.Module, folder: Path) -> str:
     """What `save_checkpoint` wrote, over what the model holds."""
     only = ()
@@ -255,6 +267,8 @@ def read_header(folder: Path) -> dict:
         reason = repr(error)
         if isinstance(header, dict) and "model_type" in header:
             reason = f"a Hugging Face folder of a {header['model_type']} model, a part at most"
+        if isinstance(header, dict) and "stages" in header:
+            reason = "a run's folder, without a checkpoint; those are in its stageN/step_M"
         raise ValueError(f"{folder}: not a checkpoint of this library ({reason})") from error
 
 

@@ -6,31 +6,57 @@ Nothing here imports torch, so that a wrong flag or a missing file costs a secon
 import argparse
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from xsam.config import (
+    NEW_PARTS,
+    PARTS,
     Config,
     Dtype,
     LossConfig,
     ModelConfig,
     Stage,
     _build,
+    origins,
+    part_names,
     stage_folder,
     xsam,
 )
-from xsam.datasets.sources import find_source, required_paths
+from xsam.datasets.sources import SCORED_SETS, find_source, required_paths, scored_tasks
+from xsam.files import check_target
 from xsam.toy.preset import toy
 
 DEVICES = ("cpu", "cuda", "mps")
 
 
 CONFIGS = {"xsam": xsam, "toy": toy}
+
+HELP = {
+    "eval_tasks": f"scored before the first stage and after each, of {', '.join(SCORED_SETS)}; "
+    "none, or '', for none",
+    "learning_rates": 'by part, or by a module in one; "" for all others, 0 freezes; parts: '
+    + ", ".join(PARTS),
+    "datasets": "names, or files of your own, FILE.json[:IMAGES[:MASKS]]",
+    "starts_from": "earlier stages whose checkpoints in --out are read; empty for none",
+}
+
+# Numbers of the configuration that have to be more than 0, and those that are 1 at most; none is
+# negative.
+POSITIVE = {
+    *("global_batch_size", "micro_batch_size", "epochs", "clip_norm", "num_points", "num_queries"),
+    *("oversample_ratio", "num_classes", "save_every", "keep_checkpoints", "num_validation"),
+    *("eval_batch_size", "max_new_tokens"),
+}
+SHARES = {"warmup_ratio", "flip_probability", "importance_ratio"}
+SHARES |= {"score_threshold", "overlap_threshold"}
 
 
 def _parse(kind, text: str):
@@ -46,13 +72,16 @@ def _parse(kind, text: str):
             raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
         return text.lower() == "true"
     if origin is tuple:
-        return tuple(typing.get_args(kind)[0](part) for part in text.split(",") if part)
+        return tuple(typing.get_args(kind)[0](part.strip()) for part in text.split(",") if part)
     if origin is dict:
         try:
             return _build(kind, json.loads(text), "value")
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"expected a JSON object, not {text!r}") from error
     return kind(text)
+
+
+NO_FLAGS = ("name", "model", "stages", "loss", "categories", "init")  # fields of Config
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> set[str]:
@@ -68,7 +97,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> set[str]:
         group = parser.add_argument_group(f"{title} fields (default: the value of --config)")
         hints = typing.get_type_hints(kind)
         for entry in dataclasses.fields(kind):
-            if kind is Config and entry.name in ("name", "model", "stages", "loss", "categories"):
+            if kind is Config and entry.name in NO_FLAGS:
                 continue
             convert = lambda text, hint=hints[entry.name]: _parse(hint, text)  # noqa: E731
             convert.__name__ = getattr(hints[entry.name], "__name__", str(hints[entry.name]))
@@ -77,6 +106,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> set[str]:
                 type=convert,
                 default=argparse.SUPPRESS,
                 metavar=_metavar(hints[entry.name]),
+                help=HELP.get(entry.name),
             )
             names.add(entry.name)
     return names
@@ -98,7 +128,8 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = Tr
         type=Path,
         required=is_required,
         metavar="PATH",
-        help="a step_N folder, one of save_pretrained, or a published X-SAM checkpoint",
+        help="a step_N folder, its stage's or its run's (the newest of the last stage), one of "
+        "save_pretrained, or a published X-SAM checkpoint",
     )
     parser.add_argument(
         "--tokenizer",
@@ -146,9 +177,12 @@ def _metavar(hint) -> str:
 
 
 class Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line, once for all ranks of a machine."""
+
     def error(self, message: str) -> None:
-        message = f"error: {message}\n{self.format_usage().rstrip()}"
-        sys.exit(complain(message, is_met_by_all=True))
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"{self.prog}: {message} (--help has the flags)", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def train_parser() -> Parser:
@@ -187,10 +221,8 @@ def train_parser() -> Parser:
         action="store_true",
         help="print parameters, memory per GPU, steps and time of the run, and exit; needs no data",
     )
-    parser.add_argument("--gpus", type=int, default=8, help="of --plan (8)")
-    parser.add_argument(
-        "--gpu-memory", type=float, default=80.0, metavar="GB", help="of each, for --plan (80)"
-    )
+    parser.add_argument("--gpus", type=int, help="of --plan (8)")
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of each, for --plan (80)")
     parser.add_argument(
         "--images-per-second", type=float, metavar="X", help="of all GPUs, measured, for --plan"
     )
@@ -201,11 +233,14 @@ def train_parser() -> Parser:
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
-    """The flags of xsam/train.py, with the folders that they leave open, and the configuration."""
+    """The flags of xsam/train.py, with the folders that they leave open, and the configuration:
+    checked as far as the command line alone, and the checkpoints of --init, can be."""
     parser = train_parser()
     fields = add_config_flags(parser)
     options = parser.parse_args(arguments)
     flags = {name: vars(options).pop(name) for name in fields & vars(options).keys()}
+    if flags.get("eval_tasks") == ("none",):
+        flags["eval_tasks"] = ()
     options.stages = [1, 2, 3] if options.stage == "all" else [int(options.stage)]
     options.out = options.out or Path("runs") / options.config
     # The toy preset draws its own world where the user points at none.
@@ -216,50 +251,175 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     options.weights = options.weights or (
         options.world / "weights" if options.world else Path("weights")
     )
+    options.brought = {}  # the parts that --init gives to the first stage, and its paths
+    options.replaced = set()  # those that no public folder is needed for
     try:
-        config = CONFIGS[options.config]().resolve(options.stages, **flags)
+        check_flags(options, flags)
+        config = configure(options, flags, preset := CONFIGS[options.config]())
+        check_config(options, flags, config)
+        if options.init and all(path.exists() for path in options.init):
+            from xsam.train import inspect_init  # the first that imports torch
+
+            preset, options.brought, options.replaced = inspect_init(
+                preset, options.init, options.stages[0]
+            )
+            config = configure(options, flags, preset)
+        if options.brought or not options.init:  # else the missing paths are listed next
+            check_beginnings(options, flags, config)
     except ValueError as error:
         parser.error(str(error))
+    return options, config
+
+
+def configure(options: argparse.Namespace, flags: dict[str, Any], preset: Config) -> Config:
+    """The preset with the values of the flags."""
+    config = preset.resolve(options.stages, **flags)
     if options.init:  # in place of what the first stage would start from
         config = config.resolve(options.stages[:1], starts_from=())
+        config = config.resolve(init=tuple(map(str, options.init)))
+    return config
+
+
+def refuse(what: object, message: str) -> None:
+    if what:
+        raise ValueError(message)
+
+
+def check_flags(options: argparse.Namespace, flags: dict[str, Any]) -> None:
+    """Raises ValueError at a flag that the run would not look at, or look at another way."""
+    for name in ("gpus", "gpu_memory", "images_per_second"):
+        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        refuse(value is not None and not options.plan, f"{flag} is for --plan")
+        wrong = value is not None and not 0 < value < math.inf
+        refuse(wrong, f"{flag} is {value}; it has to be more than 0")
+    unused = options.allow_missing and not options.init
+    refuse(unused, "--allow-missing is for the checkpoints of --init")
+    if starts_from := flags.get("starts_from"):
+        refuse(options.init, "--init is in place of --starts_from: give one of them")
+        earlier = set(range(1, min(3, options.stages[0])))
+        refuse(set(starts_from) - earlier, f"--starts_from is {starts_from}: not earlier stages")
+
+
+def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Config) -> None:
+    """Raises ValueError at a value that no run can have, or a name that matches nothing."""
+    rows = config, config.model, config.loss, *(config.stages[each] for each in options.stages)
+    for name, value in (item for row in rows for item in vars(row).items()):
+        if isinstance(value, (int, float)):
+            least = "more than 0" if name in POSITIVE else "0 or more"
+            is_in = (value > 0 or (value == 0 and name not in POSITIVE)) and value < math.inf
+            refuse(not is_in, f"{name} is {value}; it has to be {least}")
+            refuse(name in SHARES and value > 1, f"{name} is {value}; it is 1 at most")
+    unknown = ", ".join(task for task in config.eval_tasks if task not in SCORED_SETS)
+    known = ", ".join(SCORED_SETS)
+    refuse(unknown, f"eval_tasks: unknown task {unknown}; known are {known}, or none")
+    is_idle = flags.get("eval_tasks") and not scored_tasks(config, options.stages)
+    refuse(is_idle, f"eval_tasks: stage {options.stage} is scored on none of these")
+    is_idle = config.validate_every and not config.eval_tasks
+    refuse(is_idle, "validate_every: name the tasks to validate with --eval_tasks")
+    if config.phrasings:
+        from xsam.prompts import read_phrasings
+
+        read_phrasings(config.phrasings)
+    parts = part_names(config.model, options.stages[-1])
+    for key in filter(None, flags.get("learning_rates", ())):
+        wrong = f"learning_rates: no part {key!r}; parts are {', '.join(parts)}"
+        refuse(key.endswith(".") or not _touches(key, parts), wrong)
     for number in options.stages:
-        stage = config.stages[number]
-        for name in stage.datasets:
-            try:
-                find_source(name)
-            except ValueError as error:
-                parser.error(f"stage {number}: {error}")
-        chunk = stage.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
-        if stage.global_batch_size % chunk:
-            parser.error(
-                f"stage {number}: global_batch_size {stage.global_batch_size} is not a multiple of "
-                f"micro_batch_size {stage.micro_batch_size} x {chunk // stage.micro_batch_size} "
-                "processes"
-            )
-    return options, config
+        check_stage(number, config)
+
+
+def _is_in(name: str, path: str) -> bool:
+    """Whether a module lies under a path; all lie under ""."""
+    return f"{name}.".startswith(f"{path}." * bool(path))
+
+
+def _touches(key: str, parts: Iterable[str]) -> bool:
+    """Whether a key of `learning_rates` is of one of the parts, or of modules inside or around."""
+    return any(_is_in(part, key) or _is_in(key, part) for part in parts)
+
+
+def _rate(part: str, rates: dict[str, float]) -> float:
+    return rates[max((key for key in rates if _is_in(part, key)), key=len)]
+
+
+def check_stage(number: int, config: Config) -> None:
+    """Raises ValueError where a stage cannot train as it is configured."""
+    stage, where = config.stages[number], f"stage {number}"
+    refuse(not stage.datasets, f"{where}: datasets names none")
+    for name in stage.datasets:
+        task = find_source(name).task  # of a file of one's own it is in the file
+        is_other = number == 1 and task not in ("generic", "")
+        refuse(is_other, f"{where} learns classes from generic sets alone; {name} is of {task}")
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    refuse(
+        stage.global_batch_size % (stage.micro_batch_size * num_processes),
+        f"{where}: global_batch_size {stage.global_batch_size} is not a multiple of "
+        f"micro_batch_size {stage.micro_batch_size} x {num_processes} processes",
+    )
+    rates, parts = stage.learning_rates, part_names(config.model, number)
+    wrong = [rate for rate in rates.values() if not 0 <= rate < math.inf]
+    refuse(wrong, f"{where}: a learning rate in {wrong}")
+    bare = ", ".join(part for part in parts if not any(_is_in(part, key) for key in rates))
+    refuse(bare, f'{where}: learning_rates has none for {bare}; "" is for all others')
+    used = [rate for key, rate in rates.items() if _touches(key, parts)]
+    refuse(not any(used), f"{where}: learning_rates leaves nothing to train")
+
+
+def check_beginnings(options: argparse.Namespace, flags: dict[str, Any], config: Config) -> None:
+    """Raises ValueError where a stage would begin with a random part that it does not train, or not
+    from nothing by design."""
+    first = options.stages[0]
+    strange = ", ".join(sorted(options.brought.keys() - set(part_names(config.model, first))))
+    refuse(strange, f"--init holds {strange}, which stage {first} has not")
+    for number in options.stages:
+        stage, brought = config.stages[number], options.brought if number == first else {}
+        new = [part for part, origin in origins(config, number, brought).items() if not origin]
+        if number == 2 and {find_source(name).task for name in stage.datasets} == {"chat"}:
+            new = []  # chat has no use for them, and a checkpoint of stage 2 does not hold them
+        is_meant = flags.get("starts_from") == () and options.stage == "3"  # table 8, row "S3"
+        allowed = new if is_meant else NEW_PARTS[number]
+        rates = stage.learning_rates
+        wrong = [part for part in new if part not in allowed or not _rate(part, rates)]
+        refuse(
+            wrong,
+            f"stage {number} begins with random {', '.join(wrong)}, and does not train that from "
+            "nothing: give --init a checkpoint that has it (or --starts_from= where it is meant)",
+        )
 
 
 def preflight(options: argparse.Namespace, config: Config) -> str:
     """What stands in the way of the run, as one message; empty where nothing does."""
+    if not next(path for path in (options.out, *options.out.parents) if path.exists()).is_dir():
+        return f"--out {options.out}: a file is in its place"
     folders = options.data, options.weights, options.out
-    required = required_paths(config, options.stages, *folders, has_init=bool(options.init))
+    required = required_paths(config, options.stages, *folders, options.replaced)
+    options.makes_data &= any(options.data in path.parents for path, _ in required)
+    options.makes_weights &= any(options.weights in path.parents for path, _ in required)
     made = [options.data] * options.makes_data + [options.weights] * options.makes_weights
+    made = [root for root in made if not root.exists()]
     required += [(path, "the checkpoint of --init") for path in options.init]
     missing = [
         (path, about)
         for path, about in required
-        if not path.exists() and not any(root in path.parents for root in made)
+        if not path.exists()
+        and ("your own" in about or not any(root in path.parents for root in made))
     ]
     if missing:
         lines = [f"{len(missing)} missing; put each where it belongs:"]
         lines += [f"  {path}\n      {about}" for path, about in missing]
         return "\n".join(lines)
+    try:
+        check_target(options.out, is_folder=True)
+    except ValueError as error:
+        return str(error)
     started = [n for n in options.stages if any(stage_folder(options.out, n).glob("step_*"))]
     if started and not options.resume:
         return (
             f"{stage_folder(options.out, started[0])} holds checkpoints already; "
             "go on with --resume or choose another --out"
         )
+    if options.resume and not (options.out / "config.json").is_file():
+        return f"--resume: no run in {options.out} to go on with"
     return ""
 
 
@@ -270,7 +430,7 @@ def train_command(arguments: list[str] | None = None) -> int:
     if options.plan:
         from xsam import plan
 
-        limits = options.gpus, options.gpu_memory, options.images_per_second
+        limits = options.gpus or 8, options.gpu_memory or 80.0, options.images_per_second
         try:
             print(plan.report(config, options.stages, *limits, options.data))
         except (ValueError, OSError) as error:
@@ -285,6 +445,13 @@ def run_training(options: argparse.Namespace, config: Config) -> int:
     """Trains, and turns what ends a run before its time into a message and a status."""
     from xsam import distributed, train
 
+    try:
+        outlines = [train.outline(number, config, options) for number in options.stages]
+    except (ValueError, OSError) as error:
+        return complain(str(error), is_met_by_all=True)
+    if int(os.environ.get("RANK", 0)) == 0:
+        tasks = ", ".join(scored_tasks(config, options.stages)) or "nothing"
+        print("\n".join([*outlines, f"scored on: {tasks}"]), flush=True)
     try:
         train.run(options, config)
     except train.Stopped as stopped:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from xsam import former_names
+
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -224,6 +226,7 @@ class Config:
     stages: dict[int, Stage]
     loss: LossConfig = field(default_factory=LossConfig)
     categories: tuple[dict, ...] = ()  # {"name", "is_thing"} of the generic data, from training
+    init: tuple[str, ...] = ()  # what --init named, in place of the first stage's earlier ones
     phrasings: str = ""  # a JSON file of questions and answers in place of ours (prompts.py)
     seed: int = 0
     # Of weights and gradients in training. bfloat16 computes under autocast and steps in float32
@@ -314,6 +317,46 @@ def xsam() -> Config:
             ),
         },
     )
+
+
+# The parts by the names that `learning_rates` and the log give them; the first five are stage 1's.
+PARTS = (
+    *("segmentor.encoder", "segmentor.connector", "segmentor.pixel_decoder", "segmentor.decoder"),
+    *("segmentor.class_head", "image_encoder", "image_projector", "seg_projector", "llm"),
+    *("llm_projector", "background_embedding"),
+)
+HANDED_ON = {1: PARTS[:4], 2: PARTS[6:8]}  # to the stages that start from this one
+NEW_PARTS = {  # what a stage may train from nothing (paper table 8 has stage 3 without stage 2)
+    1: PARTS[1:5],
+    2: PARTS[6:8],
+    3: (*PARTS[4:5], *PARTS[6:8], *PARTS[9:]),
+}
+
+
+def part_names(model: ModelConfig, stage: int) -> list[str]:
+    """The parts of a stage's model."""
+    absent = set(PARTS[5:] if stage == 1 else ())
+    if model.seg_backbone_config or model.decoder == "sam":
+        absent |= {"segmentor.connector", "segmentor.pixel_decoder" * (model.decoder == "sam")}
+    if model.image_encoder == "none":
+        absent |= {"image_encoder", "image_projector"}
+    if not model.seg_tokens:
+        absent |= {"seg_projector"}
+    return [part for part in PARTS if part not in absent]
+
+
+def origins(config: Config, number: int, brought: dict[str, str]) -> dict[str, str]:
+    """Where each part of a stage's model is read from before its first step, "" for one that starts
+    from nothing. `brought`: the parts that --init gives to this stage, and its paths."""
+    found = {"segmentor.encoder": config.model.seg_encoder, "llm": config.model.llm}
+    found["image_encoder"] = config.model.image_encoder
+    for earlier in config.stages[number].starts_from:
+        found |= dict.fromkeys(HANDED_ON[earlier], f"stage {earlier}")
+    found |= brought
+    return {part: found.get(part, "") for part in part_names(config.model, number)}
+
+
+__getattr__ = former_names(toy="xsam.former.presets")
 
 
 def stage_folder(out: Path, stage: int) -> Path:

@@ -24,17 +24,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from xsam import distributed
-from xsam.checkpoints import latest_checkpoint, read_header
-from xsam.cli import add_checkpoint_flags, inference_changes
+from xsam.checkpoints import last_stage
+from xsam.cli import Parser, add_checkpoint_flags, inference_changes
 from xsam.data import Processor, Sample
 from xsam.datasets.base import Dataset, read_categories
 from xsam.datasets.formats import read_json
 from xsam.datasets.generic import Generic
 from xsam.datasets.registry import open_dataset
-from xsam.datasets.sources import SOURCES, locate
+from xsam.datasets.sources import SCORED_SETS, SEGMENTOR_TASKS, SOURCES, locate
 from xsam.evaluation import prediction_files as files
 from xsam.evaluation.benchmarks import (
-    SEGMENTOR_TASKS,
     TASKS,
     Figures,
     bert_embedder,
@@ -44,10 +43,11 @@ from xsam.evaluation.benchmarks import (
     task_of,
 )
 from xsam.evaluation.prediction_files import SavedPredictions, keys_of, kind_of
-from xsam.inference import Inputs, build_inputs, load_checkpoint, predict_inputs
+from xsam.files import check_target, write_whole
+from xsam.inference import Inputs, build_inputs, load_checkpoint, predict_inputs, stored_stage
 from xsam.model import XSAM, Segmentor
-from xsam.prompts import read_names, read_phrasings
-from xsam.weights import CONFIG_FILE
+from xsam.names import read_names
+from xsam.prompts import read_phrasings
 
 if __name__ == "__main__":  # a script's own folder must not shadow other packages' modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -249,8 +249,7 @@ def chosen_sets(tasks: str | None, is_segmentor: bool = False) -> list[str]:
     """The sets of a comma-separated list of tasks and sets; of "all", or of none, all. Raises
     ValueError at an unknown one, or one that a stage-1 checkpoint cannot predict."""
     known = SEGMENTOR_TASKS if is_segmentor else tuple(TASKS)
-    sets = {task: [name for _, name in each.datasets] for task, each in TASKS.items()}
-    sets |= {name: [name] for names in sets.values() for name in names}
+    sets = SCORED_SETS | {name: [name] for names in SCORED_SETS.values() for name in names}
     chosen: list[str] = []
     for word in known if tasks in (None, "", "all") else tasks.split(","):
         if word not in sets:
@@ -270,14 +269,8 @@ def check_paths(names: list[str], data: Path) -> None:
         raise ValueError(f"missing: {', '.join(missing)}; --tasks says what else to score")
 
 
-def stored_stage(checkpoint: Path) -> int | None:
-    """The stage of a checkpoint of ours; None for a published one, which does not say."""
-    folder = latest_checkpoint(checkpoint) or checkpoint
-    return read_header(folder)["stage"] if (folder / CONFIG_FILE).is_file() else None
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="xsam/evaluate.py",
         description="Scores a checkpoint, or predictions, on the benchmarks; runs under torchrun "
         "or alone. The same command continues where it was interrupted.",
@@ -319,17 +312,26 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
             "names",
             "phrasings",
             "batch_size",
+            "tokenizer",
+            "allow_missing",
             "device",
             "dtype",
             "panoptic_rule",
         ):
-            if getattr(options, name) not in (None, False):
+            if getattr(options, name) not in (None, False, []):
                 flag = f"--{name.replace('_', '-')}"
                 parser.error(f"{flag} is for predicting, so it goes with --checkpoint")
     for name in ("limit", "batch_size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} has to be 1 or more")
+    if options.checkpoint is not None:
+        options.checkpoint = last_stage(options.checkpoint)
+    source = options.checkpoint or options.from_predictions
+    options.out = options.out or (source.parent if source.is_file() else source)
     try:
+        check_target(options.out, is_folder=True)
+        read_earlier(options.out)  # an error is told before hours of prediction
+        read_phrasings(options.phrasings or "")
         names = chosen_sets(options.tasks)
         options.names = read_names(options.names) if options.names else None
         options.bert = bert_embedder(options.bert) if options.bert else None
@@ -367,19 +369,18 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
     """Evaluates as the command line says, and writes the results."""
     is_first = distributed.rank() == 0
     if options.from_predictions is not None:
-        model, column, out = None, "predictions", options.from_predictions
-        folder = out / FOLDER if (out / FOLDER).is_dir() else out
+        model, column, folder = None, "predictions", options.from_predictions
+        folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
         names = chosen_sets(options.tasks)
         if not options.tasks:
             names = [name for name in names if (folder / name).is_dir()]
         if not names:
             raise ValueError(f"{folder}: has no folder of a set that is scored")
-        out = options.out or out
+        out = options.out
     else:
         model, stage = load_model(options, device, print if is_first else lambda _: None)
-        column, checkpoint = f"stage {stage}", options.checkpoint
+        column, out = f"stage {stage}", options.out
         names = chosen_sets(options.tasks, is_segmentor=stage == 1)
-        out = options.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
         folder = out / FOLDER
     check_paths(names, options.data)
     sets = {}
@@ -425,29 +426,35 @@ def load_model(
     return model, stage
 
 
+def read_earlier(out: Path) -> dict:
+    """What an earlier command wrote to OUT/results.json, {} if none did. Raises ValueError where
+    the file is one of training, or the results cannot be written."""
+    path = out / "results.json"
+    for each in (path, out / "results.md"):
+        check_target(each)
+    before = read_json(path, dict) if path.exists() else {"about": {}}
+    if "about" not in before:
+        raise ValueError(f"{path}: is not of this command; give another --out")
+    return before
+
+
 def write_results(out: Path, results: dict[str, dict[str, Figures]], about: dict) -> None:
     """Writes OUT/results.json and results.md, which is also printed. Figures of other sets that an
-    earlier command wrote there for the same weights are kept. Raises ValueError where the file is
-    one of training."""
-    out.mkdir(parents=True, exist_ok=True)
-    path, sets = out / "results.json", about["sets"]
-    if path.is_file():
-        before = read_json(path, dict)
-        if "about" not in before:
-            raise ValueError(f"{path}: is not of this command; give another --out")
-        earlier = before.pop("about")
-        if earlier | {"sets": {}} == about | {"sets": {}}:
-            about = about | {"sets": earlier["sets"] | sets}
-            tasks = [task for task in TASKS if task in before or task in results]
-            results = {task: before.get(task, {}) | results.get(task, {}) for task in tasks}
-    path.write_text(json.dumps(results | {"about": about}, indent=1), encoding="utf-8")
+    earlier command wrote there for the same weights are kept."""
+    before, sets = read_earlier(out), about["sets"]
+    earlier = before.pop("about", {})
+    if earlier | {"sets": {}} == about | {"sets": {}}:
+        about = about | {"sets": earlier["sets"] | sets}
+        tasks = [task for task in TASKS if task in before or task in results]
+        results = {task: before.get(task, {}) | results.get(task, {}) for task in tasks}
+    write_whole(out / "results.json", json.dumps(results | {"about": about}, indent=1))
     notes = []
     if limit := about["first_samples"]:
         notes.append(f"The first {limit} samples of each set alone.")
     if "one_crowd_per_class" in about:
         notes.append("PQ: one crowd region of a class and image counts, as in panopticapi.")
     text = table({about["column"]: results}, " ".join(notes))
-    (out / "results.md").write_text(text + "\n", encoding="utf-8")
+    write_whole(out / "results.md", text + "\n")
     print(text)
     for name, each in sets.items():
         reasons = [f"{count} {reason}" for reason, count in each["skipped"].items() if count]

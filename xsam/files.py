@@ -1,7 +1,9 @@
-"""Texts in whatever encoding, and outputs that are whole or absent, whenever a run is killed."""
+"""Texts in whatever encoding, files by the names that annotations have for them, and outputs that
+are whole or absent, whenever a run is killed."""
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ def cause_of(error: Exception | str, path: Any) -> str:
     """Why a file cannot be read: what lies in its place, or else the error."""
     start = b""
     with contextlib.suppress(OSError, ValueError):
-        if isinstance(path, Path) and path.is_file():
+        if isinstance(path, Path) and is_file(path):
             with path.open("rb") as file:
                 start = file.read(99).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     abouts = (about for sign, about in _STAND_INS.items() if start.startswith(sign))
@@ -45,6 +47,44 @@ def read_text(path: Path, last_resort: str = "") -> str:
         raise ValueError(f"{path}: is no text in UTF-8 or UTF-16 ({error}); save it so") from error
 
 
+IMAGE_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg", ".webp", ".bmp")
+
+
+def is_file(path: Path) -> bool:
+    """Also of a name that no file could have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def first_file(paths: list[Path]) -> Path:
+    """The first of the paths that is a file; the very first where none is."""
+    return next(filter(is_file, paths), paths[0])
+
+
+def find_file(folder: Path, *names: str) -> Path:
+    """The file that an annotation names, seen from `folder`: the first of `names` that there is.
+
+    A name may be absolute or have "..", backslashes (Windows), a suffix that differs in case, or
+    begin with folders of which the last has the name of `folder` ("train2017/1.jpg")."""
+    paths = []
+    for name in names:
+        unix = name.replace("\\", "/")
+        inside = f"/{unix}".split(f"/{folder.absolute().name}/")[-1].lstrip("/")
+        for known in (name, unix, inside):
+            stem, suffix = os.path.splitext(known)
+            endings = dict.fromkeys((suffix, suffix.lower(), suffix.upper()))
+            paths += [folder / f"{stem}{ending}" for ending in endings]
+    return first_file(paths)
+
+
+def list_files(folder: Path, *suffixes: str) -> list[Path]:
+    """The files of a folder that end so, by name; what begins with a dot is the system's."""
+    paths = folder.glob("[!.]*")
+    return sorted(path for path in paths if path.suffix.lower() in suffixes)
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """A file with this content, or as it was before; text is written as UTF-8."""
     with _renamed(path) as (partial,):
@@ -61,6 +101,28 @@ def complete(*targets: Path) -> Iterator[list[Path]]:
         yield partials
 
 
+def check_target(path: Path, is_folder: bool = False) -> None:
+    """Raises ValueError where no file, or folder, of this name can be written; makes nothing. For
+    commands that work long before they write."""
+    if path.exists() and path.is_dir() != is_folder:
+        kinds = ("file", "folder") if is_folder else ("folder", "file")
+        raise ValueError(f"{path}: is a {kinds[0]}; name a {kinds[1]}")
+    folder = next(each for each in (path, *path.parents)[not is_folder :] if each.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{path}: {folder} is a file, no folder")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{path}: the folder {folder} may not be written to")
+
+
+def give_rights(*files: Path) -> None:
+    """Lets others read files that safetensors keeps for their owner, as far as the umask does."""
+    umask = os.umask(0o077)  # is only told by setting another
+    os.umask(umask)
+    for file in files:
+        with contextlib.suppress(PermissionError):  # of a disk that knows no rights
+            file.chmod(0o666 & ~umask)
+
+
 def refuse_existing(*targets: Path) -> None:
     for target in targets:
         if target.exists():
@@ -71,6 +133,7 @@ def refuse_existing(*targets: Path) -> None:
 def _renamed(*targets: Path) -> Iterator[list[Path]]:
     partials = [partial_of(target) for target in targets]
     for target, partial in zip(targets, partials, strict=True):
+        check_target(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)  # left by a killed run
     try:

@@ -13,14 +13,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from xsam.checkpoints import latest_checkpoint, read_header, write_header
+from xsam.checkpoints import find_checkpoint, read_header, write_header
 from xsam.config import SPECIAL_TOKENS, Config, xsam
 from xsam.data import Batch, Processor, ResizeAndPad, Sample
+from xsam.datasets.formats import Picture, foreground, viewed
+from xsam.files import check_target
 from xsam.llm import add_special_tokens
 from xsam.model import XSAM, Segmentor
+from xsam.names import read_names
 from xsam.postprocess import (
     Reading,
     SegmentationResult,
@@ -207,45 +209,38 @@ def post_process(
 
 def predict(
     model: Segmentor | XSAM,
-    image: Image.Image | list[Image.Image],
+    image: Picture | list[Picture],
     task: str,
     text: str | list[str] = "",
-    things: list[str] | None = None,
-    stuff: list[str] | None = None,
-    regions: list[np.ndarray] | None = None,
-    region_image: Image.Image | None = None,
+    things: list[str] | str | None = None,
+    stuff: list[str] | str | None = None,
+    regions: list[Picture] | None = None,
+    region_image: Picture | None = None,
 ) -> SegmentationResult | list[SegmentationResult]:
     """One request, or a list of images with the same one or a list of texts.
 
     task (REQUESTS): "panoptic", "instance" and "semantic" segment the categories `things` and
-    `stuff` (default: those the model was trained on; any number of names, asked in several prompts
-    where they do not fit one), "refer" and "reason" what `text` refers to or asks for, "gcg" what
-    the model says of the image, "interactive" and "vgd" what the `regions` mark, bool [H, W] each:
-    one object, or all objects of their kinds, which `region_image` may show in place of the image
-    itself; "chat" answers `text`. Raises ValueError at another task, a missing text or region, a
-    text with tokens of the prompt format, or a task that needs a language model where there is
-    none.
+    `stuff` (lists, or what `read_names` takes; default: those the model was trained on; any number
+    of names, asked in several prompts where they do not fit one), "refer" and "reason" what `text`
+    refers to or asks for, "gcg" what the model says of the image, "interactive" and "vgd" what the
+    `regions` mark, as bool [H, W] or any other picture of it (`formats.foreground`): one object, or
+    all objects of their kinds, which `region_image` may show in place of the image itself; "chat"
+    answers `text`. An image is taken as viewers show it (`formats.viewed`), upright unless a region
+    has the size of the stored pixels; the result's `image` is that, and its masks are of it. Raises
+    ValueError at a picture or region that is none, and at what `check_request` refuses.
     """
-    if task not in REQUESTS:
-        raise ValueError(f"unknown task {task!r}; known are {', '.join(REQUESTS)}")
-    request, regions = REQUESTS[task], regions or []
-    if isinstance(model, Segmentor) and request.task != "generic":
-        raise ValueError(f"a stage-1 checkpoint has no language model, which {task} needs")
-    if request.needs == "text" and not text:
-        raise ValueError(f"task {task} needs a text")
-    if request.needs == "regions" and not regions:
-        raise ValueError(f"task {task} needs regions")
-    if task == "interactive" and (len(regions) > 1 or region_image is not None):
-        raise ValueError("task interactive takes one region, of the image itself")
+    things, stuff = (read_names(x) if isinstance(x, str) else x for x in (things, stuff))
+    numbered = enumerate([] if regions is None else regions, start=1)
+    regions = [foreground(region, f"region {number}") for number, region in numbered]
     images = image if isinstance(image, list) else [image]
     texts = text if isinstance(text, list) else [text] * len(images)
     if len(texts) != len(images):
         raise ValueError(f"{len(images)} images but {len(texts)} texts")
+    regions = regions or []
+    request = check_request(task, model.stage, texts, things, stuff, regions, region_image)
     names, is_thing = [], []
     if request.needs == "categories":
         names, is_thing = chosen_categories(model.config, task, things, stuff)
-    for words in [*filter(None, texts), *names]:  # a generic request takes no text
-        check_words(words, "a text or a name")
     samples = [
         build_sample(request, picture, words, names, regions, region_image)
         for picture, words in zip(images, texts, strict=True)
@@ -255,11 +250,51 @@ def predict(
     return predictions if isinstance(image, list) else predictions[0]
 
 
+def check_request(
+    task: str,
+    stage: int | None,
+    texts: list[str],
+    things: list[str] | None,
+    stuff: list[str] | None,
+    regions: list[np.ndarray],
+    region_image: Picture | None,
+) -> Request:
+    """The request of a task, known to be one that the model of a stage (None: not known yet) can
+    answer. Raises ValueError at another task, one that needs a language model where there is none,
+    a missing text or region, one that the task does not look at, and words of the prompt format."""
+    if task not in REQUESTS:
+        raise ValueError(f"unknown task {task!r}; known are {', '.join(REQUESTS)}")
+    request, names = REQUESTS[task], [*(things or []), *(stuff or [])]
+    if stage == 1 and request.task != "generic":
+        raise ValueError(f"a stage-1 checkpoint has no language model, which {task} needs")
+    given = {"text": any(texts), "regions": bool(regions)}
+    given["categories"] = things is not None or stuff is not None
+    words = {"categories": "things or stuff", "image": "the image alone"}
+    for kind, is_given in given.items():
+        if is_given and kind != request.needs:
+            kind, needed = (words.get(each, each) for each in (kind, request.needs))
+            raise ValueError(f"task {task} takes no {kind}, but {needed}")
+    if request.needs == "text" and not all(texts):
+        raise ValueError(f"task {task} needs a text")
+    if request.needs == "regions" and not regions:
+        raise ValueError(f"task {task} needs regions")
+    if region_image is not None and task != "vgd":
+        raise ValueError(f"task {task} takes regions of the image itself alone")
+    if task == "interactive" and len(regions) > 1:
+        raise ValueError("task interactive takes one region")
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise ValueError(f"{twice[0]!r} is named twice")
+    for words in [*filter(None, texts), *names]:
+        check_words(words, "a text or a name")
+    return request
+
+
 def chosen_categories(
-    config: Config, task: str, things: list[str] | None, stuff: list[str] | None
+    config: Config, task: str, things: list[str] | str | None, stuff: list[str] | str | None
 ) -> tuple[list[str], list[bool]]:
     """Names of categories, and which of them are things: those given, or the model's own."""
-    categories = [(name, True) for name in things or []] + [(name, False) for name in stuff or []]
+    things, stuff = (read_names(n) if isinstance(n, str) else n or [] for n in (things, stuff))
+    categories = [(name, True) for name in things] + [(name, False) for name in stuff]
     if not categories:
         categories = [
             (category["name"], category["is_thing"])
@@ -274,17 +309,20 @@ def chosen_categories(
 
 def build_sample(
     request: Request,
-    image: Image.Image,
+    image: Picture,
     text: str,
     names: list[str],
     regions: list[np.ndarray],
-    region_image: Image.Image | None,
+    region_image: Picture | None,
 ) -> Sample:
     """The sample whose question makes a request, its answer left to the model."""
-    image, region_image = image.convert("RGB"), region_image and region_image.convert("RGB")
-    shape = (region_image or image).size[::-1]
-    if wrong := [region.shape for region in regions if region.shape != shape]:
-        raise ValueError(f"a region of {wrong[0]} in an image of {shape} (height, width)")
+    size = regions[0].shape if regions else None
+    if region_image is None:
+        image = viewed(image, size)
+    else:
+        image, region_image = viewed(image), viewed(region_image, size, "region_image")
+    if wrong := [region.shape for region in regions if region.shape != size]:
+        raise ValueError(f"a region of {wrong[0]} in an image of {size} (height, width)")
     if request.needs == "text":
         names = [] if request.task == "chat" else [text]
     elif request.needs != "categories":
@@ -313,6 +351,7 @@ def save_pretrained(
     """Writes a folder that `load_checkpoint` reads: weights in safetensors, in several files above
     `max_shard_bytes`, config.json and the tokenizer. Raises ValueError where the folder holds
     something already."""
+    check_target(folder, is_folder=True)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not empty; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -320,6 +359,12 @@ def save_pretrained(
     write_header(folder, model.config, model.stage, step=0)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
+
+
+def stored_stage(path: Path) -> int | None:
+    """The stage of a checkpoint of ours; None for a published one, which does not say."""
+    path = find_checkpoint(path)
+    return read_header(path)["stage"] if (path / CONFIG_FILE).is_file() else None
 
 
 def load_checkpoint(
@@ -334,20 +379,20 @@ def load_checkpoint(
 ) -> tuple[Segmentor | XSAM, int]:
     """The model of a checkpoint and its stage (1: a `Segmentor`, 3: an `XSAM`), ready to answer.
 
-    `path` is a folder that we wrote (a step_N, its stage's folder, or one of `save_pretrained`), or
-    a published X-SAM checkpoint of either generation, a folder or a file. A published one says
-    nothing of its architecture: `config` does (default: the full preset with the language model of
-    the folder `tokenizer`), and `tokenizer` has the words where `path` has none. `dtype` None keeps
+    `path` is a folder that we wrote (a step_N, its stage's or its run's folder, or one of
+    `save_pretrained`), or a published X-SAM checkpoint of either generation, a folder or a file. A
+    published one says nothing of its architecture: `config` does (default: the full preset with the
+    language model of the folder `tokenizer`), which is also taken in place of the one that is
+    stored, and `tokenizer` has the words where `path` has none. `dtype` None keeps
     what is stored. Names that begin with one of `allow_missing` (as on disk, such as "llm.") may be
     absent and start as a new model's, in float32 unless `dtype` says otherwise, as all then is.
     `report` is told what was loaded. Raises ValueError that names file and tensor where anything
     does not fit.
     """
-    path = Path(path)
-    path = latest_checkpoint(path) or path
+    path = find_checkpoint(Path(path))
     if (path / CONFIG_FILE).is_file():
         header = read_header(path)
-        stage, config = header["stage"], header["config"]
+        stage, config = header["stage"], config or header["config"]
         stored = list_tensors(path)
     else:
         stored = list_tensors(path)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from xsam import former_names
 from xsam.config import Config, ModelConfig
 from xsam.connector import (
     ConvBranch,
@@ -337,6 +338,9 @@ class XSAM(nn.Module):
         from xsam.inference import save_pretrained
 
         save_pretrained(self, Path(folder), **options)
+
+
+__getattr__ = former_names(load_checkpoint="xsam.inference", save_pretrained="xsam.inference")
 
 
 # What the parts repeat; the last is the layer of every model of transformers.

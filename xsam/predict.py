@@ -6,26 +6,31 @@
     python -m xsam.predict vgd --region cat.png --checkpoint DIR --image photo.jpg
 
 Writes OUT.png (masks, outlines, labels) and OUT.json (COCO RLE), beside the image unless --out says
-where.
+where, in place of what an earlier command wrote there.
 """
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
-from xsam.cli import add_checkpoint_flags, inference_changes
-from xsam.datasets.formats import read_image, read_region
+from xsam.cli import Parser, add_checkpoint_flags, inference_changes
+from xsam.datasets.formats import read_image, read_image_size, read_region
 from xsam.distributed import choose_device
-from xsam.inference import REQUESTS, load_checkpoint, predict
+from xsam.files import check_target, write_whole
+from xsam.inference import REQUESTS, check_request, load_checkpoint, predict, stored_stage
+from xsam.names import read_names
 from xsam.postprocess import SHOWN_SCORE
-from xsam.prompts import read_names
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m xsam.predict",
         description="Segments an image, or answers a question about it.",
         epilog='example: python -m xsam.predict refer "the red circle" --image drawing.jpg '
@@ -44,19 +49,60 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PNG",
-        help="interactive, vgd: an image that is bright where it points; may be repeated for vgd",
+        help="interactive, vgd: a drawing on black, or on nothing, of where it points; may be "
+        "repeated for vgd",
     )
     parser.add_argument(
         "--region-image", type=Path, help="vgd: the image that the regions are in, if another"
     )
-    parser.add_argument("--out", type=Path, help="path without suffix (default: IMAGE_TASK)")
+    text = "path without suffix, or a folder that is there (default: IMAGE_TASK beside the image)"
+    parser.add_argument("--out", type=Path, help=text)
     return parser
 
 
+def read_pictures(
+    options: argparse.Namespace,
+) -> tuple[Image.Image, list[np.ndarray], Image.Image | None]:
+    """The image, the regions, and the image that shows them where that is another. A photo is
+    turned upright unless its regions are of its stored pixels."""
+    size = read_image_size(options.region[0]) if options.region else None
+    image = read_image(options.image, None if options.region_image else size)
+    shown = read_image(options.region_image, size) if options.region_image else None
+    size = (shown or image).height, (shown or image).width
+    return image, [read_region(path, size) for path in options.region], shown
+
+
+def output_files(options: argparse.Namespace) -> list[Path]:
+    """The picture and the JSON to write. Raises ValueError where they cannot be."""
+    stem, name = options.out, f"{options.image.stem}_{options.task}"
+    if stem is None or stem.is_dir():
+        stem = (stem or options.image.parent) / name
+    stem = str(stem).removesuffix(".png").removesuffix(".json")
+    paths = [Path(f"{stem}{suffix}") for suffix in (".png", ".json")]
+    for path in paths:
+        check_target(path)
+    if options.image in paths:
+        raise ValueError(f"--out {options.out} would replace the image")
+    return paths
+
+
+def read_request(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `predict` that the command line names, read and checked before a model is
+    loaded. Raises ValueError where they are no request."""
+    image, regions, shown = read_pictures(options)
+    lists = {"things": options.things, "stuff": options.stuff}
+    names = {kind: text if text is None else read_names(text) for kind, text in lists.items()}
+    stage, texts = stored_stage(options.checkpoint), [options.text]
+    check_request(options.task, stage, texts, *names.values(), regions, shown)
+    about = {"image": image, "task": options.task, "text": options.text}
+    return about | names | {"regions": regions, "region_image": shown}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
+    options = build_parser().parse_intermixed_args(arguments)
     try:
-        image = read_image(options.image)
+        request = read_request(options)
+        written = output_files(options) if options.task != "chat" else []
         model, _ = load_checkpoint(
             options.checkpoint,
             tokenizer=options.tokenizer,
@@ -66,20 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             report=lambda line: print(line, file=sys.stderr),
         )
         model.config = model.config.resolve(**inference_changes(options))
-        lists = {"things": options.things, "stuff": options.stuff}
-        names = {kind: read_names(text) for kind, text in lists.items() if text}
-        shown = read_image(options.region_image) if options.region_image else None
-        size = (shown or image).height, (shown or image).width
-        regions = [read_region(path, size) for path in options.region]
-        prediction = predict(
-            model,
-            image,
-            options.task,
-            options.text,
-            **names,
-            regions=regions or None,
-            region_image=shown,
-        )
+        prediction = predict(model, **request)
     except ValueError as error:
         print(f"xsam.predict: {error}", file=sys.stderr)
         return 2
@@ -87,12 +120,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"the names did not fit one prompt: asked in {prediction.num_prompts}, and merged")
     if prediction.answer:
         print(prediction.answer)
-    if options.task != "chat":
-        stem = options.out or options.image.with_name(f"{options.image.stem}_{options.task}")
-        picture, document = (Path(f"{stem}{suffix}") for suffix in (".png", ".json"))
+    if written:
+        picture, document = written
         least = SHOWN_SCORE if options.task in ("instance", "vgd") else 0.0
-        prediction.draw(options.text, min_score=least).save(picture)
-        document.write_text(json.dumps(prediction.to_dict(), indent=1), encoding="utf-8")
+        content = io.BytesIO()
+        prediction.draw(options.text, min_score=least).save(content, "PNG")
+        write_whole(picture, content.getvalue())
+        write_whole(document, json.dumps(prediction.to_dict(), indent=1))
         if prediction.answer and not len(prediction.masks):
             print("no <SEG> in the answer or nothing above the threshold: no masks")
         print(f"{len(prediction.masks)} masks: {picture} {document}")

@@ -6,12 +6,12 @@ the classes stay the question's. The phrasings are ours; for weights that were t
 a JSON file replaces them (`--phrasings`).
 """
 
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 
+from xsam import former_names
 from xsam.config import SPECIAL_TOKENS
 
 PLACEHOLDERS = ("<image>", "<region>")
@@ -221,32 +221,9 @@ def check_words(
     return text
 
 
-def read_names(text: str) -> list[str]:
-    """A list of class names: separated by commas, or the path of a file with one a line, where
-    "id:name,alias,…" stands for its name, and lines for the background or no class are skipped.
-
-    Raises ValueError where the list is empty, or a name holds a token of the prompt format.
-    """
-    path = Path(text)
-    if os.path.isfile(text) or text.endswith(".txt"):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read as a list of names ({error})") from error
-        names = []
-        for line in lines:
-            number, colon, aliases = line.partition(":")
-            is_numbered = colon and number.strip().isdecimal()
-            names.append(aliases.split(",")[0] if is_numbered else line)
-    else:
-        names = text.split(",")
-    names = [name.strip() for name in names if name.strip()]
-    names = [name for name in names if name.lower() not in ("background", "invalid_class_id")]
-    if not names:
-        raise ValueError(f"{text!r}: no names in it")
-    return [check_words(name, f"name {name!r}") for name in names]
-
-
 def clean_name(name: str) -> str:
     """A COCO category name as it stands in a prompt: "sky-other-merged" is "sky other"."""
     return name.replace("-merged", "").replace("-stuff", "").replace("-", " ").strip().lower()
+
+
+__getattr__ = former_names(read_names="xsam.names")

@@ -22,11 +22,13 @@ if __name__ == "__main__":
     sys.exit(train_command())
 
 import argparse
+import dataclasses
 import json
 import math
 import signal
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
@@ -42,14 +44,16 @@ from xsam.checkpoints import (
     check_checkpoint,
     check_space,
     fill_states,
+    find_checkpoint,
     latest_checkpoint,
     list_states,
     load_trained,
     point_latest,
+    read_header,
     save_checkpoint,
     state_tensors,
 )
-from xsam.config import Config, stage_folder
+from xsam.config import PARTS, Config, origins, stage_folder
 from xsam.data import Batch, Mixture, Processor
 from xsam.encoders import ImageEncoder
 from xsam.files import write_whole
@@ -60,11 +64,13 @@ from xsam.optimizer import (
     build_optimizer,
     freeze,
     gradient_norms,
+    learning_rate,
     schedule,
     update,
 )
 from xsam.prompts import read_phrasings
 from xsam.weights import (
+    CONFIG_FILE,
     PREFIXES,
     Stored,
     complete_architecture,
@@ -75,6 +81,7 @@ from xsam.weights import (
     parameters_on_meta,
     part_name,
     part_of_folder,
+    read_published,
     read_tokenizer,
 )
 
@@ -91,16 +98,21 @@ class Stopped(Exception):
 
 
 def pretrained_model(
-    stage: int, config: Config, weights: Path, report: Callable[[str], None] = print
+    stage: int,
+    config: Config,
+    weights: Path,
+    report: Callable[[str], None] = print,
+    has_encoder: bool = False,
 ) -> Segmentor | XSAM:
     """A stage's model with the public weights: the segmentation encoder in stage 1, then image
-    encoder and language model; all else is random, also the segmentation encoder of a later stage
-    (`starting_model` fills it). Parameters are of `config.dtype`. `report` is told what was
-    loaded."""
+    encoder and language model; all else is random, also the segmentation encoder of a later stage,
+    or one that others have (`starting_model` fills it). Parameters are of `config.dtype`. `report`
+    is told what was loaded."""
     dtype = getattr(torch, config.dtype)
     if stage == 1:
-        model = Segmentor(config)
-        report(load_folder(model.encoder, "seg_encoder", weights / config.model.seg_encoder))
+        model, folder = Segmentor(config), weights / config.model.seg_encoder
+        if not has_encoder:
+            report(load_folder(model.encoder, "seg_encoder", folder))
         return cast_parameters(model, dtype)
     parts = {}
     for part, kind in (("image_encoder", ImageEncoder), ("llm", LanguageModel)):
@@ -139,13 +151,53 @@ def load_earlier_stage(model: XSAM, stage: int, out: Path) -> str:
     return load_tensors(model, without_class_head(stored), folder, only=only)
 
 
+def inspect_init(
+    preset: Config, paths: list[Path], stage: int
+) -> tuple[Config, dict[str, str], set[str]]:
+    """What the checkpoints of --init bring to a stage, from their names and headers: the preset,
+    with the architecture of the first where that is a whole model, the path of each part, and the
+    parts for which no public folder is needed any more."""
+    brought = {part: str(path) for path in paths for part in init_parts(path, stage)}
+    whole = [path for path in paths if is_whole(path)]
+    if not whole:
+        return preset, brought, {"segmentor.encoder"} & brought.keys()
+    if whole != paths[:1]:
+        raise ValueError(f"--init {whole[-1]} is a whole model: name it alone, or first and once")
+    path = find_checkpoint(whole[0])
+    if (path / CONFIG_FILE).is_file():
+        preset = dataclasses.replace(preset, model=read_header(path)["config"].model)
+    else:
+        preset = preset.resolve(**read_published(list_tensors(path), path)[2])
+    return preset, brought, brought.keys() - ({"llm"} if not has_tokenizer(path) else set())
+
+
+def has_tokenizer(path: Path) -> bool:
+    return any(find_checkpoint(path).glob("tokenizer*"))
+
+
+def init_parts(path: Path, stage: int) -> set[str]:
+    """The parts that a path of --init has for the model of a stage."""
+    path = find_checkpoint(path)
+    if part := part_of_folder(path):
+        return {PREFIXES[part].removesuffix(".")}
+    stored = list_tensors(path)
+    stored = stored if stage == 1 else without_class_head(stored)
+    ours = {part_name(disk_name(f"{part}.model.x")): part for part in PARTS}
+    return {ours.get(each, each) for each in (part_name(disk_name(name)) for name in stored)}
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a path of --init is a checkpoint with a language model, and so with all else."""
+    return "llm" in init_parts(path, 3) and not part_of_folder(find_checkpoint(path))
+
+
 def load_init(
     model: Segmentor | XSAM, path: Path, allow_missing: tuple[str, ...]
 ) -> tuple[str, set[str]]:
     """What --init names, over what the model holds: a checkpoint, whole or a stage's part, of which
     every part must be there from its first tensor to its last, or the Hugging Face folder of an
     encoder or a language model. Returns the line that says so, and the parts loaded."""
-    path = latest_checkpoint(path) or path
+    path = find_checkpoint(path)
     if part := part_of_folder(path):
         segmentor = model if model.stage == 1 else model.segmentor
         modules = {"seg_encoder": segmentor.encoder}
@@ -233,7 +285,7 @@ def train_stage(
     # ---- model, and where it goes on
     model = starting_model(number, config, options, say)
     mixture = open_mixture(model, number, options, say)
-    config = model.config  # with what folders, tokenizer and data say
+    given, config = config, model.config  # with what folders, tokenizer and data say
     checkpoint = latest_checkpoint(out) if options.resume else None
     first_step = num_skipped = 0
     if checkpoint is not None:
@@ -267,6 +319,9 @@ def train_stage(
     )
 
     # ---- loop
+    if rank == 0:
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_whole(options.out / "config.json", json.dumps(given.to_dict(), indent=1))
     seen = monitor.Monitor(options.out, number, num_steps, first_step, device, peak_tflops)
     batches = draw_batches(loader)
     with noted_signals() as signals, closing(seen), closing(batches), distributed.heartbeat():
@@ -320,21 +375,64 @@ def starting_model(
     """A stage's model before its first step: public weights, what the earlier stages or --init
     bring, and frozen what the stage does not train. The same on every rank."""
     torch.manual_seed(config.seed + number)
-    model = pretrained_model(number, config, options.weights, report)
     earlier_stages = config.stages[number].starts_from
-    has_encoder = number == 1 or 1 in earlier_stages
+    inits = list(options.init) if number == options.stages[0] else []
+    rules = {"allow_missing": tuple(options.allow_missing)}
+    has_encoder = 1 in earlier_stages
+    has_encoder |= any("segmentor.encoder" in init_parts(path, number) for path in inits)
+    if inits and is_whole(inits[0]):
+        from xsam.inference import load_checkpoint
+
+        path, folder = inits.pop(0), options.weights / config.model.llm
+        rules |= {"config": config, "dtype": getattr(torch, config.dtype), "report": report}
+        rules["tokenizer"] = None if has_tokenizer(path) else folder
+        model = load_checkpoint(path, **rules)[0].train()
+    else:
+        model = pretrained_model(number, config, options.weights, report, has_encoder)
     for earlier in earlier_stages:
         report(load_earlier_stage(model, earlier, options.out))
-    for path in options.init if number == options.stages[0] else []:
-        line, parts = load_init(model, path, tuple(options.allow_missing))
-        report(line)
-        has_encoder |= "segmentor.encoder" in parts
-    if not has_encoder:  # neither an earlier stage nor --init holds it (paper table 8, row "S3")
+    for path in inits:
+        report(load_init(model, path, rules["allow_missing"])[0])
+    if number > 1 and not has_encoder:  # nothing before holds it (paper table 8, row "S3")
         folder = options.weights / config.model.seg_encoder
         dtype = getattr(torch, config.dtype)
         report(load_folder(model.segmentor.encoder, "seg_encoder", folder, dtype=dtype))
     freeze(model, config.stages[number], model.prefix)
     return model
+
+
+def outline(number: int, config: Config, options: argparse.Namespace) -> str:
+    """A table of the parts that a stage begins with: their size, where they come from, and their
+    peak learning rate. Raises ValueError where the configuration is of no model, or a file of one's
+    own of no data set that the stage can train on."""
+    from xsam.datasets.registry import recognise
+    from xsam.datasets.sources import find_source
+
+    stage, is_first = config.stages[number], number == options.stages[0]
+    for source in map(find_source, stage.datasets):
+        task = source.task or recognise(source, options.data).task
+        if number == 1 and task != "generic":
+            raise ValueError(f"stage 1 learns classes from generic sets alone; {source.about}")
+    for part in ("image_encoder", "llm") if number > 1 else ():
+        folder = options.weights / getattr(config.model, part)
+        if folder.is_dir() and not (is_first and options.brought.get(part)):
+            config = complete_architecture(config, part, folder)
+    with parameters_on_meta():
+        model = (Segmentor if number == 1 else XSAM)(config)
+    parameters = {model.prefix + name: size.numel() for name, size in model.named_parameters()}
+    found = origins(config, number, options.brought if is_first else {})
+    for path in filter(None, stage.learning_rates):
+        is_there = any(f"{name}.".startswith(f"{path}.") for name in parameters)
+        if part_name(path) in found and not is_there:
+            raise ValueError(f"learning_rates: no module {path!r} in {part_name(path)}")
+    sizes = Counter()
+    for name, size in parameters.items():
+        sizes[part_name(name), learning_rate(name, stage)] += size
+    lines = [f"stage {number} begins with"]
+    for (part, rate), size in sizes.items():
+        rate = f"learning rate {rate:g}" if rate else "frozen"
+        lines.append(f"  {part:24}{size / 1e6:9.2f} M  {rate:22}{found[part] or 'from nothing'}")
+    return "\n".join(lines)
 
 
 def load_progress(
@@ -393,7 +491,7 @@ def open_mixture(
         if len(dataset.names) != config.model.num_classes:
             raise ValueError(
                 f"{dataset.annotations} has {len(dataset.names)} categories, num_classes is "
-                f"{config.model.num_classes}"
+                f"{config.model.num_classes}: --num_classes {len(dataset.names)} fits"
             )
     return mixture
 
@@ -495,15 +593,12 @@ def ignore_signals(_: int) -> None:
 
 
 def run(options: argparse.Namespace, config: Config) -> None:
+    from xsam.datasets.sources import scored_tasks
     from xsam.report import monitor
     from xsam.toy.weights import write_weights
     from xsam.toy.world import write_world
 
     device = distributed.start(options.device)
-    if distributed.rank() == 0:
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config.to_dict(), indent=1)
-        write_whole(options.out / "config.json", text)
     # Two ranks make the toy world and its weights side by side; transformers writes on the first.
     last_rank = distributed.world_size() - 1
     if options.makes_data and not options.data.exists() and distributed.rank() == min(1, last_rank):
@@ -512,11 +607,19 @@ def run(options: argparse.Namespace, config: Config) -> None:
         write_weights(options.weights, config.model, seed=config.seed)
     distributed.barrier()
 
-    if config.eval_tasks and monitor.UNTRAINED not in monitor.read_results(options.out):
+    column = monitor.INIT if options.init else monitor.UNTRAINED
+    if scored_tasks(config, options.stages) and column not in monitor.read_results(options.out):
         torch.manual_seed(config.seed)
-        model = pretrained_model(options.stages[-1], config, options.weights, lambda _: None)
-        monitor.score(monitor.UNTRAINED, model.to(device), options.out, options.data)
+        if options.init:
+            model = starting_model(options.stages[0], config, options, lambda _: None)
+        else:
+            model = pretrained_model(options.stages[-1], config, options.weights, lambda _: None)
+        if model.stage == 1:  # its classes are those of its data
+            open_mixture(model, 1, options, lambda _: None)
+        monitor.score(column, model.to(device), options.out, options.data)
     for number in options.stages:
+        if number != options.stages[0] and distributed.rank() == 0:
+            print(outline(number, config, options))
         model = train_stage(number, config, options, device)
         column = f"stage {number}"
         if config.eval_tasks and number != 2 and column not in monitor.read_results(options.out):

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from xsam.config import Config
 from xsam.encoders import resize_positions, transformers_config
-from xsam.files import cause_of, read_text
+from xsam.files import cause_of, give_rights, read_text
 from xsam.llm import render_conversation
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -114,9 +114,9 @@ def disk_name(name: str) -> str:
     return name
 
 
-def part_name(on_disk: str) -> str:
-    """The part that a tensor belongs to: "llm", "segmentor.encoder", …"""
-    return ".".join(on_disk.split(".")[: 2 if on_disk.startswith("segmentor.") else 1])
+def part_name(name: str) -> str:
+    """The part that a tensor, by our name or that on disk, belongs to: "llm", …"""
+    return ".".join(name.split(".")[: 2 if name.startswith("segmentor.") else 1])
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def load_tensors(
 
     counts, sizes = Counter(), Counter()
     for entry, names in fills.items():
-        part = part_name(disk_name(prefix + names[0]))
+        part = part_name(prefix + names[0])
         counts[part] += 1
         sizes[part] += torch.Size(entry.shape).numel()
     lines = [f"loaded {source}"]
@@ -566,6 +566,7 @@ def save_tensors(
         file = folder / f"{stem}{part}.safetensors"
         on_host = {name: tensors[name].detach().cpu().contiguous() for name in names}
         save_file(on_host, file, metadata={"format": "pt"})
+        give_rights(file)
         placed |= dict.fromkeys(names, file.name)
     return placed
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from xsam.data import Sample
-from xsam.datasets.records import Flag, Id, by_id, take
+from xsam.datasets.records import Flag, Id, by_id, take, whole
 from xsam.datasets.sources import Source, locate
 from xsam.prompts import PHRASINGS, Phrased, ask, check_words, clean_name, reply
 
@@ -80,6 +80,8 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.records)
 
+    left_out = property(lambda self: self.skipped, doc="`skipped`, by its former name.")
+
     def index(self) -> None:
         raise NotImplementedError
 
@@ -115,12 +117,12 @@ class Dataset:
     def group_by_image(self, content: dict, images: dict) -> dict[Id, list[dict]]:
         """The annotations of a COCO file by image; one of an unknown image is a problem."""
         groups = defaultdict(list)
-        for record in take(content, "annotations", list, str(self.annotations)):
+        for index, record in enumerate(take(content, "annotations", list, str(self.annotations))):
             with self.record():
-                number = take(record, "image_id", Id, f"{self.annotations}: annotation")
+                where = f"{self.annotations}: annotations[{index}]"
+                number = take(record, "image_id", Id, where)
                 if number not in images:
-                    where = f"{self.annotations}: annotation of image {number}"
-                    raise ValueError(f"{where}: the image is not in its images")
+                    raise ValueError(f"{where}: image {number!r} is not in its images")
                 groups[number].append(record)
         return groups
 
@@ -138,10 +140,23 @@ class Category(NamedTuple):
 
 
 def read_categories(content: dict, where: str) -> dict[int, Category]:
-    """The categories of a COCO file in order of id; they are things unless it says otherwise."""
-    categories = {}
-    for number, record in by_id(content, "categories", where, int).items():
+    """The categories of a COCO file in order of id; they are things unless it says otherwise.
+
+    Roboflow adds the group of the classes as one more, of supercategory "none": it is left out."""
+    categories, names = {}, set()
+    records = by_id(content, "categories", where, int)
+    groups = [record.get("supercategory") for record in records.values()]
+    annotations = take({"annotations": []} | content, "annotations", list, where)
+    used = {str(whole(a.get("category_id"))) for a in annotations if isinstance(a, dict)}
+    for number, record in records.items():
         at = f"{where}: category {number}"
-        name = check_words(clean_name(take(record, "name", str, at)), at)
+        name = take(record, "name", str, at)
+        is_group = name in groups and record.get("supercategory") == "none"
+        if is_group and str(number) not in used:
+            continue
+        name = check_words(clean_name(name), at)
+        if name in names:
+            raise ValueError(f"{at}: its name {name!r} is another category's as well; rename one")
+        names.add(name)
         categories[number] = Category(name, take({"isthing": 1} | record, "isthing", Flag, at))
     return categories

@@ -32,10 +32,10 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from xsam.datasets import formats, records
-from xsam.datasets.formats import bounding_box, decode_mask, dilate, encode_mask, num_bad_rings
+from xsam.datasets.formats import bounding_box, decode_mask, dilate, encode_mask
 from xsam.datasets.records import CocoImage, CocoInstance, CocoSegment, Id, by_id, parse, take
 from xsam.datasets.sources import PROMPT_RADII, PROMPT_TYPES
-from xsam.files import complete, refuse_existing
+from xsam.files import complete, find_file, list_files, read_text, refuse_existing
 
 # ---- visual prompts ------------------------------------------------------------------------------
 
@@ -211,19 +211,18 @@ def _vgd_record(job: Job, seed: int, categories: set[int]) -> tuple[str, Counter
     image, annotations = job
     kept, counts = [], Counter()
     for where, annotation in annotations:
+        parts, num_bad = records.mask_parts(annotation.get("segmentation") or [])
+        counts["bad_rings"] += num_bad
+        if not parts:
+            counts["invalid"] += 1
+            continue
         instance = parse(CocoInstance, annotation, where)
         records.check_category(instance.category_id, categories, where)
         if instance.iscrowd:
             counts["crowd"] += 1
             continue
-        shape = instance.segmentation
-        counts["bad_rings"] += num_bad_rings(shape)
-        if isinstance(shape, list):
-            shape = [part for part in shape if not num_bad_rings([part])]
-        if not shape:
-            counts["invalid"] += 1
-            continue
         take(annotation, "bbox", list, where)
+        shape = parts if isinstance(instance.segmentation, list) else instance.segmentation
         digits = [zlib.crc32(str(number).encode()) for number in (image.id, instance.id)]
         mask = decode_mask(shape, image.size, where, may_be_empty=True)
         prompts = visual_prompts(mask, np.random.default_rng([seed, *digits]))
@@ -246,7 +245,8 @@ IGNORED = 255
 def build_coco_semantic(
     panoptic: Path, masks: Path, out: Path, num_workers: int | None = None
 ) -> dict[str, int]:
-    """Writes a folder of 8-bit PNGs, IMAGE.png, from a COCO panoptic file and its folder `masks`.
+    """Writes a folder of 8-bit PNGs from a COCO panoptic file and its folder `masks`, named
+    as there.
 
     A pixel is the rank of its category's id, IGNORED where there is no segment; crowd is written
     like any other segment. Images without an annotation get no PNG; returns and prints how many.
@@ -268,8 +268,11 @@ def build_coco_semantic(
 def _semantic_map(job: Job, masks: Path, out: Path, indices: dict[int, int]) -> int:
     """Writes one image's map; returns its number of segments."""
     image, annotations = job
-    name = f"{Path(image.file_name).stem}.png"
-    ids = formats.read_segment_ids(masks / name, image.size)
+    name = formats.png_name(annotations[0][1], image.file_name).replace("\\", "/")
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise ValueError(f"{annotations[0][0]}: 'file_name' {name!r} leads out of {masks}")
+    path = find_file(masks, name)
+    ids = formats.read_segment_ids(path, image.size)
     classes = np.full(image.size, IGNORED, np.uint8)
     num_segments = 0
     for where, annotation in annotations:
@@ -280,7 +283,8 @@ def _semantic_map(job: Job, masks: Path, out: Path, indices: dict[int, int]) -> 
             num_segments += 1
     unknown = ids[(classes == IGNORED) & (ids != 0)]
     if unknown.size:
-        raise ValueError(f"{masks / name}: segment {unknown[0]} is not in its segments_info")
+        raise ValueError(f"{path}: segment {unknown[0]} is not in its segments_info")
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(classes).save(out / name)
     return num_segments
 
@@ -299,22 +303,30 @@ _ADE_URLS = (
 )
 
 
+# A line for each class: its name in the public panoptic file, which scores are published with.
+_ADE_NAMES = Path(__file__).with_name("ade20k_names.txt")
+
+
 def convert_ade20k(
-    folder: Path, splits: Sequence[str] = tuple(_ADE_SPLITS), num_workers: int | None = None
+    folder: Path,
+    splits: Sequence[str] = tuple(_ADE_SPLITS),
+    num_workers: int | None = None,
+    aliases: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Writes semantic, panoptic and instance annotations beside the downloads under `folder`.
 
-    Reads images, annotations and annotations_instance of each split, objectInfo150.txt (classes and
-    names) and the mapping file (which of them are things). Class ids count from 0 and image ids
-    are file stems. As in the published files, things cover stuff, but a stuff segment keeps the
-    area and box that it had before, even where no pixel of it is left. Returns counts by split.
-    Raises FileNotFoundError, which says what to download.
+    Reads images, annotations and annotations_instance of each split, objectInfo150.txt (classes)
+    and the mapping file (which of them are things). Class ids count from 0 and image ids are file
+    stems. Names are those of the public panoptic file, with `aliases` (or where there are not 150
+    classes) the longer lists of objectInfo150.txt. As in the published files, things cover stuff,
+    but a stuff segment keeps the area and box that it had before, even where no pixel of it is
+    left. Returns counts by split. Raises FileNotFoundError, which says what to download.
     """
     folder = Path(folder)
     for split in splits:
         _check_downloads(folder, split)
         refuse_existing(*_ade_outputs(folder, split))
-    categories, things = _read_ade_classes(folder)
+    categories, things = _read_ade_classes(folder, aliases)
     return {
         split: _convert_split(folder, split, categories, things, num_workers) for split in splits
     }
@@ -340,14 +352,14 @@ def _ade_outputs(folder: Path, split: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_ade_classes(folder: Path) -> tuple[list[dict], dict[int, int]]:
+def _read_ade_classes(folder: Path, aliases: bool) -> tuple[list[dict], dict[int, int]]:
     """COCO's panoptic categories, and the category ids of the instance classes."""
     path = folder / "objectInfo150.txt"
     rows = [list(row.values()) for row in formats.read_tsv(path)]
     if [row[0].strip() for row in rows] != [str(index + 1) for index in range(len(rows))]:
         raise ValueError(f"{path}: its first column does not count the classes from 1")
     path, things = folder / _MAPPING, {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_text(path, last_resort="cp1252").splitlines()
     for number, line in enumerate(lines[1:], start=2):
         # Runs of tabs part the columns. The last one, the class of the full ADE, is not needed, but
         # an instance class that joins several of those has a line for every one.
@@ -359,18 +371,20 @@ def _read_ade_classes(folder: Path) -> tuple[list[dict], dict[int, int]]:
             )
         if columns and things.setdefault(columns[0], columns[1] - 1) != columns[1] - 1:
             raise ValueError(f"{path}: line {number}: instance class {columns[0]} has two classes")
-    categories = []
-    for index, row in enumerate(rows):
+    categories, names = [], read_text(_ADE_NAMES).splitlines()
+    if aliases or len(rows) != len(names):
+        names = [row[-1] for row in rows]
+    for index, name in enumerate(names):
         color = [(index + 1) * 0x9E3779 >> shift & 255 for shift in (0, 8, 16)]  # all different
         isthing = int(index in things.values())
-        categories.append(dict(id=index, name=row[-1], isthing=isthing, color=color))
+        categories.append(dict(id=index, name=name, isthing=isthing, color=color))
     return categories, things
 
 
 def _convert_split(
     folder: Path, split: str, categories: list, things: dict[int, int], num_workers: int | None
 ) -> dict[str, int]:
-    stems = sorted(path.stem for path in (folder / "images" / split).glob("*.jpg"))
+    stems = [path.stem for path in list_files(folder / "images" / split, ".jpg")]
     if not stems:
         raise FileNotFoundError(f"{folder / 'images' / split}: holds no .jpg; unpack it again")
     images, annotations, instances = [], [], []
@@ -405,8 +419,9 @@ def _ade_image(
     """Writes the semantic and panoptic PNG of an image; returns its record, its segments_info and
     its instance annotations, as yet without ids."""
     jpgs, class_maps, instance_maps, semantic, panoptic = folders
-    picture, name = formats.read_image(jpgs / f"{stem}.jpg"), f"{stem}.png"
-    size = picture.height, picture.width
+    name = f"{stem}.png"
+    size = formats.read_image_size(class_maps / name)
+    formats.read_image(jpgs / f"{stem}.jpg", size)
     classes = formats.read_class_map(class_maps / name, size)
     classes = classes - np.uint8(1)  # what is unlabelled, 0, becomes IGNORED
     stuff = list(_stuff_masks(classes, categories, class_maps / name))
@@ -469,6 +484,8 @@ def add_commands(subparsers: Any) -> None:
     example, splits = "--folder img_ovseg/ade20k --splits validation", ",".join(_ADE_SPLITS)
     add = _add_command(subparsers, "ade20k", convert_ade20k, about, example)
     add("--folder", metavar="DIR", help="holds images, annotations, ...", **path)
+    about = "name classes by the alias lists of objectInfo150.txt, not as the public files do"
+    add("--aliases", action="store_true", help=about)
     add("--splits", type=lambda text: text.split(","), default=splits, help="default: %(default)s")
 
 

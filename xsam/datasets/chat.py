@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -10,14 +11,12 @@ from PIL import Image
 
 from xsam.data import Sample
 from xsam.datasets.base import Dataset
-from xsam.datasets.formats import first_file, read_image, read_json, read_tsv
+from xsam.datasets.formats import read_image, read_json, read_tsv
 from xsam.datasets.records import expect, label, take, unpack
+from xsam.files import IMAGE_SUFFIXES, find_file
 from xsam.prompts import check_words, choice_question
 
 SHORTEST_IMAGE = 64  # characters; what is shorter is the index of another row
-
-
-IMAGE_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg")
 
 
 def conversation(sample_id: str, image: Image.Image, turns: list, image_id: str) -> Sample:
@@ -26,50 +25,56 @@ def conversation(sample_id: str, image: Image.Image, turns: list, image_id: str)
 
 
 class Llava(Dataset):
-    """LLaVA conversations about one image; those without an image are skipped."""
+    """LLaVA conversations about one image. Skipped are those without an image, about several, and
+    without a turn or with an empty answer, as some of the published ones."""
 
     def index(self) -> None:
         for index, record in enumerate(read_json(self.annotations, list)):
             where = f"{self.annotations}: record {index}"
             with self.record():
-                if not expect(record, dict, where).get("image"):
+                where += label(expect(record, dict, where), "id", ", id {}", "")
+                names = record.get("image") or record.get("images") or []
+                names = names if isinstance(names, list) else [names]
+                turns, num_images = self.turns(record, where)
+                if max(len(names), num_images) > 1:
+                    self.skipped["records of several images"] += 1
+                elif not names:
                     self.skipped["text without an image"] += 1
-                    continue
-                take(record, "image", str, where)
-                self.records.append((record, where + label(record, "id", ", id {}", "")))
+                elif not turns or not all(answer for _, answer in turns):
+                    self.skipped["conversations without an answer"] += 1
+                else:
+                    image = expect(names[0], str, f"{where}: 'image'")
+                    self.records.append((record.get("id", index), image, turns))
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        record, where = self.records[index]
-        image = read_image(self.find(record["image"]))
-        sample_id = f"{self.name}/{record.get('id', index)}"
-        return conversation(sample_id, image, self.turns(record, where), record["image"])
+        number, name, turns = self.records[index]
+        return conversation(f"{self.name}/{number}", read_image(self.find(name)), turns, name)
 
     def find(self, name: str) -> Path:
         """The path of an image, also where a download spells TextVQA's folder or a file's suffix
         in another way (OCR-VQA has some as .gif and .png)."""
         names = name, name.replace("textvqa/", "text_vqa/"), name.replace("text_vqa/", "textvqa/")
-        paths = [self.images / name for name in names]
-        paths += [paths[0].with_suffix(suffix) for suffix in IMAGE_SUFFIXES]
-        return first_file(paths)
+        others = [os.path.splitext(name)[0] + suffix for suffix in IMAGE_SUFFIXES]
+        return find_file(self.images, *names, *others)
 
-    def turns(self, record: dict, where: str) -> list[tuple[str, str]]:
-        """(question, answer) pairs, without an answer that comes first and without <image>."""
-        turns = []
+    def turns(self, record: dict, where: str) -> tuple[list[tuple[str, str]], int]:
+        """(question, answer) pairs, without an answer that comes first and without <image>, and how
+        often it is there."""
+        turns, num_images = [], 0
         for turn in take(record, "conversations", list, where):
             speaker, text = unpack(turn, where, **{"from": str, "value": str})
             if speaker not in ("human", "gpt"):
                 raise ValueError(f"{where}: turn from {speaker!r}; expected human or gpt")
+            num_images += text.count("<image>")
             turns.append((speaker, text.replace("<image>", "").strip()))
             if turns[-1][1]:  # a question may be the image alone
                 check_words(turns[-1][1], where, tokens=("<region>", "<SEG>"))
         if turns and turns[0][0] == "gpt":
             del turns[0]
         speakers, texts = [speaker for speaker, _ in turns], [text for _, text in turns]
-        if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
+        if speakers != ["human", "gpt"] * (len(speakers) // 2):
             raise ValueError(f"{where}: its turns do not alternate human and gpt: {speakers}")
-        if not all(texts[1::2]):
-            raise ValueError(f"{where}: an answer is empty")
-        return list(zip(texts[0::2], texts[1::2], strict=True))
+        return list(zip(texts[0::2], texts[1::2], strict=True)), num_images
 
 
 class Benchmark(Dataset):
@@ -117,7 +122,7 @@ class Benchmark(Dataset):
 
     def image(self, row: dict[str, str], where: str) -> Image.Image:
         if not row["image"]:
-            return read_image(self.annotations.parent / row["image_path"])
+            return read_image(find_file(self.annotations.parent, row["image_path"]))
         try:
             content = base64.b64decode(row["image"], validate=True)
         except ValueError as error:

@@ -27,6 +27,7 @@ from xsam.data import Sample
 from xsam.datasets.base import Dataset
 from xsam.datasets.registry import read_dataset
 from xsam.datasets.sources import SOURCES, find_source, locate
+from xsam.files import check_target
 from xsam.prompts import PHRASINGS, read_phrasings
 from xsam.report import pictures as draw
 
@@ -192,6 +193,8 @@ def run(options: argparse.Namespace) -> int:
     names = options.datasets.split(",") if options.datasets else list(SOURCES)
     for name in names:
         find_source(name)  # an unknown one is told before hours of reading
+    if options.show:
+        check_target(options.out, is_folder=True)
     phrasings = read_phrasings(options.phrasings)
     reports = []
     for name in names:
@@ -206,7 +209,8 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join(filter(None, texts)))
     if options.show:
         print(f"\npictures are in {options.out}")
-    return int(any(report.problems for report in reports))
+    bad = [r for r in reports if r.problems or (options.datasets and not r.num_samples)]
+    return int(bool(bad))
 
 
 def add_command(commands) -> None:
@@ -215,7 +219,7 @@ def add_command(commands) -> None:
         "check",
         help="what is there, what is missing and where it goes, and what is wrong",
         description="Reads every dataset as training and scoring do. Exit status 1: something is "
-        "bad.",
+        "bad, or a set that was named is missing or empty.",
         epilog="example: python -m xsam.data check --data datas --datasets refcoco --show 4",
     )
     add, cores = parser.add_argument, os.cpu_count() or 1

@@ -15,33 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
-from xsam.datasets.records import Segmentation, expect, take
+from xsam.datasets.records import Segmentation, expect, mask_parts, take, whole
+from xsam.files import cause_of, read_text
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, kind: type | None = None) -> Any:
+def read_json(path: Path, kind: type | None = None, last_resort: str = "") -> Any:
     """The content of a JSON file, which must be of `kind` (list or dict) at its top."""
+    text = read_text(path, last_resort)
     try:
-        with _json_errors(path):
-            content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        are_lines = str(error).startswith("Extra data: line 2 column 1 ")
+        mend = "make its lines one list" if are_lines else "mend it there or fetch it again"
+        raise ValueError(f"{path}: not valid JSON ({error}); {mend}") from error
     if kind is not None and not isinstance(content, kind):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a {kind.__name__}")
     return content
-
-
-@contextlib.contextmanager
-def _json_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -60,40 +55,33 @@ def read_refs(path: Path) -> list[dict]:
         with path.open("rb") as file:
             refs = _PlainUnpickler(file, encoding="utf-8").load()
     except Exception as error:  # damaged bytes make the unpickler fail in any way
-        raise ValueError(f"{path}: not a plain pickle of refs: {error}") from error
+        raise ValueError(f"{path}: not a plain pickle of refs: {cause_of(error, path)}") from error
     if not isinstance(refs, list):
         raise ValueError(f"{path}: holds a {type(refs).__name__}, expected a list of refs")
     return refs
 
 
-def read_labelme(path: Path) -> dict:
-    """A ReasonSeg annotation: UTF-8, or the Windows code page that some of the files have."""
-    if not path.is_file():
-        raise ValueError(f"{path}: missing, the image beside it has no annotation")
-    with _json_errors(path):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            text = path.read_text(encoding="cp1252", errors="replace")
-        record = json.loads(text)
-    return expect(record, dict, str(path))
-
-
 def read_tsv(path: Path) -> list[dict[str, str]]:
     """A VLMEvalKit table as a record a row; images are base64 in a column."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    lines = io.StringIO(read_text(path), newline="")
+    rows = csv.DictReader(lines, delimiter="\t", strict=True)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t", strict=True)
-            return [
-                {key: value or "" for key, value in row.items() if isinstance(key, str)}
-                for row in reader
-            ]
-    except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: not a table of tab-separated values ({error})") from error
+        return [
+            {key: value or "" for key, value in row.items() if isinstance(key, str)} for row in rows
+        ]
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}: line {rows.reader.line_num}: not a row of tab-separated values ({error}); "
+            'a value that begins with a quote is quoted as a whole, with "" for a quote inside'
+        ) from error
 
 
 # ---- images --------------------------------------------------------------------------------------
+
+Shape = tuple[int, int]  # height and width
+Picture = Image.Image | np.ndarray
+
 
 SEGMENT_IDS = range(2**24)  # COCO panoptic writes them as colours: red + 256 green + 256² blue
 
@@ -102,29 +90,26 @@ SEGMENT_IDS = range(2**24)  # COCO panoptic writes them as colours: red + 256 gr
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
-def read_image(path: Path | io.BytesIO, size: tuple[int, int] | None = None) -> Image.Image:
-    """An RGB image; `size` (height, width), where the annotations tell it, must be the image's."""
-    image = _open(path).convert("RGB")
-    _check_size(path, image, size)
-    return image
+def read_image(path: Path | io.BytesIO, size: Shape | None = None) -> Image.Image:
+    """An image, the first where a file has several, as viewers show it (`viewed`)."""
+    with _image_errors(path):  # not by its path: Pillow garbles some TIFFs that it maps and turns
+        image = Image.open(path if isinstance(path, io.BytesIO) else io.BytesIO(path.read_bytes()))
+    return viewed(image, size, str(path))
 
 
-def first_file(paths: list[Path]) -> Path:
-    """The first of the paths that is a file; the very first where none is."""
-    for path in paths:
-        with contextlib.suppress(OSError, ValueError):  # no name that a file could have
-            if path.is_file():
-                return path
-    return paths[0]
+def png_name(annotation: dict, image: str) -> str:
+    """The PNG of an image: the annotation's own "file_name"; if it has none, the image's name."""
+    name = annotation.get("file_name")
+    return name if isinstance(name, str) and name else str(Path(image).with_suffix(".png"))
 
 
-def read_image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image, from its header alone."""
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except _DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+def read_image_size(path: Path) -> Shape:
+    """(height, width) of an image as viewers show it, from its header alone."""
+    with _image_errors(path), path.open("rb") as file, Image.open(file) as image:
+        if image.format == "TIFF":
+            image.load()  # Pillow turns it itself, not always before
+        size = image.height, image.width
+        return size[::-1] if _orientation(image) > 4 else size
 
 
 def read_segment_ids(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -146,52 +131,175 @@ def read_class_map(path: Path, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(image)
 
 
-def read_mask_image(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A PNG as a mask, bool [H, W]: inside is what is not black."""
-    mask = np.asarray(_open_png(path, size).convert("RGB")).any(axis=-1)
-    if not mask.any():
-        raise ValueError(f"{path}: is all black, a mask with no pixel")
-    return mask
+def read_region(path: Path, size: Shape) -> np.ndarray:
+    """A PNG as a mask or visual prompt, bool [H, W]: its `foreground`."""
+    return foreground(_open_png(path, size), str(path))
 
 
-def read_region(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A visual prompt that a person drew, bool [H, W]: where the image is brighter than 128."""
-    mask = np.asarray(_open_png(path, size).convert("L")) > 128
-    if not mask.any():
-        raise ValueError(f"{path}: has no pixel brighter than 128, so it points nowhere")
-    return mask
-
-
-def _open_png(path: Path, size: tuple[int, int]) -> Image.Image:
+def _open_png(path: Path, size: Shape) -> Image.Image:
     """Where each pixel means something, nothing lossy will do."""
-    try:
+    with _image_errors(path):
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as file:
             file.verify()  # checksums, which reading pixels does not look at
-    except _DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
-    image = _open(path, content)
+        image = Image.open(io.BytesIO(content))
     if image.format != "PNG":
         raise ValueError(f"{path}: is a {image.format} file, masks have to be PNG")
-    _check_size(path, image, size)
-    return image
+    return upright(image, size, str(path))
 
 
-def _open(path: Path | io.BytesIO, content: bytes | None = None) -> Image.Image:
+@contextlib.contextmanager
+def _image_errors(where: Path | io.BytesIO | str) -> Iterator[None]:
     try:
-        image = Image.open(path if content is None else io.BytesIO(content))
-        image.load()
+        yield
     except _DAMAGED as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        cause = cause_of(error, where)
+        raise ValueError(f"{where}: cannot be read as an image ({cause})") from error
+
+
+# ---- what a picture shows ------------------------------------------------------------------------
+
+# What brings an image upright, by its EXIF orientation; from 5 on height and width change places.
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_TURNS = {number: Image.Transpose[name] for number, name in enumerate(_TURNS.split(), start=2)}
+
+
+VOID = (224, 224, 192)  # the colour of 255 in Pascal VOC's palette
+
+
+NUM_CLASSES = 32  # where a mask has several levels below this, they are numbers and no shades
+
+
+def upright(image: Image.Image, size: Shape | None = None, where: str = "image") -> Image.Image:
+    """An image turned by its EXIF orientation, or as it is stored where only that has the `size`
+    that something else tells. Where both have it, as of a photo upside down, it is turned: browsers
+    and labelling tools show it so. Raises ValueError where neither has it."""
+    shown = (image,)
+    with _image_errors(where):
+        image.load()
+        turn = _orientation(image)
+        if turn > 1:
+            shown = image.transpose(_TURNS[turn]), image.copy()
+    for candidate in shown:
+        if turn > 1:  # without its tag it is not turned again
+            candidate.info = {k: v for k, v in candidate.info.items() if k == "transparency"}
+        if size is None or (candidate.height, candidate.width) == tuple(size):
+            return candidate
+    stored = f" upright, {image.height}x{image.width} as stored" if turn > 4 else ""
+    raise ValueError(
+        f"{where}: is {shown[0].height}x{shown[0].width} (height x width){stored}, not "
+        f"{size[0]}x{size[1]} as what goes with it says"
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    turn = None
+    with contextlib.suppress(Exception):  # of damaged tags, which viewers overlook
+        turn = image.getexif().get(ExifTags.Base.Orientation)
+    return turn if turn in _TURNS else 1
+
+
+def viewed(picture: Picture, size: Shape | None = None, where: str = "image") -> Image.Image:
+    """A picture, or an array [H, W] or [H, W, channels], as viewers show it: `upright`, RGB of 8
+    bits, on white where it is transparent. Raises ValueError at anything else or another `size`."""
+    image = upright(_as_image(picture, where), size, where)
+    with _image_errors(where):
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = Image.fromarray(_eight_bits(np.asarray(image)))
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
     return image
 
 
-def _check_size(path, image: Image.Image, size: tuple[int, int] | None) -> None:
-    if size is not None and (image.height, image.width) != tuple(size):
+def _as_image(picture: Picture, where: str) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture
+    values = np.asarray(picture)
+    shape, kind = values.shape, values.dtype.kind
+    is_grey = values.ndim == 2 or shape[2:] == (1,)
+    if 0 in shape or kind not in "biuf" or not (is_grey or shape[2:] in ((2,), (3,), (4,))):
         raise ValueError(
-            f"{path}: is {image.height}x{image.width} (height x width), its annotation says "
-            f"{size[0]}x{size[1]}"
+            f"{where}: is {values.dtype} of shape {list(shape)}; give a PIL image or an array of "
+            "numbers, [H, W], [H, W, 3] or [H, W, 4]"
         )
+    if not is_grey:
+        values = _eight_bits(values)
+    elif values.dtype not in (bool, np.uint8):
+        values = values.astype(np.float32 if kind == "f" else np.int32)
+    return Image.fromarray(values.reshape(shape[:2]) if is_grey else values)
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Levels of any type as uint8. White is 1 of floats, 255, 4095 or 65535 of whole numbers (8, 12
+    or 16 bits), the least that none is above; where one is above all, or below 0, the highest is,
+    and the lowest is black. What is not a number is black."""
+    if values.dtype == np.uint8:
+        return values
+    finite = values[np.isfinite(values)]
+    low, high = float(finite.min(initial=0)), float(finite.max(initial=0))
+    whites = (1, 255, 65535) if values.dtype.kind in "bf" else (255, 4095, 65535)
+    white = next((white for white in whites if high <= white and low == 0), high)
+    levels = np.nan_to_num(values.astype(np.float64), nan=low, posinf=white, neginf=low)
+    return np.rint((levels - low) * 255 / max(white - low, 1e-9)).astype(np.uint8)
+
+
+def foreground(picture: Picture, where: str = "region") -> np.ndarray:
+    """What is inside a mask or visual prompt, bool [H, W], in a picture or array of any kind.
+
+    Inside is what is True; or opaque, where some of it is transparent; or else not black. Of the
+    shades of a soft edge those above 128 of 255 are, of probabilities those above a half. Void is
+    255 beside a class number, and VOID beside another colour. Raises ValueError where nothing is
+    inside, or more than one level or colour could be meant.
+    """
+    colours = _mask_colours(upright(_as_image(picture, where), where=where), where)
+    levels = colours.max(axis=2)
+    codes = colours @ np.array([1, 256, 65536][: colours.shape[2]], np.int32)
+    shades = np.unique(codes[levels > 0])
+    if not len(shades):
+        raise ValueError(f"{where}: is all black, a mask with no pixel")
+    if len(shades) == 1:
+        return levels > 0
+    # Edges are thin. What fills squares of 3x3 pixels is an area, and the largest is meant.
+    is_area = ndimage.minimum_filter(codes, 3) == ndimage.maximum_filter(codes, 3)
+    areas, sizes = np.unique(colours[is_area & (levels > 0)], axis=0, return_counts=True)
+    meant = areas[sizes.argmax()] if len(areas) else colours.max(axis=(0, 1))
+    margin = meant.max() / 8
+    is_other = (abs(areas - meant) > margin).any(axis=1) & (areas > margin).any(axis=1)
+    is_numbered = shades[shades != 255].max() < NUM_CLASSES
+    if is_numbered or is_other.any() or (len(shades) <= 3 and not len(areas)):
+        some = np.unique(colours[levels > 0], axis=0)[:4].squeeze().tolist()
+        raise ValueError(
+            f"{where}: has {some} beside black, and does not say which of them is meant; make that "
+            "white and all else black"
+        )
+    return levels > meant.max() * (128 / 255)
+
+
+def _mask_colours(image: Image.Image, where: str) -> np.ndarray:
+    """The levels [H, W, 1] or colours [H, W, 3] of a mask as numbers; 0 is outside, and void."""
+    with _image_errors(where):
+        if image.has_transparency_data:
+            alpha = image.convert("RGBA").getchannel("A")
+            low, high = alpha.getextrema()
+            image = alpha if low < high or not high else image.convert("RGB")
+        if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
+            image = image.convert("RGB")
+    colours = np.array(image, np.float64 if image.mode == "F" else np.int32)
+    colours = colours.reshape(*colours.shape[:2], -1)
+    if (colours == colours[..., :1]).all():
+        colours = colours[..., :1]
+    if not (colours >= 0).all():
+        raise ValueError(f"{where}: holds numbers below 0; give what is inside, as logits > 0")
+    if image.mode == "F" and colours.max() <= 1:
+        return colours > 0.5
+    is_void = (colours == (VOID if colours.shape[2] == 3 else 255)).all(axis=2)
+    others = colours.max(axis=2)[~is_void]
+    is_few = np.count_nonzero(others) <= 0.05 * is_void.sum()  # stray pixels, no class
+    if not is_few and (colours.shape[2] == 3 or others.max() < NUM_CLASSES):
+        colours[is_void] = 0
+    return colours
 
 
 # ---- masks ---------------------------------------------------------------------------------------
@@ -201,20 +309,20 @@ def decode_mask(
     segmentation: Segmentation, size: tuple[int, int], where: str, may_be_empty: bool = False
 ) -> np.ndarray:
     """Any of the four COCO encodings as a mask, bool [H, W]: RLE with list or string counts, a list
-    of RLEs, a list of polygons. A ring of under six or of an odd number of coordinates is dropped.
+    of RLEs, a list of polygons (`mask_parts`).
 
     Raises ValueError naming `where` if nothing valid is left, something does not fit the image, or
     no pixel is inside, unless it `may_be_empty` as a few of COCO's tiny polygons are. Everything is
     checked first: pycocotools writes beyond its memory where an RLE is too long.
     """
     height, width = size
-    parts = segmentation if isinstance(segmentation, list) else [segmentation]
     rles, rings = [], []
-    for part in parts:
+    for part in mask_parts(segmentation)[0]:
         if isinstance(part, dict):
             rles.append(checked_rle(part, size, where))
-        elif len(expect(part, list, f"{where}: a ring or RLE")) >= 6 and len(part) % 2 == 0:
-            rings.append(_checked_ring(part, size, where))
+        else:
+            ring = expect(part, list, f"{where}: a ring or RLE")
+            rings.append(_checked_ring(ring, size, where))
     if rings:
         rles += coco_mask.frPyObjects(rings, height, width)
     if not rles:
@@ -223,12 +331,6 @@ def decode_mask(
     if not (may_be_empty or mask.any()):
         raise ValueError(f"{where}: its mask has no pixel in the image")
     return mask
-
-
-def num_bad_rings(segmentation: Segmentation) -> int:
-    """Rings that `decode_mask` drops."""
-    rings = segmentation if isinstance(segmentation, list) else []
-    return sum(isinstance(ring, list) and (len(ring) < 6 or len(ring) % 2) for ring in rings)
 
 
 def rle_area(rle: dict, size: tuple[int, int], where: str) -> int:
@@ -249,17 +351,17 @@ def bounding_box(mask: np.ndarray) -> list[int]:
     return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
 
 
-def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list:
+def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list[float]:
     """A polygon whose corners are numbers and no farther outside the image than it is large."""
     try:
-        corners = np.array(ring)
-    except (OverflowError, ValueError):  # a number too large, or lists of several lengths
-        corners = np.array(None)
-    if corners.dtype.kind not in "iuf" or corners.ndim != 1:
+        corners = np.array(ring, np.float64)  # also of numbers as text
+    except (OverflowError, TypeError, ValueError):
+        corners = np.array(np.nan)
+    if np.isnan(corners).any():
         raise ValueError(f"{where}: a polygon holds something that is no number")
-    if not (np.abs(corners.astype(np.float64)) <= 2 * max(size)).all():
+    if not (np.abs(corners) <= 2 * max(size)).all():
         raise ValueError(f"{where}: a polygon lies outside its image of {list(size)}")
-    return ring
+    return corners.tolist()
 
 
 def checked_rle(rle: dict, size: tuple[int, int], where: str) -> dict:
@@ -269,7 +371,7 @@ def checked_rle(rle: dict, size: tuple[int, int], where: str) -> dict:
     counts = take(rle, "counts", (list, str, bytes), where)
     if isinstance(counts, list):
         try:
-            runs = np.array([expect(run, int, where) for run in counts], np.int64)
+            runs = np.array([expect(whole(run), int, where) for run in counts], np.int64)
         except OverflowError as error:
             raise ValueError(f"{where}: a run of its RLE is too long") from error
     else:

@@ -5,27 +5,16 @@ targets, H W image size.
 """
 
 import itertools
-from collections import defaultdict
-from pathlib import Path
+from collections import Counter, defaultdict
 
 import numpy as np
 from PIL import Image
 
 from xsam.data import Sample
-from xsam.datasets import formats
+from xsam.datasets import formats, records
 from xsam.datasets.base import Dataset, read_categories
-from xsam.datasets.records import (
-    CocoImage,
-    CocoInstance,
-    CocoSegment,
-    Id,
-    by_id,
-    check_category,
-    label,
-    parse,
-    take,
-    unpack,
-)
+from xsam.datasets.records import CocoImage, CocoInstance, CocoSegment, Id, label, parse, take
+from xsam.files import find_file
 
 
 class Generic(Dataset):
@@ -41,7 +30,7 @@ class Generic(Dataset):
         self.category_index = {number: index for index, number in enumerate(categories)}
         self.names = [category.name for category in categories.values()]
         self.is_thing = [category.is_thing for category in categories.values()]
-        images = by_id(content, "images", where)
+        images = records.by_id(content, "images", where)
         self.index_images(images, take(content, "annotations", list, where))
 
     @property
@@ -59,10 +48,8 @@ class Generic(Dataset):
     def image(self, record: dict) -> CocoImage:
         return parse(CocoImage, record, f"{self.annotations}: image {record['id']}")
 
-    def open_image(self, image: CocoImage) -> tuple[Image.Image, Path]:
-        """The picture, and the path of the PNG that belongs to it."""
-        name = Path(image.file_name)
-        return formats.read_image(self.images / name, image.size), self.masks / f"{name.stem}.png"
+    def open_image(self, image: CocoImage) -> Image.Image:
+        return formats.read_image(find_file(self.images, image.file_name), image.size)
 
     def make(
         self,
@@ -93,36 +80,41 @@ class Generic(Dataset):
 
 class Panoptic(Generic):
     """COCO panoptic: every segment of an image and its class. Crowd regions and void carry no
-    label. The PNG has the name of the image."""
+    label. The annotation names the PNG."""
 
     def index_images(self, images: dict[Id, dict], annotations: list) -> None:
-        segments = {}
-        for record in annotations:
+        segments, pngs = {}, {}
+        for index, record in enumerate(annotations):
             with self.record():
-                name = label(record, "image_id", "image {}", "annotation")
+                name = label(record, "image_id", "image {}", f"annotations[{index}]")
                 where = f"{self.annotations}: {name}"
-                number, infos = unpack(record, where, image_id=Id, segments_info=list)
+                number, infos = records.unpack(record, where, image_id=Id, segments_info=list)
                 if number not in images:
                     raise ValueError(f"{where}: has segments but is not in its images")
                 if number in segments:
                     raise ValueError(f"{where}: is annotated more than once")
-                segments[number] = infos
+                segments[number], pngs[number] = infos, record
         for number, image in images.items():
             if not segments.get(number):
                 self.skipped["images without segments"] += 1
                 continue
             with self.record():
-                self.records.append((self.image(image), self.segments(number, segments[number])))
+                image = self.image(image)
+                png = formats.png_name(pngs[number], image.file_name)
+                self.records.append((image, self.segments(number, segments[number]), png))
 
-    def segments(self, image_id: Id, records: list) -> list[CocoSegment]:
+    def segments(self, image_id: Id, infos: list) -> list[CocoSegment]:
         where, segments = f"{self.annotations}: image {image_id}", []
-        for record in records:
+        for record in infos:
             at = where + label(record, "id", ", segment {}", "")
             segments.append(parse(CocoSegment, record, at))
-            check_category(segments[-1].category_id, self.category_index, at)
+            records.check_category(segments[-1].category_id, self.category_index, at)
         ids = [0, *(segment.id for segment in segments)]
         if len(set(ids)) < len(ids):
-            raise ValueError(f"{where}: a segment id is there twice")
+            number = Counter(ids).most_common(1)[0][0]
+            raise ValueError(
+                f"{where}: segment id {number} is {'there twice' if number else 'void'}"
+            )
         if not 0 <= min(ids) <= max(ids) < len(formats.SEGMENT_IDS):
             raise ValueError(f"{where}: a segment id is no colour")
         return segments
@@ -130,8 +122,8 @@ class Panoptic(Generic):
     def read(self, index: int) -> tuple[Image.Image, np.ndarray, list[dict]]:
         """The picture; a map [H, W] of 1 + the index of the segment that a pixel belongs to, 0
         being void; and the segments, with their contiguous class as "class"."""
-        image, segments = self.records[index]
-        picture, path = self.open_image(image)
+        image, segments, png = self.records[index]
+        picture, path = self.open_image(image), find_file(self.masks, png)
         ids = formats.read_segment_ids(path, image.size)
         numbers = [0, *(segment.id for segment in segments)]
         table = np.zeros(len(formats.SEGMENT_IDS), np.int32)  # unused pages take no memory
@@ -162,17 +154,23 @@ class Instances(Generic):
 
     def index_images(self, images: dict[Id, dict], annotations: list) -> None:
         by_image, seen = defaultdict(list), set()
-        for record in annotations:
+        for index, record in enumerate(annotations):
             with self.record():
-                name = label(record, "id", "annotation {}", "annotation")
+                name = label(record, "id", "annotation {}", f"annotations[{index}]")
                 where = f"{self.annotations}: {name}"
+                shape = record.get("segmentation") if isinstance(record, dict) else {}
+                parts, num_invalid = records.mask_parts(shape or [])
+                self.skipped["invalid rings"] += num_invalid
+                if not parts:
+                    self.skipped["objects without a mask (a box alone)"] += 1
+                    continue
                 instance = parse(CocoInstance, record, where)
                 if instance.id in seen:
                     raise ValueError(f"{where}: is there more than once")
                 seen.add(instance.id)
                 if instance.image_id not in images:
-                    raise ValueError(f"{where}: image {instance.image_id} is not in its images")
-                self.skipped["invalid rings"] += formats.num_bad_rings(instance.segmentation)
+                    raise ValueError(f"{where}: image {instance.image_id!r} is not in its images")
+                self.skipped["crowd regions (iscrowd 1) without a label"] += instance.iscrowd
                 by_image[instance.image_id].append(instance)
         is_scored = self.source.split == "val"
         for number, image in images.items():
@@ -182,14 +180,14 @@ class Instances(Generic):
             with self.record():
                 for instance in by_image[number]:
                     where = f"{self.annotations}: annotation {instance.id}"
-                    check_category(instance.category_id, self.category_index, where)
+                    records.check_category(instance.category_id, self.category_index, where)
                 self.records.append((self.image(image), by_image[number]))
 
     def read(self, index: int) -> tuple[Image.Image, list[tuple[int, np.ndarray, bool]]]:
         """The picture, and of every object its contiguous class, its mask, bool [H, W], which is
         empty for a few of COCO's, and whether it is a crowd region."""
         image, instances = self.records[index]
-        picture, _ = self.open_image(image)
+        picture = self.open_image(image)
         objects = []
         for instance in instances:
             where = f"{self.annotations}: annotation {instance.id}"
@@ -211,26 +209,28 @@ class Instances(Generic):
 
 
 class Semantic(Generic):
-    """Class maps: 8-bit PNGs of contiguous classes, 255 where nothing is labelled. The categories
-    are those of the panoptic file."""
+    """Class maps: 8-bit PNGs of contiguous classes, 255 where nothing is labelled. Categories and
+    the names of the PNGs are those of the panoptic file."""
 
     def index_images(self, images: dict[Id, dict], annotations: list) -> None:
         self.is_thing = [False] * len(self.names)  # a class is one region
-        labelled = set()
-        for record in annotations:
+        pngs = {}
+        for index, record in enumerate(annotations):
             with self.record():
-                labelled.add(take(record, "image_id", Id, f"{self.annotations}: annotation"))
+                where = f"{self.annotations}: annotations[{index}]"
+                pngs[take(record, "image_id", Id, where)] = record
         for number, image in images.items():
-            if number not in labelled:
+            if number not in pngs:
                 self.skipped["images without segments"] += 1
                 continue
             with self.record():
-                self.records.append((self.image(image),))
+                image = self.image(image)
+                self.records.append((image, formats.png_name(pngs[number], image.file_name)))
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """The picture and its class map, uint8 [H, W]."""
-        (image,) = self.records[index]
-        picture, path = self.open_image(image)
+        image, png = self.records[index]
+        picture, path = self.open_image(image), find_file(self.masks, png)
         classes = formats.read_class_map(path, image.size)
         largest = classes.max(initial=0, where=classes != 255)
         if largest >= len(self.names):

@@ -4,15 +4,15 @@ A caption's phrases have a mask each (paper section 3.1). Legend: T targets, H W
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from xsam.data import Sample
 from xsam.datasets.base import Dataset
-from xsam.datasets.formats import decode_mask, first_file, read_image, read_json
+from xsam.datasets.formats import decode_mask, read_image, read_json
 from xsam.datasets.records import Flag, Id, Segmentation, Size, by_id, expect, label, parse, unpack
+from xsam.files import find_file
 from xsam.prompts import ask, check_words, reply
 
 
@@ -28,7 +28,7 @@ class Caption(NamedTuple):
     """A caption and its grounded phrases."""
 
     image_id: Id
-    paths: list[Path]  # where the image may lie
+    names: list[str]  # of the image's file; the first that there is
     size: Size | None  # where the file tells it
     text: str
     spans: list[Span]
@@ -43,7 +43,8 @@ class Gcg(Dataset):
         for caption in self.captions():
             kept, end = [], -1
             for span in sorted(caption.spans, key=lambda span: (span.start, span.end)):
-                if not 0 <= span.start < span.end <= len(caption.text):
+                is_inside = 0 <= span.start < span.end <= len(caption.text)
+                if not (is_inside and caption.text[span.start : span.end].strip()):
                     self.skipped["spans outside their caption"] += 1
                 elif span.start <= end:
                     self.skipped["overlapping or touching spans"] += 1
@@ -59,9 +60,9 @@ class Gcg(Dataset):
         raise NotImplementedError
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        image_id, paths, size, text, spans, ignored = self.records[index]
+        image_id, files, size, text, spans, ignored = self.records[index]
         where = f"{self.annotations}: image {image_id}"
-        picture = read_image(first_file(paths), size)
+        picture = read_image(find_file(self.images, *files), size)
         size = picture.height, picture.width
         masks = np.stack([decode_mask(span.segmentation, size, where) for span in spans])
         ignore = None
@@ -114,9 +115,9 @@ class GcgGrounded(Gcg):
                     at = f"{where}: {phrase!r}"
                     offsets, rles = unpack(grounding, at, token_positives=list, rle_masks=list)
                     spans.append(Span(*read_offsets(offsets, at), rles))
-                paths = [self.images / folder / name for folder in ("", "train2017", "val2017")]
+                files = [name, f"train2017/{name}", f"val2017/{name}"]
                 size = size_if_told(record, where)
-                yield Caption(image_id, paths, size, clean_caption(text), spans, [])
+                yield Caption(image_id, files, size, clean_caption(text), spans, [])
 
 
 class GcgRefs(Gcg):
@@ -141,7 +142,7 @@ class GcgRefs(Gcg):
                     else:
                         spans.append(Span(start, start + len(phrase), shape))
                 image_id, size = record.get("image_id", key), size_if_told(record, where)
-                yield Caption(image_id, [self.images / name], size, text, spans, [])
+                yield Caption(image_id, [name], size, text, spans, [])
 
 
 class GcgFlickr(Gcg):
@@ -170,7 +171,7 @@ class GcgFlickr(Gcg):
                         offsets = read_offsets(offsets[0] if offsets else None, where)
                         spans.append(Span(*offsets, shape))
                 size = parse(Size, image, where)
-                yield Caption(number, [self.images / name], size, text, spans, ignored)
+                yield Caption(number, [name], size, text, spans, ignored)
 
 
 class GcgScored(Dataset):
@@ -231,7 +232,7 @@ class GcgScored(Dataset):
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         number, size, text, phrases, shapes = self.records[index]
         where = f"{self.annotations}: image {number}"
-        picture = read_image(self.images / f"{number}.jpg", size)
+        picture = read_image(find_file(self.images, f"{number}.jpg"), size)
         turns = [(ask("gcg", [], rng, self.phrasings), text)]
         masks = np.stack([decode_mask(shape, size, where) for shape in shapes])
         labels = np.arange(len(shapes)) if phrases else np.zeros(len(shapes), np.int64)

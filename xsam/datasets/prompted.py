@@ -14,6 +14,7 @@ from xsam.datasets.base import Dataset, Packed, pack, read_categories
 from xsam.datasets.formats import decode_mask, dilate, read_image, read_json, rle_area
 from xsam.datasets.records import Flag, Id, Segmentation, Size, label, parse, take, unpack
 from xsam.datasets.sources import PROMPT_RADII, PROMPT_TYPES
+from xsam.files import find_file
 
 
 class PromptedObject(NamedTuple):
@@ -144,7 +145,7 @@ class VisualPrompts(Dataset):
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         image = self.records[index]
-        picture = read_image(self.images / image.file_name, image.size)
+        picture = read_image(find_file(self.images, image.file_name), image.size)
         objects = image.objects
         if self.is_interactive:
             objects = [objects[rng.integers(len(objects))]]
@@ -199,7 +200,9 @@ class VisualPrompts(Dataset):
         among all such objects."""
         others = [i for i, image_id in enumerate(self.showing[category]) if image_id != number]
         image = self.reference_images[category][others[rng.integers(len(others))]]
-        return read_image(self.images / image.file_name, image.size), self.region(image, rng)
+        return read_image(find_file(self.images, image.file_name), image.size), self.region(
+            image, rng
+        )
 
 
 def is_empty_rle(rle: dict, size: Size, where: str) -> bool:

@@ -5,6 +5,7 @@ annotations of a NamedTuple for `parse`. Both raise ValueError naming the file, 
 field that is wrong: `where` is what comes before the field, "FILE: RECORD".
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Container
@@ -43,20 +44,48 @@ def take(record: Any, key: str, kind: Any, where: str) -> Any:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a dict, got {_shorten(record)}")
     if kind is Flag:
-        value = record.get(key, 0)
+        value = 0 if record.get(key) is None else whole(record[key])
         if not isinstance(value, int) or value not in (0, 1):
             raise ValueError(f"{where}: {key!r} is {_shorten(value)}, neither 0 nor 1")
         return bool(value)
     if key not in record:
         raise ValueError(f"{where}: has no {key!r}")
+    value = whole(record[key]) if kind in (Id, int, Side) else record[key]
     if kind is not Side:
-        return expect(record[key], kind, f"{where}: {key!r}")
-    side = expect(record[key], Id, f"{where}: {key!r}")
-    if isinstance(side, str) and side.strip().isdecimal() and len(side) < 9:
-        side = int(side)
-    if not isinstance(side, int) or not 0 < side < 2**16:
-        raise ValueError(f"{where}: {key!r} is {_shorten(side)}, no number of pixels")
-    return side
+        value = expect(value, kind, f"{where}: {key!r}")
+        if kind is Segmentation and not mask_parts(value)[0]:
+            raise ValueError(f"{where}: no valid polygon or RLE in its segmentation")
+        return value
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**16:
+        raise ValueError(f"{where}: {key!r} is {_shorten(value)}, no number of pixels")
+    return value
+
+
+def whole(value: Any) -> Any:
+    """A whole number that an exporter wrote as a text or with a point as an int, so that "12" and
+    12 are one id; all else as it is."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 19:
+        return int(value) if str(int(value)) == value.strip() else value  # "007" is a name
+    return value
+
+
+def mask_parts(segmentation: Segmentation) -> tuple[list, int]:
+    """The RLEs and polygons (flat lists) of a segmentation, and how many polygons are dropped, of
+    under six or of an odd number of coordinates. A polygon may stand without a list around it (VGG
+    Image Annotator), and its corners may be pairs (Labelbox, Supervisely)."""
+    parts = segmentation if isinstance(segmentation, list) else [segmentation]
+    if _is_pairs(parts) or (parts and all(isinstance(part, int | float) for part in parts)):
+        parts = [parts]
+    parts = [list(itertools.chain(*part)) if _is_pairs(part) else part for part in parts]
+    valid = [p for p in parts if not isinstance(p, list) or (len(p) >= 6 and len(p) % 2 == 0)]
+    return valid, len(parts) - len(valid)
+
+
+def _is_pairs(part: Any) -> bool:
+    pairs = part if isinstance(part, list) else []
+    return bool(pairs) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
 
 
 def expect(value: Any, kind: Any, where: str) -> Any:
@@ -126,8 +155,8 @@ class CocoSegment(NamedTuple):
 
 def by_id(content: dict, key: str, where: str, kind: Any = Id) -> dict:
     """The records `content[key]` as {id: record}, in order of their ids, which must differ."""
-    where, records = f"{where}: {key}", take(content, key, list, where)
-    pairs = [(take(record, "id", kind, where), record) for record in records]
+    records, where = take(content, key, list, where), f"{where}: {key}"
+    pairs = [(take(r, "id", kind, f"{where}[{index}]"), r) for index, r in enumerate(records)]
     table = dict(sorted(pairs, key=lambda pair: (isinstance(pair[0], str), pair[0])))
     if len(table) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -137,4 +166,4 @@ def by_id(content: dict, key: str, where: str, kind: Any = Id) -> dict:
 
 def check_category(number: int, categories: Container[int], where: str) -> None:
     if number not in categories:
-        raise ValueError(f"{where}: category {number} is not in its categories")
+        raise ValueError(f"{where}: category {number!r} is not in its categories")

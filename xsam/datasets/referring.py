@@ -6,6 +6,7 @@ targets, H W image size.
 """
 
 import itertools
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,19 +14,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from xsam.data import Sample
-from xsam.datasets import formats
+from xsam.datasets import formats, records
 from xsam.datasets.base import Dataset, Packed, pack
 from xsam.datasets.formats import decode_mask, read_image, read_json
-from xsam.datasets.records import (
-    CocoImage,
-    Segmentation,
-    by_id,
-    expect,
-    label,
-    parse,
-    take,
-    unpack,
-)
+from xsam.datasets.records import CocoImage, Segmentation, expect, label, parse, take, unpack
+from xsam.files import IMAGE_SUFFIXES, find_file, is_file, list_files
 from xsam.prompts import check_words
 
 MAX_TURNS = 8  # referred objects of one training conversation
@@ -63,20 +56,24 @@ class RefCoco(Referring):
     Training: a conversation has a turn for up to MAX_TURNS referred objects of an image; the k-th
     sample of an image takes the k-th combination of its objects' sentences, for as many samples as
     the image has sentences, or combinations where those are fewer. Evaluation: one sample per
-    object and sentence. An image belongs to the split of its first ref.
+    object and sentence. Only refs of the split are read, also where an image has refs of
+    several, as in RefCOCOg's google file. Refs without a sentence, which gRefCOCO's file has, are
+    skipped.
     """
 
     def index(self) -> None:
         content, where = read_json(self.instances, dict), str(self.instances)
-        images = by_id(content, "images", where)
-        annotations = by_id(content, "annotations", where)
-        by_image, split_of = defaultdict(list), {}
+        images = records.by_id(content, "images", where)
+        annotations = records.by_id(content, "annotations", where)
+        by_image = defaultdict(list)
         for index, ref in enumerate(formats.read_refs(self.annotations)):
             with self.record():
                 image_id, split, numbers, texts = self.read_ref(ref, index, images, annotations)
-                split_of.setdefault(image_id, split)
-                by_image[image_id].append((numbers, texts))
-        chosen = {i: by_image[i] for i in sorted(by_image) if split_of[i] == self.source.split}
+                if split == self.source.split and not texts:
+                    self.skipped["refs without a sentence"] += 1
+                elif split == self.source.split:
+                    by_image[image_id].append((numbers, texts))
+        chosen = dict(sorted(by_image.items()))
         # The files hold four times as many annotations as are referred to.
         used = sorted({n for refs in chosen.values() for numbers, _ in refs for n in numbers})
         self.objects = Packed([pack(annotations[n], f"{self.instances}: {n}") for n in used])
@@ -102,11 +99,13 @@ class RefCoco(Referring):
         for number in numbers:
             if expect(number, int, where) not in annotations:
                 raise ValueError(f"{where}: annotation {number} is not in {self.instances}")
-            if annotations[number].get("image_id") != image_id:
+            at = f"{self.instances}: annotation {number}"
+            of_image, _ = unpack(annotations[number], at, image_id=int, segmentation=Segmentation)
+            if of_image != image_id:
                 raise ValueError(f"{where}: annotation {number} is of another image")
         texts = [take(sentence, "sent", str, where).strip().lower() for sentence in sentences]
-        if not texts or "" in texts:
-            raise ValueError(f"{where}: an expression is missing")
+        if "" in texts:
+            raise ValueError(f"{where}: an expression is empty")
         for text in texts:
             check_words(text, where)
         is_training = self.source.split == "train"
@@ -129,7 +128,7 @@ class RefCoco(Referring):
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         record, pairs = self.records[index]
         image = parse(CocoImage, record, f"{self.instances}: image {record['id']}")
-        picture = read_image(self.images / image.file_name, image.size)
+        picture = read_image(find_file(self.images, image.file_name), image.size)
         objects = []
         for indices, text in pairs:
             masks = [self.mask(self.objects[i], image.size) for i in indices]
@@ -163,7 +162,8 @@ class OwnReferring(Referring):
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         where, name, pairs = self.records[index]
-        picture = read_image(self.images / name)
+        told = [self.told_size(mask) for mask, _ in pairs]
+        picture = read_image(find_file(self.images, name), next(filter(None, told), None))
         size = picture.height, picture.width
         objects = []
         for mask, texts in pairs:
@@ -172,11 +172,18 @@ class OwnReferring(Referring):
                 raise ValueError(f"{where}: a text is empty or no string")
             text = check_words(texts[rng.integers(len(texts))].strip(), where)
             if isinstance(mask, str):
-                mask = formats.read_mask_image(self.images / mask, size)
+                mask = formats.read_region(find_file(self.images, mask), size)
             elif mask is not None:
                 mask = decode_mask(expect(mask, Segmentation, f"{where}: a mask"), size, where)
             objects.append((text, mask))
         return self.make(f"{self.name}/{index}", name, picture, objects, rng)
+
+    def told_size(self, mask: Segmentation | str | None) -> tuple[int, int] | None:
+        """The size of the image, where its mask tells it."""
+        if isinstance(mask, str):
+            return formats.read_image_size(find_file(self.images, mask))
+        size = mask.get("size") if isinstance(mask, dict) else None
+        return size if isinstance(size, list) and len(size) == 2 else None
 
 
 def is_texts(values: list) -> bool:
@@ -191,8 +198,9 @@ Shape = tuple[bool, list[tuple[int, int]]]  # whether it is ignored, and its cor
 
 
 class Reason(Dataset):
-    """ReasonSeg: a folder of NAME.jpg beside NAME.json. All target polygons of an image are one
-    mask; pixels of "ignore" polygons have no label.
+    """ReasonSeg: a folder of NAME.json, each beside its image, NAME.jpg (or .png, ...) unless its
+    "imagePath" says otherwise; what else lies there is counted. All target shapes of an image are
+    one mask; pixels of "ignore" shapes have no label.
 
     Training: one sample an image, which draws one of its texts, and half of the time the
     explanation, where there is one. Evaluation: one sample for every text.
@@ -200,54 +208,64 @@ class Reason(Dataset):
 
     def index(self) -> None:
         self.explanations = defaultdict(list)
-        records = read_json(self.instances, list) if self.source.instances else []
-        for index, record in enumerate(records):
+        explained = read_json(self.instances, list) if self.source.instances else []
+        for index, record in enumerate(explained):
             where = f"{self.instances}: record {index}"
             with self.record():
                 image, outputs = unpack(record, where, image=str, outputs=str)
-                self.explanations[Path(image).stem].append(check_words(outputs.strip(), where))
-        stems = {path.stem for path in self.annotations.glob("*.jpg")}
-        for path in sorted(self.annotations.glob("*.json")):
-            if path.stem not in stems:
-                self.problems.append(f"{path}: has no {path.stem}.jpg beside it")
-        for stem in sorted(stems):
+                stem = Path(image.replace("\\", "/")).stem
+                self.explanations[stem].append(check_words(outputs.strip(), where))
+        paths = list_files(self.annotations, ".json")
+        for path in paths:
             with self.record():
-                self.index_image(stem, self.annotations / f"{stem}.json")
+                self.index_file(path)
+        stems = {path.stem for path in list_files(self.annotations, *IMAGE_SUFFIXES)}
+        self.skipped["images without an annotation"] = len(stems - {path.stem for path in paths})
 
-    def index_image(self, stem: str, path: Path) -> None:
-        texts, is_sentence, records = unpack(
-            formats.read_labelme(path), str(path), text=list, is_sentence=bool, shapes=list
+    def index_file(self, path: Path) -> None:
+        content = read_json(path, last_resort="cp1252")  # some of the files are
+        names = [f"{path.stem}{suffix}" for suffix in IMAGE_SUFFIXES]
+        if isinstance(content, dict) and isinstance(content.get("imagePath"), str):
+            names.insert(0, content["imagePath"])
+        image = find_file(self.annotations, *names)
+        if not is_file(image):
+            if not isinstance(content, dict) or "shapes" not in content:
+                self.skipped["JSON files of something else"] += 1
+                return
+            raise ValueError(f"{path}: its image {names[0]} is not beside it")
+        texts, is_sentence, drawn = unpack(
+            content, str(path), text=list, is_sentence=bool, shapes=list
         )
         if not is_texts(texts):
             raise ValueError(f"{path}: a text is missing or no string")
         shapes = []
-        for index, record in enumerate(records):
+        for index, record in enumerate(drawn):
             where = f"{path}: shape {index}"
-            kind, points = unpack(record, where, label=str, points=list)
-            if kind.lower() != "flag":
-                shapes.append(("ignore" in kind.lower(), whole_pixels(points, where)))
-        if not self.has_target(shapes, path):
+            name, points = unpack(record, where, label=str, points=list)
+            if name.lower() != "flag":
+                outline = corners(whole_pixels(points, where), record.get("shape_type"), where)
+                shapes.append(("ignore" in name.lower(), outline))
+        if not self.has_target(shapes, path, image):
             self.skipped["images without a target"] += 1
             return
         texts = [check_words(text.strip(), str(path)) for text in texts]
         chosen = [texts] if self.source.split == "train" else [[text] for text in texts]
-        self.records += [(stem, texts, is_sentence, shapes) for texts in chosen]
+        self.records += [(path, image, texts, is_sentence, shapes) for texts in chosen]
 
-    def has_target(self, shapes: list[Shape], path: Path) -> bool:
+    def has_target(self, shapes: list[Shape], path: Path, image: Path) -> bool:
         """Whether a target shows; painting takes time, and is needed where one may be covered."""
         num_ignored = sum(is_ignored for is_ignored, _ in shapes)
         if num_ignored in (0, len(shapes)):
             return num_ignored < len(shapes)
-        size = formats.read_image_size(path.with_suffix(".jpg"))
+        size = formats.read_image_size(image)
         return bool((paint_shapes(shapes, size, str(path)) == 1).any())
 
     def key(self, index: int) -> str:
-        return f"{self.records[index][0]}/{index}"
+        return f"{self.records[index][0].stem}/{index}"
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        stem, texts, _, shapes = self.records[index]
-        path = self.annotations / f"{stem}.json"
-        picture = read_image(path.with_suffix(".jpg"))
+        path, image, texts, _, shapes = self.records[index]
+        stem, picture = path.stem, read_image(image)
         labels = paint_shapes(shapes, (picture.height, picture.width), str(path))
         if not (labels == 1).any():
             raise ValueError(f"{path}: its target lies outside the image")
@@ -263,11 +281,11 @@ class Reason(Dataset):
         )
 
     def num_words(self, index: int) -> int:
-        return max(len(text.split()) for text in self.records[index][1])
+        return max(len(text.split()) for text in self.records[index][2])
 
     def is_sentence(self, index: int) -> bool:
         """Whether the question is a long one, as the scores of the test split are told apart."""
-        return self.records[index][2]
+        return self.records[index][3]
 
 
 def whole_pixels(points: list, where: str) -> list[tuple[int, int]]:
@@ -278,6 +296,21 @@ def whole_pixels(points: list, where: str) -> list[tuple[int, int]]:
     if len(points) < 2:
         raise ValueError(f"{where}: has {len(points)} points, a polygon needs more")
     return [(int(expect(x, float, where)), int(expect(y, float, where))) for x, y in points]
+
+
+def corners(points: list, kind: str | None, where: str) -> list[tuple[int, int]]:
+    """The outline of labelme's shapes that have one: two points are the opposite corners of a
+    rectangle, or the centre of a circle and a point on it."""
+    if kind == "circle" and len(points) == 2:
+        (x, y), radius = points[0], math.dist(*points)
+        angles = [2 * math.pi * step / 64 for step in range(64)]
+        return [(round(x + radius * math.cos(a)), round(y + radius * math.sin(a))) for a in angles]
+    if kind == "rectangle" and len(points) == 2:
+        (left, top), (right, bottom) = points
+        return [(left, top), (right, top), (right, bottom), (left, bottom)]
+    if kind in (None, "polygon", "rectangle"):
+        return points
+    raise ValueError(f"{where}: is a {kind} of {len(points)} points; draw it as a polygon")
 
 
 def paint_shapes(shapes: list[Shape], size: tuple[int, int], where: str) -> np.ndarray:

@@ -34,6 +34,12 @@ READERS: dict[str, type[Dataset]] = {
 }
 
 
+# What other programs' own files have, of the whole or of the first record.
+FOREIGN = {"_via_img_metadata": "VGG Image Annotator", "regions": "VGG Image Annotator"}
+FOREIGN |= {"shapes": "labelme", "data": "Label Studio", "objects": "Supervisely"}
+FOREIGN |= {"data_row": "Labelbox", "Label": "Labelbox", "items": "Datumaro"}
+
+
 def read_dataset(
     name: str, root: Path, all_classes: bool = False, phrasings: dict = PHRASINGS
 ) -> Dataset:
@@ -62,8 +68,9 @@ def open_dataset(
             "without them with --skip-bad)"
         )
     if not len(dataset):
-        reason = "".join(f", first {problem}" for problem in dataset.problems[:1])
-        raise ValueError(f"{dataset.annotations}: no sample of {name} in it{reason}")
+        reasons = [f"first {problem}" for problem in dataset.problems[:1]]
+        reasons += [f"{count} {what}" for what, count in (+dataset.skipped).items()]
+        raise ValueError(", ".join([f"{dataset.annotations}: no sample of {name} in it", *reasons]))
     return dataset
 
 
@@ -71,6 +78,10 @@ def recognise(source: Source, root: Path) -> Source:
     """A user's own file: a list is referring, a dict COCO's panoptic or instance layout."""
     path = locate(root, source.annotations)
     content = read_json(path)
+    parts = list(content.values()) if isinstance(content, dict) else content
+    keys = [key for part in (content, *parts[:1]) if isinstance(part, dict) for key in part]
+    if programs := [program for sign, program in FOREIGN.items() if sign in keys]:
+        raise ValueError(f"{path}: is a file of {programs[0]}; export it in the COCO format")
     if isinstance(content, list):
         return dataclasses.replace(source, task="refer", format="own_refs")
     annotations = take(content, "annotations", list, str(path))

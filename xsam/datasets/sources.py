@@ -5,6 +5,7 @@ knows paths, the readers know what is in the files. Paths follow the published f
 names that the same files go by are in `ALIASES`.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -242,20 +243,39 @@ SOURCES: dict[str, Source] = {
 }
 
 
+# The sets that score a task: those whose names begin so (evaluation/benchmarks.py says how).
+_SCORED_BY = dict(
+    panoptic="coco_panoptic_val", instance="coco_instance_val", semantic="coco_semantic_val",
+    openvocab="ade20k_", refer=("refcoco_", "refcoco+_", "refcocog_"), grefer="grefcoco_",
+    reason="reasonseg_", gcg=("gcg_val", "gcg_test"), interactive="coco_interactive_val_",
+    vgd="coco_vgd_val_", chat=("mme", "mmbench", "seed", "pope", "ai2d"),
+)  # fmt: skip
+SCORED_SETS = {
+    task: [name for name in SOURCES if name.startswith(begins)]
+    for task, begins in _SCORED_BY.items()
+}
+SEGMENTOR_TASKS = ("panoptic", "instance", "semantic")  # that the model of stage 1 can do
+
+
 def find_source(name: str) -> Source:
     """The set of that name, or a user's own: FILE.json, FILE.json:IMAGES or FILE.json:IMAGES:MASKS,
-    whose images lie beside the file unless IMAGES says where, and whose paths may be absolute.
+    whose images lie beside the file unless IMAGES says where. Paths are as the user typed them, or
+    where there is no such file, relative to the data root.
 
     Raises ValueError at a name that is neither.
     """
     if name in SOURCES:
         return SOURCES[name]
     file, *folders = name.split(":")
-    if not file.endswith(".json") or len(folders) > 2:
+    if not file.lower().endswith(".json") or len(folders) > 2:
         raise ValueError(
             f"unknown dataset {name!r}; known are {', '.join(SOURCES)}, and files of one's own as "
             "FILE.json, FILE.json:IMAGES or FILE.json:IMAGES:MASKS"
         )
+    file, *folders = (
+        str(Path(path).absolute()) if path and Path(path).exists() else path
+        for path in (file, *folders)
+    )
     images, masks = [*folders, "", ""][:2]
     images = images or str(Path(file).parent)
     return Source("", "own", file, images, masks, about=f"a data set of your own: {name}")
@@ -264,28 +284,36 @@ def find_source(name: str) -> Source:
 # ---- what a run needs ----------------------------------------------------------------------------
 
 
+def scored_tasks(config: Config, stages: list[int]) -> list[str]:
+    """The tasks of `eval_tasks` that a run of these stages scores: the model of stage 1 can do some
+    of them alone, and after stage 2 nothing is scored."""
+    stages = {number for number in stages if number != 2 or config.validate_every}
+    known = SCORED_SETS if stages - {1} else SEGMENTOR_TASKS if stages else ()
+    return [task for task in config.eval_tasks if task in known]
+
+
 def required_paths(
     config: Config,
     stages: list[int],
     data: Path,
     weights: Path,
     out: Path,
-    has_init: bool = False,
+    brought: Collection[str] = (),
 ) -> list[tuple[Path, str]]:
-    """(path, what belongs there) for all that the named stages read and no earlier one of them
-    makes. `has_init`: the first of them begins with checkpoints of its own, in which the
-    segmentation encoder may be."""
+    """(path, what belongs there) for all that the named stages read, to train and to score, and no
+    earlier one of them makes. `brought`: the parts that --init gives to the first of them."""
     required: dict[Path, str] = {}
+    names = [name for number in stages for name in config.stages[number].datasets]
+    names += [name for task in scored_tasks(config, stages) for name in SCORED_SETS[task]]
+    for source in map(find_source, names):
+        required |= {locate(data, path): source.about for path in source.paths()}
     for number in stages:
         stage, model = config.stages[number], config.model
-        has_init &= number == stages[0]
-        for source in map(find_source, stage.datasets):
-            required |= {locate(data, path): source.about for path in source.paths()}
-        folders = [] if number == 1 else [model.image_encoder, model.llm]
-        if number == 1 or not (has_init or 1 in stage.starts_from):
-            folders.insert(0, model.seg_encoder)
-        for folder in folders:
-            if folder != "none":
+        here = set(brought) if number == stages[0] else set()
+        here |= {"segmentor.encoder"} if 1 in stage.starts_from else set()
+        for part in ("seg_encoder", "image_encoder", "llm")[: 1 if number == 1 else None]:
+            folder = getattr(model, part)
+            if folder != "none" and part.replace("seg_", "segmentor.") not in here:
                 about = f"Hugging Face folder {folder} (config.json and safetensors)"
                 required[weights / folder] = about
         for earlier in stage.starts_from:

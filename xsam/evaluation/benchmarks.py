@@ -345,7 +345,6 @@ SEGMENTOR_PAPER = {
     "instance": {"AP": 44.2},
     "semantic": {"mIoU": 63.8},
 }
-SEGMENTOR_TASKS = tuple(SEGMENTOR_PAPER)
 
 
 def task_of(name: str) -> tuple[str, str]:

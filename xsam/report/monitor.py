@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from xsam import distributed
 from xsam.data import Batch, Sample
+from xsam.datasets.sources import scored_tasks
 from xsam.evaluate import FOLDER, evaluate
-from xsam.evaluation.benchmarks import SEGMENTOR_TASKS, TASKS, Figures, table
+from xsam.evaluation.benchmarks import TASKS, Figures, table
 from xsam.evaluation.prediction_files import SavedPredictions
 from xsam.files import write_whole
 from xsam.model import XSAM, Segmentor
@@ -42,7 +43,7 @@ WATCHED_STEPS = 50  # over which a slow loader is noticed
 SLOW_SHARE = 0.2  # of the time spent waiting for data that is worth a warning
 
 
-UNTRAINED = "untrained"  # the column of results before the first step
+UNTRAINED, INIT = "untrained", "init"  # columns before the first step; INIT: of --init's weights
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def drop_metrics(path: Path, stage: int, step: int) -> None:
 def score(column: str, model: Segmentor | XSAM, out: Path, data: Path) -> None:
     """Evaluates `model`, adds the column to OUT/results.json and results.md, draws pictures."""
     results = read_results(out)
-    num_pictures = 0 if column == UNTRAINED else model.config.num_pictures
+    num_pictures = 0 if column in (UNTRAINED, INIT) else model.config.num_pictures
     results[column] = score_tasks(model, out, data, column.replace(" ", ""), num_pictures)
     if distributed.rank() == 0:
         # The last column's figures stand at the top level: {"panoptic": {"PQ": …}, …}.
@@ -219,10 +220,7 @@ def score_tasks(
     """Figures of the tasks that the configuration names, and pictures of a task's first set, whose
     names begin with `prefix`. Predictions stay in OUT/predictions/PREFIX, but not where only the
     first `num_samples` are asked for."""
-    tasks = [
-        task for task in model.config.eval_tasks
-        if isinstance(model, XSAM) or task in SEGMENTOR_TASKS
-    ]  # fmt: skip
+    tasks = scored_tasks(model.config, [model.stage])
     folder, drawn = out / FOLDER / prefix, set()
 
     def draw_first(task: str, predictions: SavedPredictions) -> None:

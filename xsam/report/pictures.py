@@ -6,7 +6,10 @@ save the picture that comes back. Drawn with Pillow alone; the curves of a run a
 Legend: N segments, H W height and width of the image.
 """
 
+import functools
 import math
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -41,8 +44,73 @@ ff0000 0000ff 00ff00 008040 80bfff df00ff 800060 ffbf40 000080 ff80bf 0080df 40b
 PALETTE = np.frombuffer(bytes.fromhex(PALETTE_HEX), np.uint8).reshape(-1, 3)
 
 
+# ---- letters -------------------------------------------------------------------------------------
+
+# Where systems keep their fonts.
+FONT_FOLDERS = (
+    "/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts",
+    "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts",
+)  # fmt: skip
+
+
+SAME_FOR_ALL = ("lastresort", "blank", "notdef")  # fonts that draw one sign for every letter
+
+
+@functools.cache
+def _font_files() -> list[str]:
+    """Pillow's own font of Latin letters, as "", then those of the system, plain ones first."""
+    styles = ("bold", "italic", "oblique", "light", "thin", "condensed", "mono", "serif", "math")
+    ranked = []
+    for folder in FONT_FOLDERS:
+        for path in Path(folder).expanduser().rglob("*.[oOtT][tT][fFcC]"):
+            name = path.name.lower()
+            if not any(word in name for word in SAME_FOR_ALL):
+                num_styles = sum(style in name for style in styles)
+                ranked.append(("sans" not in name, num_styles, str(path)))
+    return ["", *(path for *_, path in sorted(ranked))]
+
+
+@functools.lru_cache(maxsize=256)
+def _load_font(file: str, size: int) -> ImageFont.FreeTypeFont | None:
+    """None where it cannot be read, or has not this size, as fonts of emoji."""
+    try:
+        return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
+    except OSError:
+        return None
+
+
+@functools.cache
+def _has_letter(file: str, letter: str) -> bool:
+    """Whether a font draws a letter other than a character that no font has."""
+    font = _load_font(file, TITLE_FONT_SIZE)
+    if font is None or unicodedata.category(letter) in ("Cc", "Cs"):  # control, half a character
+        return False
+    drawn, missing = font.getmask(letter), font.getmask("\U0010ffff")
+    is_same = drawn.size == missing.size and bytes(drawn) == bytes(missing)
+    return drawn.getbbox() is not None and not is_same
+
+
+def _legible(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """A text as it can be drawn, and the font: Pillow's, or the first of the system's that has all
+    of its letters. Where none has, letters that Pillow's lacks are numbers, such as \\u732b."""
+    text = unicodedata.normalize("NFC", text)
+    # Spaces and what joins letters are not seen.
+    letters = [
+        each for each in set(text) if not each.isspace() and unicodedata.category(each) != "Cf"
+    ]
+    for file in _font_files():
+        if all(_has_letter(file, letter) for letter in letters):
+            return text, _load_font(file, size)
+    numbers = {
+        ord(letter): letter.encode("unicode_escape").decode()
+        for letter in letters
+        if not _has_letter("", letter)
+    }
+    return text.translate(numbers), _load_font("", size)
+
+
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """Breaks `text` at spaces to fit `width` pixels; a longer word keeps a line to itself."""
+    """Breaks `text` to fit `width` pixels: at spaces, and within a word that is longer."""
     lines = []
     for paragraph in text.split("\n"):
         line = ""
@@ -51,6 +119,11 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
                 lines.append(line)
                 line = ""
             line = f"{line} {word}" if line else word
+            while font.getlength(line) > width and len(line) > 1:
+                fits = (n for n in range(len(line) - 1, 1, -1) if font.getlength(line[:n]) <= width)
+                end = next(fits, 1)
+                lines.append(line[:end])
+                line = line[end:]
         lines.append(line)
     return "\n".join(lines)
 
@@ -70,13 +143,14 @@ def _draw_text(draw, position: tuple[float, float], text: str, font, fill) -> No
 
 
 def _add_title(picture: Image.Image, title: str) -> Image.Image:
-    """The picture with its title, wrapped to its width, in a white strip above it."""
+    """The picture with its title in a white strip above it."""
     if not title:
         return picture
-    font = ImageFont.load_default(TITLE_FONT_SIZE)
-    title = _wrap(title, font, picture.width - GAP)
+    title, font = _legible(title, TITLE_FONT_SIZE)
+    width = max(picture.width, 10 * TITLE_FONT_SIZE)  # room for words above a thin picture
+    title = _wrap(title, font, width - GAP)
     strip = _text_size(title, font)[1] + GAP
-    titled = Image.new("RGB", (picture.width, picture.height + strip), WHITE)
+    titled = Image.new("RGB", (width, picture.height + strip), WHITE)
     titled.paste(picture, (0, strip))
     _draw_text(ImageDraw.Draw(titled), (GAP // 2, GAP // 2), title, font, BLACK)
     return titled
@@ -94,10 +168,11 @@ def _draw_labels(picture: Image.Image, labels: list[Label]) -> None:
     """Draws every label in a box as near to its centre as can be, inside the picture and off the
     boxes drawn before; over them only where nothing is free."""
     width, height = picture.size
-    font = ImageFont.load_default(max(13, max(width, height) // 42))
+    size = max(13, max(width, height) // 42)
     draw = ImageDraw.Draw(picture)
     placed = []
     for text, centre, colour in labels:
+        text, font = _legible(text, size)
         text = _wrap(text, font, 0.6 * width)
         text_width, text_height = _text_size(text, font)
         box_width, box_height = text_width + 8, text_height + 2

@@ -4,13 +4,15 @@ python -m xsam.toy /tmp/toy --num_train 1600 --num_val 64
 """
 
 import argparse
+import sys
 from pathlib import Path
 
+from xsam.files import refuse_existing
 from xsam.toy.preset import toy
 from xsam.toy.world import write_world
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Write the toy world: FOLDER/data, FOLDER/weights")
     parser.add_argument("folder", type=Path, help="where to write; made if need be")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -19,10 +21,16 @@ def main() -> None:
     arguments = parser.parse_args()
     from xsam.toy.weights import write_weights  # after the flags are read, as torch takes seconds
 
-    folder = arguments.folder
-    write_world(folder / "data", arguments.num_train, arguments.num_val, arguments.seed)
-    write_weights(folder / "weights", toy().model, arguments.seed)
+    data, weights = arguments.folder / "data", arguments.folder / "weights"
+    try:
+        refuse_existing(data, weights)
+        write_world(data, arguments.num_train, arguments.num_val, arguments.seed)
+        write_weights(weights, toy().model, arguments.seed)
+    except (ValueError, OSError) as error:
+        print(f"xsam.toy: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -29,6 +29,7 @@ from xsam.config import ModelConfig
 from xsam.data import ResizeAndPad, seg_pixels
 from xsam.decoder import sine_positions
 from xsam.encoders import transformers_config
+from xsam.files import give_rights
 from xsam.model import build_seg_encoder
 from xsam.prompts import PHRASINGS, clean_name
 from xsam.toy import scenes
@@ -123,6 +124,7 @@ def write_weights(weights: Path, model: ModelConfig, seed: int = 0, steps: int =
                 siglip = AutoModel.from_config(transformers_config(model.image_encoder_config))
                 siglip.save_pretrained(root / model.image_encoder)
             _write_language_model(root / model.llm, model.llm_config, seed, steps)
+            give_rights(*root.rglob("*.safetensors"))
     finally:
         torch.set_num_threads(threads)
 

@@ -1,0 +1,3 @@
+"""See xsam.report.pictures."""
+
+from xsam.report.pictures import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""See xsam.datasets.formats."""
+
+from xsam.datasets.formats import *  # noqa: F403
