@@ -50,11 +50,10 @@ from xsam.losses import Objective
 from xsam.model import XSAM, Segmentor
 from xsam.optimizer import build_optimizer, freeze
 from xsam.postprocess import SegmentationResult
+from xsam.starts import inspect_init, load_init
 from xsam.toy.preset import toy
 from xsam.train import (
-    inspect_init,
     load_earlier_stage,
-    load_init,
     pretrained_model,
     starting_model,
     step_normalisers,

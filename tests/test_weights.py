@@ -50,8 +50,8 @@ from xsam.encoders import ImageEncoder, SamEncoder, resize_positions
 from xsam.inference import load_checkpoint
 from xsam.llm import LanguageModel
 from xsam.model import XSAM, Segmentor
+from xsam.starts import load_init
 from xsam.toy.preset import toy
-from xsam.train import load_init
 from xsam.variants import SwinEncoder
 from xsam.weights import (
     MODEL_FILE,

@@ -258,7 +258,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
         config = configure(options, flags, preset := CONFIGS[options.config]())
         check_config(options, flags, config)
         if options.init and all(path.exists() for path in options.init):
-            from xsam.train import inspect_init  # the first that imports torch
+            from xsam.starts import inspect_init  # the first that imports torch
 
             preset, options.brought, options.replaced = inspect_init(
                 preset, options.init, options.stages[0]
@@ -444,9 +444,10 @@ def train_command(arguments: list[str] | None = None) -> int:
 def run_training(options: argparse.Namespace, config: Config) -> int:
     """Trains, and turns what ends a run before its time into a message and a status."""
     from xsam import distributed, train
+    from xsam.starts import outline
 
     try:
-        outlines = [train.outline(number, config, options) for number in options.stages]
+        outlines = [outline(number, config, options) for number in options.stages]
     except (ValueError, OSError) as error:
         return complain(str(error), is_met_by_all=True)
     if int(os.environ.get("RANK", 0)) == 0:
