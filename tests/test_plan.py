@@ -98,7 +98,8 @@ def test_a_simulated_step_takes_what_the_real_one_takes(stage, task, size, recom
     sizes = (size, task, *(IMAGES if stage == 1 else SAMPLES)[task])
     planned, real = Simulation(config, stage).step(*sizes), real_peak(config, stage, *sizes)
     print(f"planned {planned / 1e6:.2f} MB, real {real / 1e6:.2f} MB")
-    assert planned == pytest.approx(real, rel=0.04)  # 0.02 but for one case with torch 2.6
+    tolerance = 0.04 if torch.__version__.startswith("2.6") else 0.02  # one case, of chat
+    assert planned == pytest.approx(real, rel=tolerance)
 
 
 QWEN = dict(model_type="qwen3", num_key_value_heads=2, head_dim=48, tie_word_embeddings=True)
