@@ -34,12 +34,9 @@ from xsam.weights import (
 
 LATEST_FILE = "latest"
 
-
 STATES_FILE = "optimizer"  # what the names of the files with the optimizer's states begin with
 
-
 STATES_BYTES = 10**9  # largest of them
-
 
 LANGUAGE_FIELDS = (  # of ModelConfig, begin with; not in stage 1
     *("image_", "llm", "max_text", "num_region", "region_", "seg_tokens", "logit_"),

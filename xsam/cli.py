@@ -36,7 +36,6 @@ from xsam.toy.preset import toy
 
 DEVICES = ("cpu", "cuda", "mps")
 
-
 CONFIGS = {"xsam": xsam, "toy": toy}
 
 HELP = {

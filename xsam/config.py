@@ -22,7 +22,6 @@ from xsam import former_names
 
 Dtype = Literal["float32", "bfloat16"]
 
-
 SPECIAL_TOKENS = ("<SEG>", "<p>", "</p>")  # in the order in which the published weights number them
 
 
@@ -67,7 +66,6 @@ def _phi3_mini() -> dict:
 
 
 _QWEN3 = dict(num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)
-
 
 # What the name of a part (a Hugging Face folder) brings: fields of ModelConfig. Of a folder that is
 # not named here the image encoder and the language model are read from its config.json.

@@ -187,7 +187,6 @@ def image_pixels(
 
 PICTURES = ("image", "masks", "ignore", "regions", "region_images")  # fields of a Sample
 
-
 MOST_REPLACEMENTS = 100  # records in a row that may be left out before a run stops
 
 

@@ -22,7 +22,6 @@ IMAGE_TOKEN, REGION_TOKEN = (
     -300,
 )  # stand where visual tokens and region vectors are spliced in
 
-
 IGNORE_LABEL = -100
 
 

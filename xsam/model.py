@@ -342,7 +342,6 @@ class XSAM(nn.Module):
 
 __getattr__ = former_names(load_checkpoint="xsam.inference", save_pretrained="xsam.inference")
 
-
 # What the parts repeat; the last is the layer of every model of transformers.
 BLOCKS = Block, ConvBranch, PixelDecoderLayer, DecoderLayer, GradientCheckpointingLayer
 

@@ -24,14 +24,11 @@ from xsam.report.pictures import draw_segments
 
 Reading = tuple[np.ndarray, list[int], list[float]]  # masks bool [N, H, W], classes, scores
 
-
 Box = tuple[slice, slice]  # rows and columns of the original image
-
 
 # Of instances every pair of query and class is read, most with next to no score; pictures show
 # those with this or more.
 SHOWN_SCORE = 0.3
-
 
 BAND_VALUES = 2**22  # of float32 16 MB: near what caches hold, and few steps
 

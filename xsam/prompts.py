@@ -16,12 +16,9 @@ from xsam.config import SPECIAL_TOKENS
 
 PLACEHOLDERS = ("<image>", "<region>")
 
-
 PER_PHRASE_TASKS = ("refer", "reason")  # a <SEG> for each phrase; elsewhere one for the image
 
-
 _SEG_ANSWERS = ["Here is the segmentation: <SEG>.", "Sure, <SEG>.", "It is segmented: <SEG>."]
-
 
 # Of each task: what is asked, what is answered, and what is answered where there is no such thing.
 # Of chat: how a question with options is asked; {question} is its hint and itself, {options} has a

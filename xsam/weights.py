@@ -29,9 +29,7 @@ from xsam.llm import render_conversation
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
-
 SHARD_BYTES = 5 * 10**9  # largest file written
-
 
 MAPPED_BYTES = 16 * 2**20  # of a file read before it is opened anew
 
@@ -45,7 +43,6 @@ ARCHIVED_NAMES = (  # what the archived release calls otherwise
     (r"^segmentor\.logit_scale$", "segmentor.class_predictor.logit_scale"),
     (r"^segmentor\.class_predictor\.(weight|bias)$", r"segmentor.class_predictor.predictor.\1"),
 )
-
 
 NAMES = (
     *ARCHIVED_NAMES,
@@ -69,12 +66,9 @@ NAMES = (
     (r"(\.blocks\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
 )
 
-
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")  # ends of the names of SAM's position tables
 
-
 EMBEDDING, OUTPUT = "llm.model.embed_tokens.weight", "llm.lm_head.weight"  # the vocabulary's tables
-
 
 # Names on disk of what no model of ours has: buffers that are computed, the norm behind Swin's last
 # scale, the position code of SAM's prompts and the class weights of the published criterion.
@@ -83,7 +77,6 @@ UNUSED = re.compile(
     r"|^segmentor\.encoder\.layernorm\."
     r"|^segmentor\.(criterion|prompt_encoder|shared_image_embedding)\."
 )
-
 
 # What a part's names begin with in a Hugging Face folder, by the model_type of its config.json.
 FOLDERS = {
@@ -101,7 +94,6 @@ FOLDERS = {
     },
     "llm": {"phi3": "", "qwen3": "", "llama": ""},
 }
-
 
 # What they begin with in the whole model.
 PREFIXES = {"seg_encoder": "segmentor.encoder.", "image_encoder": "image_encoder.", "llm": "llm."}

@@ -41,7 +41,6 @@ from xsam.files import complete, find_file, list_files, read_text, refuse_existi
 
 LARGEST_SPECK = 5  # pixels; a component no larger than that gets no prompt
 
-
 BLUR_SIGMA = 2.0
 
 
@@ -293,15 +292,12 @@ def _semantic_map(job: Job, masks: Path, out: Path, indices: dict[int, int]) -> 
 
 _ADE_SPLITS = {"training": "train", "validation": "val"}  # as the outputs call them
 
-
 _MAPPING = "ade20k_instance_catid_mapping.txt"
-
 
 _ADE_URLS = (
     "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
     "http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar",
 )
-
 
 # A line for each class: its name in the public panoptic file, which scores are published with.
 _ADE_NAMES = Path(__file__).with_name("ade20k_names.txt")

@@ -33,7 +33,6 @@ from xsam.report import pictures as draw
 
 MOST_SHOWN = 5  # bad records of a set in the report, unless --all
 
-
 MOST_TITLE = 500  # characters of a prompt above its picture
 
 
@@ -58,7 +57,6 @@ class Report:
 
 
 _DATASET: Dataset | None = None  # of a worker, and the seed it draws with
-
 
 _SEED = 0
 

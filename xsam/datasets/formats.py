@@ -82,9 +82,7 @@ def read_tsv(path: Path) -> list[dict[str, str]]:
 Shape = tuple[int, int]  # height and width
 Picture = Image.Image | np.ndarray
 
-
 SEGMENT_IDS = range(2**24)  # COCO panoptic writes them as colours: red + 256 green + 256² blue
-
 
 # What Pillow's decoders raise on damaged bytes.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -163,9 +161,7 @@ def _image_errors(where: Path | io.BytesIO | str) -> Iterator[None]:
 _TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 _TURNS = {number: Image.Transpose[name] for number, name in enumerate(_TURNS.split(), start=2)}
 
-
 VOID = (224, 224, 192)  # the colour of 255 in Pascal VOC's palette
-
 
 NUM_CLASSES = 32  # where a mask has several levels below this, they are numbers and no shades
 

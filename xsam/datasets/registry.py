@@ -33,7 +33,6 @@ READERS: dict[str, type[Dataset]] = {
     "tsv": Benchmark,
 }
 
-
 # What other programs' own files have, of the whole or of the first record.
 FOREIGN = {"_via_img_metadata": "VGG Image Annotator", "regions": "VGG Image Annotator"}
 FOREIGN |= {"shapes": "labelme", "data": "Label Studio", "objects": "Supervisely"}

@@ -13,7 +13,6 @@ from xsam.config import Config, stage_folder
 
 PROMPT_TYPES = ("point", "scribble", "box", "mask")  # of visual prompts
 
-
 PROMPT_RADII = {"point": 10, "scribble": 5}  # pixels of the disc that a thin prompt is grown by
 
 
@@ -39,15 +38,11 @@ class Source:
 
 _COCO, _REF, _ADE = "img_genseg/coco2017", "img_refseg/refcocos", "img_ovseg/ade20k"
 
-
 _COCO_2014 = f"{_REF}/images/train2014"
-
 
 _LLAVA, _REASON = "img_chat/llava", "img_reaseg/lisa"
 
-
 _GCG, _INT, _VGD = "img_gcgseg/grand_f", "img_intseg/coco_int", "img_vgdseg/coco_vgd"
-
 
 # Other names of a file or of a run of folders, each a whole part of a path. A set that brings no
 # COCO images of its own reads those of the generic sets.
@@ -241,7 +236,6 @@ SOURCES: dict[str, Source] = {
     "scienceqa_val": _benchmark("ScienceQA_VAL"),
     "scienceqa_test": _benchmark("ScienceQA_TEST"),
 }
-
 
 # The sets that score a task: those whose names begin so (evaluation/benchmarks.py says how).
 _SCORED_BY = dict(

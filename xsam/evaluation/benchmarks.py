@@ -192,7 +192,6 @@ class Benchmark(NamedTuple):
 # ReasonSeg's short and long expressions.
 _LENGTHS = {"gIoU short": 47.7, "cIoU short": 48.1, "gIoU long": 56.0, "cIoU long": 40.8}
 
-
 _ROWS = (
     ("panoptic", "coco_panoptic_val", "", PANOPTIC, dict(PQ=54.7)),
     ("instance", "coco_instance_val", "", INSTANCES, dict(AP=47.0)),
@@ -235,9 +234,7 @@ _ROWS = (
     ("chat", "ai2d", " AI2D", CHOICE, dict(accuracy=62.6)),
 )  # fmt: skip
 
-
 BENCHMARKS = {row[1]: Benchmark(*row) for row in _ROWS}  # by set
-
 
 # How each metric of a task is counted.
 _PQ = {
@@ -255,7 +252,6 @@ _AP = {
 _MIOU = {"mIoU": "mean IoU of one confusion matrix; 255 and classes without truth not counted"}
 _CIOU = "sum of intersections / sum of unions, one mask an expression"
 _GIOU = "mean IoU, one mask an expression, empty union = 1"
-
 
 PROTOCOLS = {
     "panoptic": _PQ,
@@ -337,7 +333,6 @@ TASKS = {
     )
     for task, protocols in PROTOCOLS.items()
 }
-
 
 # What the paper reports for the segmentor alone (table 17), which has these tasks only.
 SEGMENTOR_PAPER = {

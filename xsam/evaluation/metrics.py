@@ -375,7 +375,6 @@ def caption_quality(truth: dict[Hashable, list[str]], predicted: dict[Hashable, 
 
 _PUNCTUATION = str.maketrans(dict.fromkeys(".,:;!*#()[]{}", " "))
 
-
 _MME_KINDS = {
     "perception": "existence count position color posters celebrity scene landmark artwork ocr",
     "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning",

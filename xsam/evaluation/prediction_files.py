@@ -39,7 +39,6 @@ from xsam.prompts import strip_marks
 
 PREDICTIONS_FILE, CAPTIONS_FILE, ABOUT_FILE = "predictions.json", "captions.json", "about.json"
 
-
 PNG_FOLDER, UNFINISHED = "panoptic", "unfinished"
 
 
@@ -57,7 +56,6 @@ _SHAPE = (dict, list)  # an RLE, or a list of polygons or RLEs
 _INSTANCE = {"segmentation": _SHAPE, "category_id": int, "score": float}
 _SEGMENTS = {"file_name": str, "segments_info": list}  # of these each has "id" and "category_id"
 
-
 LAYOUTS = {  # by the kind of prediction
     "panoptic": Layout(("panoptic",), "image_id", True, _SEGMENTS),
     "instances": Layout(("instance", "visual_prompts"), "image_id", False, _INSTANCE),
@@ -70,7 +68,6 @@ LAYOUTS = {  # by the kind of prediction
     "mask": Layout(("refs", "reason"), "id", True, {"segmentation": (*_SHAPE, type(None))}),
     "answer": Layout(("tsv",), "question_id", True, {"answer": str}),
 }
-
 
 CAPTIONS = Layout((), "image_id", True, {"caption": str})
 

@@ -13,9 +13,7 @@ from scipy.ndimage import uniform_filter1d
 
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 
-
 LOSSES = ("class", "mask", "dice", "text")
-
 
 SMOOTHED_POINTS = 50  # a longer curve is drawn pale under its running mean
 

@@ -33,15 +33,11 @@ from xsam.report.curves import LOSSES, METRICS_FILE, draw_metrics, read_metrics
 
 RESULTS_FILE = "results.json"
 
-
 MOST_REASONS = 20  # printed by a rank for skipped samples
-
 
 WATCHED_STEPS = 50  # over which a slow loader is noticed
 
-
 SLOW_SHARE = 0.2  # of the time spent waiting for data that is worth a warning
-
 
 UNTRAINED, INIT = "untrained", "init"  # columns before the first step; INIT: of --init's weights
 

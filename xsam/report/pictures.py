@@ -17,18 +17,13 @@ from scipy import ndimage
 
 SMALLEST_SIDE = 480  # an image whose longest side is below this is enlarged to fit its labels
 
-
 TINT = 0.5
-
 
 TITLE_FONT_SIZE = 16
 
-
 GAP = 12  # pixels of white around titles and between pictures
 
-
 WHITE, BLACK = (255, 255, 255), (20, 20, 20)
-
 
 # 64 saturated colours, every one the farthest in OKLab (Ottosson, 2020) from all before it; more
 # segments than this begin again.
@@ -40,7 +35,6 @@ ff0000 0000ff 00ff00 008040 80bfff df00ff 800060 ffbf40 000080 ff80bf 0080df 40b
 6000ff 0060df 60df9f bfbf40 bf60ff ff00df dfdf00 9f2060 9fff20 ffdf80 80dfff df0060
 """
 
-
 PALETTE = np.frombuffer(bytes.fromhex(PALETTE_HEX), np.uint8).reshape(-1, 3)
 
 
@@ -51,7 +45,6 @@ FONT_FOLDERS = (
     "/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts",
     "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts",
 )  # fmt: skip
-
 
 SAME_FOR_ALL = ("lastresort", "blank", "notdef")  # fonts that draw one sign for every letter
 

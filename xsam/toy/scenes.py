@@ -24,12 +24,9 @@ Generator = np.random.Generator
 # Names of two textures carry COCO's suffixes, which readers drop; ids have gaps, as COCO's have.
 THING_IDS = dict(circle=1, square=2, triangle=3, star=5, cross=8, ring=14, moon=21, diamond=34)
 
-
 STUFF_IDS = {"stripes-merged": 92, "checks": 100, "dots": 118, "bricks-stuff": 149}
 
-
 CLASSES = (*THING_IDS, *STUFF_IDS)
-
 
 COLORS = {
     "red": (222, 38, 38),
@@ -40,27 +37,19 @@ COLORS = {
     "white": (246, 246, 246),
 }
 
-
 RADII = {"small": (14.0, 17.0), "large": (23.0, 30.0)}  # pixels
-
 
 TINY_RADIUS = (4.0, 5.0)  # members of a crowd
 
-
 IMAGE_SIZES = ((128, 128), (128, 104), (104, 128), (128, 112), (112, 128))  # (H, W)
-
 
 MARGIN = 40
 
-
 MIN_VISIBLE = 0.55  # share of its own area that every thing keeps
-
 
 VOID_COLOR = (48, 48, 48)
 
-
 RIM_COLOR = (24, 24, 24)
-
 
 OVERSAMPLING = 2  # drawn points per pixel, in x and in y
 
@@ -86,7 +75,6 @@ SHAPES = {
     "moon": (lambda x, y: (np.hypot(x, y) < 1.0) & (np.hypot(x - 0.5, y) > 0.8), 0.25),
     "diamond": (lambda x, y: abs(x) / 0.68 + abs(y) / 1.1 < 1, 0.12),
 }
-
 
 # Name -> (is the point of the second tone, x and y in periods; largest tilt).
 TEXTURES = {
@@ -280,7 +268,6 @@ EXPRESSIONS = (
     "the only {category}",
 )
 
-
 # One that names all things alike in the attribute at its right; "many" is the category's plural.
 GROUPS = (
     ("all {color} shapes", "color"),
@@ -290,9 +277,7 @@ GROUPS = (
     ("every {category}", "category"),
 )
 
-
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-
 
 CAPTION_REQUESTS = (
     "Describe the picture.",
@@ -300,7 +285,6 @@ CAPTION_REQUESTS = (
     "Describe the image briefly.",
     "Give a short caption of this image.",
 )
-
 
 DIALOGUE = {
     "color": ("What color is the {category}?", "The {category} is {color}."),
@@ -310,7 +294,6 @@ DIALOGUE = {
     "background": ("What is the background?", "The background is {stuff}."),
 }
 
-
 FACTS = (
     ("What color comes of blue and yellow?", "Blue and yellow make green."),
     ("What color comes of red and blue?", "Red and blue make purple."),
@@ -319,14 +302,12 @@ FACTS = (
     ("Is a ring a circle with a hole?", "Yes, a ring is a circle with a hole."),
 )
 
-
 # What questions of a test ask for and the answers that are offered.
 ANSWERS = {
     "color": ("color", list(COLORS)),
     "count": ("number", NUMBERS),
     "background": ("stuff", [clean_name(name) for name in STUFF_IDS]),
 }
-
 
 CHECKS = {
     "existence": "Is there a {category}?",

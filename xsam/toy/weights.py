@@ -40,14 +40,12 @@ from xsam.toy.world import ADE_NAMES, HINT, SPLITS, YES_OR_NO, draw_split, new_f
 
 CHAT_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>")
 
-
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-
 
 SPARE_TOKENS = 8  # rows of the embedding left for the tokens that the model adds
 

@@ -34,7 +34,6 @@ from xsam.toy.scenes import RIDDLES, STUFF_IDS, THING_IDS, Generator, Scene, Seg
 
 SPLITS = ("train", "val", "text", "sam")  # with different random numbers
 
-
 # Those with a generator of their own, which starts from [seed, split, index, number].
 WRITERS = {
     "refcoco+": 1, "refcocog": 2, "grefcoco": 3, "reasonseg": 4, "reasonseg_val": 5,
@@ -448,9 +447,7 @@ ADE_STUFF = {
     "bricks-stuff": "bricks",
 }
 
-
 ADE_THINGS = [(color, shape) for color in ("red", "green", "blue") for shape in THING_IDS]
-
 
 ADE_NAMES = [*ADE_STUFF.values(), *(f"{color} {shape}" for color, shape in ADE_THINGS)]
 
@@ -534,9 +531,7 @@ def _conversation(rng: Generator, turns: list[tuple[str, str]]) -> list[dict]:
 
 YES_OR_NO, HINT = "Please answer yes or no.", "Look at the picture."
 
-
 NUM_ROWS = 60  # of a benchmark, where there are as many questions
-
 
 COPY_STEP = 1_000_000  # from the index of a question of MMBench to that of its next copy
 
