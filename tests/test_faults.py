@@ -255,7 +255,7 @@ def test_killed_again_and_again_equals_uninterrupted(world, tmp_path):
     def start(log: Path, arguments: list[str]) -> BaseProcess:
         return start_ranks(log, faulty_train.main, {}, arguments)[0]
 
-    kills_change_nothing(world, tmp_path, 2, 1, start)
+    kills_change_nothing(world, tmp_path, 3, 1, start)
 
 
 @pytest.mark.slow

@@ -213,7 +213,9 @@ def train_parser() -> Parser:
         metavar="PREFIX",
         help="names of tensors, as on disk, that an earlier stage's checkpoint may lack",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint, if any"
+    )
     add_device_flag(parser)
     parser.add_argument(
         "--plan",
@@ -417,8 +419,6 @@ def preflight(options: argparse.Namespace, config: Config) -> str:
             f"{stage_folder(options.out, started[0])} holds checkpoints already; "
             "go on with --resume or choose another --out"
         )
-    if options.resume and not (options.out / "config.json").is_file():
-        return f"--resume: no run in {options.out} to go on with"
     return ""
 
 
