@@ -403,7 +403,7 @@ def test_semantic_names_what_is_wrong(panoptic, tmp_path):
             convert.build_coco_semantic(path, tmp_path / "masks", tmp_path / "out", 1)
     content["images"][0]["height"] = 5
     path = write(tmp_path / "wrong.json", content)
-    with pytest.raises(ValueError, match=r"b\.png: is 4x6 .* says 5x6"):
+    with pytest.raises(ValueError, match=r"b\.png: is 4x6 .*, not 5x6 as"):
         convert.build_coco_semantic(path, tmp_path / "masks", tmp_path / "out", 1)
     assert not list(tmp_path.glob("out*"))
 

@@ -390,7 +390,7 @@ def picture(height: int = 60, width: int = 100) -> Image.Image:
         ({"task": "vgd"}, "vgd needs regions"),
         (
             {"task": "interactive", "regions": [np.ones((2, 3), bool)]},
-            r"is 60x100 .* says 2x3",
+            r"is 60x100 .*, not 2x3 as",
         ),
         ({"task": "interactive", "regions": [np.ones((60, 100), bool)] * 2}, "takes one region"),
     ],

@@ -377,7 +377,7 @@ BAD_ENTRIES = {
         (at(0, "image_id", 157.0), f"{E0}: 'image_id': expected int or str, got 157.0"),
         (without(0, "image_id"), f"{E0}: has no 'image_id'"),
         (at(0, "category_id", 0), f"{E0}: category 0 is not in the list of coco_instance_val"),
-        (at(0, "category_id", "1"), f"{E0}: 'category_id': expected int"),
+        (at(0, "category_id", "one"), f"{E0}: 'category_id': expected int"),
         (without(0, "category_id"), f"{E0}: has no 'category_id'"),
         (at(1, "score", "0.5"), "entry 1: 'score': expected float, got '0.5'"),
         (at(1, "score", float("nan")), "entry 1: 'score': expected float, got nan"),

@@ -390,8 +390,10 @@ def check_beginnings(options: argparse.Namespace, flags: dict[str, Any], config:
 
 def preflight(options: argparse.Namespace, config: Config) -> str:
     """What stands in the way of the run, as one message; empty where nothing does."""
-    if not next(path for path in (options.out, *options.out.parents) if path.exists()).is_dir():
-        return f"--out {options.out}: a file is in its place"
+    try:
+        check_target(options.out, is_folder=True)
+    except ValueError as error:
+        return str(error)
     folders = options.data, options.weights, options.out
     required = required_paths(config, options.stages, *folders, options.replaced)
     options.makes_data &= any(options.data in path.parents for path, _ in required)
@@ -409,10 +411,6 @@ def preflight(options: argparse.Namespace, config: Config) -> str:
         lines = [f"{len(missing)} missing; put each where it belongs:"]
         lines += [f"  {path}\n      {about}" for path, about in missing]
         return "\n".join(lines)
-    try:
-        check_target(options.out, is_folder=True)
-    except ValueError as error:
-        return str(error)
     started = [n for n in options.stages if any(stage_folder(options.out, n).glob("step_*"))]
     if started and not options.resume:
         return (

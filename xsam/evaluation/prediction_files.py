@@ -288,7 +288,7 @@ class SavedPredictions:
             if layout.is_single and found[key]:
                 raise ValueError(f"{where}: {layout.key} {key!r} is there more than once")
             for name, kind in layout.fields.items():
-                take(entry, name, kind, where)
+                entry[name] = take(entry, name, kind, where)
             self._check_categories(entry, layout, where)
             found[key].append((where, entry))
         return found
@@ -301,8 +301,11 @@ class SavedPredictions:
             raise ValueError(f"{where}: a segment id is there twice")
         if not all(0 < number < len(SEGMENT_IDS) for number in ids):
             raise ValueError(f"{where}: a segment id is no colour")
+        for segment, number in zip(segments, ids, strict=True):
+            segment["id"] = number
         for record in [entry] if "category_id" in layout.fields else segments:
             number = take(record, "category_id", int, where)
+            record["category_id"] = number  # other programs may write it as a text
             if number not in self.categories:
                 raise ValueError(
                     f"{where}: category {number} is not in the list of {self.dataset.name}"
