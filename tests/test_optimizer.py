@@ -18,7 +18,6 @@ from xsam.optimizer import (
     build_optimizer,
     freeze,
     gradient_norms,
-    learning_rate,
     parameter_groups,
     schedule,
     update,
@@ -35,8 +34,8 @@ STAGE = Stage(learning_rates={"": 1e-3, "1": 3e-4}, datasets=(), weight_decay=0.
 def test_learning_rate_goes_by_the_longest_prefix_and_zero_freezes(world):
     model = pretrained_model(3, toy(), world / "weights")
     stage = Stage(learning_rates={"": 1e-3, "llm": 0.0, "segmentor.encoder": 2e-4}, datasets=())
-    assert learning_rate("segmentor.encoder.pos_embed", stage) == 2e-4
-    assert learning_rate("segmentor.decoder.x", stage) == 1e-3
+    assert stage.learning_rate("segmentor.encoder.pos_embed") == 2e-4
+    assert stage.learning_rate("segmentor.decoder.x") == 1e-3
     freeze(model, stage, "")
     optimizer = build_optimizer(model, stage, "")
     assert not any(parameter.requires_grad for parameter in model.llm.parameters())

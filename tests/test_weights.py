@@ -730,7 +730,7 @@ def test_a_model_starts_from_published_parts(model, segmentor, generation, tmp_p
     fresh = XSAM(model.config)
     before = snapshot(fresh)
     for path in (one, two):
-        assert "loaded" in load_init(fresh, path, ())[0]
+        assert "loaded" in load_init(fresh, path, ())
     after = snapshot(fresh)
     for name, tensor in after.items():
         if name.startswith(("image_projector", "seg_projector")):
@@ -746,7 +746,7 @@ def test_a_model_starts_from_published_parts(model, segmentor, generation, tmp_p
     path = write_published(lacking, tmp_path / "lacking", "folder")
     with pytest.raises(ValueError, match=r"missing: seg_projector\.model\.0\.bias"):
         load_init(fresh, path, ())
-    assert "as allowed" in load_init(fresh, path, ("seg_projector.",))[0]
+    assert "as allowed" in load_init(fresh, path, ("seg_projector.",))
 
 
 def test_a_whole_published_model_may_lack_rows_that_no_token_has(model, tmp_path):
@@ -756,7 +756,7 @@ def test_a_whole_published_model_may_lack_rows_that_no_token_has(model, tmp_path
     path = write_published(state, tmp_path / "theirs", "file")
     fresh = XSAM(model.config)
     before = snapshot(fresh)["llm.model.lm_head.weight"]
-    line, _ = load_init(fresh, path, ())
+    line = load_init(fresh, path, ())
     assert "2 resized: llm.lm_head.weight, llm.model.embed_tokens.weight" in line
     head = snapshot(fresh)["llm.model.lm_head.weight"]
     assert torch.equal(head[:200], state["llm.lm_head.weight"].float())

@@ -25,6 +25,7 @@ from xsam.config import (
     ModelConfig,
     Stage,
     _build,
+    is_in,
     origins,
     part_names,
     stage_folder,
@@ -329,18 +330,9 @@ def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Con
         check_stage(number, config)
 
 
-def _is_in(name: str, path: str) -> bool:
-    """Whether a module lies under a path; all lie under ""."""
-    return f"{name}.".startswith(f"{path}." * bool(path))
-
-
 def _touches(key: str, parts: Iterable[str]) -> bool:
     """Whether a key of `learning_rates` is of one of the parts, or of modules inside or around."""
-    return any(_is_in(part, key) or _is_in(key, part) for part in parts)
-
-
-def _rate(part: str, rates: dict[str, float]) -> float:
-    return rates[max((key for key in rates if _is_in(part, key)), key=len)]
+    return any(is_in(part, key) or is_in(key, part) for part in parts)
 
 
 def check_stage(number: int, config: Config) -> None:
@@ -360,7 +352,7 @@ def check_stage(number: int, config: Config) -> None:
     rates, parts = stage.learning_rates, part_names(config.model, number)
     wrong = [rate for rate in rates.values() if not 0 <= rate < math.inf]
     refuse(wrong, f"{where}: a learning rate in {wrong}")
-    bare = ", ".join(part for part in parts if not any(_is_in(part, key) for key in rates))
+    bare = ", ".join(part for part in parts if not any(is_in(part, key) for key in rates))
     refuse(bare, f'{where}: learning_rates has none for {bare}; "" is for all others')
     used = [rate for key, rate in rates.items() if _touches(key, parts)]
     refuse(not any(used), f"{where}: learning_rates leaves nothing to train")
@@ -379,8 +371,7 @@ def check_beginnings(options: argparse.Namespace, flags: dict[str, Any], config:
             new = []  # chat has no use for them, and a checkpoint of stage 2 does not hold them
         is_meant = flags.get("starts_from") == () and options.stage == "3"  # table 8, row "S3"
         allowed = new if is_meant else NEW_PARTS[number]
-        rates = stage.learning_rates
-        wrong = [part for part in new if part not in allowed or not _rate(part, rates)]
+        wrong = [part for part in new if part not in allowed or not stage.learning_rate(part)]
         refuse(
             wrong,
             f"stage {number} begins with random {', '.join(wrong)}, and does not train that from "

@@ -181,6 +181,11 @@ class ModelConfig:
     logit_clamp: float = 50.0
 
 
+def is_in(name: str, path: str) -> bool:
+    """Whether a parameter or module lies under a path of module names; all lie under ""."""
+    return f"{name}.".startswith(f"{path}." * bool(path))
+
+
 @dataclass(frozen=True)
 class Stage:
     """One row of the recipe (paper tables 10 and 11). `learning_rates` goes by the longest matching
@@ -199,6 +204,11 @@ class Stage:
     scale_range: tuple[float, ...] = ()  # random scale then crop or pad; empty: none
     flip_probability: float = 0.0
     repeat_threshold: float = 0.1  # t of max(1, sqrt(t / share)); 0: no repetition
+
+    def learning_rate(self, name: str) -> float:
+        """Peak learning rate of a parameter or module: that of the longest path in `learning_rates`
+        that it lies under; 0 is frozen."""
+        return self.learning_rates[max((x for x in self.learning_rates if is_in(name, x)), key=len)]
 
 
 @dataclass(frozen=True)

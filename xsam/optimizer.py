@@ -26,15 +26,6 @@ if TYPE_CHECKING:
 # ---- learning rates ------------------------------------------------------------------------------
 
 
-def learning_rate(name: str, stage: Stage) -> float:
-    """Peak learning rate of a parameter: that of the longest module path it lies under; 0 is
-    frozen."""
-    paths = [
-        path for path in stage.learning_rates if f"{name}.".startswith(f"{path}." * bool(path))
-    ]
-    return stage.learning_rates[max(paths, key=len)]
-
-
 def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
     """Share of the peak learning rate: a linear rise, then half a cosine down to zero."""
     warmup = max(1, round(num_steps * warmup_ratio))
@@ -108,7 +99,7 @@ def freeze(model: nn.Module, stage: Stage, prefix: str) -> None:
     """Parameters without a learning rate get no gradient. `prefix` is put before each name: stage 1
     trains a bare segmentor."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(learning_rate(prefix + name, stage) > 0)
+        parameter.requires_grad_(stage.learning_rate(prefix + name) > 0)
 
 
 def parameter_groups(model: nn.Module, stage: Stage, prefix: str) -> list[dict]:
@@ -117,7 +108,7 @@ def parameter_groups(model: nn.Module, stage: Stage, prefix: str) -> list[dict]:
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = learning_rate(prefix + name, stage)
+            rate = stage.learning_rate(prefix + name)
             decay = stage.weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return [

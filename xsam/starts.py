@@ -7,9 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 from xsam.checkpoints import find_checkpoint, read_header
-from xsam.config import PARTS, Config, origins
+from xsam.config import PARTS, Config, is_in, origins
 from xsam.model import XSAM, Segmentor
-from xsam.optimizer import learning_rate
 from xsam.weights import (
     CONFIG_FILE,
     PREFIXES,
@@ -47,12 +46,12 @@ def outline(number: int, config: Config, options: argparse.Namespace) -> str:
     parameters = {model.prefix + name: size.numel() for name, size in model.named_parameters()}
     found = origins(config, number, options.brought if is_first else {})
     for path in filter(None, stage.learning_rates):
-        is_there = any(f"{name}.".startswith(f"{path}.") for name in parameters)
+        is_there = any(is_in(name, path) for name in parameters)
         if part_name(path) in found and not is_there:
             raise ValueError(f"learning_rates: no module {path!r} in {part_name(path)}")
     sizes = Counter()
     for name, size in parameters.items():
-        sizes[part_name(name), learning_rate(name, stage)] += size
+        sizes[part_name(name), stage.learning_rate(name)] += size
     lines = [f"stage {number} begins with"]
     for (part, rate), size in sizes.items():
         rate = f"learning rate {rate:g}" if rate else "frozen"
@@ -100,12 +99,10 @@ def has_tokenizer(path: Path) -> bool:
     return any(find_checkpoint(path).glob("tokenizer*"))
 
 
-def load_init(
-    model: Segmentor | XSAM, path: Path, allow_missing: tuple[str, ...]
-) -> tuple[str, set[str]]:
+def load_init(model: Segmentor | XSAM, path: Path, allow_missing: tuple[str, ...]) -> str:
     """What --init names, over what the model holds: a checkpoint, whole or a stage's part, of which
     every part must be there from its first tensor to its last, or the Hugging Face folder of an
-    encoder or a language model. Returns the line that says so, and the parts loaded."""
+    encoder or a language model. Returns the line that says so."""
     path = find_checkpoint(path)
     if part := part_of_folder(path):
         segmentor = model if model.stage == 1 else model.segmentor
@@ -115,8 +112,7 @@ def load_init(
         if modules.get(part) is None:
             raise ValueError(f"--init {path}: this model has no {part}")
         dtype = next(model.parameters()).dtype
-        line = load_folder(modules[part], part, path, dtype=dtype)
-        return line, {PREFIXES[part].removesuffix(".")}
+        return load_folder(modules[part], part, path, dtype=dtype)
     stored = list_tensors(path)
     if model.stage != 1:
         stored = without_class_head(stored)
@@ -124,7 +120,7 @@ def load_init(
     parts = {part_name(disk_name(name)) for name in stored}
     only = tuple(name for name in own if part_name(name) in parts)
     options = {"only": only, "allow_missing": allow_missing, "short_vocabulary": True}
-    return load_tensors(model, stored, path, model.prefix, **options), parts
+    return load_tensors(model, stored, path, model.prefix, **options)
 
 
 def without_class_head(stored: dict[str, Stored]) -> dict[str, Stored]:

@@ -315,7 +315,7 @@ def starting_model(
     for earlier in earlier_stages:
         report(load_earlier_stage(model, earlier, options.out))
     for path in inits:
-        report(load_init(model, path, rules["allow_missing"])[0])
+        report(load_init(model, path, rules["allow_missing"]))
     if number > 1 and not has_encoder:  # nothing before holds it (paper table 8, row "S3")
         folder = options.weights / config.model.seg_encoder
         dtype = getattr(torch, config.dtype)
