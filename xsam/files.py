@@ -47,6 +47,20 @@ def read_text(path: Path, last_resort: str = "") -> str:
         raise ValueError(f"{path}: is no text in UTF-8 or UTF-16 ({error}); save it so") from error
 
 
+def read_json(path: Path, kind: type | None = None, last_resort: str = "") -> Any:
+    """The content of a JSON file, which must be of `kind` (list or dict) at its top."""
+    text = read_text(path, last_resort)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        are_lines = str(error).startswith("Extra data: line 2 column 1 ")
+        mend = "make its lines one list" if are_lines else "mend it there or fetch it again"
+        raise ValueError(f"{path}: not valid JSON ({error}); {mend}") from error
+    if kind is not None and not isinstance(content, kind):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a {kind.__name__}")
+    return content
+
+
 IMAGE_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg", ".webp", ".bmp")
 
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from xsam.config import Config
 from xsam.encoders import resize_positions, transformers_config
-from xsam.files import cause_of, give_rights, read_text
+from xsam.files import cause_of, give_rights, read_json
 from xsam.llm import render_conversation
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -172,17 +172,6 @@ def open_tensors(file: Path) -> Iterator[dict[str, Callable[[], Tensor]]]:
     yield {name: lambda n=name: state[n] for name in state}
 
 
-def _read_json(path: Path) -> dict:
-    """A JSON object. Raises ValueError that says what the file is where it is none."""
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected an object")
-    return content
-
-
 def list_tensors(path: Path) -> dict[str, Stored]:
     """What lies in a file, or in a folder's model.safetensors or pytorch_model.bin, in one piece or
     behind an index. Reads no values."""
@@ -195,7 +184,7 @@ def list_tensors(path: Path) -> dict[str, Stored]:
         files = [file for file in candidates if file.is_file()][:1]
         index = next((index for index in indices if index.is_file()), None)
         if not files and index is not None:
-            placed = _read_json(index).get("weight_map")
+            placed = read_json(index, dict).get("weight_map")
             if not isinstance(placed, dict):
                 raise ValueError(f"{index}: not an index of weights, it has no weight_map")
             files = [path / file for file in sorted(set(placed.values()))]
@@ -385,7 +374,7 @@ def _fill(
 
 def read_model_type(folder: Path, part: str) -> str:
     """model_type of a folder's config.json, if it is one of a `part` ("seg_encoder", …)."""
-    model_type = _read_json(folder / CONFIG_FILE).get("model_type")
+    model_type = read_json(folder / CONFIG_FILE, dict).get("model_type")
     if model_type is None:
         raise ValueError(f"{folder / CONFIG_FILE}: not of a Hugging Face model, no model_type")
     if model_type not in FOLDERS[part]:
@@ -399,7 +388,7 @@ def part_of_folder(folder: Path) -> str | None:
     path = folder / CONFIG_FILE
     if not path.is_file():
         return None
-    model_type = _read_json(path).get("model_type")
+    model_type = read_json(path, dict).get("model_type")
     return next((part for part, types in FOLDERS.items() if model_type in types), None)
 
 
@@ -427,7 +416,7 @@ def complete_architecture(config: Config, part: str, folder: Path) -> Config:
 
     path = folder / "preprocessor_config.json"
     if part == "image_encoder" and path.is_file():
-        found = _read_json(path)
+        found = read_json(path, dict)
         for name in ("image_mean", "image_std"):
             changes[name] = tuple(found.get(name, getattr(config.model, name)))
         resample = {2: "bilinear", 3: "bicubic"}.get(found.get("resample"))

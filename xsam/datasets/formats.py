@@ -7,12 +7,10 @@ Whatever the bytes of a file, all functions here raise ValueError that names the
 import contextlib
 import csv
 import io
-import json
 import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -20,23 +18,9 @@ from pycocotools import mask as coco_mask
 from scipy import ndimage
 
 from xsam.datasets.records import Segmentation, expect, mask_parts, take, whole
-from xsam.files import cause_of, read_text
+from xsam.files import cause_of, read_json, read_text
 
 # ---- files ---------------------------------------------------------------------------------------
-
-
-def read_json(path: Path, kind: type | None = None, last_resort: str = "") -> Any:
-    """The content of a JSON file, which must be of `kind` (list or dict) at its top."""
-    text = read_text(path, last_resort)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        are_lines = str(error).startswith("Extra data: line 2 column 1 ")
-        mend = "make its lines one list" if are_lines else "mend it there or fetch it again"
-        raise ValueError(f"{path}: not valid JSON ({error}); {mend}") from error
-    if kind is not None and not isinstance(content, kind):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a {kind.__name__}")
-    return content
 
 
 class _PlainUnpickler(pickle.Unpickler):
