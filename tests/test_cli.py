@@ -91,6 +91,15 @@ def toy_run(out: Path, data: Path, *flags: object) -> list[str]:
         ("--stage 1 --weight_decay nan", "weight_decay is nan"),
         ("--stage 1 --max_steps -1", "max_steps is -1; it has to be 0 or more"),
         ("--stage 1 --overlap_threshold 1.5", "overlap_threshold is 1.5; it is 1 at most"),
+        (
+            "--stage 1 --connector_layers 2,3,5",
+            "connector_layers has [5]; of an encoder of depth 4",
+        ),
+        ("--stage 1 --seg_global_blocks 1,4", "seg_global_blocks has [4]"),
+        ("--stage 3 --decoder_heads 7", "decoder_dim 64 is not a multiple of decoder_heads 7"),
+        ("--stage 3 --seg_heads 0", "seg_heads is 0"),
+        ("--stage 1 --scale_range 2", "not a least and a largest scale"),
+        ("--stage 1 --scale_range 2,0.5", "not a least and a largest scale"),
         ("--stage 1 --dtype float16", "'float16' is none of float32, bfloat16"),
         ("--stage 1 --phrasings nowhere.json", "nowhere.json: cannot be read"),
     ],
@@ -157,6 +166,15 @@ def test_a_start_that_fails_leaves_nothing(world, tmp_path, out, capsys):
     assert train_command([*flags, "--eval_tasks", "none"]) == 2
     assert "is a file" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_resume_says_where_a_stage_goes_on(world, tmp_path, capsys):
+    """A job that is started anew by the same command begins where there is nothing yet."""
+    flags = toy_run(tmp_path / "out", world / "data", "--stage", 1, "--weights", world / "weights")
+    flags += ["--eval_tasks", "none", "--resume"]
+    for origin in ("its beginning: no checkpoint yet", "step_1"):
+        assert faulty_train.main({}, flags) == 0
+        assert f"--resume: stage 1 goes on from {origin}\n" in capsys.readouterr().out
 
 
 def test_a_start_that_fails_in_the_model_or_the_data_leaves_nothing(world, tmp_path, capsys):

@@ -53,7 +53,7 @@ HELP = {
 POSITIVE = {
     *("global_batch_size", "micro_batch_size", "epochs", "clip_norm", "num_points", "num_queries"),
     *("oversample_ratio", "num_classes", "save_every", "keep_checkpoints", "num_validation"),
-    *("eval_batch_size", "max_new_tokens"),
+    *("eval_batch_size", "max_new_tokens", "seg_heads", "decoder_heads"),
 }
 SHARES = {"warmup_ratio", "flip_probability", "importance_ratio"}
 SHARES |= {"score_threshold", "overlap_threshold"}
@@ -308,8 +308,8 @@ def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Con
     for name, value in (item for row in rows for item in vars(row).items()):
         if isinstance(value, (int, float)):
             least = "more than 0" if name in POSITIVE else "0 or more"
-            is_in = (value > 0 or (value == 0 and name not in POSITIVE)) and value < math.inf
-            refuse(not is_in, f"{name} is {value}; it has to be {least}")
+            is_sound = (value > 0 or (value == 0 and name not in POSITIVE)) and value < math.inf
+            refuse(not is_sound, f"{name} is {value}; it has to be {least}")
             refuse(name in SHARES and value > 1, f"{name} is {value}; it is 1 at most")
     unknown = ", ".join(task for task in config.eval_tasks if task not in SCORED_SETS)
     known = ", ".join(SCORED_SETS)
@@ -326,8 +326,22 @@ def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Con
     for key in filter(None, flags.get("learning_rates", ())):
         wrong = f"learning_rates: no part {key!r}; parts are {', '.join(parts)}"
         refuse(key.endswith(".") or not _touches(key, parts), wrong)
+    check_sizes(config.model)
     for number in options.stages:
         check_stage(number, config)
+
+
+def check_sizes(model: ModelConfig) -> None:
+    """Raises ValueError at sizes that contradict each other, which no part looks at before it
+    runs."""
+    own = () if model.seg_backbone_config else ("connector_layers", "seg_global_blocks")
+    for name in own:
+        most = model.seg_depth - (name == "seg_global_blocks")  # hidden state 0 is before block 0
+        wrong = [index for index in getattr(model, name) if not 0 <= index <= most]
+        refuse(wrong, f"{name} has {wrong}; of an encoder of depth {model.seg_depth} 0 to {most}")
+    for part in ("seg", "decoder") if own else ("decoder",):
+        dim, heads = getattr(model, f"{part}_dim"), getattr(model, f"{part}_heads")
+        refuse(dim % heads, f"{part}_dim {dim} is not a multiple of {part}_heads {heads}")
 
 
 def _touches(key: str, parts: Iterable[str]) -> bool:
@@ -339,6 +353,9 @@ def check_stage(number: int, config: Config) -> None:
     """Raises ValueError where a stage cannot train as it is configured."""
     stage, where = config.stages[number], f"stage {number}"
     refuse(not stage.datasets, f"{where}: datasets names none")
+    scales = stage.scale_range
+    wrong = scales and not (len(scales) == 2 and 0 < scales[0] <= scales[1] < math.inf)
+    refuse(wrong, f"{where}: scale_range is {scales}, not a least and a largest scale, or empty")
     for name in stage.datasets:
         task = find_source(name).task  # of a file of one's own it is in the file
         is_other = number == 1 and task not in ("generic", "")
@@ -432,6 +449,7 @@ def train_command(arguments: list[str] | None = None) -> int:
 def run_training(options: argparse.Namespace, config: Config) -> int:
     """Trains, and turns what ends a run before its time into a message and a status."""
     from xsam import distributed, train
+    from xsam.checkpoints import find_checkpoint
     from xsam.starts import outline
 
     try:
@@ -441,6 +459,10 @@ def run_training(options: argparse.Namespace, config: Config) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         tasks = ", ".join(scored_tasks(config, options.stages)) or "nothing"
         print("\n".join([*outlines, f"scored on: {tasks}"]), flush=True)
+        for number in options.stages if options.resume else ():
+            last = find_checkpoint(stage_folder(options.out, number)).name
+            last = last if last.startswith("step_") else "its beginning: no checkpoint yet"
+            print(f"--resume: stage {number} goes on from {last}", flush=True)
     try:
         train.run(options, config)
     except train.Stopped as stopped:
