@@ -28,7 +28,6 @@ from xsam.checkpoints import last_stage
 from xsam.cli import Parser, add_checkpoint_flags, inference_changes
 from xsam.data import Processor, Sample
 from xsam.datasets.base import Dataset, read_categories
-from xsam.datasets.formats import read_json
 from xsam.datasets.generic import Generic
 from xsam.datasets.registry import open_dataset
 from xsam.datasets.sources import SCORED_SETS, SEGMENTOR_TASKS, SOURCES, locate
@@ -43,7 +42,7 @@ from xsam.evaluation.benchmarks import (
     task_of,
 )
 from xsam.evaluation.prediction_files import SavedPredictions, keys_of, kind_of
-from xsam.files import check_target, write_whole
+from xsam.files import check_target, read_json, write_whole
 from xsam.inference import Inputs, build_inputs, load_checkpoint, predict_inputs, stored_stage
 from xsam.model import XSAM, Segmentor
 from xsam.names import read_names

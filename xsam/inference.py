@@ -18,8 +18,8 @@ from torch import Tensor
 from xsam.checkpoints import find_checkpoint, read_header, write_header
 from xsam.config import SPECIAL_TOKENS, Config, xsam
 from xsam.data import Batch, Processor, ResizeAndPad, Sample
-from xsam.datasets.formats import Picture, foreground, viewed
 from xsam.files import check_target
+from xsam.images import Picture, foreground, viewed
 from xsam.llm import add_special_tokens
 from xsam.model import XSAM, Segmentor
 from xsam.names import read_names
@@ -223,9 +223,9 @@ def predict(
     `stuff` (lists, or what `read_names` takes; default: those the model was trained on; any number
     of names, asked in several prompts where they do not fit one), "refer" and "reason" what `text`
     refers to or asks for, "gcg" what the model says of the image, "interactive" and "vgd" what the
-    `regions` mark, as bool [H, W] or any other picture of it (`formats.foreground`): one object, or
+    `regions` mark, as bool [H, W] or any other picture of it (`foreground`): one object, or
     all objects of their kinds, which `region_image` may show in place of the image itself; "chat"
-    answers `text`. An image is taken as viewers show it (`formats.viewed`), upright unless a region
+    answers `text`. An image is taken as viewers show it (`viewed`), upright unless a region
     has the size of the stored pixels; the result's `image` is that, and its masks are of it. Raises
     ValueError at a picture or region that is none, and at what `check_request` refuses.
     """

@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 
 from xsam.cli import Parser, add_checkpoint_flags, inference_changes
-from xsam.datasets.formats import read_image, read_image_size, read_region
 from xsam.distributed import choose_device
 from xsam.files import check_target, write_whole
+from xsam.images import read_image, read_image_size, read_region
 from xsam.inference import REQUESTS, check_request, load_checkpoint, predict, stored_stage
 from xsam.names import read_names
 from xsam.postprocess import SHOWN_SCORE

@@ -91,7 +91,8 @@ def read_phrasings(path: Path | str) -> dict[str, dict[str, list[str]]]:
     for gcg), an answer that has not exactly one <SEG>, {phrases} in an answer to a visual prompt,
     which no words can say again, or choices without {question} and {options}.
     """
-    from xsam.datasets.formats import expect, read_json
+    from xsam.datasets.records import expect
+    from xsam.files import read_json
 
     phrasings = {task: dict(kinds) for task, kinds in PHRASINGS.items()}
     for task, kinds in read_json(Path(path), dict).items() if path else ():

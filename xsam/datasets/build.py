@@ -35,7 +35,8 @@ from xsam.datasets import formats, records
 from xsam.datasets.formats import bounding_box, decode_mask, dilate, encode_mask
 from xsam.datasets.records import CocoImage, CocoInstance, CocoSegment, Id, by_id, parse, take
 from xsam.datasets.sources import PROMPT_RADII, PROMPT_TYPES
-from xsam.files import complete, find_file, list_files, read_text, refuse_existing
+from xsam.files import complete, find_file, list_files, read_json, read_text, refuse_existing
+from xsam.images import read_image, read_image_size
 
 # ---- visual prompts ------------------------------------------------------------------------------
 
@@ -167,7 +168,7 @@ class Job(NamedTuple):
 
 def _read_coco(path: Path) -> tuple[list[Job], list[int]]:
     """The images of a COCO file and its category ids, both in ascending order."""
-    content, file = formats.read_json(path, dict), str(path)
+    content, file = read_json(path, dict), str(path)
     images = by_id(content, "images", file).items()
     jobs = {n: Job(parse(CocoImage, image, f"{file}: image {n}"), []) for n, image in images}
     for index, annotation in enumerate(take(content, "annotations", list, file)):
@@ -416,12 +417,12 @@ def _ade_image(
     its instance annotations, as yet without ids."""
     jpgs, class_maps, instance_maps, semantic, panoptic = folders
     name = f"{stem}.png"
-    size = formats.read_image_size(class_maps / name)
-    formats.read_image(jpgs / f"{stem}.jpg", size)
+    size = read_image_size(class_maps / name)
+    read_image(jpgs / f"{stem}.jpg", size)
     classes = formats.read_class_map(class_maps / name, size)
     classes = classes - np.uint8(1)  # what is unlabelled, 0, becomes IGNORED
     stuff = list(_stuff_masks(classes, categories, class_maps / name))
-    codes = formats.read_image(instance_maps / name, size)
+    codes = read_image(instance_maps / name, size)
     objects = _thing_masks(codes, things, instance_maps / name)
     ids = np.zeros(size, np.int32)
     segments, instances = [], []

@@ -11,9 +11,10 @@ from PIL import Image
 
 from xsam.data import Sample
 from xsam.datasets.base import Dataset
-from xsam.datasets.formats import read_image, read_json, read_tsv
+from xsam.datasets.formats import read_tsv
 from xsam.datasets.records import expect, label, take, unpack
-from xsam.files import IMAGE_SUFFIXES, find_file
+from xsam.files import IMAGE_SUFFIXES, find_file, read_json
+from xsam.images import read_image
 from xsam.prompts import check_words, choice_question
 
 SHORTEST_IMAGE = 64  # characters; what is shorter is the index of another row

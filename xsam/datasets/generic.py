@@ -14,7 +14,8 @@ from xsam.data import Sample
 from xsam.datasets import formats, records
 from xsam.datasets.base import Dataset, read_categories
 from xsam.datasets.records import CocoImage, CocoInstance, CocoSegment, Id, label, parse, take
-from xsam.files import find_file
+from xsam.files import find_file, read_json
+from xsam.images import read_image
 
 
 class Generic(Dataset):
@@ -25,7 +26,7 @@ class Generic(Dataset):
     """
 
     def index(self) -> None:
-        content, where = formats.read_json(self.annotations, dict), str(self.annotations)
+        content, where = read_json(self.annotations, dict), str(self.annotations)
         categories = read_categories(content, where)
         self.category_index = {number: index for index, number in enumerate(categories)}
         self.names = [category.name for category in categories.values()]
@@ -49,7 +50,7 @@ class Generic(Dataset):
         return parse(CocoImage, record, f"{self.annotations}: image {record['id']}")
 
     def open_image(self, image: CocoImage) -> Image.Image:
-        return formats.read_image(find_file(self.images, image.file_name), image.size)
+        return read_image(find_file(self.images, image.file_name), image.size)
 
     def make(
         self,

@@ -11,10 +11,11 @@ from PIL import Image
 
 from xsam.data import Sample
 from xsam.datasets.base import Dataset, Packed, pack, read_categories
-from xsam.datasets.formats import decode_mask, dilate, read_image, read_json, rle_area
+from xsam.datasets.formats import decode_mask, dilate, rle_area
 from xsam.datasets.records import Flag, Id, Segmentation, Size, label, parse, take, unpack
 from xsam.datasets.sources import PROMPT_RADII, PROMPT_TYPES
-from xsam.files import find_file
+from xsam.files import find_file, read_json
+from xsam.images import read_image
 
 
 class PromptedObject(NamedTuple):

@@ -16,9 +16,10 @@ from PIL import Image, ImageDraw
 from xsam.data import Sample
 from xsam.datasets import formats, records
 from xsam.datasets.base import Dataset, Packed, pack
-from xsam.datasets.formats import decode_mask, read_image, read_json
+from xsam.datasets.formats import decode_mask
 from xsam.datasets.records import CocoImage, Segmentation, expect, label, parse, take, unpack
-from xsam.files import IMAGE_SUFFIXES, find_file, is_file, list_files
+from xsam.files import IMAGE_SUFFIXES, find_file, is_file, list_files, read_json
+from xsam.images import read_image, read_image_size, read_region
 from xsam.prompts import check_words
 
 MAX_TURNS = 8  # referred objects of one training conversation
@@ -172,7 +173,7 @@ class OwnReferring(Referring):
                 raise ValueError(f"{where}: a text is empty or no string")
             text = check_words(texts[rng.integers(len(texts))].strip(), where)
             if isinstance(mask, str):
-                mask = formats.read_region(find_file(self.images, mask), size)
+                mask = read_region(find_file(self.images, mask), size)
             elif mask is not None:
                 mask = decode_mask(expect(mask, Segmentation, f"{where}: a mask"), size, where)
             objects.append((text, mask))
@@ -181,7 +182,7 @@ class OwnReferring(Referring):
     def told_size(self, mask: Segmentation | str | None) -> tuple[int, int] | None:
         """The size of the image, where its mask tells it."""
         if isinstance(mask, str):
-            return formats.read_image_size(find_file(self.images, mask))
+            return read_image_size(find_file(self.images, mask))
         size = mask.get("size") if isinstance(mask, dict) else None
         return size if isinstance(size, list) and len(size) == 2 else None
 
@@ -257,7 +258,7 @@ class Reason(Dataset):
         num_ignored = sum(is_ignored for is_ignored, _ in shapes)
         if num_ignored in (0, len(shapes)):
             return num_ignored < len(shapes)
-        size = formats.read_image_size(image)
+        size = read_image_size(image)
         return bool((paint_shapes(shapes, size, str(path)) == 1).any())
 
     def key(self, index: int) -> str:

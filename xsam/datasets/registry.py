@@ -8,13 +8,13 @@ from pathlib import Path
 
 from xsam.datasets.base import Dataset
 from xsam.datasets.chat import Benchmark, Llava
-from xsam.datasets.formats import read_json
 from xsam.datasets.generic import Instances, Panoptic, Semantic
 from xsam.datasets.grounded import GcgFlickr, GcgGrounded, GcgRefs, GcgScored
 from xsam.datasets.prompted import VisualPrompts
 from xsam.datasets.records import take
 from xsam.datasets.referring import OwnReferring, Reason, RefCoco
 from xsam.datasets.sources import Source, find_source, locate
+from xsam.files import read_json
 from xsam.prompts import PHRASINGS
 
 READERS: dict[str, type[Dataset]] = {

@@ -28,12 +28,11 @@ from xsam.datasets.formats import (
     checked_rle,
     decode_mask,
     encode_mask,
-    read_json,
     read_segment_ids,
     segment_colours,
     take,
 )
-from xsam.files import partial_of, write_whole
+from xsam.files import partial_of, read_json, write_whole
 from xsam.postprocess import SegmentationResult
 from xsam.prompts import strip_marks
 
