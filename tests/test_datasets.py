@@ -1360,6 +1360,17 @@ def test_llava_turns(tmp_path):
         assert (sample.task, sample.names, sample.regions) == ("chat", [], None)
 
 
+def test_llavas_conversations_about_no_image_are_a_set_of_their_own(tmp_path):
+    """The flag that keeps them: --datasets llava_instruct,llava_instruct_text,…"""
+    strange = {"id": "strange", "conversations": turns("<image>\nWho?", "You.")}
+    write_llava(tmp_path, [*CHATS, strange], images=())  # none has to be there
+    dataset = open_dataset("llava_instruct_text", tmp_path)
+    assert len(dataset) == 1 and +dataset.skipped == {"records with an image": 4}
+    sample = dataset.sample(0, rng())
+    assert sample.turns == [("Hello", "Hello.")] and sample.is_text and shade_of(sample) == 0
+    assert sample.sample_id == "llava_instruct_text/text"
+
+
 def test_llava_pretrain_caption(tmp_path):
     record = chat_record("004539375", "00453/004539375.jpg", "Render it.\n<image>", "a red ring")
     name = "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"

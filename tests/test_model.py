@@ -4,6 +4,7 @@ pytest tests/test_model.py
 """
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -109,6 +110,29 @@ def test_visual_tokens_are_the_image_encoders_then_the_segmentation_encoders(
     assert len(tokens) == processor.num_visual_tokens
     assert len(hidden_states) == 1 + model.config.model.seg_depth
     assert Processor(xsam(), None).num_visual_tokens == 27 * 27 + 32 * 32
+
+
+def test_a_text_without_an_image_shows_none(model, processor, world):
+    """Its words are all that the language model reads; both projectors get a gradient of zero, as
+    every rank must have one."""
+    samples = training_samples(world, "chat", 2)
+    texts = [dataclasses.replace(sample, is_text=True) for sample in samples]
+    batch, shown = training_batch(processor, texts), training_batch(processor, samples)
+    assert not (batch.input_ids == IMAGE_TOKEN).any()
+    fewer = processor.num_visual_tokens + len(processor.tokenizer.encode("\n"))
+    assert batch.input_ids.shape[1] == shown.input_ids.shape[1] - fewer
+    mixed = training_batch(processor, [texts[0], samples[1]])
+    loss = model(batch).token_loss
+    loss.backward()
+    for name in ("image_projector", "seg_projector"):
+        assert all((p.grad == 0).all() for p in model.get_submodule(name).parameters())
+    assert any(p.grad.any() for p in model.llm.parameters())
+    model.zero_grad()
+    with torch.no_grad():
+        batch.seg_pixels, batch.image_pixels = shown.seg_pixels, shown.image_pixels
+        assert torch.equal(model(batch).token_loss, loss)  # whatever the picture
+        alone = [model(training_batch(processor, [s])).token_loss for s in (texts[0], samples[1])]
+        assert torch.allclose(model(mixed).token_loss, sum(alone), rtol=1e-5)
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from xsam.config import Config, Stage
 from xsam.llm import (
     IGNORE_LABEL,
+    IMAGE_TOKEN,
     Runs,
     find_runs,
     render_conversation,
@@ -66,6 +67,7 @@ class Sample:
     region_images: list[Image.Image] | None = None  # these others; None: all are in `image`
     category_ids: list[int] = field(default_factory=list)  # of the file, one for each name
     image_id: int | str = ""  # of the file
+    is_text: bool = False  # a chat about no image: `image` is black, and no words show it
 
 
 # ---- the resize-and-pad transform ----------------------------------------------------------------
@@ -270,18 +272,18 @@ class Processor:
 
     def tokenize(self, sample: Sample) -> tuple[list[int], list[int]]:
         """Ids and labels. Raises SampleTooLong where they are too many."""
-        limit = self.config.model.max_text_length + self.num_visual_tokens
-        turns = [(f"<image>\n{sample.turns[0][0]}", sample.turns[0][1]), *sample.turns[1:]]
+        (question, answer), *others = sample.turns
+        shown = "" if sample.is_text else "<image>\n"
         try:
-            pieces = render_conversation(self.tokenizer, turns)
+            pieces = render_conversation(self.tokenizer, [(shown + question, answer), *others])
         except ValueError as error:
             raise ValueError(f"{sample.sample_id}: {error}") from error
         vectors = self.config.model.num_region_vectors
         ids, labels = tokenize(self.tokenizer, pieces, self.num_visual_tokens, vectors)
-        if len(ids) > limit:
+        num_words, limit = len(ids) - ids.count(IMAGE_TOKEN), self.config.model.max_text_length
+        if num_words > limit:
             raise SampleTooLong(
-                f"{sample.sample_id}: {len(ids) - self.num_visual_tokens} text tokens, "
-                f"max_text_length is {self.config.model.max_text_length}"
+                f"{sample.sample_id}: {num_words} text tokens, max_text_length is {limit}"
             )
         return ids, labels
 

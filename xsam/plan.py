@@ -49,6 +49,7 @@ PEAK_TFLOPS |= {"A800": 312, "L40S": 362, "A6000": 155, "4090": 165, "V100": 125
 # their expressions here (120,624, 120,191, 80,512); 40,688 of LLaVA-1.5's 665,298 have no image.
 PUBLISHED_SIZES = {"coco_panoptic": 118287, "coco_vgd": 117266, "reasonseg": 239}
 PUBLISHED_SIZES |= {"llava_pretrain": 558128, "llava_instruct": 624610, "gcg_flickr": 148000}
+PUBLISHED_SIZES |= {"llava_instruct_text": 40688}
 PUBLISHED_SIZES |= {"refcoco": 113000, "refcoco+": 112600, "refcocog": 75400}
 PUBLISHED_SIZES |= {"gcg_grandf": 1000, "gcg_refcocog": 19000, "gcg_psg": 28000}
 # Assumed of a usual sample of each task: text tokens, those of them in answers, decoder runs.

@@ -20,14 +20,20 @@ from xsam.prompts import check_words, choice_question
 SHORTEST_IMAGE = 64  # characters; what is shorter is the index of another row
 
 
-def conversation(sample_id: str, image: Image.Image, turns: list, image_id: str) -> Sample:
+NO_IMAGE = (64, 64)  # width and height of the black image of a text, as any other encoded
+
+
+def conversation(sample_id: str, image: Image.Image | None, turns: list, image_id: str) -> Sample:
+    is_text, image = image is None, image or Image.new("RGB", NO_IMAGE)
     masks, labels = np.zeros((0, image.height, image.width), bool), np.zeros(0, np.int64)
-    return Sample(sample_id, "chat", image, turns, masks, labels, image_id=image_id)
+    about = dict(image_id=image_id, is_text=is_text)
+    return Sample(sample_id, "chat", image, turns, masks, labels, **about)
 
 
 class Llava(Dataset):
-    """LLaVA conversations about one image. Skipped are those without an image, about several, and
-    without a turn or with an empty answer, as some of the published ones."""
+    """LLaVA conversations about one image, or where the source has no images, about none. Skipped
+    are the others, those about several, and those without a turn or with an empty answer, as some
+    of the published ones."""
 
     def index(self) -> None:
         for index, record in enumerate(read_json(self.annotations, list)):
@@ -39,17 +45,20 @@ class Llava(Dataset):
                 turns, num_images = self.turns(record, where)
                 if max(len(names), num_images) > 1:
                     self.skipped["records of several images"] += 1
-                elif not names:
+                elif not names and self.source.images:
                     self.skipped["text without an image"] += 1
+                elif (names or num_images) and not self.source.images:
+                    self.skipped["records with an image"] += 1
                 elif not turns or not all(answer for _, answer in turns):
                     self.skipped["conversations without an answer"] += 1
                 else:
-                    image = expect(names[0], str, f"{where}: 'image'")
-                    self.records.append((record.get("id", index), image, turns))
+                    name = expect(names[0], str, f"{where}: 'image'") if names else ""
+                    self.records.append((record.get("id", index), name, turns))
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         number, name, turns = self.records[index]
-        return conversation(f"{self.name}/{number}", read_image(self.find(name)), turns, name)
+        image = read_image(self.find(name)) if name else None
+        return conversation(f"{self.name}/{number}", image, turns, name)
 
     def find(self, name: str) -> Path:
         """The path of an image, also where a download spells TextVQA's folder or a file's suffix

@@ -167,6 +167,9 @@ def _vgd(split: str, prompt: str = "", is_cross: bool = False) -> Source:
     )
 
 
+_INSTRUCT = "LLaVA-Instruct-150K/llava_v1_5_mix665k.json"
+
+
 def _chat(annotations: str, images: str, about: str) -> Source:
     return Source("chat", "llava", f"{_LLAVA}/{annotations}", f"{_LLAVA}/{images}", about=about)
 
@@ -223,9 +226,12 @@ SOURCES: dict[str, Source] = {
         "LLaVA 558K captions and their images",
     ),
     "llava_instruct": _chat(
-        "LLaVA-Instruct-150K/llava_v1_5_mix665k.json",
+        _INSTRUCT,
         "llava_images",
         "LLaVA-1.5 665K conversations and their images",
+    ),
+    "llava_instruct_text": Source(  # the 6 % that the paper leaves out
+        "chat", "llava", f"{_LLAVA}/{_INSTRUCT}", about="LLaVA-1.5 665K conversations"
     ),
     "mme": _benchmark("MME"),
     "mmbench": _benchmark("MMBench_DEV_EN"),
