@@ -184,7 +184,7 @@ def test_a_long_word_is_broken_and_a_thin_picture_has_room_for_words():
 
 def test_wrong_masks_are_refused():
     image = photograph(500, 300)
-    with pytest.raises(ValueError, match="300 wide and 500 high, the image 500 wide and 300 high"):
+    with pytest.raises(ValueError, match=r"image: is 300x500 \(height x width\), not 500x300"):
         draw_segments(image, np.zeros((1, 500, 300), bool), ["a"])
     with pytest.raises(ValueError, match="float64"):
         draw_segments(image, np.zeros((1, 300, 500)), ["a"])

@@ -123,10 +123,10 @@ def test_a_photo_is_segmented_upright_unless_its_region_is_of_the_stored_pixels(
             "--region",
             tmp_path / f"{name}.png",
             "--out",
-            tmp_path / name,
+            tmp_path / f"{name}_out",
         ]
         assert run("vgd", "--checkpoint", checkpoint, *arguments) == 0
-        segments = json.loads((tmp_path / f"{name}.json").read_text())["segments"]
+        segments = json.loads((tmp_path / f"{name}_out.json").read_text())["segments"]
         sizes[name] = {tuple(segment["segmentation"]["size"]) for segment in segments}
     assert sizes == {"upright": {SIZE[::-1]}, "stored": {SIZE}}
     Image.new("L", (5, 5), 1).save(tmp_path / "small.png")
@@ -155,7 +155,13 @@ def test_a_photo_is_segmented_upright_unless_its_region_is_of_the_stored_pixels(
             "drawing.png: is 60x90 (height x width), not 7x9 as",
         ),
         (["refer", "the ring", "--checkpoint", "{stage1}"], "a stage-1 checkpoint has no language"),
-        (["refer", "the ring", "--out", "{stem}"], "would replace the image"),
+        (["refer", "the ring", "--out", "{stem}"], "drawing.png would be replaced, which is read"),
+        (["panoptic", "--things", "{names}", "--out", "{names}"], "names.json would be replaced"),
+        (["vgd", "--region", "{mark}", "--out", "{mark}"], "mark.png would be replaced"),
+        (["gcg", "--out", "{labelme}"], "labelme.json is of another program"),
+        (["gcg", "--panoptic-rule", "published"], "--panoptic-rule is for task panoptic"),
+        (["gcg", "--out", "x" * 300], "File name too long"),
+        (["gcg", "--device", "cpu", "--device", "cpu"], "--device is given more than once"),
     ],
 )
 def test_a_request_is_checked_before_a_model_is_loaded(
@@ -163,12 +169,22 @@ def test_a_request_is_checked_before_a_model_is_loaded(
 ):
     monkeypatch.setattr(predict_command, "load_checkpoint", None)
     Image.new("L", (9, 7), 255).save(tmp_path / "small.png")
+    Image.new("L", Image.open(image).size, 255).save(tmp_path / "mark.png")
     save_checkpoint(tmp_path / "stage1", segmentor, segmentor.config, None, 1, 5, {})
     image = image.rename(tmp_path / "drawing.png")
-    paths = {name: tmp_path / name for name in ("small.png", "stage1", "drawing")}
-    words = {"small": paths["small.png"], "stage1": paths["stage1"], "stem": paths["drawing"]}
+    (tmp_path / "names.json").write_text('["ring"]')
+    (tmp_path / "labelme.json").write_text('{"shapes": []}')
+    names = {"small": "small.png", "stage1": "stage1", "names": "names.json", "mark": "mark.png"}
+    names |= {"stem": "sub/../drawing", "labelme": "labelme"}
+    words = {word: tmp_path / name for word, name in names.items()}
+    (tmp_path / "sub").mkdir()
     task, *others = (each.format(**words) for each in request_)
-    assert run(task, "--checkpoint", checkpoint, "--image", image, *others) == 2
+    if "--checkpoint" not in others:
+        others += ["--checkpoint", checkpoint]
+    try:
+        assert run(task, "--image", image, *others) == 2
+    except SystemExit as error:
+        assert error.code == 2
     error = capsys.readouterr().err
     assert message in error and "annotation" not in error and error.count("\n") == 1
 

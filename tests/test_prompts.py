@@ -317,10 +317,13 @@ def test_lists_without_a_name_and_bad_names_are_refused(tmp_path):
         with pytest.raises(ValueError, match="no names in it"):
             read_names(text)
     path = tmp_path / "names.txt"
-    for content in (b"", b"\n\n", b"0:background\n", b"1:\n"):
+    for content in (b" ,", b"\n\n#none\n", b"0:background\n", b"1:\n"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"names\.txt': no names in it"):
             read_names(str(path))
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"names\.txt: it is empty"):
+        read_names(str(path))
     path.write_bytes(b"caf\xe9\n")
     with pytest.raises(ValueError, match=r"names\.txt: cannot be read as a list of names"):
         read_names(str(path))
@@ -347,6 +350,24 @@ CUP_AND_DOG = {
     "c.yml": "train: x\r\nnames:\r\n- cup\r\n- hot dog\r\nval: y\r\n",
     "d.yml": "names: {0: cup, 1: hot dog}\n",
     "coco.names": "cup\nhot dog\n",
+    # As they come from other programs and by hand.
+    "f.json": '{"1": "hot dog", "0": "cup", "10": "background"}',
+    "g.json": '{"hot dog": 1, "cup": 0}',
+    "h.json": '{"categories": [{"id": 3, "name": "hot dog"}, {"id": 1, "name": "cup"}]}',
+    "e.csv": "2,hot dog\n1,cup\n",
+    "f.csv": "category,name\nthing,cup\nfood,hot dog\n",
+    "e.yaml": "nc: 2\nnames: [ 'cup',\n         'hot dog' ]\n",
+    "f.yaml": "names: # classes\n  '1': hot dog\n  '0': cup\n",
+    "g.yaml": "names: ['cup', 'hot dog',]\nnc: 2\n",
+    "a.txt": "cup,hot dog\n",
+    "b.txt": "0 cup\n1 hot dog\n",
+    "c.txt": "1) hot dog\n0) cup\n",
+    "d.txt": "# my classes\n'cup',\n'hot dog',\n",
+    "e.txt": "['cup', 'hot dog']",
+    "f.txt": "- cup\n- hot dog\n",
+    "g.txt": "__background__\ncup\nN/A\nhot dog\n\0\0",
+    "h.txt": "name\ncup\nhot dog\n",
+    "i.txt": "n03147509 cup, mug\nn07697537 hot dog, red hot\n",
     "names.txt": "\ufeff0:background\n1:cup,mug\n2:hot dog\n",
 }
 
@@ -367,6 +388,12 @@ def test_names_are_read_from_the_forms_that_lists_have(tmp_path, name):
         ("c.json", '["cup", '),
         ("a.yaml", "path: ../data\n"),
         ("b.yaml", "nc: 3\nnames: [cup, hot dog]\n"),
+        ("c.yaml", "names: [cup, {a: b}]\n"),
+        ("d.yaml", "names: [cup\n"),
+        ("map.txt", "item {\n  id: 1\n}\n"),
+        ("map.pbtxt", "item {\n  id: 1\n}\n"),
+        ("lines.jsonl", '{"name": "cup"}\n'),
+        (".", None),
         ("a.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF"),
         ("names.txt", "<!DOCTYPE html><html>"),
         ("names.txt", None),

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from xsam import distributed
 from xsam.config import Config
+from xsam.files import read_json
 from xsam.optimizer import MasterAdamW
 from xsam.weights import (
     CONFIG_FILE,
@@ -252,7 +253,7 @@ def read_header(folder: Path) -> dict:
     is none."""
     header = None
     try:
-        header = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        header = read_json(folder / CONFIG_FILE)
         return {
             "stage": int(header["stage"]),
             "step": int(header["step"]),
@@ -261,7 +262,7 @@ def read_header(folder: Path) -> dict:
             "config": Config.from_dict(header["config"]),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = repr(error)
+        reason = error if isinstance(error, ValueError) else repr(error)
         if isinstance(header, dict) and "model_type" in header:
             reason = f"a Hugging Face folder of a {header['model_type']} model, a part at most"
         if isinstance(header, dict) and "stages" in header:

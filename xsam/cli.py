@@ -5,6 +5,7 @@ Nothing here imports torch, so that a wrong flag or a missing file costs a secon
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import sys
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -176,8 +178,28 @@ def _metavar(hint) -> str:
     )
 
 
+def count(text: str) -> int:
+    """A flag's whole number, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in a line, once for all ranks of a machine."""
+    """Says what is wrong in a line, once for all ranks of a machine, and takes no flag twice, of
+    which one would be lost."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        for stream in (sys.stdout, sys.stderr):  # of a terminal or file without all letters
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        args = sys.argv[1:] if args is None else list(args)
+        given = Counter(arg.partition("=")[0] for arg in map(str, args))
+        for action in self._actions:
+            is_list = isinstance(action, argparse._AppendAction)
+            if not is_list and sum(given[flag] for flag in action.option_strings) > 1:
+                self.error(f"{'/'.join(action.option_strings)} is given more than once")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -223,7 +245,7 @@ def train_parser() -> Parser:
         action="store_true",
         help="print parameters, memory per GPU, steps and time of the run, and exit; needs no data",
     )
-    parser.add_argument("--gpus", type=int, help="of --plan (8)")
+    parser.add_argument("--gpus", type=count, help="of --plan (8)")
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of each, for --plan (80)")
     parser.add_argument(
         "--images-per-second", type=float, metavar="X", help="of all GPUs, measured, for --plan"

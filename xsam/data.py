@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from xsam.config import Config, Stage
+from xsam.images import viewed
 from xsam.llm import (
     IGNORE_LABEL,
     IMAGE_TOKEN,
@@ -68,6 +69,17 @@ class Sample:
     category_ids: list[int] = field(default_factory=list)  # of the file, one for each name
     image_id: int | str = ""  # of the file
     is_text: bool = False  # a chat about no image: `image` is black, and no words show it
+
+    def __post_init__(self):
+        """Takes the image as viewers show it. Raises ValueError where that has another size than
+        the masks, or where these are no booleans."""
+        if self.image is None:  # of a sample whose pictures were dropped (`Mixture.collate`)
+            return
+        for name in ("masks", "ignore"):
+            mask = getattr(self, name)
+            if mask is not None and not (isinstance(mask, np.ndarray) and mask.dtype == bool):
+                raise ValueError(f"{self.sample_id}: its {name} are not NumPy booleans; give x > 0")
+        self.image = viewed(self.image, self.masks.shape[-2:], self.sample_id)
 
 
 # ---- the resize-and-pad transform ----------------------------------------------------------------

@@ -334,8 +334,12 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         names = chosen_sets(options.tasks)
         options.names = read_names(options.names) if options.names else None
         options.bert = bert_embedder(options.bert) if options.bert else None
-        if options.names and "openvocab" not in {task_of(name)[0] for name in names}:
-            raise ValueError("--names is for the sets of openvocab, none of which is chosen")
+        chosen, panoptic = {task_of(name)[0] for name in names}, {"panoptic", "openvocab"}
+        users = {"names": {"openvocab"}, "panoptic_rule": panoptic, "one_crowd_per_class": panoptic}
+        for flag, tasks in users.items():
+            if getattr(options, flag) and not tasks & chosen:
+                flag, tasks = flag.replace("_", "-"), " and ".join(sorted(tasks))
+                raise ValueError(f"--{flag} is for the sets of {tasks}, none of which is chosen")
         stage = stored_stage(options.checkpoint) if options.checkpoint else None
         if stage is not None or options.tasks:
             check_paths(chosen_sets(options.tasks, stage == 1), options.data)

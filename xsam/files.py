@@ -2,30 +2,37 @@
 are whole or absent, whenever a run is killed."""
 
 import contextlib
+import functools
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
+from urllib.parse import unquote
 
 # How files begin that stand in the place of others, and what they are.
 _STAND_INS = {
     b"version https://git-lfs": "it is a git-LFS pointer, not the file itself: run `git lfs pull`",
     b"<!doctype html": "it is a web page (a login or an error), not the file: fetch it again",
     b"<html": "it is a web page (a login or an error), not the file: fetch it again",
+    b"\x1f\x8b": "it is compressed by gzip: unpack it",
 }
 
 
 def cause_of(error: Exception | str, path: Any) -> str:
     """Why a file cannot be read: what lies in its place, or else the error."""
-    start = b""
-    with contextlib.suppress(OSError, ValueError):
-        if isinstance(path, Path) and is_file(path):
-            with path.open("rb") as file:
-                start = file.read(99).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    abouts = (about for sign, about in _STAND_INS.items() if start.startswith(sign))
-    return next(abouts, str(error))
+    if not (isinstance(path, Path) and is_file(path)):
+        return str(error)
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        start = file.read(99).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+        if not start:
+            return "it is empty: fetch it again"
+        abouts = (about for sign, about in _STAND_INS.items() if start.startswith(sign))
+        return next(abouts, str(error))
+    return str(error)
 
 
 def read_text(path: Path, last_resort: str = "") -> str:
@@ -40,7 +47,7 @@ def read_text(path: Path, last_resort: str = "") -> str:
     if about := cause_of("", path):
         raise ValueError(f"{path}: {about}")
     try:
-        return content.decode(json.detect_encoding(content))
+        return content.decode(json.detect_encoding(content)).rstrip("\0")
     except UnicodeDecodeError as error:
         if last_resort:
             return content.decode(last_resort, errors="replace")
@@ -72,25 +79,24 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def first_file(paths: list[Path]) -> Path:
-    """The first of the paths that is a file; the very first where none is."""
-    return next(filter(is_file, paths), paths[0])
-
-
 def find_file(folder: Path, *names: str) -> Path:
     """The file that an annotation names, seen from `folder`: the first of `names` that there is.
 
-    A name may be absolute or have "..", backslashes (Windows), a suffix that differs in case, or
-    begin with folders of which the last has the name of `folder` ("train2017/1.jpg")."""
-    paths = []
-    for name in names:
-        unix = name.replace("\\", "/")
-        inside = f"/{unix}".split(f"/{folder.absolute().name}/")[-1].lstrip("/")
-        for known in (name, unix, inside):
-            stem, suffix = os.path.splitext(known)
-            endings = dict.fromkeys((suffix, suffix.lower(), suffix.upper()))
-            paths += [folder / f"{stem}{ending}" for ending in endings]
-    return first_file(paths)
+    A name may be absolute or have "..", backslashes (Windows), a suffix that differs in case,
+    letters with accents in one or two characters (macOS), what URLs write for a space, or begin
+    with folders of which the last has the name of `folder` ("train2017/1.jpg")."""
+    paths = (path for name in names for path in _spellings(folder, name))
+    return next(filter(is_file, paths), folder / names[0])
+
+
+def _spellings(folder: Path, name: str) -> Iterator[Path]:
+    unix = name.replace("\\", "/")
+    inside = f"/{unix}".split(f"/{folder.absolute().name}/")[-1].lstrip("/")
+    accents = (functools.partial(normalize, form) for form in ("NFC", "NFD"))
+    for form, known in itertools.product((str, *accents, unquote), (name, unix, inside)):
+        stem, suffix = os.path.splitext(form(known))
+        for ending in dict.fromkeys((suffix, suffix.lower(), suffix.upper(), suffix.title())):
+            yield folder / f"{stem}{ending}"
 
 
 def list_files(folder: Path, *suffixes: str) -> list[Path]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from scipy import ndimage
 
 from xsam.files import cause_of
@@ -72,7 +72,9 @@ def _image_errors(where: Path | io.BytesIO | str) -> Iterator[None]:
     try:
         yield
     except _DAMAGED as error:
-        cause = cause_of(error, where)
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        cause = "Pillow knows no such format; save it as JPEG or PNG" if is_unknown else error
+        cause = cause_of(cause, where)
         raise ValueError(f"{where}: cannot be read as an image ({cause})") from error
 
 
@@ -125,6 +127,9 @@ def viewed(picture: Picture, size: Shape | None = None, where: str = "image") ->
 def _as_image(picture: Picture, where: str) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture
+    if hasattr(picture, "detach"):  # a tensor of any device and type
+        picture = picture.detach().cpu()
+        picture = picture.float() if picture.is_floating_point() else picture
     values = np.asarray(picture)
     shape, kind = values.shape, values.dtype.kind
     is_grey = values.ndim == 2 or shape[2:] == (1,)
@@ -136,21 +141,30 @@ def _as_image(picture: Picture, where: str) -> Image.Image:
     if not is_grey:
         values = _eight_bits(values)
     elif values.dtype not in (bool, np.uint8):
-        values = values.astype(np.float32 if kind == "f" else np.int32)
+        is_beyond = kind in "uf" and values.max() > 2**31 - 1
+        values = values.astype(np.float32 if kind == "f" or is_beyond else np.int32)
     return Image.fromarray(values.reshape(shape[:2]) if is_grey else values)
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
     """Levels of any type as uint8. White is 1 of floats, 255, 4095 or 65535 of whole numbers (8, 12
-    or 16 bits), the least that none is above; where one is above all, or below 0, the highest is,
-    and the lowest is black. What is not a number is black."""
+    or 16 bits), the least that none is above. Measurements (floats above 1, levels below 0, or in
+    less than an eighth of such a range) are shown from the lowest to the highest; one level far
+    below all others is no data. What is not a number is black."""
     if values.dtype == np.uint8:
         return values
-    finite = values[np.isfinite(values)]
-    low, high = float(finite.min(initial=0)), float(finite.max(initial=0))
-    whites = (1, 255, 65535) if values.dtype.kind in "bf" else (255, 4095, 65535)
-    white = next((white for white in whites if high <= white and low == 0), high)
-    levels = np.nan_to_num(values.astype(np.float64), nan=low, posinf=white, neginf=low)
+    used = np.unique(values[np.isfinite(values)]).astype(np.float64)
+    used = used if len(used) else np.zeros(1)
+    if len(used) > 2 and used[1] - used[0] > 4 * (used[-1] - used[1]):
+        used = used[1:]
+    low, high = used[[0, -1]]
+    whites = (1, 255) if values.dtype.kind in "bf" else (255, 4095, 65535)
+    white = next((white for white in whites if low >= 0 and high <= white), None)
+    if white is None or (white != whites[0] and low < high < low + white / 8):
+        white = high
+    else:
+        low = 0.0
+    levels = np.nan_to_num(values.astype(np.float64), nan=low).clip(low, white)
     return np.rint((levels - low) * 255 / max(white - low, 1e-9)).astype(np.uint8)
 
 
@@ -173,9 +187,11 @@ def foreground(picture: Picture, where: str = "region") -> np.ndarray:
         raise ValueError(f"{where}: is all black, a mask with no pixel")
     if len(shades) == 1:
         return levels > 0
-    # Edges are thin. What fills squares of 3x3 pixels is an area, and the largest is meant.
+    # Edges are thin. What fills squares of 3x3 pixels is an area, and the largest is meant that is
+    # not nearly black, as paper around a stroke that was saved as JPEG.
     is_area = ndimage.minimum_filter(codes, 3) == ndimage.maximum_filter(codes, 3)
-    areas, sizes = np.unique(colours[is_area & (levels > 0)], axis=0, return_counts=True)
+    is_area &= levels > levels.max() / 8
+    areas, sizes = np.unique(colours[is_area], axis=0, return_counts=True)
     meant = areas[sizes.argmax()] if len(areas) else colours.max(axis=(0, 1))
     margin = meant.max() / 8
     is_other = (abs(areas - meant) > margin).any(axis=1) & (areas > margin).any(axis=1)
@@ -209,6 +225,7 @@ def _mask_colours(image: Image.Image, where: str) -> np.ndarray:
     is_void = (colours == (VOID if colours.shape[2] == 3 else 255)).all(axis=2)
     others = colours.max(axis=2)[~is_void]
     is_few = np.count_nonzero(others) <= 0.05 * is_void.sum()  # stray pixels, no class
-    if not is_few and (colours.shape[2] == 3 or others.max() < NUM_CLASSES):
+    has_black = not others.all()  # around void's objects
+    if has_black and not is_few and (colours.shape[2] == 3 or others.max() < NUM_CLASSES):
         colours[is_void] = 0
     return colours

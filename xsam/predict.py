@@ -22,7 +22,7 @@ from PIL import Image
 
 from xsam.cli import Parser, add_checkpoint_flags, inference_changes
 from xsam.distributed import choose_device
-from xsam.files import check_target, write_whole
+from xsam.files import check_target, read_json, write_whole
 from xsam.images import read_image, read_image_size, read_region
 from xsam.inference import REQUESTS, check_request, load_checkpoint, predict, stored_stage
 from xsam.names import read_names
@@ -79,10 +79,14 @@ def output_files(options: argparse.Namespace) -> list[Path]:
         stem = (stem or options.image.parent) / name
     stem = str(stem).removesuffix(".png").removesuffix(".json")
     paths = [Path(f"{stem}{suffix}") for suffix in (".png", ".json")]
+    given = options.image, options.region_image, *options.region, options.things, options.stuff
+    inputs = [Path(path).resolve() for path in given if path]
     for path in paths:
         check_target(path)
-    if options.image in paths:
-        raise ValueError(f"--out {options.out} would replace the image")
+        if path.resolve() in inputs:
+            raise ValueError(f"{path} would be replaced, which is read; name another --out")
+    if paths[1].exists() and read_json(paths[1], dict).keys() != {"answer", "segments"}:
+        raise ValueError(f"{paths[1]} is of another program; name another --out")
     return paths
 
 
@@ -90,6 +94,8 @@ def read_request(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `predict` that the command line names, read and checked before a model is
     loaded. Raises ValueError where they are no request."""
     image, regions, shown = read_pictures(options)
+    if options.panoptic_rule and options.task != "panoptic":
+        raise ValueError("--panoptic-rule is for task panoptic")
     lists = {"things": options.things, "stuff": options.stuff}
     names = {kind: text if text is None else read_names(text) for kind, text in lists.items()}
     stage, texts = stored_stage(options.checkpoint), [options.text]
@@ -102,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_intermixed_args(arguments)
     try:
         request = read_request(options)
-        written = output_files(options) if options.task != "chat" else []
+        written = output_files(options) if options.task != "chat" or options.out else []
         model, _ = load_checkpoint(
             options.checkpoint,
             tokenizer=options.tokenizer,
@@ -113,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         model.config = model.config.resolve(**inference_changes(options))
         prediction = predict(model, **request)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"xsam.predict: {error}", file=sys.stderr)
         return 2
     if prediction.num_prompts > 1:
@@ -127,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         prediction.draw(options.text, min_score=least).save(content, "PNG")
         write_whole(picture, content.getvalue())
         write_whole(document, json.dumps(prediction.to_dict(), indent=1))
-        if prediction.answer and not len(prediction.masks):
+        if options.task != "chat" and prediction.answer and not len(prediction.masks):
             print("no <SEG> in the answer or nothing above the threshold: no masks")
         print(f"{len(prediction.masks)} masks: {picture} {document}")
     return 0

@@ -130,7 +130,7 @@ def _first_bytes(file: Path) -> bytes:
             start = opened.read(200)
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror.lower()}") from error
-    if about := cause_of("", file) if start else "empty, fetch it again":
+    if about := cause_of("", file):
         raise ValueError(f"{file}: {about}")
     return start
 
@@ -313,6 +313,9 @@ def _match(
     targets = module.state_dict(keep_vars=True)
     own, tied = _names_on_disk(targets, prefix, only)
     fills, problems, notes, seen = {}, [], defaultdict(list), {}
+    for begin in allow_missing:
+        if not any(disk_name(prefix + name).startswith(begin) for name in targets):
+            problems.append(f"allow_missing: no tensor of the model begins with {begin!r}")
     for name, entry in stored.items():
         on_disk = disk_name(name)
         if UNUSED.search(on_disk) or tied.get(on_disk) in own:
@@ -444,6 +447,11 @@ def load_folder(
     return line + (f"\n  {others.total():>5} left in the folder: {rest}" if rest else "")
 
 
+TOKENIZER_FILES = (  # begin with
+    *("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges"),
+    *("config.json", "generation_config.json"),
+)
+
 # Vicuna's folders hold no template; this is FastChat's vicuna_v1.1, with which it was trained.
 VICUNA_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
@@ -463,7 +471,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no tokenizer could be read (no such folder)")
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".model", ".txt", ".jinja"):
+        if file.name.startswith(TOKENIZER_FILES) and file.is_file():
             _first_bytes(file)
     model = folder / "tokenizer.model"
     try:
@@ -472,6 +480,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             import sentencepiece
 
             sentencepiece.SentencePieceProcessor(model_file=str(model))
+        names = {path.name for path in folder.iterdir()}
+        if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}:
+            raise ValueError("tokenizer.json, which has its words, is missing")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except ModuleNotFoundError as error:
         raise ValueError(

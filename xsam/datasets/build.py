@@ -31,6 +31,7 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
+from xsam.cli import count
 from xsam.datasets import formats, records
 from xsam.datasets.formats import bounding_box, decode_mask, dilate, encode_mask
 from xsam.datasets.records import CocoImage, CocoInstance, CocoSegment, Id, by_id, parse, take
@@ -468,7 +469,7 @@ def add_commands(subparsers: Any) -> None:
     add = _add_command(subparsers, "vgd", build_vgd, about, example)
     add("--instances", metavar="FILE", help="COCO instances", **path)
     add("--out", metavar="FILE", help="JSON to write", **path)
-    add("--seed", type=int, default=0, help="of the prompts; default: %(default)s")
+    add("--seed", type=count, default=0, help="of the prompts; default: %(default)s")
     about = "COCO panoptic to PNGs of classes"
     example = (
         "--panoptic panoptic_val2017.json --masks panoptic_val2017 --out panoptic_semseg_val2017"
@@ -491,7 +492,7 @@ def _add_command(subparsers: Any, name: str, build: Callable, about: str, exampl
     example = f"example: python -m xsam.data {name} {example}"
     parser = subparsers.add_parser(name, help=about, description=about, epilog=example)
     workers = "default: one for every core"
-    parser.add_argument("--workers", type=int, dest="num_workers", metavar="N", help=workers)
+    parser.add_argument("--workers", type=count, dest="num_workers", metavar="N", help=workers)
 
     def run(options: argparse.Namespace) -> int:
         build(**{key: getattr(options, key) for key in inspect.signature(build).parameters})

@@ -20,6 +20,10 @@ from xsam.prompts import check_words, choice_question
 SHORTEST_IMAGE = 64  # characters; what is shorter is the index of another row
 
 
+NO_TEXT = ("", "nan", "NaN", "N/A", "<NA>")  # in a table, for what is absent
+
+YES_NO = ("pope", "mme")  # benchmarks of questions that ask for it
+
 NO_IMAGE = (64, 64)  # width and height of the black image of a text, as any other encoded
 
 
@@ -43,11 +47,16 @@ class Llava(Dataset):
                 names = record.get("image") or record.get("images") or []
                 names = names if isinstance(names, list) else [names]
                 turns, num_images = self.turns(record, where)
-                if max(len(names), num_images) > 1:
+                is_video = any("<video>" in question for question, _ in turns)
+                if is_video or record.get("video") or record.get("videos"):
+                    self.skipped["records of a video"] += 1
+                elif max(len(names), num_images) > 1:
                     self.skipped["records of several images"] += 1
+                elif num_images and not names:
+                    self.skipped["records whose <image> has no file"] += 1
                 elif not names and self.source.images:
                     self.skipped["text without an image"] += 1
-                elif (names or num_images) and not self.source.images:
+                elif names and not self.source.images:
                     self.skipped["records with an image"] += 1
                 elif not turns or not all(answer for _, answer in turns):
                     self.skipped["conversations without an answer"] += 1
@@ -90,12 +99,14 @@ class Llava(Dataset):
 class Benchmark(Dataset):
     """A VLMEvalKit table: a question a row, with options or without, whose answer is compared to
     the letter. Images are base64 text; a short number stands for the image of the row with that
-    index."""
+    index. Questions about a list of images are skipped."""
 
     OPTIONS = "ABCDEFGH"
 
     def index(self) -> None:
         rows = read_tsv(self.annotations)
+        for row in rows:  # pandas saves whole numbers with a point
+            row["index"] = row.get("index", "").removesuffix(".0")
         images = {row.get("index", ""): row.get("image", "") for row in rows}
         num_rows = Counter(row.get("index") for row in rows)
         for number, row in enumerate(rows):
@@ -104,14 +115,19 @@ class Benchmark(Dataset):
                     if not row.get(key, "").strip():
                         raise ValueError(f"{self.annotations}: row {number}: has no {key!r}")
                 where, image = f"{self.annotations}: index {row['index']}", row.get("image", "")
+                if "[" in (image[:1], row.get("image_path", "")[:1]):
+                    self.skipped["questions about a list of images"] += 1
+                    continue
                 if num_rows[row["index"]] > 1:
                     raise ValueError(f"{where}: is there more than once")
                 if not image and not row.get("image_path"):
                     raise ValueError(f"{where}: has neither image nor image_path")
                 if 0 < len(image) < SHORTEST_IMAGE:
                     if len(images.get(image, "")) < SHORTEST_IMAGE:
-                        raise ValueError(f"{where}: its image is row {image}, which has none")
+                        raise ValueError(f"{where}: its image is row {image[:20]}, which has none")
                     image = images[image]
+                if self.name in YES_NO and row["answer"].strip().lower() not in ("yes", "no"):
+                    raise ValueError(f"{where}: its answer is {row['answer']!r}, not yes or no")
                 self.records.append(row | {"image": image})
 
     def key(self, index: int) -> str:
@@ -126,6 +142,7 @@ class Benchmark(Dataset):
         if options and answer not in options:
             raise ValueError(f"{where}: its answer {answer!r} is none of {list(options)}")
         hint = row.get("hint", "").strip()
+        hint = "" if hint in NO_TEXT else hint
         question = choice_question(row["question"].strip(), options, hint, rng, self.phrasings)
         turns = [(check_words(question, where), answer)]
         return conversation(f"{self.name}/{row['index']}", image, turns, row["index"])
@@ -134,7 +151,8 @@ class Benchmark(Dataset):
         if not row["image"]:
             return read_image(find_file(self.annotations.parent, row["image_path"]))
         try:
-            content = base64.b64decode(row["image"], validate=True)
+            text = row["image"].removeprefix("data:").split(";base64,")[-1]
+            content = base64.b64decode("".join(text.split()), validate=True)
         except ValueError as error:
             raise ValueError(f"{where}: its image is not base64 ({error})") from error
         try:
@@ -143,9 +161,13 @@ class Benchmark(Dataset):
             raise ValueError(f"{where}: its image cannot be read ({error})") from error
 
     def options(self, row: dict[str, str]) -> dict[str, str]:
-        """The options of a question by letter; none of one that is open."""
+        """The options of a question by letter; none of one that is open. A table that was saved by
+        pandas has "nan" where there is none."""
         options = {letter: row.get(letter, "").strip() for letter in self.OPTIONS}
-        return {letter: text for letter, text in options.items() if text}
+        right = row["answer"].strip()
+        return {
+            x: text for x, text in options.items() if text and (text not in NO_TEXT or x == right)
+        }
 
     def num_words(self, index: int) -> int:
         row = self.records[index]

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from xsam.cli import count
 from xsam.config import xsam
 from xsam.data import Sample
 from xsam.datasets.base import Dataset
@@ -181,7 +182,7 @@ def show(dataset: Dataset, count: int, out: Path, seed: int) -> list[Path]:
             sample = dataset.sample(index, np.random.default_rng([seed, index]))
         except ValueError:
             continue  # the report has it
-        name = Path(dataset.name.split(":")[0]).stem
+        name = "_".join(Path(dataset.name.split(":")[0]).with_suffix("").parts[-2:])
         paths.append(out / f"{name}_{index:06d}.png")
         draw_sample(sample).save(paths[-1])
     return paths
@@ -224,11 +225,11 @@ def add_command(commands) -> None:
     own = "only these; also files of your own: FILE.json, FILE.json:IMAGES[:MASKS]"
     add("--data", type=Path, default=Path("datas"), help="data root (datas)")
     add("--datasets", default="", metavar="NAME,...", help=own)
-    add("--show", type=int, default=0, metavar="N", help="draw N samples of each")
+    add("--show", type=count, default=0, metavar="N", help="draw N samples of each")
     add("--out", type=Path, default=Path("runs/check"), help="where pictures go (runs/check)")
-    add("--limit", type=int, default=0, metavar="N", help="read N samples of each (default: all)")
+    add("--limit", type=count, default=0, metavar="N", help="read N samples of each (default: all)")
     add("--all", action="store_true", help="list every bad record")
     add("--phrasings", default="", metavar="FILE", help="phrasings of your own")
-    add("--seed", type=int, default=0, help="of what is drawn (0)")
-    add("--workers", type=int, default=cores, help="processes (default: all cores)")
+    add("--seed", type=count, default=0, help="of what is drawn (0)")
+    add("--workers", type=count, default=cores, help="processes (default: all cores)")
     parser.set_defaults(run=run)

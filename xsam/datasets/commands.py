@@ -1,13 +1,13 @@
 """The command `python -m xsam.data`: checks a data root, and builds sets that have to be built."""
 
-import argparse
 import sys
 
+from xsam.cli import Parser
 from xsam.datasets import build, check
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m xsam.data",
         description="Checks the datasets of a data root, and builds those that have to be built.",
     )

@@ -49,10 +49,14 @@ def read_tsv(path: Path) -> list[dict[str, str]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     lines = io.StringIO(read_text(path), newline="")
     rows = csv.DictReader(lines, delimiter="\t", strict=True)
+    table = []
     try:
-        return [
-            {key: value or "" for key, value in row.items() if isinstance(key, str)} for row in rows
-        ]
+        for row in rows:
+            if any(row.pop(None, ())):
+                where = f"{path}: line {rows.reader.line_num}"
+                raise ValueError(f"{where}: has more cells than the head of the table")
+            table.append({key: value or "" for key, value in row.items()})
+        return table
     except csv.Error as error:
         raise ValueError(
             f"{path}: line {rows.reader.line_num}: not a row of tab-separated values ({error}); "
@@ -73,7 +77,10 @@ def png_name(annotation: dict, image: str) -> str:
 
 def read_segment_ids(path: Path, size: tuple[int, int]) -> np.ndarray:
     """A COCO panoptic PNG as segment ids, int32 [H, W]; 0 is void."""
-    colours = np.asarray(open_png(path, size).convert("RGBA"))
+    image = open_png(path, size)
+    if image.mode not in ("RGB", "RGBA", "P"):
+        raise ValueError(f"{path}: its pixels are {image.mode}, segment ids are colours (RGB)")
+    colours = np.asarray(image.convert("RGBA"))
     return (colours.view("<u4")[..., 0] & 0xFFFFFF).astype(np.int32)
 
 
@@ -147,6 +154,8 @@ def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list[float]:
         corners = np.array(np.nan)
     if np.isnan(corners).any():
         raise ValueError(f"{where}: a polygon holds something that is no number")
+    if (np.abs(corners) <= 1).all() and (corners % 1).any():
+        raise ValueError(f"{where}: a polygon's corners are fractions of the image; give pixels")
     if not (np.abs(corners) <= 2 * max(size)).all():
         raise ValueError(f"{where}: a polygon lies outside its image of {list(size)}")
     return corners.tolist()
@@ -154,7 +163,7 @@ def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list[float]:
 
 def checked_rle(rle: dict, size: tuple[int, int], where: str) -> dict:
     """An RLE as pycocotools takes it, whose runs fill the image exactly."""
-    if take(rle, "size", list, where) != list(size):
+    if list(map(whole, take(rle, "size", list, where))) != list(size):
         raise ValueError(f"{where}: RLE of size {rle['size']!r:.60} in an image of {list(size)}")
     counts = take(rle, "counts", (list, str, bytes), where)
     if isinstance(counts, list):
@@ -172,7 +181,7 @@ def checked_rle(rle: dict, size: tuple[int, int], where: str) -> dict:
         raise ValueError(f"{where}: its RLE does not fit: the runs do not add up to {list(size)}")
     if isinstance(counts, list):
         return coco_mask.frPyObjects({"size": list(size), "counts": runs.tolist()}, *size)
-    return rle
+    return {"size": list(size), "counts": counts}
 
 
 def _runs(counts: bytes) -> np.ndarray:

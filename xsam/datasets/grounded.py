@@ -11,7 +11,18 @@ import numpy as np
 from xsam.data import Sample
 from xsam.datasets.base import Dataset
 from xsam.datasets.formats import decode_mask
-from xsam.datasets.records import Flag, Id, Segmentation, Size, by_id, expect, label, parse, unpack
+from xsam.datasets.records import (
+    Flag,
+    Id,
+    Segmentation,
+    Size,
+    by_id,
+    expect,
+    label,
+    parse,
+    told_size,
+    unpack,
+)
 from xsam.files import find_file, read_json
 from xsam.images import read_image
 from xsam.prompts import ask, check_words, reply
@@ -63,7 +74,8 @@ class Gcg(Dataset):
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         image_id, files, size, text, spans, ignored = self.records[index]
         where = f"{self.annotations}: image {image_id}"
-        picture = read_image(find_file(self.images, *files), size)
+        told = (told_size(span.segmentation) for span in spans)  # where the record tells none
+        picture = read_image(find_file(self.images, *files), size or next(told))
         size = picture.height, picture.width
         masks = np.stack([decode_mask(span.segmentation, size, where) for span in spans])
         ignore = None

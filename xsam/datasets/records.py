@@ -8,7 +8,7 @@ field that is wrong: `where` is what comes before the field, "FILE: RECORD".
 import itertools
 import math
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from types import UnionType
 from typing import Any, NamedTuple, NewType, TypeVar
 
@@ -50,7 +50,7 @@ def take(record: Any, key: str, kind: Any, where: str) -> Any:
         return bool(value)
     if key not in record:
         raise ValueError(f"{where}: has no {key!r}")
-    value = whole(record[key]) if kind in (Id, int, Side) else record[key]
+    value = whole(record[key]) if kind in (Id, int, Side, int | list) else record[key]
     if kind is not Side:
         value = expect(value, kind, f"{where}: {key!r}")
         if kind is Segmentation and not mask_parts(value)[0]:
@@ -74,18 +74,35 @@ def whole(value: Any) -> Any:
 def mask_parts(segmentation: Segmentation) -> tuple[list, int]:
     """The RLEs and polygons (flat lists) of a segmentation, and how many polygons are dropped, of
     under six or of an odd number of coordinates. A polygon may stand without a list around it (VGG
-    Image Annotator), and its corners may be pairs (Labelbox, Supervisely)."""
-    parts = segmentation if isinstance(segmentation, list) else [segmentation]
-    if _is_pairs(parts) or (parts and all(isinstance(part, int | float) for part in parts)):
-        parts = [parts]
-    parts = [list(itertools.chain(*part)) if _is_pairs(part) else part for part in parts]
+    Image Annotator) or in several (GeoJSON), and its corners may be pairs (Labelbox, Supervisely)
+    or {"x", "y"} (V7)."""
+    parts = list(_parts(segmentation)) if segmentation != [] else []
     valid = [p for p in parts if not isinstance(p, list) or (len(p) >= 6 and len(p) % 2 == 0)]
     return valid, len(parts) - len(valid)
 
 
-def _is_pairs(part: Any) -> bool:
-    pairs = part if isinstance(part, list) else []
-    return bool(pairs) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+def _parts(shape: Any, depth: int = 4) -> Iterator[Any]:
+    """RLEs, flat lists of coordinates, and what is neither, out of lists in lists."""
+    inner = shape if isinstance(shape, list) and depth else []
+    inner = [[each["x"], each["y"]] if _is_corner(each) else each for each in inner]
+    if inner and all(isinstance(pair, list) and len(pair) == 2 for pair in inner):
+        yield list(itertools.chain(*inner))
+    elif inner and all(isinstance(each, list | dict) for each in inner):
+        for each in inner:
+            yield from _parts(each, depth - 1)
+    else:
+        yield shape
+
+
+def _is_corner(point: Any) -> bool:
+    return isinstance(point, dict) and {"x", "y"} <= point.keys()
+
+
+def told_size(segmentation: Any) -> list | None:
+    """(height, width) of the image of a mask, where it is an RLE, which tells it."""
+    rles = (each for each in mask_parts(segmentation)[0] if isinstance(each, dict))
+    size = next((rle.get("size") for rle in rles), None)
+    return list(map(whole, size)) if isinstance(size, list) and len(size) == 2 else None
 
 
 def expect(value: Any, kind: Any, where: str) -> Any:

@@ -97,8 +97,9 @@ class RefCoco(Referring):
         if numbers == []:
             raise ValueError(f"{where}: 'ann_id' is empty; [-1] says that there is no such thing")
         numbers = [] if numbers == [-1] else numbers if isinstance(numbers, list) else [numbers]
+        numbers = [expect(records.whole(number), int, f"{where}: 'ann_id'") for number in numbers]
         for number in numbers:
-            if expect(number, int, where) not in annotations:
+            if number not in annotations:
                 raise ValueError(f"{where}: annotation {number} is not in {self.instances}")
             at = f"{self.instances}: annotation {number}"
             of_image, _ = unpack(annotations[number], at, image_id=int, segmentation=Segmentation)
@@ -183,8 +184,7 @@ class OwnReferring(Referring):
         """The size of the image, where its mask tells it."""
         if isinstance(mask, str):
             return read_image_size(find_file(self.images, mask))
-        size = mask.get("size") if isinstance(mask, dict) else None
-        return size if isinstance(size, list) and len(size) == 2 else None
+        return records.told_size(mask)
 
 
 def is_texts(values: list) -> bool:
@@ -226,11 +226,12 @@ class Reason(Dataset):
     def index_file(self, path: Path) -> None:
         content = read_json(path, last_resort="cp1252")  # some of the files are
         names = [f"{path.stem}{suffix}" for suffix in IMAGE_SUFFIXES]
-        if isinstance(content, dict) and isinstance(content.get("imagePath"), str):
-            names.insert(0, content["imagePath"])
+        about = content if isinstance(content, dict) else {}
+        if isinstance(about.get("imagePath"), str):
+            names.insert(0, about["imagePath"])
         image = find_file(self.annotations, *names)
         if not is_file(image):
-            if not isinstance(content, dict) or "shapes" not in content:
+            if "shapes" not in about:
                 self.skipped["JSON files of something else"] += 1
                 return
             raise ValueError(f"{path}: its image {names[0]} is not beside it")
@@ -246,27 +247,30 @@ class Reason(Dataset):
             if name.lower() != "flag":
                 outline = corners(whole_pixels(points, where), record.get("shape_type"), where)
                 shapes.append(("ignore" in name.lower(), outline))
-        if not self.has_target(shapes, path, image):
+        size = records.whole(about.get("imageHeight")), records.whole(about.get("imageWidth"))
+        size = size if all(isinstance(side, int) and side > 0 for side in size) else None
+        if not self.has_target(shapes, path, image, size):
             self.skipped["images without a target"] += 1
             return
         texts = [check_words(text.strip(), str(path)) for text in texts]
         chosen = [texts] if self.source.split == "train" else [[text] for text in texts]
-        self.records += [(path, image, texts, is_sentence, shapes) for texts in chosen]
+        self.records += [(path, image, size, texts, is_sentence, shapes) for texts in chosen]
 
-    def has_target(self, shapes: list[Shape], path: Path, image: Path) -> bool:
+    def has_target(
+        self, shapes: list[Shape], path: Path, image: Path, size: tuple[int, int] | None
+    ) -> bool:
         """Whether a target shows; painting takes time, and is needed where one may be covered."""
         num_ignored = sum(is_ignored for is_ignored, _ in shapes)
         if num_ignored in (0, len(shapes)):
             return num_ignored < len(shapes)
-        size = read_image_size(image)
-        return bool((paint_shapes(shapes, size, str(path)) == 1).any())
+        return bool((paint_shapes(shapes, size or read_image_size(image), str(path)) == 1).any())
 
     def key(self, index: int) -> str:
         return f"{self.records[index][0].stem}/{index}"
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        path, image, texts, _, shapes = self.records[index]
-        stem, picture = path.stem, read_image(image)
+        path, image, size, texts, _, shapes = self.records[index]
+        stem, picture = path.stem, read_image(image, size)
         labels = paint_shapes(shapes, (picture.height, picture.width), str(path))
         if not (labels == 1).any():
             raise ValueError(f"{path}: its target lies outside the image")
@@ -282,11 +286,11 @@ class Reason(Dataset):
         )
 
     def num_words(self, index: int) -> int:
-        return max(len(text.split()) for text in self.records[index][2])
+        return max(len(text.split()) for text in self.records[index][3])
 
     def is_sentence(self, index: int) -> bool:
         """Whether the question is a long one, as the scores of the test split are told apart."""
-        return self.records[index][3]
+        return self.records[index][4]
 
 
 def whole_pixels(points: list, where: str) -> list[tuple[int, int]]:

@@ -260,7 +260,7 @@ SEGMENTOR_TASKS = ("panoptic", "instance", "semantic")  # that the model of stag
 def find_source(name: str) -> Source:
     """The set of that name, or a user's own: FILE.json, FILE.json:IMAGES or FILE.json:IMAGES:MASKS,
     whose images lie beside the file unless IMAGES says where. Paths are as the user typed them, or
-    where there is no such file, relative to the data root.
+    where there is no such FILE, relative to the data root, as is a folder that is not there.
 
     Raises ValueError at a name that is neither.
     """
@@ -272,10 +272,11 @@ def find_source(name: str) -> Source:
             f"unknown dataset {name!r}; known are {', '.join(SOURCES)}, and files of one's own as "
             "FILE.json, FILE.json:IMAGES or FILE.json:IMAGES:MASKS"
         )
-    file, *folders = (
-        str(Path(path).absolute()) if path and Path(path).exists() else path
-        for path in (file, *folders)
-    )
+    if Path(file).exists():  # else all of them are under the data root
+        file, *folders = (
+            str(Path(path).absolute()) if path and Path(path).exists() else path
+            for path in (file, *folders)
+        )
     images, masks = [*folders, "", ""][:2]
     images = images or str(Path(file).parent)
     return Source("", "own", file, images, masks, about=f"a data set of your own: {name}")

@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
+from xsam.images import Picture, viewed
+
 SMALLEST_SIDE = 480  # an image whose longest side is below this is enlarged to fit its labels
 
 TINT = 0.5
@@ -87,19 +89,18 @@ def _legible(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
     """A text as it can be drawn, and the font: Pillow's, or the first of the system's that has all
     of its letters. Where none has, letters that Pillow's lacks are numbers, such as \\u732b."""
     text = unicodedata.normalize("NFC", text)
-    # Spaces and what joins letters are not seen.
-    letters = [
-        each for each in set(text) if not each.isspace() and unicodedata.category(each) != "Cf"
-    ]
+    # Spaces are not seen, nor is what joins letters, which Pillow's font draws a box for.
+    joins = {ord(each): None for each in set(text) if unicodedata.category(each) == "Cf"}
+    letters = [each for each in set(text.translate(joins)) if not each.isspace()]
     for file in _font_files():
         if all(_has_letter(file, letter) for letter in letters):
-            return text, _load_font(file, size)
+            return text if file else text.translate(joins), _load_font(file, size)
     numbers = {
         ord(letter): letter.encode("unicode_escape").decode()
         for letter in letters
         if not _has_letter("", letter)
     }
-    return text.translate(numbers), _load_font("", size)
+    return text.translate(joins | numbers), _load_font("", size)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
@@ -185,7 +186,7 @@ def _draw_labels(picture: Image.Image, labels: list[Label]) -> None:
 
 
 def draw_segments(
-    image: Image.Image,
+    image: Picture,
     masks: np.ndarray,
     labels: list[str],
     scores: list[float] | None = None,
@@ -198,18 +199,20 @@ def draw_segments(
     leaves no trace. A small image is enlarged by a whole factor.
 
     Args:
-        image: [H, W] picture of any mode, drawn as RGB.
+        image: a picture or array of any kind, drawn as `images.viewed` shows it.
         masks: [N, H, W] booleans, N = 0 allowed; they may overlap.
         labels: N names, wrapped if long.
         scores: N numbers written behind the names.
         title: a line or more above the picture, wrapped to its width.
 
     Raises:
-        ValueError: the masks are not boolean or not of the image's size, or the counts differ.
+        ValueError: the masks are not boolean or not of the image's size, upright or as it is
+            stored, or the counts differ.
     """
-    N, H, W = _check_segments(image, masks, labels, scores)
+    image = viewed(image, masks.shape[1:] if masks.ndim == 3 else None)
+    N, H, W = _check_segments(masks, labels, scores)
     factor = math.ceil(SMALLEST_SIDE / max(W, H)) if max(W, H) < SMALLEST_SIDE else 1
-    picture = image.convert("RGB").resize((W * factor, H * factor), Image.Resampling.BICUBIC)
+    picture = image.resize((W * factor, H * factor), Image.Resampling.BICUBIC)
     areas = masks.sum(axis=(1, 2))
     largest_first = [n for n in np.argsort(-areas, kind="stable") if areas[n] > 0]
     segment_index = np.full((H, W), -1)  # the topmost segment of each pixel
@@ -230,7 +233,7 @@ def draw_segments(
 
 
 def _check_segments(
-    image: Image.Image, masks: np.ndarray, labels: list[str], scores: list[float] | None
+    masks: np.ndarray, labels: list[str], scores: list[float] | None
 ) -> tuple[int, int, int]:
     """N, H and W. Raises ValueError."""
     if masks.ndim != 3 or masks.dtype != bool:
@@ -239,11 +242,6 @@ def _check_segments(
             "for instance logits > 0"
         )
     N, H, W = masks.shape
-    if image.size != (W, H):
-        raise ValueError(
-            f"masks are {W} wide and {H} high, the image {image.width} wide and {image.height} "
-            "high: resize the masks to the image first"
-        )
     if len(labels) != N or (scores is not None and len(scores) != N):
         raise ValueError(
             f"{N} masks, {len(labels)} labels and "
@@ -304,7 +302,7 @@ def side_by_side(pictures: list[Image.Image], titles: list[str]) -> Image.Image:
     titled = []
     for picture, title in zip(pictures, titles, strict=True):
         width = max(1, round(picture.width * height / picture.height))
-        picture = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        picture = viewed(picture).resize((width, height), Image.Resampling.LANCZOS)
         titled.append(_add_title(picture, title))
     tallest = max(picture.height for picture in titled)
     total_width = sum(picture.width for picture in titled) + GAP * (len(titled) + 1)

@@ -3,21 +3,24 @@
 python -m xsam.toy /tmp/toy --num_train 1600 --num_val 64
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from xsam.cli import Parser, count
 from xsam.files import refuse_existing
 from xsam.toy.preset import toy
 from xsam.toy.world import write_world
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the toy world: FOLDER/data, FOLDER/weights")
+    parser = Parser(
+        prog="python -m xsam.toy",
+        description="Write the toy world: FOLDER/data, FOLDER/weights",
+    )
     parser.add_argument("folder", type=Path, help="where to write; made if need be")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--num_train", type=int, default=1600, help="default: %(default)s")
-    parser.add_argument("--num_val", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--seed", type=count, default=0, help="default: %(default)s")
+    parser.add_argument("--num_train", type=count, default=1600, help="default: %(default)s")
+    parser.add_argument("--num_val", type=count, default=64, help="default: %(default)s")
     arguments = parser.parse_args()
     from xsam.toy.weights import write_weights  # after the flags are read, as torch takes seconds
 
