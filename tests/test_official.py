@@ -6,6 +6,9 @@ pytest tests/test_official.py
 
 import json
 import pickle
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +18,13 @@ from PIL import Image
 
 from xsam.config import xsam
 from xsam.data import Sample
-from xsam.datasets.registry import open_dataset
-from xsam.datasets.sources import SOURCES
+from xsam.datasets.build import convert_ade20k
+from xsam.datasets.formats import encode_mask
+from xsam.datasets.registry import open_dataset, read_dataset
+from xsam.datasets.sources import PROMPT_TYPES, SOURCES, locate
 from xsam.toy.preset import toy
 
+REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "real"
 REFS, LISA = "img_refseg/refcocos", "img_reaseg/lisa"
 REFER_SPLITS = {
     "refcoco": ("refs(unc).p", ["train", "val", "testA", "testB"]),
@@ -147,6 +153,138 @@ def test_refs_without_a_sentence_are_left_out_and_counted_also_in_evaluation(tmp
     for split in REFER_SPLITS[folder][1]:
         dataset = open_dataset(folder if split == "train" else f"{folder}_{split}", tmp_path)
         assert +dataset.skipped == {"refs without a sentence": 2} and not dataset.problems
+
+
+# ---- GranD-f, COCO-VGD, ADE20K -------------------------------------------------------------------
+
+GCG, VGD, COCO = "img_gcgseg/grand_f", "img_vgdseg/coco_vgd", "img_genseg/coco2017"
+
+
+def drawn(number: int) -> np.ndarray:
+    mask = np.zeros((24, 32), bool)
+    mask[number : number + 5, number : number + 7] = True
+    return mask
+
+
+def write_gcg(root: Path, train: str) -> None:
+    """Three splits whose images have the same names, in folders of their own where they have one:
+    validation and test share theirs."""
+    image = dict(height=24, width=32, image_id="sa_1")
+    spans = dict(token_positives=[0, 5], rle_masks=[encode_mask(drawn(1))])
+    record = image | dict(file_name="sa_1.jpg", caption="train it", groundings={"train": spans})
+    write(root / GCG / f"annotations/train/{train}", [record])
+    folder = "GranDf_HA_images/train" if "HA" in train else "coco2017"
+    picture(root / GCG / f"images/{folder}/sa_1.jpg", 10)
+    for number, split in enumerate(("val", "test"), 2):
+        stem = "sa_1" if split == "val" else "sa_2"
+        about = dict(id=1, image_id=stem)
+        mask = about | dict(category_id=1, iscrowd=0, segmentation=encode_mask(drawn(number)))
+        caption = about | dict(caption=f"the caption of {split}", labels=[split])
+        for kind, each in (("mask", mask), ("caption", caption)):
+            content = dict(images=[dict(id=stem, height=24, width=32)], annotations=[each])
+            path = root / GCG / f"annotations/val_test/{split}_gcg_coco_{kind}_gt.json"
+            write(path, content | dict(categories=[dict(id=1, name="object")]))
+        picture(root / GCG / f"images/GranDf_HA_images/val_test/{stem}.jpg", 10 * number)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("gcg_grandf", "GranDf_HA_GCG_train.json"), ("gcg_psg", "OpenPsgGCG_train.json")],
+)
+def test_gcg_trains_with_no_caption_or_mask_of_what_is_scored(tmp_path, name, file):
+    write_gcg(tmp_path, file)
+    facts = {}
+    for each in (name, "gcg_val", "gcg_test"):
+        (sample,) = samples_of(each, tmp_path)
+        facts[each] = facts_of(sample)
+        split = "train" if each == name else each.removeprefix("gcg_")
+        assert sample.names == [split] and split in sample.turns[0][1]
+    assert not facts[name] & (facts["gcg_val"] | facts["gcg_test"])
+
+
+def write_vgd(root: Path) -> None:
+    """Both splits have images 1 and 2, of the same names, and objects of the same ids."""
+    for place, split in enumerate(("train", "val")):
+        content = []
+        for number in (1, 2):
+            mask = encode_mask(drawn(number + 4 * place))
+            prompts = {f"{kind}_visual_prompt": mask for kind in PROMPT_TYPES}
+            known = dict(id=number, image_id=number, category_id=1, iscrowd=0, bbox_mode=1)
+            known |= dict(segmentation=mask, visual_prompts=prompts)
+            about = dict(id=number, file_name=f"{number}.jpg", height=24, width=32)
+            record = dict(image_file=f"{number}.jpg", image_id=number, image_info=about)
+            content.append(record | dict(image_size=[24, 32], annotations=[known]))
+            picture(root / COCO / f"{split}2017/{number}.jpg", 20 * number + 5 * place)
+        write(root / VGD / f"annotations/img_vgdseg_coco_{split}.json", content)
+        categories = dict(categories=[dict(id=1, name="cup")])
+        write(root / VGD / f"annotations/instances_{split}2017.json", categories)
+
+
+def test_vgd_trains_with_no_object_or_prompt_of_what_is_scored(tmp_path):
+    """Nor does a reference image come from the other split."""
+    write_vgd(tmp_path)
+    facts, regions = {}, {}
+    names = ["coco_vgd", *(name for name in SCORED if name.startswith("coco_vgd_val"))]
+    for name in names:
+        samples = list(samples_of(name, tmp_path))
+        assert len(samples) == 2
+        facts[name] = set().union(*map(facts_of, samples))
+        shown = [image for sample in samples for image in sample.region_images or [sample.image]]
+        regions[name] = {image.tobytes() for image in shown}
+    for name in names[1:]:
+        assert not facts["coco_vgd"] & facts[name] and not regions["coco_vgd"] & regions[name]
+        assert regions[name] == regions["coco_vgd_val_point"]
+
+
+def test_the_splits_of_ade20k_are_made_and_read_apart(tmp_path):
+    """The downloads of both splits, whose images have the same name."""
+    folder = tmp_path / SOURCES["ade20k_panoptic_val"].annotations
+    folder = folder.parent
+    folder.mkdir(parents=True)
+    (folder / "objectInfo150.txt").write_text("Idx\tRatio\tName\n1\t0.1\twall\n2\t0.1\tbed\n")
+    (folder / "ade20k_instance_catid_mapping.txt").write_text("Instance\tScene\n1\t2\n")
+    for place, split in enumerate(("training", "validation")):
+        picture(folder / f"images/{split}/ADE_1.jpg", 30 + 40 * place)
+        classes, objects = np.ones((24, 32), np.uint8), np.zeros((24, 32, 3), np.uint8)
+        classes[drawn(2 + 9 * place)] = 2
+        objects[drawn(2 + 9 * place)] = 1, 1, 0
+        for kind, pixels in (("annotations", classes), ("annotations_instance", objects)):
+            (folder / kind / split).mkdir(parents=True)
+            Image.fromarray(pixels).save(folder / f"{kind}/{split}/ADE_1.png")
+    convert_ade20k(folder, num_workers=1)
+    images = f"{folder}/images/training"
+    trained = set()
+    for own in (
+        f"{folder}/ade20k_panoptic_train.json:{images}:{folder}/ade20k_panoptic_train",
+        f"{folder}/ade20k_instance_train.json:{images}",
+    ):
+        trained = trained.union(*map(facts_of, samples_of(own, tmp_path)))
+    assert len(trained) == 2  # the wall and the bed
+    for kind in ("panoptic", "instance", "semantic"):
+        (sample,) = samples_of(f"ade20k_{kind}_val", tmp_path)
+        assert facts_of(sample) and not facts_of(sample) & trained
+        assert any((mask == drawn(11)).all() for mask in sample.masks)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the photographs are not on this machine")
+def test_real_photographs_train_with_nothing_of_what_is_scored(tmp_path):
+    root = shutil.copytree(REAL, tmp_path / "real", copy_function=shutil.copyfile)
+    for path in [path for path in root.rglob("*") if path.is_file()]:
+        if path.stat().st_size < 200 and path.read_bytes().startswith(b"../"):
+            path.unlink()  # a link that a copy has lost
+    verify = [sys.executable, root / "verify.py", "--links"]
+    subprocess.run(verify, check=True, capture_output=True)
+    paths = {name: [locate(root, path) for path in SOURCES[name].paths()] for name in SOURCES}
+    there = [name for name in SOURCES if all(path.exists() for path in paths[name])]
+    facts = {name: set() for name in there}
+    for name in there:
+        dataset = read_dataset(name, root)
+        for index in range(len(dataset)):
+            facts[name] |= facts_of(dataset.sample(index, np.random.default_rng(index)))
+    scored = set().union(*(facts[name] for name in there if name in SCORED))
+    trained = set().union(*(facts[name] for name in there if name not in SCORED))
+    assert len(there) > 20 and len(scored) > 500 and len(trained) > 300
+    assert not scored & trained
 
 
 def write_reason(

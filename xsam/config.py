@@ -274,7 +274,10 @@ class Config:
         fields = _architectures(self.model, fields) | fields
         values = self.to_dict()
         parts = {name: values.pop(name) for name in ("model", "loss", "stages")}
-        rows = [parts["stages"][number] for number in (self.stages if stages is None else stages)]
+        numbers = list(self.stages if stages is None else stages)
+        if not set(numbers) <= set(self.stages):
+            raise ValueError(f"stages {numbers}: there are {', '.join(map(str, self.stages))}")
+        rows = [parts["stages"][number] for number in numbers]
         owners = [values, parts["model"], parts["loss"], *rows]
         known = {name for owner in owners for name in owner}
         if unknown := sorted(fields.keys() - known):

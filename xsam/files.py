@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ def cause_of(error: Exception | str, path: Any) -> str:
         start = file.read(99).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
         if not start:
             return "it is empty: fetch it again"
+        if re.fullmatch(rb"\.\.?/[\x20-\x7e]+", start):
+            return f"it is a link that was not restored, to {start.decode()}: copy that file here"
         abouts = (about for sign, about in _STAND_INS.items() if start.startswith(sign))
         return next(abouts, str(error))
     return str(error)

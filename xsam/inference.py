@@ -407,6 +407,12 @@ def load_checkpoint(
         raise ValueError(f"{path}: stage 2 holds the projectors alone; give a stage 1 or 3")
     table = next((entry for name, entry in stored.items() if disk_name(name) == EMBEDDING), None)
     if stage == 3 and table is not None:
+        width = config.model.llm_config["hidden_size"]
+        if table.shape[1] != width:
+            raise ValueError(
+                f"{path}: its embeddings are {table.shape[1]} wide, those of {config.model.llm} "
+                f"{width}; {CONFIG_FILE} is missing, or config or tokenizer are of another model"
+            )
         llm_config = config.model.llm_config | {"vocab_size": table.shape[0]}
         config = config.resolve(llm_config=llm_config)
     with contextlib.nullcontext() if allow_missing else parameters_on_meta():
