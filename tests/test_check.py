@@ -5,8 +5,11 @@ pytest tests/test_check.py
 
 import dataclasses
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +255,16 @@ def own(tmp_path) -> dict[str, str]:
         "things": f"{things}:{folder}/images",
         "scenes": f"{scenes}:{folder}/images:{folder}/masks",
     }
+
+
+def test_a_terminal_without_all_letters_gets_the_report_all_the_same(own, tmp_path):
+    path = tmp_path / "own/\u732b.json"
+    path.write_text("[]")
+    command = [sys.executable, "-m", "xsam.data", "check", "--datasets", str(path)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "\\u732b.json" in done.stdout and "codec" not in done.stderr
 
 
 def test_files_of_ones_own_are_checked_by_their_layout(own, tmp_path, capsys):

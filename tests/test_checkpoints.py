@@ -259,6 +259,28 @@ def test_a_header_from_before_there_was_a_list_of_files_is_read(tmp_path):
     assert list_states(folder).keys() == small_states(7).keys()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html>", "it is a web page"),
+        (b"", "it is empty"),
+        (b'{"stage": ', "not valid JSON"),
+        (None, "No such file"),
+    ],
+)
+def test_what_lies_in_the_place_of_a_header_is_told(tmp_path, content, message):
+    folder = save_small(tmp_path, 7)
+    whole = (folder / CONFIG_FILE).read_bytes()
+    (folder / CONFIG_FILE).write_bytes(b"\xef\xbb\xbf" + whole)
+    assert read_header(folder)["step"] == 7
+    (folder / CONFIG_FILE).unlink()
+    if content is not None:
+        (folder / CONFIG_FILE).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{CONFIG_FILE}: .*{message}"):
+        read_header(folder)
+
+
 def test_every_file_of_a_tokenizer_is_listed(tokenizer, tmp_path):
     """One with templates beside the default one writes them into a folder of their own."""
     tokenizer.chat_template = {"default": tokenizer.chat_template, "tools": "{{ messages }}"}

@@ -6,18 +6,21 @@ pytest tests/test_cli.py
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import faulty_train
 import pytest
+from PIL import Image
 
 from xsam import evaluate as evaluate_command
 from xsam.checkpoints import find_checkpoint, save_checkpoint
 from xsam.cli import parse, preflight, train_command
 from xsam.config import PARTS, part_names, xsam
 from xsam.datasets.registry import open_dataset
+from xsam.inference import load_checkpoint
 from xsam.model import XSAM, Segmentor
 from xsam.optimizer import freeze
 from xsam.toy.preset import toy
@@ -202,6 +205,18 @@ def test_own_files_are_found_from_the_current_folder(world, tmp_path, monkeypatc
     assert "mine.json" not in preflight(*parse(flags))
 
 
+def test_the_images_of_an_own_file_lie_where_it_does(tmp_path, monkeypatch):
+    """A folder of the same name in the current one is none of its."""
+    for root, level in ((tmp_path / "data", 200), (tmp_path / "here", 10)):
+        (root / "images").mkdir(parents=True)
+        Image.new("RGB", (8, 6), (level,) * 3).save(root / "images/a.png")
+    records = [{"image": "a.png", "masks": [[[0, 0, 4, 0, 4, 4]]], "texts": ["it"]}]
+    (tmp_path / "data/mine.json").write_text(json.dumps(records))
+    monkeypatch.chdir(tmp_path / "here")
+    sample = open_dataset("mine.json:images", tmp_path / "data").inputs(0)
+    assert sample.image.getpixel((0, 0))[0] == 200
+
+
 def test_an_own_file_is_never_made_and_is_looked_into_before_the_start(world, tmp_path, capsys):
     refs = tmp_path / "refs.json"
     refs.write_text("[]")
@@ -274,6 +289,13 @@ def test_a_whole_model_needs_no_other_folder(run_folder, world, tmp_path, capsys
     assert "from nothing" not in printed and f"loaded {run_folder / 'stage3/step_12'}" in printed
 
 
+def test_a_checkpoint_without_its_config_says_so(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder / "stage3/step_12", tmp_path / "copy")
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"copy: its embeddings are .* config\.json is missing"):
+        load_checkpoint(folder)
+
+
 def test_a_path_of_init_that_is_not_there_is_listed(tmp_path, world):
     flags = toy_run(tmp_path, world / "data", "--stage", 3, "--init", tmp_path / "none")
     assert f"  {tmp_path / 'none'}\n" in preflight(*parse(flags))
@@ -290,6 +312,24 @@ def test_a_runs_folder_stands_for_its_last_stage(run_folder, tmp_path):
     assert find_checkpoint(run_folder) == run_folder / "stage2/step_3"
     (run_folder / "stage3").rmdir()
     (tmp_path / "away").rename(run_folder / "stage3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--tasks pope --tasks mme", "--tasks is given more than once"),
+        ("--tasks pope --panoptic-rule published", "--panoptic-rule is for the sets of openvocab"),
+        ("--tasks pope --one-crowd-per-class", "--one-crowd-per-class is for the sets of"),
+        ("--tasks pope --names a,b", "--names is for the sets of openvocab"),
+    ],
+)
+def test_evaluation_takes_no_flag_that_it_would_not_look_at(
+    run_folder, world, flags, message, capsys
+):
+    flags = ["--checkpoint", run_folder, "--data", world / "data", *flags.split()]
+    with pytest.raises(SystemExit):
+        evaluate_command.parse_options(list(map(str, flags)))
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("out", ["a file", "results of training"])

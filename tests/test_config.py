@@ -155,6 +155,11 @@ def test_the_name_of_a_part_brings_its_architecture_unless_a_field_says_otherwis
         assert getattr(xsam().resolve(**order).model, field) == other
 
 
+def test_an_unknown_stage_is_refused(config):
+    with pytest.raises(ValueError, match=r"stages \[7\]: there are 1, 2, 3"):
+        config.resolve(stages=(7,), max_steps=1)
+
+
 def test_an_unknown_seg_encoder_is_refused_with_those_that_are_known(config):
     with pytest.raises(
         ValueError, match=r"unknown seg_encoder sam-vit-giant; known are sam-vit-ba"

@@ -4,6 +4,7 @@ pytest tests/test_data.py
 """
 
 import dataclasses
+import io
 import itertools
 import json
 import re
@@ -96,6 +97,21 @@ PAIRS = [
     ("Is there a star?", "No, there is no star."),
     ("How many shapes are there?", "There are three shapes."),
 ]
+
+
+def test_a_sample_takes_its_image_as_viewers_show_it():
+    """Whatever its mode, and turned as its masks are; masks have to be booleans."""
+    tag, file = Image.Exif(), io.BytesIO()
+    tag[274] = 6
+    Image.new("L", (32, 24), 9).save(file, "JPEG", exif=tag)
+    for size in ((32, 24), (24, 32)):
+        sample = Sample("a", "chat", Image.open(file), [], np.zeros((0, *size), bool), np.zeros(0))
+        assert (sample.image.height, sample.image.width) == size and sample.image.mode == "RGB"
+    with pytest.raises(ValueError, match=r"a: is 32x24 .* upright, 24x32 as stored, not 9x9"):
+        Sample("a", "chat", Image.open(file), [], np.zeros((0, 9, 9), bool), np.zeros(0))
+    for masks in (np.zeros((1, 32, 24), np.uint8), torch.zeros(1, 32, 24, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="a: its masks are not NumPy booleans; give x > 0"):
+            Sample("a", "chat", Image.open(file), [], masks, np.zeros(1))
 
 
 def test_labels_are_the_answers_and_visual_tokens_stand_once(processor, tokenizer):

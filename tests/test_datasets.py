@@ -931,6 +931,18 @@ def test_gcg_refcocog_two_rings_are_one_mask(tmp_path):
     assert (sample.masks == PARTS[0] | PARTS[1]).all() and sample.sample_id == "gcg_refcocog/77"
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_gcg_photo_is_turned_to_the_size_that_its_masks_tell(tmp_path, told):
+    record = grounded(a_blue_star=grounding(16, 27, PARTS[2]))
+    write_grounded(tmp_path, record | ({"height": 24, "width": 32} if told else {}))
+    tag = Image.Exif()
+    tag[274] = 6
+    path = tmp_path / HA / "train/sa_1.jpg"
+    Image.fromarray(grey(3)).save(path, exif=tag)
+    (sample,) = samples_of(open_dataset("gcg_grandf", tmp_path))
+    assert sample.image.size == SIZE[::-1] and (sample.masks[0] == PARTS[2]).all()
+
+
 # ---- GranD-f: Flickr30k --------------------------------------------------------------------------
 
 FLICKR = f"{GCG}/images/flickr30k/images/train"
@@ -1382,6 +1394,18 @@ def test_llava_pretrain_caption(tmp_path):
     assert sample.turns == [("Render it.", "a red ring")] and shade_of(sample) == 7
 
 
+def test_llava_records_of_videos_are_counted_as_such(tmp_path):
+    videos = [
+        {"id": 1, "video": "v.mp4", "conversations": turns("<image>\nWho?", "You.")},
+        {"id": 2, "videos": ["v.mp4"], "conversations": turns("Who?", "You.")},
+        {"id": 3, "conversations": turns("<video>\nWho?", "You.")},
+        chat_record(4, "coco/train2017/9.jpg", "<image>\n<video> Who?", "You."),
+    ]
+    write_llava(tmp_path, [*CHATS[:1], *videos])
+    dataset = open_dataset("llava_instruct", tmp_path)
+    assert len(dataset) == 1 and +dataset.skipped == {"records of a video": 4}
+
+
 @pytest.mark.parametrize(
     ("named", "lies"),
     [
@@ -1454,6 +1478,26 @@ def test_choices_are_asked_in_a_users_words_the_same_each_time(tmp_path):
     assert asked == [dataset.inputs(index).turns[0][0] for index in range(3)]
     drawn = {dataset.sample(0, rng(seed)).turns[0][0][0] for seed in range(30)}
     assert drawn == {*"XYZ"}
+
+
+def test_a_table_that_was_saved_by_pandas(tmp_path):
+    """ "nan" is no hint and no option, unless it is the right one; "5.0" is index 5."""
+    row = CHOICE | {"index": "5.0", "hint": "nan", "C": "nan", "D": "NaN"}
+    write_tsv(tmp_path, [row, row | {"index": "6.0", "answer": "C"}])
+    dataset = open_dataset("mmbench", tmp_path)
+    assert [dataset.key(index) for index in range(2)] == ["5", "6"]
+    first, second = (sample.turns[0][0].splitlines()[:-1] for sample in samples_of(dataset))
+    assert first == ["Which is red?", "A. the left", "B. the right"]
+    assert second == [*first, "C. nan"]
+
+
+def test_images_of_a_table_as_lists_and_as_browsers_have_them(tmp_path):
+    lines = "\n".join(PICTURE[at : at + 76] for at in range(0, len(PICTURE), 76))
+    images = [f"data:image/png;base64,{PICTURE}", lines, f"['{PICTURE}', '{PICTURE}']"]
+    write_tsv(tmp_path, [CHOICE | {"index": i, "image": image} for i, image in enumerate(images)])
+    dataset = open_dataset("mmbench", tmp_path)
+    assert +dataset.skipped == {"questions about a list of images": 1} and len(dataset) == 2
+    assert all((np.asarray(sample.image) == COLOURS).all() for sample in samples_of(dataset))
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,14 @@ def pairs(rings: list) -> list:
     return [[each[at : at + 2] for at in range(0, len(each), 2)] for each in rings]
 
 
+def points(rings: list) -> list:
+    return [[{"x": x, "y": y} for x, y in ring] for ring in pairs(rings)]
+
+
+def fractions(rings: list) -> list:
+    return [[number / 40 for number in ring] for ring in rings]
+
+
 SAME = {1: [1, 2], 2: [3]}  # the annotations of each image that are objects
 CROWD = "crowd regions (iscrowd 1) without a label"
 BOX = "objects without a mask (a box alone)"
@@ -106,6 +114,9 @@ COCO_FORMAT = "export it in the COCO format"
 WINDOWS = {"left/a.jpg": "images\\left\\a.jpg", "b.jpg": "images\\b.jpg"}
 UP = {"left/a.jpg": "..\\..\\media\\images\\left\\a.jpg", "b.jpg": "..\\..\\media\\images\\b.jpg"}
 HERE = {"left/a.jpg": "/home/me/images/left/a.jpg", "b.jpg": "/home/me/images/b.jpg"}
+
+SPLIT = {"left/a.jpg": "left/a.jpg", "b.jpg": "re\u0301sume\u0301.jpg"}
+QUOTED = {"left/a.jpg": "left/a.jpg", "b.jpg": "r%C3%A9sum%C3%A9.jpg"}
 
 # Exporter, habit, what is changed or the whole file, and what it gives: objects by image, with what
 # is counted; or what is said when the set is opened.
@@ -244,6 +255,17 @@ HABITS: list[tuple] = [
         SAME,
     ),
     ("Supervisely", "its own file", {"size": {}, "objects": []}, f"Supervisely.*{COCO_FORMAT}"),
+    ("V7", "corners as x and y", every("segmentation", points), SAME),
+    ("geopandas", "a multipolygon", every("segmentation", lambda r: [[[pairs(r)[0]]]]), SAME),
+    (
+        "rasterio",
+        "sizes as text",
+        of(1, segmentation=[rle(*BOXES[1]) | {"size": ["24", "32"]}]),
+        SAME,
+    ),
+    ("YOLO", "fractions", every("segmentation", fractions), "corners are fractions of the image"),
+    ("pandas", "accents of macOS", every("file_name", SPLIT.get, of="images"), SAME),
+    ("URLs", "names of the web", every("file_name", QUOTED.get, of="images"), SAME),
     ("Datumaro", "its own file", {"info": {}, "items": []}, f"Datumaro.*{COCO_FORMAT}"),
     (
         "pandas",
@@ -321,7 +343,7 @@ HABITS: list[tuple] = [
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    for name in ("images/left/a.jpg", "images/b.jpg"):
+    for name in ("images/left/a.jpg", "images/b.jpg", "images/r\xe9sum\xe9.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (WIDTH, HEIGHT), (9 * len(name), 0, 0)).save(tmp_path / name)
     return tmp_path

@@ -312,6 +312,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
     [
         (POINTER, "git-LFS pointer.*git lfs pull"),
         (b"<html>not found</html>", "web page.*fetch it again"),
+        (b"", "it is empty"),
+        (b"../../other/a.jpg", r"link that was not restored, to \.\./\.\./other/a\.jpg"),
         (b"\xef\xbb\xbf\r\n<!DOCTYPE HTML><title>Log in", "web page.*fetch it again"),
     ],
 )
@@ -567,6 +569,10 @@ def test_tables(tmp_path):
         ("a.jpg", "a.JPG"),
         ("left/A.PNG", "left/A.png"),
         ("../other/a.jpg", "../other/a.jpg"),
+        ("caf\u00e9.jpg", "cafe\u0301.jpg"),
+        ("cafe\u0301.JPG", "caf\u00e9.jpg"),
+        ("a%20photo.jpg", "a photo.jpg"),
+        ("a.jpg", "a.Jpg"),
     ],
 )
 def test_a_file_is_found_by_the_name_that_an_annotation_has(tmp_path, name, lies):

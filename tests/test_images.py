@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter, PngImagePlugin
+import torch
+from PIL import Image, ImageDraw, ImageFilter, PngImagePlugin
 
 from xsam.datasets.formats import encode_mask
 from xsam.datasets.referring import OwnReferring
@@ -174,6 +175,29 @@ def test_levels_beyond_a_depth_are_shown_from_the_lowest_to_the_highest():
     assert not np.asarray(viewed(np.zeros((3, 4), np.float32))).any()
 
 
+MEASURED = {  # lowest and highest level, and what there is beside them
+    "kelvin": (270, 310, np.float32, ()),
+    "reflectance": (0, 1.2, np.float32, ()),
+    "an overshoot": (0, 1.0001, np.float32, ()),
+    "metres": (0.5, 8, np.float32, ()),
+    "counts": (0, 3000, np.float32, ()),
+    "heights with no data": (100, 900, np.float32, (-9999,)),
+    "depths with no data": (0, 900, np.float32, (-3.4e38,)),
+    "thermal camera": (29000, 31000, np.uint16, ()),
+    "thermal camera with a black frame": (29000, 31000, np.uint16, (0,)),
+    "dark sensor": (0, 300, np.uint16, ()),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_measurements_are_shown_over_their_own_range(name):
+    low, high, dtype, others = MEASURED[name]
+    ramp = np.linspace(low, high, 60).astype(dtype)
+    shown = np.asarray(viewed(np.array([*ramp, *others], dtype)[None]))[0, :, 0].astype(int)
+    assert np.abs(shown[:60] - np.linspace(0, 255, 60)).max() < 2
+    assert not shown[60:].any()
+
+
 def test_what_is_transparent_is_on_white(tmp_path):
     colours = np.zeros((4, 6, 4), np.uint8)
     colours[..., 0], colours[:2, :, 3], colours[2, :, 3] = 200, 255, 128
@@ -280,6 +304,8 @@ def soft(image: Image.Image, blur: float = 1.0) -> Image.Image:
 
 SHADES = np.asarray(soft(Image.fromarray(DISC).convert("L")))
 CUTOUT = np.dstack([rng(5).integers(0, 256, (41, 41, 3), dtype=np.uint8), DISC * np.uint8(255)])
+
+
 INSIDE = {
     **{f"{kind.__name__} 1": DISC.astype(kind) for kind in (bool, np.uint8, np.int64, np.float32)},
     "128": DISC * np.uint8(128),
@@ -300,6 +326,9 @@ INSIDE = {
     "VOC, a cream object": voc(255 * DISC),
     "VOC in colours": voc(DISC + 255 * RIM).convert("RGB"),
     "class map with void": (DISC * 7 + RIM * 255).astype(np.uint8),
+    "paper that is not quite black": np.where(DISC, 254, 2).astype(np.uint8),
+    "a tensor": torch.tensor(DISC, dtype=torch.bfloat16).requires_grad_(),
+    "beyond 31 bits": DISC * np.uint32(2**32 - 1),
     "soft red": Image.merge("RGB", [Image.fromarray(SHADES), *[Image.new("L", (41, 41))] * 2]),
 }
 
@@ -321,9 +350,22 @@ def test_shades_are_an_edge(tmp_path):
     assert (read_region(tmp_path / "x.png", (200, 200)) == (levels > 128)).all()
 
 
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (255, 255, 255)])
+@pytest.mark.parametrize("width", [2, 5, 9])
+def test_a_stroke_that_was_saved_as_jpeg_is_inside_without_the_noise_around_it(colour, width):
+    picture, file = Image.new("RGB", (640, 480)), io.BytesIO()
+    ImageDraw.Draw(picture).line([(50, 50), (300, 400), (600, 100)], fill=colour, width=width)
+    picture.save(file, "JPEG", quality=75)
+    noisy = np.asarray(Image.open(file)).any(axis=2)
+    stroke = np.asarray(picture).any(axis=2)
+    assert noisy.sum() > 1.5 * stroke.sum()
+    assert abs(foreground(Image.open(file)).sum() / stroke.sum() - 1) < 0.1
+
+
 AMBIGUOUS = {
     "class numbers": DISC + 2 * OTHER,
     "class numbers and void": DISC + 2 * OTHER + 255 * RIM,
+    "white on a grey that could be a class": np.where(DISC, 255, 3),
     "greys": DISC * 85 + 170 * OTHER,
     "a trimap": DISC * 255 + RIM * 128,
     "colours": voc(DISC + 2 * OTHER).convert("RGB"),

@@ -357,6 +357,24 @@ def test_labelme_shapes_without_an_outline_are_told_by_their_kind(tmp_path, kind
         open_dataset("reasonseg_val", tmp_path)
 
 
+@pytest.mark.parametrize("is_upright", [True, False])
+def test_labelme_says_of_which_size_its_image_is(tmp_path, is_upright):
+    folder = tmp_path / LISA / "val"
+    folder.mkdir(parents=True)
+    write_reason(folder, "a", "what?", 1, POLYGON)
+    tag = Image.Exif()
+    tag[274] = 6
+    Image.new("RGB", (32, 24)).save(folder / "a.jpg", exif=tag)  # 24 wide where it is shown
+    record = json.loads((folder / "a.json").read_text())
+    height, width = (32, 24) if is_upright else (24, 32)
+    write(folder / "a.json", record | dict(imageHeight=height, imageWidth=str(width)))
+    (sample,) = samples_of("reasonseg_val", tmp_path)
+    assert sample.image.size == (width, height) and sample.masks.sum() == 121
+    write(folder / "a.json", record | dict(imageHeight=48, imageWidth=64))
+    with pytest.raises(ValueError, match=r"a\.jpg: is 32x24 .* 24x32 as stored, not 48x64"):
+        list(samples_of("reasonseg_val", tmp_path))
+
+
 def test_labelme_says_which_image_it_is_about(tmp_path):
     folder = tmp_path / LISA / "val"
     folder.mkdir(parents=True)

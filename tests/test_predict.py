@@ -91,6 +91,15 @@ def test_out_is_a_path_in_any_folder(segmentor, image, tmp_path, out, stem):
     assert json.loads((tmp_path / f"{stem}.json").read_text())
 
 
+def test_chat_writes_what_it_is_told_to(checkpoint, image, tmp_path, capsys):
+    arguments = ["--checkpoint", checkpoint, "--image", image]
+    assert run("chat", "what is it?", *arguments) == 0
+    assert sorted(image.parent.glob(f"{image.stem}*")) == [image]
+    assert run("chat", "what is it?", *arguments, "--out", tmp_path / "said") == 0
+    answer = json.loads((tmp_path / "said.json").read_text())["answer"]
+    assert answer and answer in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("out", ["drawing.jpg/answer", "taken"])
 def test_an_out_that_cannot_be_is_told_before_the_model_is_read(image, tmp_path, capsys, out):
     (tmp_path / "taken.png").mkdir()

@@ -185,6 +185,8 @@ def test_what_stands_in_for_a_file_of_a_tokenizer_is_named(folder, content, abou
             with pytest.raises(ValueError, match=rf"{name}: .*{about}"):
                 read_tokenizer(folder)
             path.write_bytes(before)
+    (folder / "done.txt").touch()  # what else lies there does not matter
+    (folder / "old.json").mkdir(exist_ok=True)
     assert len(read_tokenizer(folder))
 
 
@@ -197,7 +199,7 @@ def test_a_file_of_words_that_is_cut_short_or_missing_is_named(folder):
             read_tokenizer(folder)
         assert "tiktoken" not in str(caught.value)
     path.unlink()
-    with pytest.raises(ValueError, match=f"{folder.name}: (its tokenizer has no words|no token)"):
+    with pytest.raises(ValueError, match="has no words|which has its words, is missing"):
         read_tokenizer(folder)
     with pytest.raises(ValueError, match=r"absent: .*no such folder"):
         read_tokenizer(folder / "absent")

@@ -277,6 +277,8 @@ def test_what_may_be_missing_stays_and_is_told(tmp_path):
     entries = stored({"1.weight": torch.ones(2, 4)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"missing: 1\.bias"):
         load_tensors(module, entries, "x", allow_missing=("0.",))
+    with pytest.raises(ValueError, match=r"no tensor of the model begins with 'llm\.'"):
+        load_tensors(module, entries, "x", allow_missing=("0.", "1.bias", "llm."))
     line = load_tensors(module, entries, "x", allow_missing=("0.", "1.bias"))
     assert "3 missing, as allowed: 0.bias, 0.weight, 1.bias" in line
     assert same(snapshot(module), before | {"1.weight": torch.ones(2, 4)})
