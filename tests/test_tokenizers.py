@@ -199,7 +199,7 @@ def test_a_file_of_words_that_is_cut_short_or_missing_is_named(folder):
             read_tokenizer(folder)
         assert "tiktoken" not in str(caught.value)
     path.unlink()
-    with pytest.raises(ValueError, match="has no words|which has its words, is missing"):
+    with pytest.raises(ValueError, match=r"has no words|which has its words, is missing"):
         read_tokenizer(folder)
     with pytest.raises(ValueError, match=r"absent: .*no such folder"):
         read_tokenizer(folder / "absent")

@@ -361,6 +361,14 @@ def save_pretrained(
         model.tokenizer.save_pretrained(folder)
 
 
+def _published_config(changes: dict, tokenizer: Path | str | None) -> Config:
+    """The full preset with what a generation changes, and the language model of a folder."""
+    config = xsam().resolve(**changes)
+    if not tokenizer or not (Path(tokenizer) / CONFIG_FILE).is_file():
+        return config
+    return complete_architecture(config.resolve(llm_config={}), "llm", Path(tokenizer))
+
+
 def stored_stage(path: Path) -> int | None:
     """The stage of a checkpoint of ours; None for a published one, which does not say."""
     path = find_checkpoint(path)
@@ -390,18 +398,13 @@ def load_checkpoint(
     does not fit.
     """
     path = find_checkpoint(Path(path))
+    stored = list_tensors(path)
     if (path / CONFIG_FILE).is_file():
         header = read_header(path)
         stage, config = header["stage"], config or header["config"]
-        stored = list_tensors(path)
     else:
-        stored = list_tensors(path)
         stage, generation, changes = read_published(stored, path)
-        if config is None:
-            config = xsam().resolve(**changes)
-            if tokenizer and (Path(tokenizer) / CONFIG_FILE).is_file():
-                unknown = config.resolve(llm_config={})
-                config = complete_architecture(unknown, "llm", Path(tokenizer))
+        config = config or _published_config(changes, tokenizer)
         report(f"{path}: a published checkpoint of stage {stage}, {generation} generation")
     if stage == 2:
         raise ValueError(f"{path}: stage 2 holds the projectors alone; give a stage 1 or 3")
