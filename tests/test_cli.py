@@ -92,7 +92,9 @@ def toy_run(out: Path, data: Path, *flags: object) -> list[str]:
         ("--stage 1 --epochs 0", "epochs is 0.0"),
         ("--stage 1 --keep_checkpoints 0", "keep_checkpoints is 0"),
         ("--stage 1 --weight_decay nan", "weight_decay is nan"),
-        ("--stage 1 --max_steps -1", "max_steps is -1; it has to be 0 or more"),
+        ("--stage 1 --max_steps 5 --max_steps -1", "max_steps is -1; it has to be 0 or more"),
+        ("--stage 1 --out a --out b", "--out is given more than once"),
+        ("--stage 1 --datasets a --datasets=b", "--datasets is given more than once"),
         ("--stage 1 --overlap_threshold 1.5", "overlap_threshold is 1.5; it is 1 at most"),
         (
             "--stage 1 --connector_layers 2,3,5",

@@ -187,7 +187,7 @@ def count(text: str) -> int:
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in a line, once for all ranks of a machine, and takes no flag twice, of
-    which one would be lost."""
+    which one would be lost; but of a field with one value the last counts, as scripts expect."""
 
     def parse_known_args(self, args=None, namespace=None):
         for stream in (sys.stdout, sys.stderr):  # of a terminal or file without all letters
@@ -196,8 +196,9 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else list(args)
         given = Counter(arg.partition("=")[0] for arg in map(str, args))
         for action in self._actions:
-            is_list = isinstance(action, argparse._AppendAction)
-            if not is_list and sum(given[flag] for flag in action.option_strings) > 1:
+            is_field = action.default is argparse.SUPPRESS and "," not in (action.metavar or "")
+            may_repeat = is_field or isinstance(action, argparse._AppendAction)
+            if not may_repeat and sum(given[flag] for flag in action.option_strings) > 1:
                 self.error(f"{'/'.join(action.option_strings)} is given more than once")
         return super().parse_known_args(args, namespace)
 

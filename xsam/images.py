@@ -120,8 +120,8 @@ def viewed(picture: Picture, size: Shape | None = None, where: str = "image") ->
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-    return image
+        is_plain = type(image) is Image.Image and image.mode == "RGB"
+    return image if is_plain else image.convert("RGB")
 
 
 def _as_image(picture: Picture, where: str) -> Image.Image:

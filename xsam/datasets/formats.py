@@ -154,8 +154,6 @@ def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list[float]:
         corners = np.array(np.nan)
     if np.isnan(corners).any():
         raise ValueError(f"{where}: a polygon holds something that is no number")
-    if (np.abs(corners) <= 1).all() and (corners % 1).any():
-        raise ValueError(f"{where}: a polygon's corners are fractions of the image; give pixels")
     if not (np.abs(corners) <= 2 * max(size)).all():
         raise ValueError(f"{where}: a polygon lies outside its image of {list(size)}")
     return corners.tolist()

@@ -154,7 +154,7 @@ class Instances(Generic):
     whatever a model finds in them is wrong."""
 
     def index_images(self, images: dict[Id, dict], annotations: list) -> None:
-        by_image, seen = defaultdict(list), set()
+        by_image, seen, are_fractions = defaultdict(list), set(), True
         for index, record in enumerate(annotations):
             with self.record():
                 name = label(record, "id", "annotation {}", f"annotations[{index}]")
@@ -173,6 +173,9 @@ class Instances(Generic):
                     raise ValueError(f"{where}: image {instance.image_id!r} is not in its images")
                 self.skipped["crowd regions (iscrowd 1) without a label"] += instance.iscrowd
                 by_image[instance.image_id].append(instance)
+                are_fractions = are_fractions and all(map(_is_fraction, parts))
+        if by_image and are_fractions:
+            raise ValueError(f"{self.annotations}: corners are fractions of the image; give pixels")
         is_scored = self.source.split == "val"
         for number, image in images.items():
             if not is_scored and all(instance.iscrowd for instance in by_image[number]):
@@ -207,6 +210,12 @@ class Instances(Generic):
         ignore = crowd.reshape(-1, *size).any(axis=0) & ~masks.any(axis=0)
         classes = [category for category, _ in shown]
         return self.make(self.records[index][0], picture, masks, classes, ignore, rng)
+
+
+def _is_fraction(ring: list | dict) -> bool:
+    """Whether a polygon lies within the first pixel, as of exporters that count from 0 to 1."""
+    numbers = ring if isinstance(ring, list) else [2]
+    return all(isinstance(number, int | float) and abs(number) <= 1 for number in numbers)
 
 
 class Semantic(Generic):
