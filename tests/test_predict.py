@@ -91,6 +91,39 @@ def test_out_is_a_path_in_any_folder(segmentor, image, tmp_path, out, stem):
     assert json.loads((tmp_path / f"{stem}.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("request_", "out", "read"),
+    [
+        (["panoptic"], "sub/../drawing", "drawing.png"),
+        (["panoptic", "--things", "names.json"], "names", "names.json"),
+        (["vgd", "--region", "mark.png"], "mark", "mark.png"),
+        (["gcg"], "labelme.json", "labelme.json"),
+        (["gcg"], "list", "list.json"),
+    ],
+)
+def test_nothing_that_is_read_or_of_another_program_is_written_over(
+    checkpoint, image, tmp_path, monkeypatch, capsys, request_, out, read
+):
+    monkeypatch.chdir(tmp_path)
+    Path("sub").mkdir()
+    image = image.rename("drawing.png")
+    Image.new("L", Image.open(image).size, 255).save("mark.png")
+    Path("names.json").write_text('["ring"]')
+    Path("labelme.json").write_text('{"shapes": []}')
+    Path("list.json").write_text('{"answer": 1}')
+    before = Path(read).read_bytes()
+    arguments = ["--checkpoint", checkpoint, "--image", image, "--out", out]
+    for _ in range(2):  # what it wrote itself it writes again
+        assert run(*request_, *arguments) == 0
+    assert Path(read).read_bytes() == before
+    stem = out.removesuffix(".json")
+    written = capsys.readouterr().out.split()[-2:]
+    assert written == [f"{stem}_{request_[0]}.png", f"{stem}_{request_[0]}.json"]
+    taken = Path(f"{stem}_{request_[0]}.json")
+    taken.write_text("{}")
+    assert run(*request_, *arguments) == 2 and taken.read_text() == "{}"
+
+
 def test_chat_writes_what_it_is_told_to(checkpoint, image, tmp_path, capsys):
     arguments = ["--checkpoint", checkpoint, "--image", image]
     assert run("chat", "what is it?", *arguments) == 0
@@ -164,10 +197,6 @@ def test_a_photo_is_segmented_upright_unless_its_region_is_of_the_stored_pixels(
             "drawing.png: is 60x90 (height x width), not 7x9 as",
         ),
         (["refer", "the ring", "--checkpoint", "{stage1}"], "a stage-1 checkpoint has no language"),
-        (["refer", "the ring", "--out", "{stem}"], "drawing.png would be replaced, which is read"),
-        (["panoptic", "--things", "{names}", "--out", "{names}"], "names.json would be replaced"),
-        (["vgd", "--region", "{mark}", "--out", "{mark}"], "mark.png would be replaced"),
-        (["gcg", "--out", "{labelme}"], "labelme.json is of another program"),
         (["gcg", "--panoptic-rule", "published"], "--panoptic-rule is for task panoptic"),
         (["gcg", "--out", "x" * 300], "File name too long"),
         (["gcg", "--device", "cpu", "--device", "cpu"], "--device is given more than once"),
@@ -178,15 +207,10 @@ def test_a_request_is_checked_before_a_model_is_loaded(
 ):
     monkeypatch.setattr(predict_command, "load_checkpoint", None)
     Image.new("L", (9, 7), 255).save(tmp_path / "small.png")
-    Image.new("L", Image.open(image).size, 255).save(tmp_path / "mark.png")
     save_checkpoint(tmp_path / "stage1", segmentor, segmentor.config, None, 1, 5, {})
     image = image.rename(tmp_path / "drawing.png")
-    (tmp_path / "names.json").write_text('["ring"]')
-    (tmp_path / "labelme.json").write_text('{"shapes": []}')
-    names = {"small": "small.png", "stage1": "stage1", "names": "names.json", "mark": "mark.png"}
-    names |= {"stem": "sub/../drawing", "labelme": "labelme"}
+    names = {"small": "small.png", "stage1": "stage1"}
     words = {word: tmp_path / name for word, name in names.items()}
-    (tmp_path / "sub").mkdir()
     task, *others = (each.format(**words) for each in request_)
     if "--checkpoint" not in others:
         others += ["--checkpoint", checkpoint]

@@ -29,6 +29,9 @@ from xsam.names import read_names
 from xsam.postprocess import SHOWN_SCORE
 
 
+OUTPUT = {"answer": "", "segments": []}  # of SegmentationResult.to_dict
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m xsam.predict",
@@ -73,21 +76,23 @@ def read_pictures(
 
 
 def output_files(options: argparse.Namespace) -> list[Path]:
-    """The picture and the JSON to write. Raises ValueError where they cannot be."""
+    """The picture and the JSON to write: under another name, with the task's at its end, where that
+    would replace what is read or another program's JSON. Raises ValueError where they cannot be."""
     stem, name = options.out, f"{options.image.stem}_{options.task}"
     if stem is None or stem.is_dir():
         stem = (stem or options.image.parent) / name
     stem = str(stem).removesuffix(".png").removesuffix(".json")
-    paths = [Path(f"{stem}{suffix}") for suffix in (".png", ".json")]
     given = options.image, options.region_image, *options.region, options.things, options.stuff
     inputs = [Path(path).resolve() for path in given if path]
-    for path in paths:
-        check_target(path)
-        if path.resolve() in inputs:
-            raise ValueError(f"{path} would be replaced, which is read; name another --out")
-    if paths[1].exists() and read_json(paths[1], dict).keys() != {"answer", "segments"}:
-        raise ValueError(f"{paths[1]} is of another program; name another --out")
-    return paths
+    for name in (stem, f"{stem}_{options.task}"):
+        paths = [Path(f"{name}{suffix}") for suffix in (".png", ".json")]
+        for path in paths:
+            check_target(path)
+        there = read_json(paths[1]) if paths[1].exists() else OUTPUT
+        is_ours = isinstance(there, dict) and there.keys() == OUTPUT.keys()
+        if is_ours and not {path.resolve() for path in paths} & {*inputs}:
+            return paths
+    raise ValueError(f"{paths[0]} or {paths[1]} is read, or of another program: name another --out")
 
 
 def read_request(options: argparse.Namespace) -> dict[str, Any]:
