@@ -28,7 +28,6 @@ from xsam.inference import REQUESTS, check_request, load_checkpoint, predict, st
 from xsam.names import read_names
 from xsam.postprocess import SHOWN_SCORE
 
-
 OUTPUT = {"answer": "", "segments": []}  # of SegmentationResult.to_dict
 
 
