@@ -272,8 +272,15 @@ def is_pairs(part) -> bool:
     return bool(pairs) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
 
 
+def told_by(mask) -> tuple | None:
+    """The size of the image of a mask that is an RLE, or has one among its parts."""
+    rles = [part for part in (mask if isinstance(mask, list) else [mask]) if isinstance(part, dict)]
+    return tuple(whole(side) for side in rles[0]["size"]) if rles else None
+
+
 def check_rle(record: dict, size: tuple[int, int]) -> None:
-    need(record["size"] == list(size), "an RLE of the image's size")
+    need(isinstance(record["size"], list), "a size")
+    need([whole(side) for side in record["size"]] == list(size), "an RLE of the image's size")
     counts = record["counts"]
     runs = counts if isinstance(counts, list) else unpack(counts)
     runs = [whole(run) for run in runs]
@@ -530,7 +537,7 @@ def own_case() -> Case:
     def check(files: Files, source: Source) -> None:
         for record in files.read("own.json", list):
             masks, texts = record["masks"], record["texts"]
-            told = [mask["size"] for mask in masks if isinstance(mask, dict)]
+            told = [told_by(mask) for mask in masks if told_by(mask)]
             told += [files.image("images", m).size[::-1] for m in masks if isinstance(m, str)]
             image = files.image("images", record["image"], tuple(told[0]) if told else None)
             need(isinstance(masks, list) and isinstance(texts, list), "lists")
@@ -616,6 +623,7 @@ def check_caption(files: Files, caption: str, spans: list, paths: list[str], siz
         text(caption)
         for span in kept:
             text(caption[span[0] : span[1]])
+        size = size or next(filter(None, (told_by(span[2]) for span in kept)), None)
         image = files.image("images", paths if len(paths) > 1 else paths[0], size)
         for span in kept:
             check_mask(span[2], image.size[::-1])
@@ -956,7 +964,8 @@ def table_case() -> Case:
             need(bool(row["index"].strip()), "an index")
             image = row["image"]
             image = image if len(image) >= 64 else stored[image]
-            content = base64.b64decode(image, validate=True)
+            image = image.removeprefix("data:").split(";base64,")[-1]
+            content = base64.b64decode("".join(image.split()), validate=True)
             Image.open(io.BytesIO(content)).load()
             options = [letter for letter in "ABCDEFGH" if (row.get(letter) or "").strip()]
             for name in ["question", "answer", *options]:

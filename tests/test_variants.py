@@ -682,11 +682,11 @@ def test_an_unknown_segmentation_encoder_is_refused(capsys):
 def test_a_flag_wins_over_what_a_name_brings():
     """Wherever it stands."""
     for flags in (
-        ["--seg_encoder", "sam-vit-base", "--seg_depth", "5"],
-        ["--seg_depth", "5", "--seg_encoder", "sam-vit-base"],
+        ["--seg_encoder", "sam-vit-base", "--seg_depth", "15"],
+        ["--seg_depth", "15", "--seg_encoder", "sam-vit-base"],
     ):
         model = parsed(*flags)
-        assert (model.seg_depth, model.seg_dim) == (5, 768)
+        assert (model.seg_depth, model.seg_dim) == (15, 768)
     assert parsed("--decoder", "sam", "--decoder_layers", "3").decoder_layers == 3
     model = parsed("--llm", "Qwen3-1.7B", "--llm_config", '{"model_type": "llama"}')
     assert model.llm_config == {"model_type": "llama"}

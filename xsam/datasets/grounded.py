@@ -75,7 +75,7 @@ class Gcg(Dataset):
         image_id, files, size, text, spans, ignored = self.records[index]
         where = f"{self.annotations}: image {image_id}"
         told = (told_size(span.segmentation) for span in spans)  # where the record tells none
-        picture = read_image(find_file(self.images, *files), size or next(told))
+        picture = read_image(find_file(self.images, *files), size or next(filter(None, told), None))
         size = picture.height, picture.width
         masks = np.stack([decode_mask(span.segmentation, size, where) for span in spans])
         ignore = None
