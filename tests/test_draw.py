@@ -1,5 +1,7 @@
 """Pictures: only the segments' own pixels change, labels stay inside, odd input still draws."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
@@ -180,6 +182,27 @@ def test_a_long_word_is_broken_and_a_thin_picture_has_room_for_words():
         masks = np.ones((1, *size), bool)
         picture = draw_segments(photograph(*size[::-1]), masks, ["a cat"], title="a cat sat here")
         assert picture.height < size[0] + 600
+
+
+@pytest.mark.parametrize("joint", ["\u200b", "\ufeff", "\u00ad", "\u200d", "\u2060"])
+def test_what_joins_letters_is_not_drawn(joint):
+    image, masks = photograph(500, 300), np.ones((1, 300, 500), bool)
+    plain = draw_segments(image, masks, ["cat dog"], title="cat dog")
+    joined = draw_segments(image, masks, [f"cat{joint} dog"], title=f"{joint}cat dog")
+    assert joined.tobytes() == plain.tobytes()
+
+
+def test_a_picture_is_drawn_as_viewers_show_it():
+    """Turned as its masks are; a file of any mode, and an array."""
+    tag, file = Image.Exif(), io.BytesIO()
+    tag[274] = 6
+    photograph(300, 500).convert("L").save(file, "PNG", exif=tag)
+    for size in ((300, 500), (500, 300)):
+        masks = np.zeros((1, *size), bool)
+        assert draw_segments(Image.open(file), masks, ["a"]).size == size[::-1]
+    levels = np.asarray(photograph(300, 500)).astype(np.uint16)
+    drawn = draw_segments(levels, np.zeros((0, *levels.shape[:2]), bool), [])
+    assert (np.asarray(drawn) == levels).all()
 
 
 def test_wrong_masks_are_refused():
