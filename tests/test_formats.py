@@ -313,7 +313,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         (POINTER, "git-LFS pointer.*git lfs pull"),
         (b"<html>not found</html>", "web page.*fetch it again"),
         (b"", "it is empty"),
-        (b"../../other/a.jpg", r"link that was not restored, to \.\./\.\./other/a\.jpg"),
+        (b"../../Other/A.jpg", r"link that was not restored, to \.\./\.\./Other/A\.jpg"),
         (b"\xef\xbb\xbf\r\n<!DOCTYPE HTML><title>Log in", "web page.*fetch it again"),
     ],
 )

@@ -11,28 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter, PngImagePlugin
+from test_formats import RINGS, SIZE, rng, two_parts
 
 from xsam.datasets.formats import encode_mask
 from xsam.datasets.referring import OwnReferring
 from xsam.datasets.sources import Source
 from xsam.images import foreground, read_image, read_image_size, read_region, viewed
-
-SIZE = (9, 14)
-
-
-def rng(*seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed or 0)
-
-
-def two_parts() -> np.ndarray:
-    mask = np.zeros(SIZE, bool)
-    mask[1:4, 2:8] = mask[6:9, 9:14] = True
-    return mask
-
-
-# The same two rectangles, as outlines along the pixel edges.
-RINGS = [[2, 1, 8, 1, 8, 4, 2, 4], [9, 6, 14, 6, 14, 9, 9, 9]]
-
 
 # ---- images --------------------------------------------------------------------------------------
 

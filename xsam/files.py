@@ -28,12 +28,12 @@ def cause_of(error: Exception | str, path: Any) -> str:
     if not (isinstance(path, Path) and is_file(path)):
         return str(error)
     with contextlib.suppress(OSError), path.open("rb") as file:
-        start = file.read(99).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+        start = file.read(500).removeprefix(b"\xef\xbb\xbf").lstrip()
         if not start:
             return "it is empty: fetch it again"
         if re.fullmatch(rb"\.\.?/[\x20-\x7e]+", start):
             return f"it is a link that was not restored, to {start.decode()}: copy that file here"
-        abouts = (about for sign, about in _STAND_INS.items() if start.startswith(sign))
+        abouts = (about for sign, about in _STAND_INS.items() if start.lower().startswith(sign))
         return next(abouts, str(error))
     return str(error)
 

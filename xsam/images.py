@@ -121,7 +121,7 @@ def viewed(picture: Picture, size: Shape | None = None, where: str = "image") ->
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         is_plain = type(image) is Image.Image and image.mode == "RGB"
-    return image if is_plain else image.convert("RGB")
+        return image if is_plain else image.convert("RGB")
 
 
 def _as_image(picture: Picture, where: str) -> Image.Image:
@@ -153,11 +153,12 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     below all others is no data. What is not a number is black."""
     if values.dtype == np.uint8:
         return values
-    used = np.unique(values[np.isfinite(values)]).astype(np.float64)
-    used = used if len(used) else np.zeros(1)
-    if len(used) > 2 and used[1] - used[0] > 4 * (used[-1] - used[1]):
-        used = used[1:]
-    low, high = used[[0, -1]]
+    finite = values[np.isfinite(values)].astype(np.float64)
+    finite = finite if finite.size else np.zeros(1)
+    low, high = finite.min(), finite.max()
+    second = finite[finite > low].min(initial=high)
+    if second - low > 4 * (high - second) > 0:
+        low = second
     whites = (1, 255) if values.dtype.kind in "bf" else (255, 4095, 65535)
     white = next((white for white in whites if low >= 0 and high <= white), None)
     if white is None or (white != whites[0] and low < high < low + white / 8):

@@ -242,8 +242,9 @@ class XSAM(nn.Module):
             side = math.isqrt(image_tokens.shape[1])
             grid = image_tokens.unflatten(1, (side, side))
         visual_tokens = torch.cat(visual_tokens, dim=1)
-        if any(sample.is_text for sample in batch.samples):  # embed fills the rows that have places
-            visual_tokens = visual_tokens[[not sample.is_text for sample in batch.samples]]
+        is_shown = [not sample.is_text for sample in batch.samples]
+        if not all(is_shown):  # embed fills the rows that have places
+            visual_tokens = visual_tokens[is_shown]
         regions = sample_regions(
             grid,
             batch.region_points,

@@ -19,8 +19,7 @@ from xsam.prompts import check_words, choice_question
 
 SHORTEST_IMAGE = 64  # characters; what is shorter is the index of another row
 
-
-NO_TEXT = ("", "nan", "NaN", "N/A", "<NA>")  # in a table, for what is absent
+NO_TEXT = ("nan", "NaN", "N/A", "<NA>")  # in a table, for what is absent
 
 YES_NO = ("pope", "mme")  # benchmarks of questions that ask for it
 
@@ -30,8 +29,9 @@ NO_IMAGE = (64, 64)  # width and height of the black image of a text, as any oth
 def conversation(sample_id: str, image: Image.Image | None, turns: list, image_id: str) -> Sample:
     is_text, image = image is None, image or Image.new("RGB", NO_IMAGE)
     masks, labels = np.zeros((0, image.height, image.width), bool), np.zeros(0, np.int64)
-    about = dict(image_id=image_id, is_text=is_text)
-    return Sample(sample_id, "chat", image, turns, masks, labels, **about)
+    return Sample(
+        sample_id, "chat", image, turns, masks, labels, image_id=image_id, is_text=is_text
+    )
 
 
 class Llava(Dataset):
@@ -107,8 +107,8 @@ class Benchmark(Dataset):
         rows = read_tsv(self.annotations)
         for row in rows:  # pandas saves whole numbers with a point
             row["index"] = row.get("index", "").removesuffix(".0")
-        images = {row.get("index", ""): row.get("image", "") for row in rows}
-        num_rows = Counter(row.get("index") for row in rows)
+        images = {row["index"]: row.get("image", "") for row in rows}
+        num_rows = Counter(row["index"] for row in rows)
         for number, row in enumerate(rows):
             with self.record():
                 for key in ("index", "question", "answer"):
