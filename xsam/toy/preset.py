@@ -51,8 +51,8 @@ def toy_model() -> ModelConfig:
     """Sizes of the three pretrained models, the connector and the decoder."""
     return ModelConfig(
         seg_encoder="sam-vit-toy",
-        seg_image_size=128, seg_patch_size=8, seg_dim=64, seg_depth=4, seg_heads=2,
-        seg_mlp_dim=192, seg_window_size=8, seg_global_blocks=(1, 3), seg_neck_dim=32,
+        seg_image_size=96, seg_patch_size=8, seg_dim=64, seg_depth=4, seg_heads=2,
+        seg_mlp_dim=192, seg_window_size=6, seg_global_blocks=(1, 3), seg_neck_dim=32,
         image_encoder="siglip2-toy",
         image_encoder_config=dict(
             model_type="siglip_vision_model", hidden_size=64, num_hidden_layers=3,
@@ -60,8 +60,9 @@ def toy_model() -> ModelConfig:
         ),
         llm="phi3-toy",
         llm_config=dict(
-            model_type="phi3", vocab_size=512, hidden_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=4, intermediate_size=256,
+            model_type="phi3", vocab_size=768, hidden_size=96, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, intermediate_size=192,
+            initializer_range=0.1, tie_word_embeddings=True,
             max_position_embeddings=512, original_max_position_embeddings=512,
             pad_token_id=0, bos_token_id=1, eos_token_id=2,
         ),

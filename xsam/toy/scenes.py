@@ -37,13 +37,13 @@ COLORS = {
     "white": (246, 246, 246),
 }
 
-RADII = {"small": (14.0, 17.0), "large": (23.0, 30.0)}  # pixels
+RADII = {"small": (11.0, 14.0), "large": (18.0, 23.0)}  # pixels
 
-TINY_RADIUS = (4.0, 5.0)  # members of a crowd
+TINY_RADIUS = (3.5, 4.5)  # members of a crowd
 
-IMAGE_SIZES = ((128, 128), (128, 104), (104, 128), (128, 112), (112, 128))  # (H, W)
+IMAGE_SIZES = ((96, 96), (96, 80), (80, 96), (96, 88), (88, 96))  # (H, W)
 
-MARGIN = 40
+MARGIN = 32
 
 MIN_VISIBLE = 0.55  # share of its own area that every thing keeps
 
@@ -127,7 +127,9 @@ class Scene:
 # ---- drawing -------------------------------------------------------------------------------------
 
 
-def draw_scene(rng: Generator, has_crowd: bool = False, most_things: int = 4) -> Scene:
+def draw_scene(
+    rng: Generator, has_crowd: bool = False, least_things: int = 2, most_things: int = 4
+) -> Scene:
     height, width = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
     inside = np.s_[MARGIN : MARGIN + height, MARGIN : MARGIN + width]
     canvas = np.zeros((height + 2 * MARGIN, width + 2 * MARGIN, 3))
@@ -138,24 +140,34 @@ def draw_scene(rng: Generator, has_crowd: bool = False, most_things: int = 4) ->
         canvas[inside][corner], segment_index[inside][corner] = VOID_COLOR, 0
 
     areas = {}  # drawn area of things, by their number in `segment_index`
-    for segment in _choose_things(rng, has_crowd, most_things):
+    for segment in _choose_things(rng, has_crowd, least_things, most_things):
         number = len(segments) + 1
         for _ in range(30):  # places to try
-            trial_canvas, trial_index = canvas.copy(), segment_index.copy()
-            area = _paint(rng, trial_canvas, trial_index, segment, number)
-            visible = np.bincount(trial_index[inside].ravel(), minlength=number + 1)
-            trial_areas = areas | {number: area}
+            stamps, trial = _place(rng, canvas.shape[:2], segment), segment_index.copy()
+            for coverage, window in stamps:
+                trial[window][coverage >= 0.5] = number
+            visible = np.bincount(trial[inside].ravel(), minlength=number + 1)
+            trial_areas = areas | {number: np.count_nonzero(trial == number)}
             if all(visible[one] >= MIN_VISIBLE * whole for one, whole in trial_areas.items()):
-                canvas, segment_index, areas = trial_canvas, trial_index, trial_areas
+                _paint(canvas, stamps, segment, np.array(COLORS[segment.color]) * rng.uniform(0.9, 1))
+                segment_index, areas = trial, trial_areas
                 segments.append(segment)
                 break
     return Scene(canvas[inside].round().astype(np.uint8), segment_index[inside].copy(), segments)
 
 
-def _choose_things(rng: Generator, has_crowd: bool, most: int) -> list[Segment]:
-    """Two things or more, after a crowd if there is one; some repeat an earlier shape or colour."""
+def imagine_scene(rng: Generator) -> Scene:
+    """A scene to be talked of alone: no picture, and its segments are columns of one pixel."""
+    segments = _choose_things(rng, False, 2, 4)
+    segments += [Segment(name) for name in rng.permutation(list(STUFF_IDS))[: rng.integers(1, 3)]]
+    numbers = np.arange(1, len(segments) + 1, dtype=np.uint8)[None]
+    return Scene(np.zeros((*numbers.shape, 3), np.uint8), numbers, segments)
+
+
+def _choose_things(rng: Generator, has_crowd: bool, least: int, most: int) -> list[Segment]:
+    """`least` things or more, after a crowd if there is one; some repeat an earlier shape or colour."""
     chosen: list[Segment] = []
-    for index in range(rng.integers(2, most + 1) + has_crowd):
+    for index in range(rng.integers(least, most + 1) + has_crowd):
         color = list(COLORS)[rng.integers(len(COLORS))]
         category = list(THING_IDS)[rng.integers(len(THING_IDS))]
         size = list(RADII)[rng.integers(len(RADII))]
@@ -168,40 +180,39 @@ def _choose_things(rng: Generator, has_crowd: bool, most: int) -> list[Segment]:
     return chosen
 
 
-def _paint(
-    rng: Generator, canvas: np.ndarray, segment_index: np.ndarray, segment: Segment, number: int
-) -> int:
-    """Draws a thing, or the members of a crowd, at a random place; returns the area in pixels."""
+Stamp = tuple[np.ndarray, tuple[slice, slice]]  # share of each pixel covered, [N, N], and where
+
+
+def _place(rng: Generator, shape: tuple[int, int], segment: Segment) -> list[Stamp]:
+    """A thing, or the members of a crowd, at a random place of a canvas [H, W]."""
     low, high = TINY_RADIUS if segment.is_crowd else RADII[segment.size]
     offsets = np.zeros((1, 2))  # of the members from the center, (y, x)
     if segment.is_crowd:
         grid = np.indices(rng.integers(3, 6, size=2)).reshape(2, -1).T
         offsets = (grid - grid.mean(axis=0)) * 2 * high + rng.uniform(-1, 1, size=grid.shape)
     border = np.abs(offsets).max(axis=0) + 0.8 * high
-    center = rng.uniform(border, np.array(segment_index.shape) - 2 * MARGIN - border)
-    color = np.array(COLORS[segment.color]) * rng.uniform(0.9, 1.0)
-    for point in center + offsets + MARGIN:
-        coverage, corner = _stamp(rng, segment.category, rng.uniform(low, high), point)
-        window = tuple(slice(c, c + n) for c, n in zip(corner, coverage.shape, strict=True))
+    center = rng.uniform(border, np.array(shape) - 2 * MARGIN - border)
+    points = center + offsets + MARGIN
+    return [_stamp(rng, segment.category, rng.uniform(low, high), point) for point in points]
+
+
+def _paint(canvas: np.ndarray, stamps: list[Stamp], segment: Segment, color: np.ndarray) -> None:
+    for coverage, window in stamps:
         core = coverage if segment.is_crowd else minimum_filter(coverage, size=3)
         canvas[window] *= 1 - coverage[..., None]
         canvas[window] += core[..., None] * color
         canvas[window] += (coverage - core)[..., None] * RIM_COLOR  # parts things of one colour
-        segment_index[window][coverage >= 0.5] = number
-    return int((segment_index == number).sum())
 
 
-def _stamp(
-    rng: Generator, category: str, radius: float, point: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Share of every pixel that a shape covers, [N, N], and the window's first row and column."""
+def _stamp(rng: Generator, category: str, radius: float, point: np.ndarray) -> Stamp:
     is_inside, max_tilt = SHAPES[category]
     corner = np.floor(point - 1.2 * radius).astype(int)
     side = int(np.ceil(2.4 * radius)) + 1
     points = (np.arange(side * OVERSAMPLING) + 0.5) / OVERSAMPLING
     y, x = np.meshgrid(points + corner[0] - point[0], points + corner[1] - point[1], indexing="ij")
     x, y = _turn(x / radius, y / radius, rng.uniform(-max_tilt, max_tilt))
-    return _pool(is_inside(x, y).astype(float)), corner
+    window = tuple(slice(first, first + side) for first in corner)
+    return _pool(is_inside(x, y).astype(float)), window
 
 
 def _turn(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:

@@ -6,15 +6,17 @@ in for the public ones, so that all stages run on a laptop without a download.
 Legend: B batch, N tokens, h w patches of the image's height and width.
 """
 
-import itertools
+import multiprocessing
 import re
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -23,28 +25,31 @@ from transformers import (
     PreTrainedTokenizerFast,
     SamVisionConfig,
     SamVisionModel,
+    SiglipTextConfig,
+    SiglipTextModel,
 )
 
 from xsam.config import ModelConfig
-from xsam.data import ResizeAndPad, seg_pixels
+from xsam.data import ResizeAndPad, image_pixels, seg_pixels
 from xsam.decoder import sine_positions
 from xsam.encoders import transformers_config
 from xsam.files import give_rights
+from xsam.llm import IGNORE_LABEL, render_conversation, tokenize
 from xsam.model import build_seg_encoder
 from xsam.prompts import PHRASINGS, clean_name
 from xsam.toy import scenes
 from xsam.toy.scenes import CLASSES, FACTS, RIDDLES, THING_IDS, Scene, plural
-from xsam.toy.world import ADE_NAMES, HINT, SPLITS, YES_OR_NO, draw_split, new_folder
+from xsam.toy.world import ADE_NAMES, HINT, ONE_WORD, SPLITS, YES_OR_NO, chat_turns, new_folder
 
 # ---- words ---------------------------------------------------------------------------------------
 
-CHAT_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>")
+CHAT_TOKENS = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>")
 
-CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (  # Phi-3's without its line breaks
     "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 SPARE_TOKENS = 8  # rows of the embedding left for the tokens that the model adds
@@ -61,42 +66,39 @@ def vocabulary() -> list[str]:
     texts += [text for text, _ in scenes.GROUPS]
     texts += [*scenes.CHECKS.values(), *scenes.CAPTION_REQUESTS]
     # Options of benchmarks, and what is added to their questions.
-    texts += [HINT, YES_OR_NO, "A. B. C. D."]
+    texts += [HINT, ONE_WORD, YES_OR_NO, "A. B. C. D."]
     texts += ["a an and in is it many no of on the this yes Yes No , . : ? !"]
     plain = re.sub(r"\{\w+\}|<[^>]+>", " ", " ".join(texts))  # without fields and tokens
-    return sorted({"\n", *re.findall(r"\w+|[^\w\s]", plain + plain.lower())})
+    return sorted({*re.findall(r"\w+|[^\w\s]", plain + plain.lower())})
 
 
 def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer in the layout of Phi-3. Raises ValueError if the words do not fit."""
-    words = [*CHAT_TOKENS, *vocabulary()]
-    if len(words) > vocab_size - SPARE_TOKENS:
-        raise ValueError(f"{len(words)} toy words, only {vocab_size} - {SPARE_TOKENS} fit")
-    ids = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    # Spaces vanish, so a word is one token wherever it stands; newlines and punctuation stay.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[^\S\n]+"), behavior="removed"),
-            pre_tokenizers.Split(Regex(r"\n|[^\w\s]"), behavior="isolated"),
-        ]
-    )
-    # Puts one space between words, none before punctuation or around a newline.
+    """A byte-level BPE tokenizer (Radford et al. 2019) in the layout of Phi-3. Every word of the
+    world is one token, every other text some; none is unknown. Raises ValueError if the words do
+    not fit."""
+    words, tokenizer = vocabulary(), Tokenizer(models.BPE())
+    # A word is the same token after a space, at the start of a line and after a special token.
+    lines = pre_tokenizers.Split("\n", behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, letters])
     tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.WordPiece(prefix="##", cleanup=True),
-            decoders.Fuse(),
-            decoders.Replace(Regex(" ?\n ?"), "\n"),
-            decoders.Replace(" :", ":"),
-        ]
+        [decoders.ByteLevel(), decoders.Replace(" \n ", "\n"), decoders.Replace(" \n", "\n")]
     )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - SPARE_TOKENS,
+        special_tokens=list(CHAT_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*words, "\n"], trainer)
+    if lost := [word for word in words if len(tokenizer.encode(word).ids) > 1]:
+        raise ValueError(f"{len(words)} toy words, {len(lost)} do not fit in {vocab_size} tokens")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=list(CHAT_TOKENS[4:]),
+        additional_special_tokens=list(CHAT_TOKENS[3:]),
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
@@ -105,24 +107,35 @@ def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 # ---- weights -------------------------------------------------------------------------------------
 
 
-def write_weights(weights: Path, model: ModelConfig, seed: int = 0, steps: int = 150) -> None:
-    """Writes a language model trained for `steps`, a SAM encoder for six times as many (or a random
-    Swin), and a random image encoder, under `weights`, which must not exist. Raises
-    FileExistsError."""
+def write_weights(
+    weights: Path, model: ModelConfig, seed: int = 0, steps: int = 150, num_workers: int = 0
+) -> None:
+    """Writes what stands in for the pretrained models under `weights`, which must not exist: a SAM
+    encoder (or a random Swin), an image encoder and a language model, trained for a few hundred
+    steps in proportion to `steps`. With `num_workers` processes they are made side by side; the
+    bytes are the same. Raises FileExistsError."""
+    parts = [_write_sam, _write_language_model, _write_image_encoder]
+    parts = parts[: 2 + (model.image_encoder != "none")]
+    with new_folder(weights) as root:
+        if num_workers:
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(num_workers, mp_context=spawn) as pool:
+                jobs = [pool.submit(_write_part, part, root, model, seed, steps) for part in parts]
+                for job in jobs:
+                    job.result()
+        else:
+            for part in parts:
+                _write_part(part, root, model, seed, steps)
+        give_rights(*root.rglob("*.safetensors"))
+
+
+def _write_part(part: Callable, root: Path, model: ModelConfig, seed: int, steps: int) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order, so that the bytes repeat
     try:
-        with new_folder(weights) as root, torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if model.seg_backbone_config:
-                build_seg_encoder(model).model.save_pretrained(root / model.seg_encoder)
-            else:
-                _write_sam(root / model.seg_encoder, model, seed, 6 * steps)
-            if model.image_encoder != "none":
-                siglip = AutoModel.from_config(transformers_config(model.image_encoder_config))
-                siglip.save_pretrained(root / model.image_encoder)
-            _write_language_model(root / model.llm, model.llm_config, seed, steps)
-            give_rights(*root.rglob("*.safetensors"))
+            part(root, model, seed, steps)
     finally:
         torch.set_num_threads(threads)
 
@@ -146,31 +159,41 @@ def _train(
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def _write_sam(folder: Path, model: ModelConfig, seed: int, steps: int) -> None:
-    """SAM has seen a billion masks before stage 1 begins; this one learns for a minute to classify
-    the patches of a scene. A ViT learns textures at once and shapes late."""
+def _write_sam(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
+    """SAM has seen a billion masks before stage 1 begins; this one learns for a minute or two to
+    classify the patches of a scene. A ViT learns textures at once and shapes late."""
+    if model.seg_backbone_config:
+        build_seg_encoder(model).model.save_pretrained(root / model.seg_encoder)
+        return
+    steps = 8 * steps
     sam, encoder = SamVisionModel(sam_config(model)), _random_encoder(model)
     head = nn.Sequential(nn.LayerNorm(model.seg_dim), nn.Linear(model.seg_dim, len(CLASSES) + 1))
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, max(steps, 2), pct_start=0.05)
-    number, count = SPLITS.index("sam"), min(700, 8 * steps)
-    rngs = (np.random.default_rng([seed, number, index]) for index in range(count))
-    drawn = [scenes.draw_scene(rng, most_things=8) for rng in tqdm(rngs, "draw sam", count)]
+    drawn = _draw(seed, "sam", min(1400, 8 * steps), most_things=6)
     pixels, labels = zip(*(_patches(scene, model) for scene in drawn), strict=True)
     weights = torch.ones(len(CLASSES) + 1)
     weights[: len(THING_IDS)] = 3.0  # things cover little
     rng = np.random.default_rng(seed)
 
     def loss_of_batch() -> Tensor:
-        chosen = rng.integers(len(drawn), size=8)
+        chosen = rng.integers(len(drawn), size=16)
         target = torch.stack([labels[index] for index in chosen])  # [B, h, w]
-        logits = head(encoder(torch.stack([pixels[index] for index in chosen]))[-1])
-        return nn.functional.cross_entropy(logits.flatten(0, 2), target.flatten(), weights)
+        x = torch.stack([pixels[index] for index in chosen])
+        if rng.random() < 0.5:
+            x, target = x.flip(-1), target.flip(-1)
+        logits = head(encoder(x)[-1])
+        return F.cross_entropy(logits.flatten(0, 2), target.flatten(), weights)
 
     _train("segmentation encoder", optimizer, scheduler, steps, loss_of_batch, clip_norm=1.0)
     sam.vision_encoder.load_state_dict(encoder.state_dict())
-    sam.save_pretrained(folder)
+    sam.save_pretrained(root / model.seg_encoder)
+
+
+def _draw(seed: int, split: str, count: int, **options) -> list[Scene]:
+    rngs = (np.random.default_rng([seed, SPLITS.index(split), index]) for index in range(count))
+    return [scenes.draw_scene(rng, **options) for rng in tqdm(rngs, f"draw {split}", count)]
 
 
 def sam_config(model: ModelConfig) -> SamVisionConfig:
@@ -211,43 +234,86 @@ def _patches(scene: Scene, model: ModelConfig) -> tuple[Tensor, Tensor]:
     table = [void] + [void if s.is_crowd else CLASSES.index(s.category) for s in scene.segments]
     classes = torch.from_numpy(transform.map_to_canvas(np.array(table)[scene.segment_index], void))
     size = model.seg_patch_size
-    votes = nn.functional.one_hot(classes, void + 1).unflatten(1, (-1, size))
+    votes = F.one_hot(classes, void + 1).unflatten(1, (-1, size))
     votes = votes.unflatten(0, (-1, size))  # [h, size, w, size, classes]
     return seg_pixels(Image.fromarray(scene.image), transform), votes.sum((1, 3)).argmax(-1)
 
 
-def _language_model_texts(tokenizer, seed: int, num_scenes: int) -> list[str]:
-    """Captions and dialogues of scenes that are in no split, facts and what the answers of riddles
-    have to do with them, in the chat layout."""
-    conversations = [[fact] for fact in FACTS]
-    for riddle in RIDDLES.values():
-        conversations += [[(question, riddle.explanation)] for question in riddle.questions]
-    for drawing in draw_split(seed, "text", num_scenes):
-        conversations.append([scenes.caption_turn(drawing.rng, drawing.scene)])
-        conversations.append(scenes.dialogue(drawing.rng, drawing.scene))
-    texts = []
-    for turns in conversations:
-        pairs = zip(itertools.cycle(("user", "assistant")), itertools.chain(*turns), strict=False)
-        messages = [{"role": role, "content": content} for role, content in pairs]
-        texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
-    return texts
+def _write_image_encoder(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
+    """SigLIP has learned from ten billion images which caption is whose; this one learns it of
+    pictures of one or two things, with its loss (Zhai et al. 2023)."""
+    encoder = AutoModel.from_config(transformers_config(model.image_encoder_config))
+    tokenizer = build_tokenizer(model.llm_config["vocab_size"])
+    dim, length = encoder.config.hidden_size, 40
+    text_config = SiglipTextConfig(
+        vocab_size=len(tokenizer), hidden_size=dim, projection_size=dim, intermediate_size=2 * dim,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=length,
+    )  # fmt: skip
+    reader, scale, bias = SiglipTextModel(text_config), *torch.tensor([[2.3], [-6.0]])
+    scale, bias = nn.Parameter(scale), nn.Parameter(bias)
+    parameters = [*encoder.parameters(), *reader.parameters(), scale, bias]
+    steps = 3 * steps
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 2), pct_start=0.1)
+    drawn = _draw(seed, "pairs", min(1400, 8 * steps), least_things=1, most_things=2)
+    statistics = model.image_mean, model.image_std, model.image_resample
+    pixels = torch.stack(
+        [
+            image_pixels(Image.fromarray(scene.image), encoder.config.image_size, *statistics)
+            for scene in drawn
+        ]
+    )
+    captions = [scenes.caption_phrases(scene)[0] for scene in drawn]
+    options = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    ids = tokenizer(captions, **options).input_ids
+    rng = np.random.default_rng(seed)
+
+    def loss_of_batch() -> Tensor:
+        chosen = rng.integers(len(drawn), size=64)
+        images = F.normalize(encoder(pixel_values=pixels[chosen]).pooler_output, dim=-1)
+        texts = F.normalize(reader(input_ids=ids[chosen]).pooler_output, dim=-1)
+        logits = scale.exp() * images @ texts.T + bias
+        is_own = torch.from_numpy(chosen[:, None] == chosen)
+        return -F.logsigmoid(torch.where(is_own, logits, -logits)).sum(1).mean()
+
+    _train("image encoder", optimizer, scheduler, steps, loss_of_batch, clip_norm=1.0)
+    encoder.save_pretrained(root / model.image_encoder)
 
 
-def _write_language_model(folder: Path, config: dict, seed: int, steps: int) -> None:
+def _conversation(rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Turns of text alone: a scene told in words, then questions about it; now and then a fact, or
+    what the answer of a riddle has to do with it."""
+    if rng.random() < 0.1:
+        riddles = [(q, riddle.explanation) for riddle in RIDDLES.values() for q in riddle.questions]
+        known = [*FACTS, *riddles]
+        return [known[index] for index in rng.integers(len(known), size=4)]
+    scene = scenes.imagine_scene(rng)
+    (question, answer), *others = chat_turns(rng, scene)
+    return [(f"{scenes.caption_phrases(scene)[0]}.\n{question}", answer), *others]
+
+
+def _write_language_model(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
+    folder, config = root / model.llm, model.llm_config
     tokenizer = build_tokenizer(config["vocab_size"])
     language_model = AutoModelForCausalLM.from_config(transformers_config(config))
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
     language_model.generation_config.eos_token_id = ends
-    texts = _language_model_texts(tokenizer, seed, num_scenes=min(400, 8 * steps))
+    steps = 4 * steps
     optimizer = torch.optim.AdamW(language_model.parameters(), lr=3e-3)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
-    rng = np.random.default_rng(seed)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, max(steps, 2), pct_start=0.1)
+    rng = np.random.default_rng([seed, SPLITS.index("text")])
 
     def loss_of_batch() -> Tensor:
-        chosen = [texts[i] for i in rng.integers(len(texts), size=16)]
-        batch = tokenizer(chosen, return_tensors="pt", padding=True)  # [B, N]
-        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
-        return language_model(**batch, labels=labels).loss
+        rows = []
+        for _ in range(32):
+            pieces = render_conversation(tokenizer, _conversation(rng))
+            rows.append([torch.tensor(each) for each in tokenize(tokenizer, pieces, 0)])
+        ids, labels = (
+            nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=IGNORE_LABEL)
+            for column in zip(*rows, strict=True)
+        )
+        # Padding is at the end, where no token that counts looks.
+        return language_model(input_ids=ids.clamp(min=0), labels=labels).loss
 
     _train("language model", optimizer, scheduler, steps, loss_of_batch)
     language_model.save_pretrained(folder)

@@ -11,6 +11,7 @@ are the same every time. No torch.
 import base64
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import json
@@ -32,7 +33,7 @@ from xsam.prompts import choice_question
 from xsam.toy import scenes
 from xsam.toy.scenes import RIDDLES, STUFF_IDS, THING_IDS, Generator, Scene, Segment
 
-SPLITS = ("train", "val", "text", "sam")  # with different random numbers
+SPLITS = ("train", "val", "text", "sam", "pairs")  # with different random numbers
 
 # Those with a generator of their own, which starts from [seed, split, index, number].
 WRITERS = {
@@ -497,28 +498,26 @@ def _write_llava(root: Path, drawings: list[Drawing]) -> None:
         captions.append(dict(id=stem, image=name, conversations=turns))
         _write(root / pretrain.images / name, drawing.jpeg)
 
-        if index % 3 == 1:
-            continue  # fewer dialogues than pictures: most steps of stage 3 are for masks
         name = f"coco/train2017/{drawing.image_id:012d}.jpg"
-        if index % 3 == 2:
-            rng = drawing.generator("vqa")
-            turns = _conversation(rng, _vqa_turns(rng, drawing))
-        else:
-            turns = _conversation(rng, scenes.dialogue(rng, drawing.scene))
+        rng = drawing.generator("vqa")
+        turns = _conversation(rng, chat_turns(rng, drawing.scene))
         dialogues.append(dict(id=drawing.image_id, image=name, conversations=turns))
         _write(root / instruct.images / name, drawing.jpeg)
     _write(root / pretrain.annotations, captions)
     _write(root / instruct.annotations, dialogues)
 
 
-def _vqa_turns(rng: Generator, drawing: Drawing) -> list[tuple[str, str]]:
-    """A question with options and one of yes or no, as the benchmarks ask."""
-    turns = []
-    for row in [*_choice_rows(rng, drawing, "mmbench"), *_check_rows(rng, drawing, "pope")]:
+def chat_turns(rng: Generator, scene: Scene, most: int = 6) -> list[tuple[str, str]]:
+    """Turns of a dialogue about a scene: one in sentences, and questions as the benchmarks ask
+    them, with options, of yes or no, and for a word."""
+    rows = [*_choice_rows(rng, scene), *_check_rows(rng, scene), *_word_rows(rng, scene)]
+    turns = [scenes.dialogue(rng, scene)[0]]
+    for index in rng.permutation(len(rows))[: most - 1]:
+        row = rows[index]
         options = {letter: row[letter] for letter in "ABCD" if row.get(letter)}
         question = choice_question(row["question"], options, row.get("hint", ""))
         turns.append((question, row["answer"]))
-    return [turns[index] for index in rng.permutation(len(turns))[:3]]
+    return [turns[index] for index in rng.permutation(len(turns))]
 
 
 def _conversation(rng: Generator, turns: list[tuple[str, str]]) -> list[dict]:
@@ -530,6 +529,8 @@ def _conversation(rng: Generator, turns: list[tuple[str, str]]) -> list[dict]:
 
 
 YES_OR_NO, HINT = "Please answer yes or no.", "Look at the picture."
+
+ONE_WORD = "Answer in a word."
 
 NUM_ROWS = 60  # of a benchmark, where there are as many questions
 
@@ -552,13 +553,18 @@ def _write_benchmarks(root: Path, drawings: list[Drawing]) -> None:
 def _benchmark_rows(name: str, drawings: list[Drawing]) -> list[dict]:
     """The table, as many whole questions as fit in NUM_ROWS. MMBench has an image once, then the
     index of its row, and asks again with the options in every other order of a circle."""
-    kinds = {"mme": _check_rows, "pope": _check_rows, "gqa": _word_rows}
+    with_count = functools.partial(_check_rows, with_count=True)
+    kinds = {"mme": with_count, "pope": _check_rows, "gqa": _word_rows}
     rows: list[dict] = []
     number = 0  # of the question
     for drawing in drawings:
         rng, first = drawing.generator("benchmark"), number
         image = base64.b64encode(drawing.jpeg).decode()
-        for row in kinds.get(name, _choice_rows)(rng, drawing, name):
+        for row in kinds.get(name, _choice_rows)(rng, drawing.scene):
+            if name == "mme":  # it pairs questions by the name of their image
+                row = dict(image_path=f"{row['category']}/{drawing.image_id}.jpg") | row
+            elif "A" in row:
+                row |= dict(split=SOURCES[name].annotations[:-4].rsplit("_", 1)[-1].lower())
             copies = [row, *_rotations(row)] if name == "mmbench" else [row]
             if len(rows) + len(copies) > NUM_ROWS:
                 return rows
@@ -581,25 +587,22 @@ def _rotations(row: dict) -> list[dict]:
     return rotations
 
 
-def _check_rows(rng: Generator, drawing: Drawing, name: str) -> Iterator[dict]:
-    """Two questions of every kind, in MME's table also about numbers; it names the image, by which
-    it pairs them."""
-    for kind, *questions in scenes.checks(rng, drawing.scene, with_count=name == "mme"):
-        path = dict(image_path=f"{kind}/{drawing.image_id}.jpg") if name == "mme" else {}
+def _check_rows(rng: Generator, scene: Scene, with_count: bool = False) -> Iterator[dict]:
+    """Two questions of every kind; in MME's table also about numbers."""
+    for kind, *questions in scenes.checks(rng, scene, with_count):
         for question, answer in zip(questions, ("Yes", "No"), strict=True):
-            yield path | dict(question=f"{question} {YES_OR_NO}", answer=answer, category=kind)
+            yield dict(question=f"{question} {YES_OR_NO}", answer=answer, category=kind)
 
 
-def _word_rows(rng: Generator, drawing: Drawing, name: str) -> Iterator[dict]:
-    for _, question, answer, _ in scenes.quizzes(drawing.scene):
-        yield dict(question=question, answer=answer)
+def _word_rows(rng: Generator, scene: Scene) -> Iterator[dict]:
+    for _, question, answer, _ in scenes.quizzes(scene):
+        yield dict(question=f"{question} {ONE_WORD}", answer=answer)
 
 
-def _choice_rows(rng: Generator, drawing: Drawing, name: str) -> Iterator[dict]:
+def _choice_rows(rng: Generator, scene: Scene) -> Iterator[dict]:
     """Up to four options; the columns that are left stay empty."""
-    split = SOURCES[name].annotations.removesuffix(".tsv").rsplit("_", 1)[-1].lower()
-    for kind, question, answer, wrong in scenes.quizzes(drawing.scene):
+    for kind, question, answer, wrong in scenes.quizzes(scene):
         options = rng.permutation([answer, *rng.permutation(wrong)[:3]]).tolist()
         letters = dict(itertools.zip_longest("ABCD", options, fillvalue=""))
         row = dict(question=question, hint=HINT if rng.random() < 0.3 else "") | letters
-        yield row | dict(answer="ABCD"[options.index(answer)], category=kind, split=split)
+        yield row | dict(answer="ABCD"[options.index(answer)], category=kind)
