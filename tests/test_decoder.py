@@ -20,11 +20,15 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from xsam.decoder import (
+    Canvas,
     CosineClassHead,
     DecoderOutput,
     LinearClassHead,
     MaskedAttentionDecoder,
     PixelDecoder,
+    ReadCanvas,
+    row_dots,
+    row_dots_on_cpu,
 )
 from xsam.variants import SamMaskDecoder
 
@@ -158,6 +162,74 @@ def test_deformable_attention_starts_as_transformers():
         mine, reference = getattr(ours, part), getattr(theirs, part)
         torch.testing.assert_close(mine.weight, reference.weight)
         torch.testing.assert_close(mine.bias, reference.bias)
+
+
+def readings(
+    shapes: list[tuple[int, int]], num_points: int, dtype: torch.dtype
+) -> tuple[Canvas, Tensor, Tensor, Tensor]:
+    """A canvas, values, places and weights of two images, two heads and three channels; of the
+    places some lie beyond the borders, some far beyond."""
+    torch.manual_seed(0)
+    canvas, levels = Canvas(shapes, torch.device("cpu")), len(shapes)
+    N = sum(height * width for height, width in shapes)
+    values = torch.randn(2, N, 2, 3, dtype=dtype)
+    offsets = torch.randn(2, N, 2, levels, num_points, 2, dtype=dtype)
+    offsets *= torch.tensor([1, 3, 30])[torch.randint(3, (*offsets.shape[:-1], 1))]
+    places = (canvas.places[:, None, :, None] + offsets).flatten(3, 4)
+    weights = torch.randn(2, N, 2, levels * num_points, dtype=dtype)
+    return canvas, values, places, weights
+
+
+def test_reading_a_canvas_equals_grid_sample():
+    """Values and all gradients, inside, at the borders and beyond them."""
+    shapes = [(2, 3), (5, 4), (6, 7)]
+    canvas, values, places, weights = readings(shapes, 4, torch.float32)
+    places[:, ::3] = places[:, ::3].round()  # whole cells, borders among them
+    leaves = [x.requires_grad_() for x in (values, places, weights)]
+    ours = ReadCanvas.apply(*leaves, canvas)
+
+    expected = 0
+    levels = values.split([h * w for h, w in shapes], dim=1)
+    parts = zip(levels, places.unflatten(3, (3, 4)).unbind(3), weights.split(4, dim=3), strict=True)
+    for (height, width), low, (level, place, weight) in zip(shapes, canvas.low, parts, strict=True):
+        maps = level.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, (height, width))
+        inside = place - low - 1.5  # from the corner of the level, in cells
+        grid = 2 * inside.transpose(1, 2).flatten(0, 1) / torch.tensor([width, height]) - 1
+        read = F.grid_sample(maps, grid, align_corners=False)  # [B·heads, c, N, points]
+        read = read.unflatten(0, (2, 2)).permute(0, 3, 1, 2, 4)
+        expected = expected + (read * weight[:, :, :, None]).sum(-1)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+    noise = torch.randn_like(ours)
+    ours, expected = (torch.autograd.grad(x, leaves, noise) for x in (ours, expected))
+    # Of a place on the line between two cells either slope is right.
+    away = (places - places.round()).abs().amin(-1, keepdim=True) > 1e-3
+    for mine, reference, mask in zip(ours, expected, (1, away, 1), strict=True):
+        torch.testing.assert_close(mine * mask, reference * mask, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_of_reading_a_canvas():
+    canvas, *leaves = readings([(1, 2), (3, 2)], 1, torch.float64)
+    leaves = [x.requires_grad_() for x in leaves]
+    assert torch.autograd.gradcheck(lambda *x: ReadCanvas.apply(*x, canvas), leaves)
+
+
+def test_row_dots_on_a_cpu_are_those_of_a_gpu():
+    torch.manual_seed(0)
+    rows, tables = torch.randn(9, 5), [torch.randn(20, 5), torch.randn(20, 5)]
+    index = torch.randint(20, (9, 4), dtype=torch.int32)
+    for dot in (row_dots, row_dots_on_cpu):
+        for table, dots in zip(tables, dot(rows, tables, index), strict=True):
+            torch.testing.assert_close(dots, torch.einsum("nc,nsc->ns", rows, table[index]))
+
+
+def test_a_diverged_model_can_read_a_canvas():
+    """The loop reports a loss that is not finite; reading must not fail before."""
+    canvas, values, places, weights = readings([(1, 2), (3, 2)], 1, torch.float32)
+    places[0, 0, 0, 0], places[0, 0, 1, 0], places[0, 1] = math.nan, math.inf, -math.inf
+    read = ReadCanvas.apply(values, places.requires_grad_(), weights, canvas)
+    assert read[0, 0, 0].isnan().all() and read.isnan().sum() == 3
+    read.sum().backward()
 
 
 def test_full_size_parameter_counts():

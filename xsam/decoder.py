@@ -9,11 +9,15 @@ decoder outputs.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
 
 def sine_positions(height: int, width: int, dim: int, device: torch.device) -> Tensor:
@@ -31,6 +35,146 @@ def sine_positions(height: int, width: int, dim: int, device: torch.device) -> T
 
 
 # ---- pixel decoder -------------------------------------------------------------------------------
+
+
+class Canvas:
+    """The levels of a pyramid one below the other on one map.
+
+    Two rows and columns of zeros lie before each level and after the last, so a place beyond the
+    border of a level reads zero. The four cells around a place are then one index into four shifted
+    views of the map.
+    """
+
+    def __init__(self, shapes: list[tuple[int, int]], device: torch.device):
+        self.shapes = shapes
+        self.width = max(width for _, width in shapes) + 2
+        self.tops = [0]
+        for height, _ in shapes:
+            self.tops.append(self.tops[-1] + height + 2)
+        self.height = self.tops[-1] + 3
+        low = torch.tensor([(0, top) for top in self.tops[:-1]], device=device).float()
+        sizes = torch.tensor([(w, h) for h, w in shapes], device=device).float()
+        centres = torch.cat([_centres(h, w, device) for h, w in shapes])
+        self.low, self.high = low, low + sizes + 2  # [levels, 2], (x, y) of what can be read
+        self.places = centres[:, None] * sizes + low + 1.5  # [N, levels, 2] of every cell
+
+    def levels(self, maps: Tensor) -> list[Tensor]:
+        """Views [..., h_i, w_i, c] of the levels on maps [..., height, width, c]."""
+        return [
+            maps[..., top + 2 : top + 2 + h, 2 : 2 + w, :]
+            for top, (h, w) in zip(self.tops, self.shapes, strict=False)
+        ]
+
+
+class ReadCanvas(torch.autograd.Function):
+    """Weighted sums of bilinear readings: each token and head reads S places on its head's map.
+
+    Whole rows of c numbers are added up by `embedding_bag`, so no tensor of all readings is made,
+    forward or backward.
+    """
+
+    @staticmethod
+    def forward(ctx, values: Tensor, places: Tensor, weights: Tensor, canvas: Canvas) -> Tensor:
+        """values [B, N, heads, c], places [B, N, heads, S, 2] on the canvas, float32 or float64,
+        weights [B, N, heads, S]; the sums are [B, N, heads, c]."""
+        B, N, heads, c = values.shape
+        maps = places.new_zeros(B, heads, canvas.height, canvas.width, c)
+        levels = values.transpose(1, 2).split([h * w for h, w in canvas.shapes], dim=2)
+        for target, level in zip(canvas.levels(maps), levels, strict=True):
+            target.copy_(level.unflatten(2, target.shape[2:4]))
+        num_points = places.shape[3] // len(levels)
+        low, high = (x.repeat_interleave(num_points, dim=0) for x in (canvas.low, canvas.high))
+        places = places.clamp(low, high)  # of zeros the gradient is zero too
+        ctx.save_for_backward(maps, places, weights)
+        ctx.canvas, ctx.dtype = canvas, values.dtype
+        cells, x, y = _find_cells(places, canvas)
+        sums = [
+            F.embedding_bag(cells, table, mode="sum", per_sample_weights=share)
+            for table, share in zip(_shift(maps, canvas), _share(weights, x, y), strict=True)
+        ]
+        return sum(sums[1:], sums[0]).view(B, N, heads, c)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        maps, places, weights = ctx.saved_tensors
+        canvas = ctx.canvas
+        grad = grad.to(maps.dtype).flatten(0, 2)  # [bags, c]
+        cells, x, y = _find_cells(places, canvas)
+        shares = _share(weights, x, y)
+
+        dot = row_dots_on_cpu if grad.device.type == "cpu" else row_dots
+        dots = dot(grad, _shift(maps, canvas), cells)
+        top, bottom = dots[0].lerp(dots[1], x), dots[2].lerp(dots[3], x)
+        grad_weights = top.lerp(bottom, y)
+        grad_x = (dots[1] - dots[0]).lerp(dots[3] - dots[2], y)
+        grad_places = [each * weights.view_as(x) for each in (grad_x, bottom - top)]
+        grad_places = torch.stack(grad_places, dim=-1).view_as(places)
+
+        # Each cell gathers from the bags that read it, in an order that serves all four shifts.
+        grad_maps = torch.zeros_like(maps)
+        targets = _shift(grad_maps, canvas)
+        cells, order = cells.flatten().sort()
+        bags = (order // x.shape[1]).int()
+        rows = torch.arange(len(targets[0]) + 1, device=cells.device, dtype=cells.dtype)
+        starts = torch.searchsorted(cells, rows, out_int32=True)
+        for target, share in zip(targets, shares, strict=True):
+            share = share.flatten().index_select(0, order)
+            target += F.embedding_bag(
+                bags, grad, starts, mode="sum", per_sample_weights=share, include_last_offset=True
+            )
+        grad_values = [x.flatten(2, 3) for x in canvas.levels(grad_maps)]
+        grad_values = torch.cat(grad_values, dim=2).transpose(1, 2)  # [B, N, heads, c]
+        return grad_values.to(ctx.dtype), grad_places, grad_weights.view_as(weights), None
+
+
+def _find_cells(places: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor, Tensor]:
+    """Of places [B, N, heads, S, 2]: the cell up left of each as a row of the maps, int32, and how
+    far right and down of it the place lies; all [B·N·heads, S]."""
+    B, _, heads, S, _ = places.shape
+    corners = places.nan_to_num().int()  # a diverged model gets as far as its loss
+    size = canvas.height * canvas.width
+    maps = torch.arange(B * heads, device=places.device, dtype=torch.int32) * size
+    cells = corners[..., 1] * canvas.width + corners[..., 0]
+    cells += maps.view(B, 1, heads, 1)
+    x, y = (places - corners).unbind(-1)
+    return cells.view(-1, S), x.reshape(-1, S), y.reshape(-1, S)
+
+
+def _shift(maps: Tensor, canvas: Canvas) -> list[Tensor]:
+    """Four tables, equally long, of the rows of maps [B, heads, height, width, c]: row i is cell i,
+    its neighbour to the right, below, and below right."""
+    rows = maps.flatten(0, 3)
+    length = len(rows) - canvas.width - 1
+    shifts = 0, 1, canvas.width, canvas.width + 1
+    return [rows[shift : shift + length] for shift in shifts]
+
+
+def _share(weights: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Bilinear shares of weights at the four cells, in the order of `_shift`; all like x."""
+    right = weights.view_as(x) * x
+    left = weights.view_as(x) - right
+    below_left, below_right = left * y, right * y
+    return [left - below_left, right - below_right, below_left, below_right]
+
+
+def row_dots(rows: Tensor, tables: list[Tensor], index: Tensor) -> list[Tensor]:
+    """For each table, the products of rows [n, c] with its rows at index [n, S]: [n, S]."""
+    n, S = index.shape
+    bags = torch.arange(n, device=index.device, dtype=index.dtype)
+    starts, owners = bags * S, bags.repeat_interleave(S)
+    dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return [dot(rows, x, index.flatten(), starts, owners, 0).view(n, S) for x in tables]
+
+
+def row_dots_on_cpu(rows: Tensor, tables: list[Tensor], index: Tensor) -> list[Tensor]:
+    """`row_dots` in a third of the time, as a sparse matrix of the products that are wanted."""
+    n, S = index.shape
+    starts = torch.arange(0, n * S + 1, S, dtype=index.dtype)
+    zeros, size = rows.new_zeros(n * S), (n, len(tables[0]))
+    wanted = torch.sparse_csr_tensor(starts, index.flatten(), zeros, size, check_invariants=False)
+    dots = [torch.sparse.sampled_addmm(wanted, rows, x.T, beta=0) for x in tables]
+    return [each.values().view(n, S) for each in dots]
 
 
 class DeformableAttention(nn.Module):
@@ -58,32 +202,18 @@ class DeformableAttention(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.flatten())
 
-    def forward(
-        self, x: Tensor, positions: Tensor, references: Tensor, shapes: list[tuple[int, int]]
-    ) -> Tensor:
-        """x and positions [B, N, C]; references [N, 2], each token's own (x, y) in 0..1."""
+    def forward(self, x: Tensor, positions: Tensor, canvas: Canvas) -> Tensor:
+        """x and positions [B, N, C], the tokens of all levels on the canvas."""
         B, N, C = x.shape
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
         queries = x + positions
-        # In bfloat16 a place on a grid of 128 could be half a cell off: places stay in float32.
-        offsets = self.sampling_offsets(queries).view(B, N, heads, levels, points, 2).float()
+        values = self.value_proj(x).view(B, N, heads, C // heads)
         weights = self.attention_weights(queries).view(B, N, heads, levels * points).softmax(-1)
-        weights = weights.unflatten(-1, (levels, points))
-        sizes = torch.tensor([(w, h) for h, w in shapes], device=x.device, dtype=offsets.dtype)
-        locations = references[:, None, None, None] + offsets / sizes[:, None]
-        grids = (
-            (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)
-        )  # [levels, B·heads, N, points, 2]
-
-        values = self.value_proj(x).float().view(B, N, heads, C // heads).permute(0, 2, 3, 1)
-        values = values.flatten(0, 1).split([h * w for h, w in shapes], dim=-1)
-        weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :, None]  # as grids, and channels
-        x = 0
-        for value, grid, weight, shape in zip(values, grids, weights, shapes, strict=True):
-            # One level at a time: the samples of all at once, weighted, are the largest tensors.
-            value = value.unflatten(-1, shape)
-            x = x + (F.grid_sample(value, grid, align_corners=False) * weight).sum(-1)
-        return self.output_proj(x.view(B, C, N).transpose(1, 2).to(queries.dtype))
+        # In bfloat16 a place on a grid of 128 could be half a cell off: places stay in float32.
+        places = self.sampling_offsets(queries).float().view(B, N, heads, levels * points, 2)
+        places = places + canvas.places.repeat_interleave(points, dim=1)[:, None]
+        x = ReadCanvas.apply(values, places, weights.float(), canvas)
+        return self.output_proj(x.view(B, N, C).to(queries.dtype))
 
 
 class PixelDecoderLayer(nn.Module):
@@ -95,10 +225,8 @@ class PixelDecoderLayer(nn.Module):
         self.fc2 = nn.Linear(mlp_dim, dim)
         self.final_layer_norm = nn.LayerNorm(dim)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, references: Tensor, shapes: list[tuple[int, int]]
-    ) -> Tensor:
-        x = self.self_attn_layer_norm(x + self.self_attn(x, positions, references, shapes))
+    def forward(self, x: Tensor, positions: Tensor, canvas: Canvas) -> Tensor:
+        x = self.self_attn_layer_norm(x + self.self_attn(x, positions, canvas))
         return self.final_layer_norm(x + self.fc2(F.relu(self.fc1(x))))
 
 
@@ -166,11 +294,11 @@ class PixelDecoder(nn.Module):
                 for (h, w), embed in zip(shapes, self.level_embed, strict=True)
             ]
         )
-        references = torch.cat([_centres(h, w, device) for h, w in shapes])
+        canvas = Canvas(shapes, device)
 
         x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # [B, N, C]
         for layer in self.encoder.layers:
-            x = layer(x, positions, references, shapes)
+            x = layer(x, positions, canvas)
         split = x.transpose(1, 2).split([h * w for h, w in shapes], dim=2)
         levels = [level.unflatten(2, shape) for level, shape in zip(split, shapes, strict=True)]
 

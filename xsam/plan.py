@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from xsam import losses
+from xsam import decoder, losses
 from xsam.config import Config
 from xsam.data import Batch, Processor, repeat_factors, share_batches
 from xsam.datasets.referring import MAX_TURNS
@@ -202,10 +202,12 @@ def _widened(function: Callable) -> Callable:
 
 @contextlib.contextmanager
 def autocast_of_gpus() -> Iterator[None]:
-    """Norms and softmax are computed in float32, as under autocast on a GPU, and not on a CPU."""
+    """Norms and softmax are computed in float32, as under autocast on a GPU, and not on a CPU; nor
+    does the pixel decoder use what is for CPUs alone."""
     norms = {name: _widened(getattr(F, name)) for name in ("layer_norm", "group_norm")}
     softmax = mock.patch.object(Tensor, "softmax", _widened(Tensor.softmax))
-    with mock.patch.multiple(F, **norms), softmax:
+    row_dots = mock.patch.object(decoder, "row_dots_on_cpu", decoder.row_dots)
+    with mock.patch.multiple(F, **norms), softmax, row_dots:
         yield
 
 
