@@ -59,23 +59,33 @@ def sample_features(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, grid, align_corners=False)[..., 0]
 
 
+def find_blocks(masks: Tensor, index: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The 2×2 pixels of boolean masks [T, H, W] around points [N, P, 2], mask index[n] at each.
+
+    Four bits of a uint8 (upper left first, rows first; zero beyond the border), and how far right
+    and down of the centre of the first pixel a point lies, 0..1; all [N, P].
+    """
+    height, width = masks.shape[1:]
+    pixels = F.pad(masks, (1, 1, 1, 1)).view(torch.uint8)
+    pairs = pixels[:, :, :-1] | pixels[:, :, 1:] << 1
+    blocks = pairs[:, :-1] | pairs[:, 1:] << 2  # [T, H+1, W+1]
+    x = (points[..., 0] * width + 0.5).clamp(0, width + 1)
+    y = (points[..., 1] * height + 0.5).clamp(0, height + 1)
+    column, row = x.long().clamp(max=width), y.long().clamp(max=height)
+    cells = (index[:, None] * (height + 1) + row) * (width + 1) + column
+    return blocks.take(cells), x - column, y - row
+
+
 def sample_masks(masks: Tensor, index: Tensor, points: Tensor) -> Tensor:
     """Bilinear reading of boolean masks [T, H, W]: float [N, P], mask index[n] at points [N, P, 2].
 
-    Gathers the four neighbours, so that no mask is copied for each point set; beyond the border is
+    Gathers four neighbours at once, and no mask is copied for each point set; beyond the border is
     zero. No gradient.
     """
-    height, width = masks.shape[1:]
-    x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
-    left, top = x.floor(), y.floor()
-    total = torch.zeros_like(x)
-    for row, row_weight in ((top, 1 - (y - top)), (top + 1, y - top)):
-        for column, column_weight in ((left, 1 - (x - left)), (left + 1, x - left)):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            flat = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
-            values = masks.flatten()[index[:, None] * (height * width) + flat]
-            total += values * inside * row_weight * column_weight
-    return total
+    block, x, y = find_blocks(masks, index, points)
+    top = (block & 1) * (1 - x) + (block >> 1 & 1) * x
+    bottom = (block >> 2 & 1) * (1 - x) + (block >> 3) * x
+    return top.lerp(bottom, y)
 
 
 def is_ignored(ignore: Tensor | None, points: Tensor) -> Tensor:
@@ -83,7 +93,7 @@ def is_ignored(ignore: Tensor | None, points: Tensor) -> Tensor:
     if ignore is None:
         return torch.zeros(points.shape[:2], dtype=torch.bool, device=points.device)
     only = torch.zeros(len(points), dtype=torch.long, device=points.device)
-    return sample_masks(ignore[None], only, points) > 0
+    return find_blocks(ignore[None], only, points)[0] > 0
 
 
 def matching_cost(
@@ -100,9 +110,10 @@ def matching_cost(
     `valid` [P] is zero at points without a label.
     """
     num_valid = valid.sum().clamp(min=1)
-    target_values, missing = target_values * valid, (1 - target_values) * valid
+    target_values = target_values * valid
     class_cost = -class_logits.softmax(-1)[:, :, labels]
-    mask_cost = F.softplus(-mask_logits) @ target_values.T + F.softplus(mask_logits) @ missing.T
+    # Cross-entropy of a logit x and a target t is softplus(x) - x·t.
+    mask_cost = (F.softplus(mask_logits) @ valid)[..., None] - mask_logits @ target_values.T
     probabilities = mask_logits.sigmoid() * valid
     overlap = probabilities @ target_values.T
     size = probabilities.sum(-1)[..., None] + target_values.sum(-1)
@@ -137,7 +148,7 @@ def uncertain_points(
     candidates = random_points(N, num_candidates, generator, device)
     certainty = sample_features(mask_logits[:, None], candidates)[:, 0].abs()
     certainty = certainty.masked_fill(is_ignored(ignore, candidates), torch.inf)
-    chosen = certainty.topk(num_uncertain, dim=1, largest=False).indices
+    chosen = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
     uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
     num_random = config.num_points - num_uncertain
     scattered = random_points(N, num_random, generator, device)
@@ -174,30 +185,40 @@ def segmentation_losses(
     # Zero, but in the graph: every parameter gets a gradient on every rank, targets or not.
     bce_sum = dice_sum = mask_embeddings.sum() * 0 + predictions.mask_features.sum() * 0
 
-    for run, target in enumerate(targets):
-        if len(target.labels) == 0:
-            continue
-        features = predictions.features_of(run).float()  # [C, h, w]
-        ignore = target.ignore if config.ignore_unlabelled else None
+    ignores = [target.ignore if config.ignore_unlabelled else None for target in targets]
+    runs = [run for run, target in enumerate(targets) if len(target.labels) > 0]
+    features = {run: predictions.features_of(run).float() for run in runs}  # each [C, h, w]
+
+    costs = {}
+    for run in runs:
+        target = targets[run]
         with torch.no_grad():
             points = random_points(1, config.num_points, generators[run], device)
-            mask_logits = mask_embeddings[:, run] @ sample_features(features[None], points)[0]
+            values = sample_features(features[run][None], points)[0]  # [C, P]
             every = torch.arange(len(target.labels), device=device)
             target_values = sample_masks(target.masks, every, points.expand(len(every), -1, -1))
-            valid = (~is_ignored(ignore, points)[0]).float()
-            cost = matching_cost(
-                class_logits[:, run], mask_logits, target_values, target.labels, valid, config
+            valid = (~is_ignored(ignores[run], points)[0]).float()
+            costs[run] = matching_cost(
+                class_logits[:, run],
+                mask_embeddings[:, run] @ values,
+                target_values,
+                target.labels,
+                valid,
+                config,
             )
-        queries, matched = (side.to(device) for side in match(cost))  # [L, M]
-        classes[:, run].scatter_(1, queries, target.labels[matched])
+    # Only now is a GPU waited for; from here on it has work without the CPU.
+    matches = {run: [side.to(device) for side in match(cost)] for run, cost in costs.items()}
 
-        layer = torch.arange(L, device=device)[:, None]
+    layer = torch.arange(L, device=device)[:, None]
+    for run, (queries, matched) in matches.items():  # [L, M]
+        target = targets[run]
+        classes[:, run].scatter_(1, queries, target.labels[matched])
         pairs = mask_embeddings[layer, run, queries].flatten(0, 1)  # [L·M, C]
-        masks = torch.einsum("nc,chw->nhw", pairs, features)
-        points = uncertain_points(masks, ignore, config, generators[run])
+        masks = torch.einsum("nc,chw->nhw", pairs, features[run])
+        points = uncertain_points(masks, ignores[run], config, generators[run])
         mask_logits = sample_features(masks[:, None], points)[:, 0]
         target_values = sample_masks(target.masks, matched.flatten(), points)
-        valid = (~is_ignored(ignore, points)).float()
+        valid = (~is_ignored(ignores[run], points)).float()
         bce, dice = mask_losses(mask_logits, target_values, valid)
         bce_sum, dice_sum = bce_sum + bce, dice_sum + dice
 
