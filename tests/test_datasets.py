@@ -506,46 +506,72 @@ OF_VAL = [(2, 14, "val", ["Red Circle", "red circle", "the left one"]), (2, 15, 
 OF_TEST = [(3, 16, "testA", ["a man"]), (4, 17, "testB", ["a cup"]), (5, 18, "test", ["a dog"])]
 
 
-def test_refs_samples_hold_a_sentence_of_every_object(tmp_path):
+def test_refs_samples_hold_a_sentence_of_each_of_their_objects(tmp_path):
     write_refs(tmp_path, TWO_REFS)
-    samples = samples_of(open_dataset("refcoco", tmp_path))
-    assert [sample.names for sample in samples] == [
-        ["red circle", "the square"],
-        ["the left one", "the square"],
-    ]
-    for sample in samples:
-        assert is_well_formed(sample) and sample.labels.tolist() == [0, 1]
-        assert sample.ignore is None and shade_of(sample) == 1
-        for name, (asked, answered) in zip(sample.names, sample.turns, strict=True):
-            assert f"<p>{name}</p>" in asked and answered in PHRASINGS["refer"]["answers"]
-        for mask, key in zip(sample.masks, (11, 12), strict=True):
-            assert (mask == box_mask(key)).all()
-    assert len({sample.sample_id for sample in samples}) == 2
+    dataset = open_dataset("refcoco", tmp_path)
+    assert len(dataset) == 2
+    sentences = {"red circle": 11, "the left one": 11, "the square": 12}
+    for seed in range(10):
+        samples = samples_of(dataset, seed)
+        for sample in samples:
+            assert is_well_formed(sample) and shade_of(sample) == 1 and sample.ignore is None
+            keys = [sentences[name] for name in sample.names]
+            assert len(set(keys)) == len(keys) and sample.labels.tolist() == [0, 1][: len(keys)]
+            for name, (asked, answered) in zip(sample.names, sample.turns, strict=True):
+                assert f"<p>{name}</p>" in asked and answered in PHRASINGS["refer"]["answers"]
+            for mask, key in zip(sample.masks, keys, strict=True):
+                assert (mask == box_mask(key)).all()
+        assert len({sample.sample_id for sample in samples}) == 2
 
 
-@pytest.mark.parametrize("counts", [(3,), (3, 1), (3, 3), (2, 2, 2)])
+@pytest.mark.parametrize("counts", [(3,), (3, 1), (3, 3), (2, 2, 2), (1,) * (2 * MAX_TURNS + 3)])
 def test_refs_image_gives_as_many_samples_as_sentences_or_combinations(tmp_path, counts):
+    """And each as often as it fills conversations."""
     refs = [
         (1, 20 + place, "train", [f"object {place} sentence {k}" for k in range(count)])
         for place, count in enumerate(counts)
     ]
     write_refs(tmp_path, refs)
-    samples = samples_of(open_dataset("refcoco", tmp_path))
-    assert len(samples) == min(sum(counts), math.prod(counts))
-    expected = itertools.islice(itertools.product(*(ref[3] for ref in refs)), sum(counts))
-    assert [tuple(sample.names) for sample in samples] == list(expected)
+    num_parts = math.ceil(len(counts) / MAX_TURNS)
+    num_samples = min(sum(counts), math.prod(counts)) * num_parts
+    assert len(open_dataset("refcoco", tmp_path)) == num_samples
 
 
-def test_refs_many_objects_are_cut_into_conversations(tmp_path):
-    count = 2 * MAX_TURNS + 3
-    write_refs(tmp_path, [(1, 20 + place, "train", [f"object {place}"]) for place in range(count)])
-    samples = samples_of(open_dataset("refcoco", tmp_path))
-    assert [len(sample.turns) for sample in samples] == [MAX_TURNS, MAX_TURNS, 3]
-    assert [name for s in samples for name in s.names] == [f"object {k}" for k in range(count)]
-    for sample in samples:
-        for name, mask in zip(sample.names, sample.masks, strict=True):
-            assert (mask == box_mask(20 + int(name.split()[1]))).all()
-        assert sample.labels.tolist() == list(range(len(sample.turns)))
+@pytest.mark.parametrize("count", [3, MAX_TURNS + 3])
+@pytest.mark.parametrize("name", ["refcoco", "mine/refs.json"])
+def test_every_phrase_comes_first_and_alone_and_in_any_company(tmp_path, name, count):
+    texts = [f"object {place}" for place in range(count)]
+    if name == "refcoco":
+        write_refs(tmp_path, [(1, 20 + k, "train", [text]) for k, text in enumerate(texts)])
+    else:
+        masks = [packed(box_mask(20 + place)) for place in range(count)]
+        write_own(tmp_path, {"image": "a.jpg", "masks": masks, "texts": texts})
+    dataset = open_dataset(name, tmp_path)
+    asked = []
+    for epoch in range(60 * count):
+        sample, again = (dataset.sample(0, rng(epoch, 1)) for _ in range(2))
+        assert (sample.names, sample.turns) == (again.names, again.turns)
+        assert np.array_equal(sample.masks, again.masks)
+        for text, mask in zip(sample.names, sample.masks, strict=True):
+            assert (mask == box_mask(20 + int(text.split()[1]))).all()
+        assert len(set(sample.names)) == len(sample.names)
+        asked.append(sample.names)
+    assert {names[0] for names in asked} == {names[-1] for names in asked} == set(texts)
+    assert {names[0] for names in asked if len(names) == 1} == set(texts)
+    assert {len(names) for names in asked} == set(range(1, min(count, MAX_TURNS) + 1))
+    pairs = {pair for names in asked for pair in itertools.permutations(names, 2)}
+    assert pairs == set(itertools.permutations(texts, 2))
+
+
+def test_check_reads_the_phrases_that_a_sample_may_leave_out(tmp_path):
+    masks = [packed(box_mask(20 + place)) for place in range(MAX_TURNS + 2)]
+    texts = [f"object {place}" for place in range(len(masks))]
+    masks[-1] = packed(np.ones((3, 3), bool))
+    write_own(tmp_path, {"image": "a.jpg", "masks": masks, "texts": texts})
+    dataset = open_dataset("mine/refs.json", tmp_path)
+    dataset.check(0, rng())
+    with pytest.raises(ValueError, match="refs.json: record 0"):
+        dataset.check(1, rng())
 
 
 def test_refs_evaluation_has_one_sample_for_each_sentence_of_its_split(tmp_path):
@@ -590,8 +616,8 @@ def test_refs_bad_one_is_a_problem_and_the_others_are_read(tmp_path):
         open_dataset("refcoco", tmp_path)
     dataset = open_dataset("refcoco", tmp_path, skip_bad=True)
     assert len(dataset.problems) == 1 and re.search(message, dataset.problems[0])
-    names = [sample.names for sample in samples_of(dataset)]
-    assert names == [["red circle"], ["the left one"]]
+    names = {name for seed in range(9) for s in samples_of(dataset, seed) for name in s.names}
+    assert len(dataset) == 2 and names == {"red circle", "the left one"}
 
 
 def drop_annotation(path: Path, number: int) -> None:
@@ -644,13 +670,27 @@ def test_grefs_of_several_objects_and_of_none(tmp_path, file):
 
 
 def test_grefs_training_labels_count_the_absent(tmp_path):
-    write_refs(tmp_path, GREFS, "grefcoco", "grefs(unc).json")
-    (sample,) = samples_of(open_dataset("grefcoco", tmp_path))
-    assert sample.names == ["both of them", "a zebra", "the square"]
-    assert sample.labels.tolist() == [0, 2] and is_well_formed(sample)
-    assert (sample.masks == np.stack([box_mask(11, 12), box_mask(12)])).all()
-    has_seg = [answer.count("<SEG>") for _, answer in sample.turns]
-    assert has_seg == [1, 0, 1]
+    """What nothing fits is refused in words, or has a <SEG> that no mask belongs to."""
+    write_refs(tmp_path, GREFS, "grefcoco", GREFS_FILE)
+    truth = {"both of them": box_mask(11, 12), "a zebra": None, "the square": box_mask(12)}
+    dataset, refusals = open_dataset("grefcoco", tmp_path), []
+    assert len(dataset) == 1
+    for seed in range(60):
+        sample = dataset.sample(0, rng(seed))
+        assert is_well_formed(sample)
+        present = [truth[name] for name in sample.names if truth[name] is not None]
+        assert [sample.names[label] != "a zebra" for label in sample.labels] == [True] * len(
+            present
+        )
+        assert np.array_equal(sample.masks, np.reshape(present, (-1, *SIZE)))
+        for name, (_, answer) in zip(sample.names, sample.turns, strict=True):
+            kind = "answers" if "<SEG>" in answer else "absent"
+            assert answer in PHRASINGS["refer"][kind]
+            if name == "a zebra":
+                refusals.append(kind)
+            else:
+                assert kind == "answers"
+    assert set(refusals) == {"absent"}
 
 
 # ---- ReasonSeg -----------------------------------------------------------------------------------
@@ -1539,7 +1579,7 @@ def num_words(dataset: Dataset) -> list[int]:
 
 def test_words_of_referring_and_reasoning_prompts_are_counted(tmp_path):
     write_refs(tmp_path, [*TWO_REFS, *OF_VAL])
-    assert num_words(open_dataset("refcoco", tmp_path)) == [2 + 2, 3 + 2]
+    assert num_words(open_dataset("refcoco", tmp_path)) == [3 + 2, 3 + 2]  # at most
     dataset = open_dataset("refcoco_val", tmp_path)
     counts = [len(sample.names[0].split()) for sample in samples_of(dataset)]
     assert num_words(dataset) == counts == [2, 2, 3, 1]
@@ -1582,20 +1622,21 @@ OWN = {
 def test_own_referring_of_every_kind_of_mask(tmp_path, name):
     write_own(tmp_path, OWN)
     dataset = open_dataset(name, tmp_path)
-    texts = set()
-    for seed in range(20):
+    truth = {"The Ring": 0, "a star": 1, "the yellow thing": 1, "a cup": 2, "the rest": 3}
+    texts, refusals = set(), set()
+    for seed in range(60):
         sample = dataset.sample(0, rng(seed))
         assert is_well_formed(sample) and sample.task == "refer"
-        assert sample.labels.tolist() == [0, 1, 2, 4]
-        assert (sample.masks == np.stack([PARTS[0], PARTS[1], PARTS[2], PARTS[3]])).all()
-        texts.add(tuple(sample.names))
-        has_seg = [answer.count("<SEG>") for _, answer in sample.turns]
-        assert has_seg == [1, 1, 1, 0, 1]
-        assert sample.turns[3][1] in PHRASINGS["refer"]["absent"]
-        asked = [question for question, _ in sample.turns]
-        assert all(f"<p>{n}</p>" in q for n, q in zip(sample.names, asked, strict=True))
-    middle = ("a star", "the yellow thing")
-    assert texts == {("The Ring", each, "a cup", "a dog", "the rest") for each in middle}
+        present = [truth[name] for name in sample.names if name != "a dog"]
+        assert np.array_equal(sample.masks, np.reshape([PARTS[k] for k in present], (-1, *SIZE)))
+        assert "a dog" not in [sample.names[label] for label in sample.labels]
+        texts.update(sample.names)
+        for text, (asked, answer) in zip(sample.names, sample.turns, strict=True):
+            assert f"<p>{text}</p>" in asked
+            kind = "answers" if "<SEG>" in answer else "absent"
+            assert answer in PHRASINGS["refer"][kind]
+            refusals |= {kind} if text == "a dog" else set()
+    assert texts == {*truth, "a dog"} and refusals == {"absent"}
 
 
 def test_own_referring_by_absolute_paths(tmp_path):
@@ -1604,14 +1645,11 @@ def test_own_referring_by_absolute_paths(tmp_path):
     assert shade_of(open_dataset(name, Path("elsewhere")).sample(0, rng())) == 5
 
 
-def test_own_referring_of_many_texts_is_cut(tmp_path):
+def test_own_referring_of_many_texts_gives_as_many_samples_as_conversations(tmp_path):
     count = MAX_TURNS + 2
-    masks = [[ring(1, 1, 4, 5)]] * count
-    texts = [f"t{k}" for k in range(count)]
+    masks, texts = [[ring(1, 1, 4, 5)]] * count, [f"t{k}" for k in range(count)]
     write_own(tmp_path, {"image": "a.jpg", "masks": masks, "texts": texts})
-    samples = samples_of(open_dataset("mine/refs.json", tmp_path))
-    assert [len(sample.turns) for sample in samples] == [MAX_TURNS, 2]
-    assert [name for s in samples for name in s.names] == texts
+    assert len(open_dataset("mine/refs.json", tmp_path)) == 2
 
 
 @pytest.mark.parametrize("is_absolute", [False, True])

@@ -51,6 +51,12 @@ class Dataset:
 
     `skipped` counts what the rules of a format drop, `problems` has a message for every record that
     breaks them.
+
+    What a training sample draws from its generator, besides phrasings: referring how many phrases
+    share a dialogue, which, and their order; generic and VGD the order of the classes in the
+    prompt, generic also which absent ones are there; interactive the object; reasoning the text.
+    The order of chat's turns is the file's: later ones may refer to earlier ones. GCG's phrases
+    stand as the caption has them.
     """
 
     def __init__(
@@ -93,6 +99,11 @@ class Dataset:
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Record `index`, its words drawn from `rng`. Raises ValueError that names the record."""
         raise NotImplementedError
+
+    def check(self, index: int, rng: np.random.Generator) -> None:
+        """Reads all that record `index` stands for, of which a sample may show a part. Raises
+        ValueError as `sample` does."""
+        self.sample(index, rng)
 
     def num_words(self, index: int) -> int:
         """How long the prompt of a record is, in words or categories, counting only what differs

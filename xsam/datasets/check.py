@@ -70,7 +70,7 @@ def _start(dataset: Dataset, seed: int) -> None:
 def _read(index: int) -> str | None:
     """What is wrong with a sample, if anything."""
     try:
-        _DATASET.sample(index, np.random.default_rng([_SEED, index]))
+        _DATASET.check(index, np.random.default_rng([_SEED, index]))
     except ValueError as error:
         return str(error)
     return None

@@ -5,7 +5,6 @@ Each phrase has a <SEG> and a mask of its own, or an answer that there is no suc
 targets, H W image size.
 """
 
-import itertools
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -29,7 +28,39 @@ MAX_TURNS = 8  # referred objects of one training conversation
 
 
 class Referring(Dataset):
-    """Conversations with a turn for every expression, even one that nothing in the image fits."""
+    """Conversations with a turn for every expression, even one that nothing in the image fits.
+
+    `groups` has every image once, its expressions last. A record is the number of a group, and
+    where those of its expressions begin and end that evaluation asks for, or `check` reads. A
+    training sample draws how many expressions of the image it asks for (1 to MAX_TURNS, all as
+    likely), which, in which order, and a text of each.
+    """
+
+    groups: Packed
+
+    @property
+    def is_training(self) -> bool:
+        return self.source.split in ("", "train")
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        group, start, stop = self.records[index]
+        *_, phrases = group = self.groups[group]
+        if not self.is_training:
+            return self.build(index, group, phrases[start:stop], rng)
+        count = rng.integers(1, min(len(phrases), MAX_TURNS) + 1)
+        chosen = [phrases[i] for i in rng.permutation(len(phrases))[:count]]
+        return self.build(index, group, chosen, rng)
+
+    def check(self, index: int, rng: np.random.Generator) -> None:
+        group, start, stop = self.records[index]
+        *_, phrases = group = self.groups[group]
+        self.build(index, group, phrases[start:stop], rng)
+
+    def build(
+        self, index: int, group: tuple, phrases: list[tuple], rng: np.random.Generator
+    ) -> Sample:
+        """The sample that asks for these expressions of a group, in this order."""
+        raise NotImplementedError
 
     def make(
         self,
@@ -54,12 +85,11 @@ class Referring(Dataset):
 class RefCoco(Referring):
     """RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO, whose expressions may mean several objects or none.
 
-    Training: a conversation has a turn for up to MAX_TURNS referred objects of an image; the k-th
-    sample of an image takes the k-th combination of its objects' sentences, for as many samples as
-    the image has sentences, or combinations where those are fewer. Evaluation: one sample per
-    object and sentence. Only refs of the split are read, also where an image has refs of
-    several, as in RefCOCOg's google file. Refs without a sentence, which gRefCOCO's file has, are
-    skipped.
+    Training: as many samples as an image has sentences, or combinations of a sentence of each of
+    its refs where those are fewer, times the conversations of MAX_TURNS that its refs fill.
+    Evaluation: one sample per ref and sentence. Only refs of the split are read, also where an
+    image has refs of several, as in RefCOCOg's google file. Refs without a sentence, which
+    gRefCOCO's file has, are skipped.
     """
 
     def index(self) -> None:
@@ -79,9 +109,12 @@ class RefCoco(Referring):
         used = sorted({n for refs in chosen.values() for numbers, _ in refs for n in numbers})
         self.objects = Packed([pack(annotations[n], f"{self.instances}: {n}") for n in used])
         index_of = {number: index for index, number in enumerate(used)}
+        groups: list[bytes] = []
         for image_id, refs in chosen.items():
-            indexed = [([index_of[n] for n in numbers], texts) for numbers, texts in refs]
-            self.index_image(images[image_id], indexed)
+            phrases = [([index_of[n] for n in numbers], texts) for numbers, texts in refs]
+            with self.record():
+                self.index_image(images[image_id], phrases, groups)
+        self.groups = Packed(groups)
 
     def read_ref(
         self, ref: dict, index: int, images: dict, annotations: dict
@@ -113,33 +146,40 @@ class RefCoco(Referring):
         is_training = self.source.split == "train"
         return image_id, split, numbers, sorted(set(texts)) if is_training else texts
 
-    def index_image(self, image: dict, refs: list[tuple[list[int], list[str]]]) -> None:
-        """The records of an image; a ref is indices into `self.objects` and sentences."""
-        pairs = [[(indices, text) for text in texts] for indices, texts in refs]
-        if self.source.split != "train":
-            self.records += [(image, [pair]) for pair in itertools.chain(*pairs)]
-            return
-        count = sum(len(sentences) for sentences in pairs)
-        for combination in itertools.islice(itertools.product(*pairs), count):
-            for start in range(0, len(combination), MAX_TURNS):
-                self.records.append((image, combination[start : start + MAX_TURNS]))
+    def index_image(
+        self, image: dict, phrases: list[tuple[list[int], list[str]]], groups: list[bytes]
+    ) -> None:
+        """The group and the records of an image; a phrase is indices into `self.objects` and
+        sentences."""
+        if not self.is_training:
+            phrases = [(indices, [text]) for indices, texts in phrases for text in texts]
+        groups.append(pack((image, phrases), f"{self.instances}: image {image['id']}"))
+        counts, size = [len(texts) for _, texts in phrases], MAX_TURNS if self.is_training else 1
+        starts = range(0, len(phrases), size)
+        records = [(len(groups) - 1, start, start + size) for start in starts]
+        self.records += records * min(sum(counts), math.prod(counts))
 
     def key(self, index: int) -> str:
-        return f"{self.records[index][0]['id']}/{index}"
+        return f"{self.groups[self.records[index][0]][0]['id']}/{index}"
 
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        record, pairs = self.records[index]
+    def build(
+        self, index: int, group: tuple, phrases: list[tuple], rng: np.random.Generator
+    ) -> Sample:
+        record, _ = group
         image = parse(CocoImage, record, f"{self.instances}: image {record['id']}")
         picture = read_image(find_file(self.images, image.file_name), image.size)
         objects = []
-        for indices, text in pairs:
+        for indices, texts in phrases:
             masks = [self.mask(self.objects[i], image.size) for i in indices]
+            text = texts[rng.integers(len(texts))]
             objects.append((text, np.any(masks, axis=0) if masks else None))
         return self.make(f"{self.name}/{image.id}/{index}", image.id, picture, objects, rng)
 
     def num_words(self, index: int) -> int:
-        _, pairs = self.records[index]
-        return sum(len(text.split()) for _, text in pairs)
+        """Of a training sample at most."""
+        group, start, stop = self.records[index]
+        counts = [max(len(text.split()) for text in texts) for _, texts in self.groups[group][1]]
+        return sum(sorted(counts)[-MAX_TURNS:] if self.is_training else counts[start:stop])
 
     def mask(self, annotation: dict, size: tuple[int, int]) -> np.ndarray:
         where = f"{self.instances}: annotation {annotation['id']}"
@@ -152,23 +192,27 @@ class OwnReferring(Referring):
     string or a list of alternatives."""
 
     def index(self) -> None:
+        groups = []
         for index, record in enumerate(read_json(self.annotations, list)):
             where = f"{self.annotations}: record {index}"
             with self.record():
                 image, masks, texts = unpack(record, where, image=str, masks=list, texts=list)
                 if not masks or len(masks) != len(texts):
                     raise ValueError(f"{where}: {len(masks)} masks but {len(texts)} texts")
-                pairs = list(zip(masks, texts, strict=True))
-                for start in range(0, len(pairs), MAX_TURNS):
-                    self.records.append((where, image, pairs[start : start + MAX_TURNS]))
+                groups.append(pack((where, image, list(zip(masks, texts, strict=True))), where))
+                starts = range(0, len(masks), MAX_TURNS)
+                self.records += [(len(groups) - 1, start, start + MAX_TURNS) for start in starts]
+        self.groups = Packed(groups)
 
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        where, name, pairs = self.records[index]
-        told = [self.told_size(mask) for mask, _ in pairs]
+    def build(
+        self, index: int, group: tuple, phrases: list[tuple], rng: np.random.Generator
+    ) -> Sample:
+        where, name, every = group
+        told = (self.told_size(mask) for mask, _ in every)  # by those that are not asked for, too
         picture = read_image(find_file(self.images, name), next(filter(None, told), None))
         size = picture.height, picture.width
         objects = []
-        for mask, texts in pairs:
+        for mask, texts in phrases:
             texts = [texts] if isinstance(texts, str) else expect(texts, list, f"{where}: texts")
             if not is_texts(texts):
                 raise ValueError(f"{where}: a text is empty or no string")
