@@ -96,6 +96,7 @@ def toy_run(out: Path, data: Path, *flags: object) -> list[str]:
         ("--stage 1 --out a --out b", "--out is given more than once"),
         ("--stage 1 --datasets a --datasets=b", "--datasets is given more than once"),
         ("--stage 1 --overlap_threshold 1.5", "overlap_threshold is 1.5; it is 1 at most"),
+        ("--stage 3 --presence 1.5", "presence is 1.5; it is 1 at most"),
         (
             "--stage 1 --connector_layers 2,3,5",
             "connector_layers has [5]; of an encoder of depth 4",
@@ -321,6 +322,11 @@ def test_a_runs_folder_stands_for_its_last_stage(run_folder, tmp_path):
     [
         ("--tasks pope --tasks mme", "--tasks is given more than once"),
         ("--tasks pope --panoptic-rule published", "--panoptic-rule is for the sets of openvocab"),
+        (
+            "--tasks pope --presence 0.5",
+            "--presence is for the sets of grefer and reason and refer",
+        ),
+        ("--tasks refer --presence 1.5", "1.5 is not from 0 to 1"),
         ("--tasks pope --one-crowd-per-class", "--one-crowd-per-class is for the sets of"),
         ("--tasks pope --names a,b", "--names is for the sets of openvocab"),
     ],

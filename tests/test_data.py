@@ -326,9 +326,28 @@ def test_a_batch_of_absent_phrases_alone_has_no_run(processor):
     assert batch.seg_pixels.shape[0] == 2
 
 
+def test_a_phrase_that_nothing_fits_may_have_a_run_without_a_target(processor):
+    """And the others keep the run, the mask and the class that they have without it."""
+    absent = referring(["a star", "a disc", "a ring"], [0, 2])
+    absent.turns[1] = absent.turns[1][0], "Sure, <SEG>."
+    items = [processor.encode(each) for each in (referring(["a", "b"], [1]), absent)]
+    batch = processor.collate(items)
+    assert batch.runs.image_index.tolist() == [0, 1, 1, 1]
+    assert batch.runs.phrase_index.tolist() == [1, 2, 3, 4]
+    assert [target.labels.tolist() for target in batch.targets] == [[1], [2], [], [4]]
+    assert [len(target.masks) for target in batch.targets] == [1, 1, 0, 1]
+    masks = [items[0]["targets"].masks, *items[1]["targets"].masks[:, None]]
+    kept = [batch.targets[run].masks for run in (0, 1, 3)]
+    assert all(torch.equal(mask, other) for mask, other in zip(kept, masks, strict=True))
+    assert len(set(batch.run_seeds)) == 3 and batch.run_seeds[1:] == [0, 1, 2]
+    absent.labels = np.array([0, 0])
+    with pytest.raises(ValueError, match="asks for 3 decoder runs, its masks are for 4"):
+        processor.collate([processor.encode(absent)])
+
+
 @pytest.mark.parametrize("task", ["generic", "refer"])
 def test_a_text_that_asks_for_other_runs_than_its_masks_is_refused(processor, task):
-    """Else a run without a target would train as background, or a mask would train nothing."""
+    """Else a mask would train nothing."""
     sample = generic([3, 5], NAMES[:6]) if task == "generic" else referring(["a", "b"], [0, 1])
     (question, answer), *others = sample.turns
     sample.turns = [(question, answer.replace("<SEG>", "nothing")), *others]

@@ -570,7 +570,7 @@ def test_check_reads_the_phrases_that_a_sample_may_leave_out(tmp_path):
     write_own(tmp_path, {"image": "a.jpg", "masks": masks, "texts": texts})
     dataset = open_dataset("mine/refs.json", tmp_path)
     dataset.check(0, rng())
-    with pytest.raises(ValueError, match="refs.json: record 0"):
+    with pytest.raises(ValueError, match=r"refs\.json: record 0"):
         dataset.check(1, rng())
 
 
@@ -690,7 +690,7 @@ def test_grefs_training_labels_count_the_absent(tmp_path):
                 refusals.append(kind)
             else:
                 assert kind == "answers"
-    assert set(refusals) == {"absent"}
+    assert 0.25 < refusals.count("absent") / len(refusals) < 0.75
 
 
 # ---- ReasonSeg -----------------------------------------------------------------------------------
@@ -1636,7 +1636,7 @@ def test_own_referring_of_every_kind_of_mask(tmp_path, name):
             kind = "answers" if "<SEG>" in answer else "absent"
             assert answer in PHRASINGS["refer"][kind]
             refusals |= {kind} if text == "a dog" else set()
-    assert texts == {*truth, "a dog"} and refusals == {"absent"}
+    assert texts == {*truth, "a dog"} and refusals == {"answers", "absent"}
 
 
 def test_own_referring_by_absolute_paths(tmp_path):

@@ -267,6 +267,17 @@ def test_interactive_is_its_rule(size):
         assert_same(ours, (masks[[best]], [0], [scores[best]]))
 
 
+@pytest.mark.parametrize("reader", [phrase_inference, union_inference])
+def test_a_phrase_below_presence_has_no_mask_and_the_others_stay(reader):
+    for seed in range(NUM_CASES):
+        case = random_case(seed, (20, 30))
+        masks, phrases, scores = reader(*case)
+        for presence in (0.0, *scores, 1.0):
+            kept = [phrase for phrase in phrases if scores[phrase] >= presence]
+            expected = masks[kept], kept, [scores[phrase] for phrase in kept]
+            assert_same(reader(*case, presence=presence), expected)
+
+
 def test_nothing_is_found_without_a_class_or_a_mask():
     transform = ResizeAndPad.fit((20, 30), 64)
     shape = (0, 20, 30)

@@ -62,6 +62,15 @@ def test_a_picture_and_its_masks_are_written(checkpoint, image, capsys, request_
     assert printed.startswith("<SEG>\n") and f"{stem}.json" in printed
 
 
+@pytest.mark.parametrize("task", ["refer", "reason"])
+def test_a_phrase_below_presence_has_no_mask(checkpoint, image, tmp_path, capsys, task):
+    arguments = [task, "the red circle", "--checkpoint", checkpoint, "--image", image]
+    for presence, count in ((0, 1), (1, 0)):
+        assert run(*arguments, "--presence", presence, "--out", tmp_path / "out") == 0
+        assert len(json.loads((tmp_path / "out.json").read_text())["segments"]) == count
+        assert f"{count} masks" in capsys.readouterr().out
+
+
 def test_the_segmentor_predicts_too(segmentor, image, tmp_path, capsys):
     folder = save_checkpoint(tmp_path, segmentor, segmentor.config, None, 1, 5, {})
     out = tmp_path / "named.by.hand"
@@ -198,6 +207,7 @@ def test_a_photo_is_segmented_upright_unless_its_region_is_of_the_stored_pixels(
         ),
         (["refer", "the ring", "--checkpoint", "{stage1}"], "a stage-1 checkpoint has no language"),
         (["gcg", "--panoptic-rule", "published"], "--panoptic-rule is for task panoptic"),
+        (["gcg", "--presence", "0.5"], "--presence is for tasks refer and reason"),
         (["gcg", "--out", "x" * 300], "File name too long"),
         (["gcg", "--device", "cpu", "--device", "cpu"], "--device is given more than once"),
     ],

@@ -58,7 +58,7 @@ POSITIVE = {
     *("eval_batch_size", "max_new_tokens", "seg_heads", "decoder_heads"),
 }
 SHARES = {"warmup_ratio", "flip_probability", "importance_ratio"}
-SHARES |= {"score_threshold", "overlap_threshold"}
+SHARES |= {"score_threshold", "overlap_threshold", "presence"}
 
 
 def _parse(kind, text: str):
@@ -158,12 +158,20 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = Tr
         help="how panoptic masks are made: mask2former (default), or that of the published code, "
         "with a score threshold of 0",
     )
+    parser.add_argument(
+        "--presence",
+        type=share,
+        metavar="SCORE",
+        help="refer, reason: a phrase whose best score is below it has no mask (default: the "
+        "checkpoint's, 0 as in the paper: every phrase has one)",
+    )
 
 
 def inference_changes(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of the configuration that the flags of `add_checkpoint_flags` change."""
     rule = options.panoptic_rule
     changes = {} if rule is None else {"panoptic_rule": rule}
+    changes |= {} if options.presence is None else {"presence": options.presence}
     return changes | ({"score_threshold": 0.0} if rule == "published" else {})
 
 
@@ -183,6 +191,13 @@ def count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
     return int(text)
+
+
+def share(text: str) -> float:
+    """A flag's number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return float(text)
 
 
 class Parser(argparse.ArgumentParser):

@@ -254,6 +254,7 @@ class Config:
     panoptic_rule: Literal["mask2former", "published"] = "mask2former"  # postprocess.py
     score_threshold: float = 0.8  # panoptic: queries below it are dropped
     overlap_threshold: float = 0.8  # panoptic: least visible share of a segment
+    presence: float = 0.0  # referring, reasoning: a phrase whose best score is below it has no mask
     eval_tasks: tuple[str, ...] = ()  # scored before the first stage and after each
     num_pictures: int = 8  # for each task
 

@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from xsam.config import Config, Stage
+from xsam.config import SPECIAL_TOKENS, Config, Stage
 from xsam.images import viewed
 from xsam.llm import (
     IGNORE_LABEL,
@@ -482,7 +482,7 @@ class Processor:
         targets, run_seeds = run_targets(encoded)
         samples = [item["sample"] for item in encoded]
         if runs is not None:
-            check_runs(runs, targets, samples)
+            check_runs(runs, samples)
         return Batch(
             task=task,
             seg_pixels=torch.stack(pixels),
@@ -503,16 +503,18 @@ class Processor:
 
 def run_targets(encoded: list[dict]) -> tuple[list[Targets], list[int]]:
     """The targets of each decoder run of a batch, and the seed of its random points. Where a task
-    has a run for each phrase, a run has one target, whose class is the number of its phrase among
-    those of the whole batch; else an image is one run. Chat has none."""
+    has a run for each phrase that is answered by a <SEG>, a run has one target, whose class is the
+    number of its phrase among those of the whole batch, or none, where nothing fits the phrase;
+    else an image is one run. Chat has none."""
     targets, run_seeds, num_phrases = [], [], 0
     for item in encoded if encoded[0]["sample"].task != "chat" else ():
         of_image: Targets = item["targets"]
         of_runs = [of_image]
         if item["sample"].task in PER_PHRASE_TASKS:
+            masks, labels = of_image.masks, of_image.labels
+            is_own = [labels == number for number in answered_phrases(item["sample"])]
             of_runs = [
-                Targets(mask[None], label[None] + num_phrases, of_image.ignore)
-                for mask, label in zip(of_image.masks, of_image.labels, strict=True)
+                Targets(masks[own], labels[own] + num_phrases, of_image.ignore) for own in is_own
             ]
             num_phrases += len(item["sample"].names)
         targets += of_runs
@@ -520,18 +522,24 @@ def run_targets(encoded: list[dict]) -> tuple[list[Targets], list[int]]:
     return targets, run_seeds
 
 
-def check_runs(runs: Runs, targets: list[Targets], samples: list[Sample]) -> None:
-    """Raises ValueError where the text of a batch's samples asks for other decoder runs than their
-    masks are for."""
+def answered_phrases(sample: Sample) -> list[int]:
+    """The numbers of the phrases of a task with a turn for each that its answers have a <SEG>
+    for."""
+    return [n for n, (_, answer) in enumerate(sample.turns) if SPECIAL_TOKENS[0] in (answer or "")]
+
+
+def check_runs(runs: Runs, samples: list[Sample]) -> None:
+    """Raises ValueError where the text of a batch's samples asks for other decoder runs than
+    `run_targets` has targets for, or for none where there is a mask."""
     asked = list(zip(runs.image_index.tolist(), runs.phrase_index.tolist(), strict=True))
-    if samples[0].task in PER_PHRASE_TASKS:
-        counts = [len(sample.labels) for sample in samples]
-        images = [image for image, count in enumerate(counts) for _ in range(count)]
-        wanted = [(image, int(t.labels)) for image, t in zip(images, targets, strict=True)]
-    else:
-        wanted = [(image, -1) for image in range(len(samples))]
+    num_phrases = 0
     for image, sample in enumerate(samples):
-        found, needed = ([n for i, n in each if i == image] for each in (asked, wanted))
+        found, needed = [phrase for i, phrase in asked if i == image], [-1]
+        if sample.task in PER_PHRASE_TASKS:
+            labels = sample.labels.tolist()
+            without_mask = set(answered_phrases(sample)).difference(labels)
+            needed = [num_phrases + number for number in sorted([*labels, *without_mask])]
+            num_phrases += len(sample.names)
         if found != needed:
             raise ValueError(
                 f"{sample.sample_id}: its text asks for {len(found)} decoder runs, its masks are "

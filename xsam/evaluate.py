@@ -157,6 +157,7 @@ def made_by(model: Segmentor | XSAM, dataset: Dataset) -> dict[str, str]:
         "panoptic_rule",
         "score_threshold",
         "overlap_threshold",
+        "presence",
         "eval_batch_size",
         "max_new_tokens",
     )
@@ -316,6 +317,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
             "device",
             "dtype",
             "panoptic_rule",
+            "presence",
         ):
             if getattr(options, name) not in (None, False, []):
                 flag = f"--{name.replace('_', '-')}"
@@ -336,6 +338,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         options.bert = bert_embedder(options.bert) if options.bert else None
         chosen, panoptic = {task_of(name)[0] for name in names}, {"panoptic", "openvocab"}
         users = {"names": {"openvocab"}, "panoptic_rule": panoptic, "one_crowd_per_class": panoptic}
+        users["presence"] = {"refer", "grefer", "reason"}
         for flag, tasks in users.items():
             if getattr(options, flag) and not tasks & chosen:
                 flag, tasks = flag.replace("_", "-"), " and ".join(sorted(tasks))

@@ -34,7 +34,7 @@ from xsam.postprocess import (
     semantic_inference,
     union_inference,
 )
-from xsam.prompts import ask, check_words, find_phrases
+from xsam.prompts import PER_PHRASE_TASKS, ask, check_words, find_phrases
 from xsam.weights import (
     CONFIG_FILE,
     EMBEDDING,
@@ -80,8 +80,10 @@ POST_PROCESSING = {
     ),
     "instances": lambda outputs, *_: instance_inference(*outputs),
     "semantic": lambda outputs, *_: semantic_inference(*outputs),
-    "phrases": lambda outputs, *_: phrase_inference(*outputs),
-    "union": lambda outputs, *_: union_inference(*outputs),
+    "phrases": lambda outputs, sample, _, config: phrase_inference(
+        *outputs, presence=config.presence if sample.task in PER_PHRASE_TASKS else 0.0
+    ),
+    "union": lambda outputs, sample, _, config: union_inference(*outputs, presence=config.presence),
     "interactive": lambda outputs, sample, *_: interactive_inference(*outputs, sample.regions[0]),
 }
 

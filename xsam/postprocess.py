@@ -332,15 +332,17 @@ def instance_inference(
 
 
 def phrase_inference(
-    probabilities: Tensor, mask_logits: Tensor, transform: ResizeAndPad
+    probabilities: Tensor, mask_logits: Tensor, transform: ResizeAndPad, presence: float = 0.0
 ) -> Reading:
-    """Referring reading: for each phrase the mask of the query that fits it best, [K, H, W], and
-    its score. A mask may be empty."""
+    """Referring reading: for each phrase, [K], the mask of the query that fits it best and its
+    score; none for a phrase whose score is below `presence`. A mask may be empty."""
     scores, best = probabilities[:, :-1].max(0)
-    masks = np.zeros((len(best), *transform.original), bool)
-    for mask, (box, logits) in zip(masks, read_insides(mask_logits[best], transform), strict=True):
+    phrases = (scores >= presence).nonzero()[:, 0]
+    masks = np.zeros((len(phrases), *transform.original), bool)
+    insides = read_insides(mask_logits[best[phrases]], transform)
+    for mask, (box, logits) in zip(masks, insides, strict=True):
         mask[box] = (logits > 0).cpu().numpy()
-    return masks, list(range(len(best))), scores.tolist()
+    return masks, phrases.tolist(), scores[phrases].tolist()
 
 
 def union_inference(
@@ -348,10 +350,11 @@ def union_inference(
     mask_logits: Tensor,
     transform: ResizeAndPad,
     score_threshold: float = 0.6,
+    presence: float = 0.0,
 ) -> Reading:
     """Generalised referring reading (gRefCOCO, Liu et al. 2023): for each phrase all that the
     queries at or above the threshold segment, [K, H, W], or what the best one does where there is
-    none above it. The score is the best query's."""
+    none above it. The score is the best query's; below `presence` a phrase has no mask."""
     scores, best = probabilities[:, :-1].max(0)
     is_chosen = probabilities[:, :-1] >= score_threshold  # [Q, K]
     is_chosen[best, torch.arange(len(best), device=best.device)] = True
@@ -362,7 +365,8 @@ def union_inference(
         is_inside = (logits > 0).cpu().numpy()
         for phrase in phrases.nonzero()[0]:
             masks[phrase][box] |= is_inside
-    return masks, list(range(len(best))), scores.tolist()
+    kept = (scores >= presence).nonzero()[:, 0].tolist()
+    return masks[kept], kept, scores[kept].tolist()
 
 
 def interactive_inference(

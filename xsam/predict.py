@@ -27,6 +27,7 @@ from xsam.images import read_image, read_image_size, read_region
 from xsam.inference import REQUESTS, check_request, load_checkpoint, predict, stored_stage
 from xsam.names import read_names
 from xsam.postprocess import SHOWN_SCORE
+from xsam.prompts import PER_PHRASE_TASKS
 
 OUTPUT = {"answer": "", "segments": []}  # of SegmentationResult.to_dict
 
@@ -100,6 +101,8 @@ def read_request(options: argparse.Namespace) -> dict[str, Any]:
     image, regions, shown = read_pictures(options)
     if options.panoptic_rule and options.task != "panoptic":
         raise ValueError("--panoptic-rule is for task panoptic")
+    if options.presence is not None and REQUESTS[options.task].task not in PER_PHRASE_TASKS:
+        raise ValueError("--presence is for tasks refer and reason")
     lists = {"things": options.things, "stuff": options.stuff}
     names = {kind: text if text is None else read_names(text) for kind, text in lists.items()}
     stage, texts = stored_stage(options.checkpoint), [options.text]

@@ -1,8 +1,8 @@
 """Referring and reasoning segmentation: RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO, ReasonSeg, and
 expressions of a user's own.
 
-Each phrase has a <SEG> and a mask of its own, or an answer that there is no such thing. Legend: T
-targets, H W image size.
+Each phrase has a <SEG> and a mask of its own. One that nothing fits has an answer that there is no
+such thing, or a <SEG> without a mask. Legend: T targets, H W image size.
 """
 
 import math
@@ -70,9 +70,12 @@ class Referring(Dataset):
         objects: list[tuple[str, np.ndarray | None]],
         rng: np.random.Generator,
     ) -> Sample:
-        """The sample of (expression, mask bool [H, W] or None where there is no such thing)."""
+        """The sample of (expression, mask bool [H, W] or None where there is no such thing). Half
+        of the time training has a <SEG> for that too, whose queries are all background."""
         names, masks = map(list, zip(*objects, strict=True))
         kinds = ["absent" if mask is None else "answers" for mask in masks]
+        if self.is_training:
+            kinds = [kind if rng.random() < 0.5 else "answers" for kind in kinds]
         turns = [self.turn([name], rng, kind) for name, kind in zip(names, kinds, strict=True)]
         labels = np.flatnonzero([mask is not None for mask in masks])
         found = np.array([masks[index] for index in labels], bool)
