@@ -29,6 +29,7 @@ from xsam.datasets.registry import open_dataset
 from xsam.datasets.sources import SOURCES, locate
 from xsam.evaluate import main, predict_dataset
 from xsam.evaluation.benchmarks import TASKS
+from xsam.evaluation.metrics import presence_curve
 from xsam.evaluation.prediction_files import (
     ABOUT_FILE,
     PREDICTIONS_FILE,
@@ -213,6 +214,36 @@ def test_two_processes_write_what_one_does(command, alone, tmp_path):
     processes = start_ranks(tmp_path / "log", slowly, 0.0, command(out), world_size=2)
     assert finish(processes) == [0, 0], (tmp_path / "log").read_text()
     assert contents(out) == alone
+
+
+def test_presence_of_saved_predictions_is_what_the_flag_does(
+    speaking_model, world, tmp_path, capsys, monkeypatch, results
+):
+    """benchmarks/presence.py says beforehand what N_acc and T_acc evaluate.py would give."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import presence
+
+    model, name = speaking_model, "grefcoco_val"
+    checkpoint = save_checkpoint(tmp_path, model, model.config, model.tokenizer, 3, 5, {})
+    flags = ["--checkpoint", checkpoint, "--data", world / "data", "--tasks", name]
+    assert run(*flags, "--out", tmp_path / "all") == 0
+    scores, is_present = presence.read_scores(tmp_path / "all/predictions", world / "data", [name])
+    assert 0 < sum(is_present) < len(scores)
+    threshold = sorted(scores)[len(scores) // 2]
+    (expected,) = presence_curve(scores, is_present, [threshold])
+    assert run(*flags, "--out", tmp_path / "some", "--presence", threshold) == 0
+    figures = results(tmp_path / "some")["grefer"]
+    assert (figures["N_acc"], figures["T_acc"]) == (expected["N_acc"], expected["T_acc"])
+    entries = json.loads((tmp_path / "some/predictions" / name / PREDICTIONS_FILE).read_text())
+    refused = [entry["segmentation"] is None for entry in entries]
+    assert refused == [score < threshold for score in scores]
+    assert run(*flags, "--out", tmp_path / "all", "--presence", threshold) == 2  # not mixed
+    monkeypatch.setattr(
+        sys, "argv", ["", "--predictions", str(tmp_path / "all"), "--data", str(world / "data")]
+    )
+    capsys.readouterr()
+    presence.main()
+    assert "| 1.00 | 100.0 | " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("num_processes", [1, 3])

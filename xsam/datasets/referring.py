@@ -178,6 +178,11 @@ class RefCoco(Referring):
             objects.append((text, np.any(masks, axis=0) if masks else None))
         return self.make(f"{self.name}/{image.id}/{index}", image.id, picture, objects, rng)
 
+    def is_present(self, index: int) -> bool:
+        """Of a set that is scored: whether anything in the image fits the expression."""
+        group, start, _ = self.records[index]
+        return bool(self.groups[group][1][start][0])
+
     def num_words(self, index: int) -> int:
         """Of a training sample at most."""
         group, start, stop = self.records[index]

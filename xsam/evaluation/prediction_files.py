@@ -375,6 +375,12 @@ class SavedPredictions:
             return np.zeros(size, bool)
         return decode_mask(entry["segmentation"], size, where, may_be_empty=True)
 
+    def mask_score(self, index: int) -> float:
+        """The score of the one mask; -inf where nothing was found. Raises ValueError where the file
+        has none."""
+        ((where, entry),) = self.entries[self.keys[index]]
+        return -np.inf if entry["segmentation"] is None else take(entry, "score", float, where)
+
     def phrases(self, index: int) -> list[str]:
         """The phrase of each grounded mask."""
         return [str(entry.get("phrase", "")) for _, entry in self.entries[self.keys[index]]]
