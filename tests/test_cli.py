@@ -71,6 +71,8 @@ def toy_run(out: Path, data: Path, *flags: object) -> list[str]:
         ("--stage 3 --eval_tasks= --validate_every 9", "name the tasks to validate"),
         ("--stage 1 --datasets refcoco", "refcoco is of refer"),
         ("--stage all --datasets llava_pretrain", "llava_pretrain is of chat"),
+        ("--stage 1 --datasets +refcoco", "refcoco is of refer"),
+        ("--stage 3 --datasets +coco_panoptik", "unknown dataset 'coco_panoptik'"),
         ("--stage 3 --datasets=", "datasets names none"),
         ("--stage 3 --datasets coco_panoptik", "unknown dataset 'coco_panoptik'"),
         ('--stage 3 --learning_rates {"vision_encoder":0}', "parts are segmentor.encoder, segm"),
@@ -113,6 +115,23 @@ def toy_run(out: Path, data: Path, *flags: object) -> list[str]:
 def test_what_no_run_can_mean_is_refused_in_a_line(flags, message, capsys):
     error = refusal(["--config", "toy", *flags.split()], capsys)
     assert message in error and error.count("\n") == 1 and "--help" in error
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "added"),
+    [
+        (3, "+grefcoco", ("grefcoco",)),
+        (3, "+grefcoco,mine.json:photos", ("grefcoco", "mine.json:photos")),
+        (3, "+refcoco,grefcoco", ("grefcoco",)),  # what is there already stays one
+        (1, "+coco_instance", ("coco_instance",)),
+    ],
+)
+def test_datasets_with_a_plus_add_to_the_stages_own(stage, text, added):
+    options, config = parse(["--stage", str(stage), "--datasets", text])
+    for number, row in xsam().stages.items():
+        expected = (*row.datasets, *added) if number == stage else row.datasets
+        assert config.stages[number].datasets == expected
+    assert options.stages == [stage]
 
 
 def test_a_flag_error_is_told_once_and_without_torch(monkeypatch, capsys):

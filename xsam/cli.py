@@ -46,7 +46,8 @@ HELP = {
     "none, or '', for none",
     "learning_rates": 'by part, or by a module in one; "" for all others, 0 freezes; parts: '
     + ", ".join(PARTS),
-    "datasets": "names, or files of your own, FILE.json[:IMAGES[:MASKS]]",
+    "datasets": "names, or files of your own, FILE.json[:IMAGES[:MASKS]]; "
+    "+NAME,... adds them to the stage's own",
     "starts_from": "earlier stages whose checkpoints in --out are read; empty for none",
 }
 
@@ -314,6 +315,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
 def configure(options: argparse.Namespace, flags: dict[str, Any], preset: Config) -> Config:
     """The preset with the values of the flags."""
     config = preset.resolve(options.stages, **flags)
+    first, *others = flags.get("datasets") or ("",)
+    for number in options.stages if first.startswith("+") else ():
+        names = *preset.stages[number].datasets, first.removeprefix("+"), *others
+        config = config.resolve([number], datasets=tuple(dict.fromkeys(names)))
     if options.init:  # in place of what the first stage would start from
         config = config.resolve(options.stages[:1], starts_from=())
         config = config.resolve(init=tuple(map(str, options.init)))
