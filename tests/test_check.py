@@ -115,6 +115,17 @@ def rows(output: str) -> dict[str, list[str]]:
 # ---- what is there -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_words_that_a_tokenizer_lacks_are_counted_and_named(root, world, capsys, workers):
+    flags = ["--datasets", "llava_instruct,refcoco_val", "--workers", workers]
+    flags += ["--tokenizer", str(world / "weights/phi3-toy")]
+    assert run(root, *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "llava_instruct: 1 words that the tokenizer lacks: 'dog' (1)" in lines
+    assert "refcoco_val: 1 words that the tokenizer lacks: 'dog' (4)" in lines
+    assert run(root, *flags[:-1], "nowhere") == 2
+
+
 def test_each_set_has_a_row_with_its_counts(root, capsys):
     assert run(root, "--datasets", ROOT_SETS) == 0
     assert rows(capsys.readouterr().out) == {
@@ -164,7 +175,7 @@ def test_a_missing_path_is_named_once_with_what_belongs_there(root, capsys):
 @pytest.mark.parametrize(("limit", "read"), [(0, 5), (2, 2), (9, 5)])
 def test_the_limit_is_read_of_each_set_evenly(root, capsys, monkeypatch, limit, read):
     indices = []
-    monkeypatch.setattr(check, "_read", lambda index: indices.append(index))
+    monkeypatch.setattr(check, "_read", lambda index: indices.append(index) or [])
     assert run(root, "--datasets", "coco_instance", "--limit", str(limit)) == 0
     assert rows(capsys.readouterr().out)["coco_instance"][3:5] == ["5", str(read)]
     assert len(indices) == read and {indices[0], indices[-1]} == {0, 4}

@@ -345,6 +345,16 @@ def test_a_phrase_that_nothing_fits_may_have_a_run_without_a_target(processor):
         processor.collate([processor.encode(absent)])
 
 
+def test_words_that_the_tokenizer_lacks_come_with_a_training_batch(processor, config):
+    def items(*about):
+        samples = [referring(["the red helmet"], [0]), referring(["a ring"], [0])]
+        return [processor.encode(sample, *about) for sample in samples]
+
+    stage, rng = config.stages[3], np.random.default_rng(0)
+    assert processor.collate(items(stage, rng)).unknown == {"helmet": "refer/1"}
+    assert processor.collate(items()).unknown == {}  # predict says it
+
+
 @pytest.mark.parametrize("task", ["generic", "refer"])
 def test_a_text_that_asks_for_other_runs_than_its_masks_is_refused(processor, task):
     """Else a mask would train nothing."""

@@ -18,6 +18,7 @@ from xsam.llm import (
     find_runs,
     render_conversation,
     tokenize,
+    unknown_words,
 )
 
 # ---- tokenizer side ------------------------------------------------------------------------------
@@ -135,6 +136,14 @@ def test_tokens_and_labels_of_pieces(tokenizer):
     assert tokenizer.unk_token_id not in ids
     assert ids == asked + answered
     assert labels == [IGNORE_LABEL] * len(asked) + answered
+
+
+def test_words_that_the_tokenizer_lacks_are_named(tokenizer):
+    question, answer = "Segment <p>the helmet</p>, a cup-helmet <region>.", "Sure, <SEG>. Cup!"
+    assert unknown_words(tokenizer, question, answer) == ["helmet", "cup", "Cup"]
+    assert unknown_words(tokenizer, "Segment <p>the red ring</p>.", "Sure, <SEG>.") == []
+    assert unknown_words(tokenizer, "a ring \u2603") == ["\u2603"]
+    assert unknown_words(None, question) == unknown_words(tokenizer) == []
 
 
 def test_special_tokens_are_added_once_and_are_one_token_each(tokenizer):

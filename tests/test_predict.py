@@ -71,6 +71,13 @@ def test_a_phrase_below_presence_has_no_mask(checkpoint, image, tmp_path, capsys
         assert f"{count} masks" in capsys.readouterr().out
 
 
+def test_words_that_the_tokenizer_lacks_are_named_and_the_rest_is_asked(checkpoint, image):
+    common = ["--checkpoint", checkpoint, "--image", image]
+    for request in (["refer", "the red helmet"], ["semantic", "--things", "ring,helmet"]):
+        with pytest.warns(UserWarning, match="lacks 'helmet': they are lost"):
+            assert run(*request, *common) == 0
+
+
 def test_the_segmentor_predicts_too(segmentor, image, tmp_path, capsys):
     folder = save_checkpoint(tmp_path, segmentor, segmentor.config, None, 1, 5, {})
     out = tmp_path / "named.by.hand"

@@ -21,6 +21,7 @@ from xsam.llm import (
     end_of_turn,
     render_conversation,
     tokenize,
+    unknown_words,
 )
 from xsam.model import XSAM
 from xsam.weights import read_tokenizer
@@ -72,6 +73,10 @@ def test_a_conversation_is_that_of_the_template_and_every_answer_ends(folder):
         turns = [*TALK[: count - 1], (TALK[count - 1][0], None)]
         pieces = render_conversation(tokenizer, turns)
         assert "".join(text for text, _ in pieces) == text_of(tokenizer, turns)
+
+
+def test_no_word_is_lost_where_letters_are_bytes(folder):
+    assert unknown_words(read_tokenizer(folder), "a helmet, \u2603 <SEG>") == []
 
 
 def test_tokens_have_one_start_where_the_family_has_one_and_give_the_words_back(folder):

@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import faulty_train
 import pytest
+
+from xsam.train import MOST_WORDS, draw_batches
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "xsam" / "train.py")
@@ -122,6 +125,16 @@ def test_a_corrupt_image_ends_the_run_and_is_named(world, tmp_path, num_workers,
     assert "Traceback" not in error
     (message,) = [line for line in error.splitlines() if line.startswith("xsam/train.py")]
     assert str(folder) in message and "cannot be read" in message
+
+
+def test_a_word_that_the_tokenizer_lacks_is_named_once(capsys):
+    words = [{"helmet": "a/1"}, {"helmet": "a/2", "cup": "b/1"}, {}]
+    words += [{f"w{number}": "c/1"} for number in range(2 * MOST_WORDS)]
+    loader = [SimpleNamespace(unknown=each) for each in words]
+    assert list(draw_batches(loader)) == loader
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == MOST_WORDS
+    assert lines[0].startswith("a/1: the tokenizer lacks 'helmet'") and "'cup'" in lines[1]
 
 
 def test_bad_records_are_skipped_and_counted_on_request(world, tmp_path, capsys):

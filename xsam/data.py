@@ -40,6 +40,7 @@ from xsam.llm import (
     render_conversation,
     special_ids,
     tokenize,
+    unknown_words,
     without_marks,
 )
 from xsam.losses import Targets
@@ -232,6 +233,8 @@ class Batch:
     transforms: list[ResizeAndPad]  # one per image
     samples: list[Sample]  # of a Mixture without pictures and masks
     skipped: list[str]  # why other records are not in it: refused, or bad with --skip-bad
+    # Words that the tokenizer lacks, and the sample that has each; of training alone.
+    unknown: dict[str, str] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         return self._change(lambda tensor: tensor.to(device, non_blocking=True))
@@ -369,6 +372,9 @@ class Processor:
             if self.image_size:
                 encoded["image_pixels"] = self.image_pixels(sample.image)
             encoded["ids"], encoded["labels"] = words
+            if stage is not None and self.tokenizer.unk_token_id in words[0]:
+                lost = unknown_words(self.tokenizer, *itertools.chain(*sample.turns))
+                encoded["unknown"] = dict.fromkeys(lost, sample.sample_id)
             encoded["region_points"] = self.region_points(sample, transform, rng)
             reference_pixels = [
                 seg_pixels(image, self.fit(image))
@@ -498,6 +504,7 @@ class Processor:
             transforms=[item["transform"] for item in encoded],
             samples=samples,
             skipped=[reason for item in encoded for reason in item.get("skipped", ())],
+            unknown={k: v for item in encoded for k, v in item.get("unknown", {}).items()},
         )
 
 

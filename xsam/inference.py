@@ -6,6 +6,7 @@ request, `build_inputs` makes batches of samples, `predict_inputs` runs the mode
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from xsam.config import SPECIAL_TOKENS, Config, xsam
 from xsam.data import Batch, Processor, ResizeAndPad, Sample
 from xsam.files import check_target
 from xsam.images import Picture, foreground, viewed
-from xsam.llm import add_special_tokens
+from xsam.llm import add_special_tokens, unknown_words
 from xsam.model import XSAM, Segmentor
 from xsam.names import read_names
 from xsam.postprocess import (
@@ -228,7 +229,8 @@ def predict(
     `regions` mark, as bool [H, W] or any other picture of it (`foreground`): one object, or
     all objects of their kinds, which `region_image` may show in place of the image itself; "chat"
     answers `text`. An image is taken as viewers show it (`viewed`), upright unless a region
-    has the size of the stored pixels; the result's `image` is that, and its masks are of it. Raises
+    has the size of the stored pixels; the result's `image` is that, and its masks are of it. Warns
+    of words that the tokenizer lacks. Raises
     ValueError at a picture or region that is none, and at what `check_request` refuses.
     """
     things, stuff = (read_names(x) if isinstance(x, str) else x for x in (things, stuff))
@@ -247,6 +249,9 @@ def predict(
         build_sample(request, picture, words, names, regions, region_image)
         for picture, words in zip(images, texts, strict=True)
     ]
+    if lost := unknown_words(model.tokenizer, *texts, *names):
+        words = ", ".join(map(repr, lost))
+        warnings.warn(f"the tokenizer lacks {words}: they are lost on the model", stacklevel=2)
     inputs = build_inputs(Processor(model.config, model.tokenizer), samples)
     predictions = predict_inputs(model, inputs, request.post_processing, is_thing)
     return predictions if isinstance(image, list) else predictions[0]

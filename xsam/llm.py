@@ -138,6 +138,23 @@ def tokenize(
     return ids, labels
 
 
+def unknown_words(tokenizer: PreTrainedTokenizerBase | None, *texts: str) -> list[str]:
+    """The words of texts that the tokenizer lacks: each becomes its unknown token, so that the
+    model cannot tell them apart. Marks such as <p> are no words. None without a tokenizer, or
+    where it has no such token."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+
+    def is_lost(text: str) -> bool:
+        return unknown in tokenizer.encode(text, add_special_tokens=False)
+
+    text = re.sub(r"</?\w+>", " ", " ".join(texts))
+    if unknown is None or not is_lost(text):
+        return []
+    lost = filter(is_lost, dict.fromkeys(text.split()))
+    parts = [[x for x in re.findall(r"\w+", word) if is_lost(x)] or [word] for word in lost]
+    return list(dict.fromkeys(part for of_word in parts for part in of_word))
+
+
 # ---- decoder runs --------------------------------------------------------------------------------
 
 

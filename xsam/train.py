@@ -81,6 +81,8 @@ from xsam.weights import (
     read_tokenizer,
 )
 
+MOST_WORDS = 20  # that the tokenizer lacks, named by a run
+
 
 class Stopped(Exception):
     """The run was asked to end, and has saved; `signal` asked for it."""
@@ -387,10 +389,16 @@ def open_mixture(
 
 def draw_batches(loader: DataLoader) -> Iterator[Batch]:
     """The loader's micro-batches; a bad record, which it hands on, ends the run. Closing this ends
-    the loader's processes, which do not listen to signals."""
+    the loader's processes, which do not listen to signals. The first rank names each word of its
+    samples that the tokenizer lacks, once, and no more than MOST_WORDS."""
+    named: set[str] = set()
     for batch in loader:
         if isinstance(batch, ValueError):
             raise batch
+        new = [(word, name) for word, name in batch.unknown.items() if word not in named]
+        for word, name in new[: MOST_WORDS - len(named)] if distributed.rank() == 0 else ():
+            tqdm.write(f"{name}: the tokenizer lacks {word!r}, which is lost on the model")
+            named.add(word)
         yield batch
 
 

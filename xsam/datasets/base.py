@@ -100,10 +100,10 @@ class Dataset:
         """Record `index`, its words drawn from `rng`. Raises ValueError that names the record."""
         raise NotImplementedError
 
-    def check(self, index: int, rng: np.random.Generator) -> None:
-        """Reads all that record `index` stands for, of which a sample may show a part. Raises
-        ValueError as `sample` does."""
-        self.sample(index, rng)
+    def check(self, index: int, rng: np.random.Generator) -> Sample:
+        """All that record `index` stands for, of which a sample may show a part. Raises ValueError
+        as `sample` does."""
+        return self.sample(index, rng)
 
     def num_words(self, index: int) -> int:
         """How long the prompt of a record is, in words or categories, counting only what differs

@@ -10,6 +10,7 @@ the image (or in others before it), and the answer with its targets at the right
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import os
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from xsam.cli import count
 from xsam.config import xsam
@@ -29,10 +31,14 @@ from xsam.datasets.base import Dataset
 from xsam.datasets.registry import read_dataset
 from xsam.datasets.sources import SOURCES, find_source, locate
 from xsam.files import check_target
+from xsam.llm import unknown_words
 from xsam.prompts import PHRASINGS, read_phrasings
 from xsam.report import pictures as draw
+from xsam.weights import read_tokenizer
 
 MOST_SHOWN = 5  # bad records of a set in the report, unless --all
+
+MOST_WORDS = 20  # that the tokenizer lacks, of a set, in the report, unless --all
 
 MOST_TITLE = 500  # characters of a prompt above its picture
 
@@ -47,6 +53,7 @@ class Report:
     num_read: int = 0
     skipped: Counter = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    unknown: Counter = field(default_factory=Counter)  # words that the tokenizer lacks
 
     @property
     def state(self) -> str:
@@ -57,23 +64,23 @@ class Report:
         return "ok" if self.num_samples else "empty"
 
 
-_DATASET: Dataset | None = None  # of a worker, and the seed it draws with
+_DATASET: Dataset | None = None  # of a worker, the seed it draws with, and the tokenizer, if any
 
-_SEED = 0
-
-
-def _start(dataset: Dataset, seed: int) -> None:
-    global _DATASET, _SEED
-    _DATASET, _SEED = dataset, seed
+_SEED, _TOKENIZER = 0, None
 
 
-def _read(index: int) -> str | None:
-    """What is wrong with a sample, if anything."""
+def _start(dataset: Dataset, seed: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    global _DATASET, _SEED, _TOKENIZER
+    _DATASET, _SEED, _TOKENIZER = dataset, seed, tokenizer
+
+
+def _read(index: int) -> str | list[str]:
+    """What is wrong with a sample, or the words that the tokenizer lacks."""
     try:
-        _DATASET.check(index, np.random.default_rng([_SEED, index]))
+        sample = _DATASET.check(index, np.random.default_rng([_SEED, index]))
     except ValueError as error:
         return str(error)
-    return None
+    return unknown_words(_TOKENIZER, *itertools.chain(*sample.turns))
 
 
 def check_dataset(
@@ -83,6 +90,7 @@ def check_dataset(
     num_workers: int = 1,
     seed: int = 0,
     phrasings: dict = PHRASINGS,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Report, Dataset | None]:
     """The report on a set and, where it can be opened, the set. `limit` 0 reads every sample."""
     source, report = find_source(name), Report(name)
@@ -99,14 +107,16 @@ def check_dataset(
     report.num_read = len(indices)
     with contextlib.ExitStack() as stack:
         if num_workers > 1:
-            pool = multiprocessing.Pool(num_workers, _start, (dataset, seed))
+            pool = multiprocessing.Pool(num_workers, _start, (dataset, seed, tokenizer))
             results = stack.enter_context(pool).imap(_read, indices, chunksize=16)
         else:
-            _start(dataset, seed)
+            _start(dataset, seed, tokenizer)
             results = map(_read, indices)
         found = list(tqdm(results, total=len(indices), desc=name, unit="sample", leave=False))
     # One damaged file may be read for several samples.
-    report.problems = list(dict.fromkeys([*dataset.problems, *filter(None, found)]))
+    wrong = [each for each in found if isinstance(each, str)]
+    report.problems = list(dict.fromkeys([*dataset.problems, *wrong]))
+    report.unknown = Counter(word for each in found if not isinstance(each, str) for word in each)
     return report, dataset
 
 
@@ -159,6 +169,18 @@ def problems_text(reports: list[Report], most: int) -> str:
     return "\n".join(lines)
 
 
+def unknown_text(reports: list[Report], most: int) -> str:
+    """The most frequent words of every set that the tokenizer lacks, and how many samples each is
+    in."""
+    lines = []
+    for report in filter(lambda each: each.unknown, reports):
+        words = [f"{word!r} ({count})" for word, count in report.unknown.most_common(most)]
+        words += ["… (--all lists them)"] * (len(report.unknown) > most)
+        count = f"\n{report.name}: {len(report.unknown)} words that the tokenizer lacks"
+        lines.append(f"{count}: {', '.join(words)}")
+    return "\n".join(lines)
+
+
 def draw_sample(sample: Sample) -> Image.Image:
     """What is asked, with its visual prompts, beside what is answered, with its targets."""
     asked = draw.draw_prompts(sample.image, sample.regions, sample.region_images, sample.names)
@@ -195,16 +217,18 @@ def run(options: argparse.Namespace) -> int:
     if options.show:
         check_target(options.out, is_folder=True)
     phrasings = read_phrasings(options.phrasings)
+    tokenizer = read_tokenizer(options.tokenizer) if options.tokenizer else None
     reports = []
     for name in names:
         report, dataset = check_dataset(
-            name, options.data, options.limit, options.workers, options.seed, phrasings
+            name, options.data, options.limit, options.workers, options.seed, phrasings, tokenizer
         )
         reports.append(report)
         if options.show and dataset is not None:
             show(dataset, options.show, options.out, options.seed)
     most = sys.maxsize if options.all else MOST_SHOWN
-    texts = table(reports), missing_text(reports, options.data), problems_text(reports, most)
+    texts = [table(reports), missing_text(reports, options.data), problems_text(reports, most)]
+    texts.append(unknown_text(reports, most if options.all else MOST_WORDS))
     print("\n".join(filter(None, texts)))
     if options.show:
         print(f"\npictures are in {options.out}")
@@ -228,8 +252,10 @@ def add_command(commands) -> None:
     add("--show", type=count, default=0, metavar="N", help="draw N samples of each")
     add("--out", type=Path, default=Path("runs/check"), help="where pictures go (runs/check)")
     add("--limit", type=count, default=0, metavar="N", help="read N samples of each (default: all)")
-    add("--all", action="store_true", help="list every bad record")
+    add("--all", action="store_true", help="list every bad record and unknown word")
     add("--phrasings", default="", metavar="FILE", help="phrasings of your own")
+    text = "the language model's Hugging Face folder: counts the words that its tokenizer lacks"
+    add("--tokenizer", type=Path, metavar="DIR", help=text)
     add("--seed", type=count, default=0, help="of what is drawn (0)")
     add("--workers", type=count, default=cores, help="processes (default: all cores)")
     parser.set_defaults(run=run)

@@ -51,10 +51,10 @@ class Referring(Dataset):
         chosen = [phrases[i] for i in rng.permutation(len(phrases))[:count]]
         return self.build(index, group, chosen, rng)
 
-    def check(self, index: int, rng: np.random.Generator) -> None:
+    def check(self, index: int, rng: np.random.Generator) -> Sample:
         group, start, stop = self.records[index]
         *_, phrases = group = self.groups[group]
-        self.build(index, group, phrases[start:stop], rng)
+        return self.build(index, group, phrases[start:stop], rng)
 
     def build(
         self, index: int, group: tuple, phrases: list[tuple], rng: np.random.Generator
