@@ -74,7 +74,7 @@ def test_a_phrase_below_presence_has_no_mask(checkpoint, image, tmp_path, capsys
 def test_words_that_the_tokenizer_lacks_are_named_and_the_rest_is_asked(checkpoint, image):
     common = ["--checkpoint", checkpoint, "--image", image]
     for request in (["refer", "the red helmet"], ["semantic", "--things", "ring,helmet"]):
-        with pytest.warns(UserWarning, match="lacks 'helmet': they are lost"):
+        with pytest.warns(UserWarning, match="lacks 'helmet': the model"):
             assert run(*request, *common) == 0
 
 

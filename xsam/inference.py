@@ -251,7 +251,7 @@ def predict(
     ]
     if lost := unknown_words(model.tokenizer, *texts, *names):
         words = ", ".join(map(repr, lost))
-        warnings.warn(f"the tokenizer lacks {words}: they are lost on the model", stacklevel=2)
+        warnings.warn(f"the tokenizer lacks {words}: the model sees an unknown word", stacklevel=2)
     inputs = build_inputs(Processor(model.config, model.tokenizer), samples)
     predictions = predict_inputs(model, inputs, request.post_processing, is_thing)
     return predictions if isinstance(image, list) else predictions[0]

@@ -397,7 +397,7 @@ def draw_batches(loader: DataLoader) -> Iterator[Batch]:
             raise batch
         new = [(word, name) for word, name in batch.unknown.items() if word not in named]
         for word, name in new[: MOST_WORDS - len(named)] if distributed.rank() == 0 else ():
-            tqdm.write(f"{name}: the tokenizer lacks {word!r}, which is lost on the model")
+            tqdm.write(f"{name}: the tokenizer lacks {word!r}: the model sees an unknown word")
             named.add(word)
         yield batch
 
