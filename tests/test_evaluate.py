@@ -7,6 +7,7 @@ pytest tests/test_evaluate.py
 import copy
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -619,6 +620,32 @@ def test_it_is_told_where_only_a_later_question_has_to_be_parted(
     model.config = model.config.resolve(eval_batch_size=1)
     predict_dataset(model, classes, tmp_path / "said")
     assert len(parted(capsys.readouterr().out)) == 1
+
+
+def test_records_of_an_image_stay_side_by_side_and_small_sets_open(
+    speaking_model, world, tmp_path, monkeypatch
+):
+    """Words decide where they are many more alone."""
+    dataset, name = open_dataset("refcoco_val", world / "data"), "refcoco_val"
+    keys = keys_of(dataset)
+    batches = evaluate._unfinished_batches(dataset, keys, tmp_path, 3)
+    assert [*itertools.chain(*batches)] == [*range(len(keys))]
+    monkeypatch.setattr(dataset, "num_words", lambda index: 100 if index == 1 else index % 2)
+    batches = evaluate._unfinished_batches(dataset, keys, tmp_path, 3)
+    assert [*itertools.chain(*batches)] == [0, *range(2, len(keys)), 1]
+
+    opened = []
+
+    def watched(name, *arguments, **options):
+        opened.append(name)
+        return open_dataset(name, *arguments, **options)
+
+    monkeypatch.setattr(evaluate, "open_dataset", watched)
+    for most, count in ((2**25, 1), (1, 2)):
+        monkeypatch.setattr(evaluate, "HELD_BYTES", most)
+        opened.clear()
+        evaluate.evaluate(speaking_model, [name], world / "data", tmp_path / "said", 1)
+        assert opened == [name] * count
 
 
 def test_other_names_for_the_classes_of_open_vocabulary(

@@ -21,6 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from xsam.datasets.formats import encode_mask
+from xsam.evaluation import metrics
 from xsam.evaluation.metrics import (
     average_precision,
     caption_quality,
@@ -741,7 +742,12 @@ def test_captions_are_scored_as_pycocoevalcap_does():
     said = {1: ["a man on a horse"], "sa_2": [""], 3: ["a cat sat on a mat"], 4: [""]}
     meteor, cider = Meteor().compute_score(tokens, said)[0], Cider().compute_score(tokens, said)[0]
     expected = {"METEOR": 100 * meteor, "CIDEr": 100 * cider}
-    assert_same(caption_quality(truth, guess), expected)
+    with metrics.meteor() as program:  # it is started once
+        for _ in range(2):
+            assert_same(caption_quality(truth, guess), expected)
+        assert program.meteor_p.poll() is None
+    del program
+    assert not metrics._METEOR
     assert 10 < expected["METEOR"] < 50 and 10 < expected["CIDEr"] < 500
 
 

@@ -239,6 +239,28 @@ def test_inference_on_a_batch_is_inference_one_by_one(speaking_model, world, tas
         assert (prediction.masks != alone.masks).mean() < 1e-3
 
 
+def test_an_image_of_several_rows_is_encoded_once(speaking_model, world):
+    first, *others = questions(world, "refer", 8)
+    second = next(each for each in others if each.image_id != first.image_id)
+    samples, sizes = [first, first, second, first], []
+    segmentor = speaking_model.segmentor
+    hooks = [
+        part.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        for part in (segmentor.encoder, speaking_model.image_encoder)
+    ]
+    try:
+        together = respond(speaking_model, samples)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert sizes == [3, 3]
+    for sample, prediction in zip(samples, together, strict=True):
+        (alone,) = respond(speaking_model, [sample])
+        assert prediction.scores == pytest.approx(alone.scores, abs=1e-3)
+        assert (prediction.masks != alone.masks).mean() < 1e-3
+    assert together[0].masks.any() and (together[0].masks == together[1].masks).all()
+
+
 @torch.no_grad()
 def test_what_is_inferred_is_what_training_would_see_of_the_same_answer(
     speaking_model, processor, world

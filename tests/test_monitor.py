@@ -433,10 +433,28 @@ def test_scores_come_beside_those_from_before(trained, world, tmp_path, capsys):
     assert text in capsys.readouterr().out
     pictures = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert pictures == {f"stage1_panoptic_{index:05d}.png" for index in range(2)}
-    for prefix in (UNTRAINED, "stage1"):  # they can be scored again
-        dataset = open_dataset("coco_panoptic_val", world / "data", all_classes=True)
-        said = SavedPredictions(tmp_path / "predictions" / prefix / dataset.name, dataset)
-        assert len(said.entries) == 6
+    dataset = open_dataset("coco_panoptic_val", world / "data", all_classes=True)
+    said = SavedPredictions(tmp_path / "predictions/stage1" / dataset.name, dataset)
+    assert len(said.entries) == 6  # they can be scored again
+    assert not (tmp_path / "predictions" / UNTRAINED).exists()
+
+
+def test_the_untrained_model_is_scored_on_the_first_samples(
+    trained, world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("xsam.report.monitor.UNTRAINED_SAMPLES", 2)
+    counts, tell = [], SavedPredictions.__init__
+
+    def count(self, *arguments):
+        tell(self, *arguments)
+        counts.append(len(self.keys))
+
+    monkeypatch.setattr(SavedPredictions, "__init__", count)
+    score(UNTRAINED, trained, tmp_path, world / "data")
+    score("stage 1", trained, tmp_path, world / "data")
+    assert counts == [2, 6]
+    note = "untrained: the first 2 samples of each set"
+    assert (tmp_path / "results.md").read_text().startswith(note)
 
 
 def test_predictions_from_before_are_of_other_weights(trained, world, tmp_path):

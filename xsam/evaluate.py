@@ -11,6 +11,7 @@ and figures are the same to the last digit.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -31,8 +32,11 @@ from xsam.datasets.base import Dataset, read_categories
 from xsam.datasets.generic import Generic
 from xsam.datasets.registry import open_dataset
 from xsam.datasets.sources import SCORED_SETS, SEGMENTOR_TASKS, SOURCES, locate
+from xsam.evaluation import metrics
 from xsam.evaluation import prediction_files as files
 from xsam.evaluation.benchmarks import (
+    BENCHMARKS,
+    GROUNDED,
     TASKS,
     Figures,
     bert_embedder,
@@ -53,6 +57,10 @@ if __name__ == "__main__":  # a script's own folder must not shadow other packag
 
 
 FOLDER = "predictions"  # of a run or a checkpoint
+
+HELD_BYTES = 2**25  # of the records of a set that stays open
+
+SIMILAR_WORDS = 16  # prompts that differ in fewer may share a batch
 
 
 # ---- predictions ---------------------------------------------------------------------------------
@@ -142,8 +150,10 @@ def predict_dataset(
 
 def _unfinished_batches(dataset: Dataset, keys: list, folder: Path, size: int) -> list[list[int]]:
     """Batches of records that are not all predicted yet. Records of similar length share a batch;
-    which ones does not depend on the ranks or on what is finished."""
-    order = sorted(range(len(keys)), key=lambda index: (dataset.num_words(index), index))
+    which ones does not depend on the ranks or on what is finished. Lengths are compared coarsely:
+    next to an image's tokens some words more cost nothing, and records of one image, which
+    neighbour in a set, stay side by side to be encoded once (`XSAM.infer`)."""
+    order = sorted(range(len(keys)), key=lambda n: (dataset.num_words(n) // SIMILAR_WORDS, n))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     finished = files.finished_records(folder)
     return [batch for batch in batches if not all(keys[index] in finished for index in batch)]
@@ -210,20 +220,28 @@ def evaluate(
         return dataset
 
     # All sets are opened first, so that a missing or broken file is reported before hours of
-    # prediction. They are not held in memory: some tables are gigabytes of images.
+    # prediction. Large ones are opened again then: some tables are gigabytes of images.
+    held = {}
     for name in names:
-        opened(name)
+        dataset = opened(name)
+        if dataset.records.content.nbytes < HELD_BYTES:
+            held[name] = dataset
     results: dict[str, dict[str, Figures]] = {}
-    for number, name in enumerate(names, 1):
-        label, dataset = f"{name} [{number}/{len(names)}]", opened(name)
-        if model is not None:
-            predict_dataset(model, dataset, folder / name, num_samples, label, overwrite)
-        task, suffix = task_of(name)
-        predictions = SavedPredictions(folder / name, dataset, num_samples)
-        figures = score_dataset(predictions, embed, label, one_crowd_per_class)
-        results.setdefault(task, {}).update(named(figures, suffix))
-        if on_scored is not None:
-            on_scored(task, predictions)
+    # METEOR gets ready while the model predicts.
+    has_captions = any(BENCHMARKS[name].scoring is GROUNDED for name in names)
+    is_scorer = has_captions and distributed.rank() == 0 and not metrics.lacks_for_captions()
+    with metrics.meteor() if is_scorer else contextlib.nullcontext():
+        for number, name in enumerate(names, 1):
+            label = f"{name} [{number}/{len(names)}]"
+            dataset = held.pop(name) if name in held else opened(name)
+            if model is not None:
+                predict_dataset(model, dataset, folder / name, num_samples, label, overwrite)
+            task, suffix = task_of(name)
+            predictions = SavedPredictions(folder / name, dataset, num_samples)
+            figures = score_dataset(predictions, embed, label, one_crowd_per_class)
+            results.setdefault(task, {}).update(named(figures, suffix))
+            if on_scored is not None:
+                on_scored(task, predictions)
     return results
 
 

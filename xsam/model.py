@@ -179,6 +179,12 @@ class Segmentor(nn.Module):
         return [""] * len(batch.seg_pixels), self(batch).predictions
 
 
+def number_images(pixels: Tensor) -> Tensor:
+    """Of images [B, 3, H, W], [B]: counted from 0, with one number for equal ones in a row."""
+    is_new = (pixels[1:] != pixels[:-1]).flatten(1).any(dim=1)
+    return F.pad(is_new.cumsum(0), (1, 0))
+
+
 class XSAM(nn.Module):
     """One multimodal model for every segmentation task and for chat."""
 
@@ -220,22 +226,32 @@ class XSAM(nn.Module):
         llm_config = self.config.model.llm_config | {"vocab_size": rows}
         self.config = self.config.resolve(llm_config=llm_config)
 
-    def encode(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    def encode(
+        self, batch: Batch, image_index: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Embeddings [B, N, C] of the batch's words, visual tokens and regions, and the hidden
-        states of the segmentation encoder for its images. Image tokens come before segmentation
+        states of the segmentation encoder for its images, or with an `image_index`
+        (`number_images`) for the different ones among them. Image tokens come before segmentation
         tokens. Regions are read from the segmentation tokens, or where the language model is shown
         none, from the image tokens. A reference image passes the encoder that its region is read
         from."""
         B, model_config = len(batch.input_ids), self.config.model
         images, *reference_images = batch.seg_pixels.split(B)
+        is_new = index = slice(None)
+        if image_index is not None:
+            is_new, index = F.pad(image_index.diff() > 0, (1, 0), value=True), image_index
+        images = images[is_new]
         hidden_states = self.segmentor.encoder(images)
         visual_tokens = []
         if self.image_encoder is not None:
-            image_tokens = self.image_projector(self.image_encoder(batch.image_pixels))
+            pixels = torch.cat([batch.image_pixels[:B][is_new], batch.image_pixels[B:]])
+            image_tokens = self.image_projector(self.image_encoder(pixels))
+            own, others = image_tokens.tensor_split([len(images)])
+            image_tokens = torch.cat([own[index], others])
             visual_tokens.append(image_tokens[:B])
         if self.seg_projector is not None:
             shown = [self.segmentor.encoder(each)[-2] for each in reference_images]
-            shown = torch.cat([hidden_states[-2], *shown])
+            shown = torch.cat([hidden_states[-2][index], *shown])
             grid = self.seg_projector(pixel_shuffle(shown, 0.5))  # [B + D, H, W, C]
             visual_tokens.append(grid[:B].flatten(1, 2))
         else:
@@ -270,17 +286,26 @@ class XSAM(nn.Module):
         return Outputs(predictions, token_loss)
 
     def segment(
-        self, hidden_states: list[Tensor], states: Tensor, runs: Runs
+        self,
+        hidden_states: list[Tensor],
+        states: Tensor,
+        runs: Runs,
+        image_index: Tensor | None = None,
     ) -> DecoderOutput | None:
         """Runs the segmentor once for each of `runs`, on what the language model says of them:
-        states [B, N, C]. None where nothing is asked for."""
+        states [B, N, C]. `image_index` as in `encode`. None where nothing is asked for."""
         if len(runs.image_index) == 0:
             return None
         condition_embeddings, is_padding = self.gather_condition_embeddings(states, runs)
         seg_embeddings = self.llm_projector(states[runs.image_index, runs.seg_position])
-        return self.segmentor.decode(
-            hidden_states, runs.image_index, seg_embeddings, condition_embeddings, is_padding
+        index = runs.image_index if image_index is None else image_index[runs.image_index]
+        output = self.segmentor.decode(
+            hidden_states, index, seg_embeddings, condition_embeddings, is_padding
         )
+        if image_index is not None:
+            output.feature_index = index if output.feature_index is None else output.feature_index
+            output.image_index = runs.image_index
+        return output
 
     def gather_condition_embeddings(self, states: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
         """The classes of each run, the background last, [R, K + 1, C], and which of them are
@@ -298,8 +323,10 @@ class XSAM(nn.Module):
 
     @torch.no_grad()
     def infer(self, batch: Batch, max_new_tokens: int) -> tuple[list[str], DecoderOutput | None]:
-        """Greedy answers to a left-padded batch, and what their <SEG> tokens segment."""
-        embeddings, hidden_states = self.encode(batch)
+        """Greedy answers to a left-padded batch, and what their <SEG> tokens segment. An image that
+        is in several rows, one after the other, is encoded once."""
+        image_index = number_images(batch.seg_pixels[: len(batch.input_ids)])
+        embeddings, hidden_states = self.encode(batch, image_index)
         new_ids, states, new_states = self.llm.generate(
             embeddings, batch.attention_mask, max_new_tokens
         )
@@ -313,7 +340,7 @@ class XSAM(nn.Module):
         input_ids = torch.cat([batch.input_ids, new_ids], dim=1)
         runs = find_runs(input_ids, self.llm.special_ids, batch.task in PER_PHRASE_TASKS)
         states = torch.cat([states, new_states], dim=1)
-        return answers, self.segment(hidden_states, states, runs)
+        return answers, self.segment(hidden_states, states, runs, image_index)
 
     def predict(
         self, image: Image.Image | list[Image.Image], task: str, text: str | list[str] = "", **names

@@ -84,10 +84,13 @@ def mask_parts(segmentation: Segmentation) -> tuple[list, int]:
 def _parts(shape: Any, depth: int = 4) -> Iterator[Any]:
     """RLEs, flat lists of coordinates, and what is neither, out of lists in lists."""
     inner = shape if isinstance(shape, list) and depth else []
+    if not inner or not isinstance(inner[0], list | dict):  # coordinates, mostly
+        yield shape
+        return
     inner = [[each["x"], each["y"]] if _is_corner(each) else each for each in inner]
-    if inner and all(isinstance(pair, list) and len(pair) == 2 for pair in inner):
+    if all(isinstance(pair, list) and len(pair) == 2 for pair in inner):
         yield list(itertools.chain(*inner))
-    elif inner and all(isinstance(each, list | dict) for each in inner):
+    elif all(isinstance(each, list | dict) for each in inner):
         for each in inner:
             yield from _parts(each, depth - 1)
     else:

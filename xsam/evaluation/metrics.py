@@ -17,7 +17,7 @@ import io
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -361,17 +361,14 @@ def caption_quality(truth: dict[Hashable, list[str]], predicted: dict[Hashable, 
     Raises ImportError where the package or Java is missing, ValueError where an image has only
     true captions or only a predicted one.
     """
-    if importlib.util.find_spec("pycocoevalcap") is None:
-        raise ImportError("captions are scored by pycocoevalcap: pip install 'xsam[captions]'")
-    if shutil.which("java") is None:
-        raise ImportError("captions are scored by Java programs: put a Java runtime on the PATH")
+    if lack := lacks_for_captions():
+        raise ImportError(lack)
     both = {image for image in truth if truth[image] and image in predicted}
     if odd := [image for image in {**truth, **predicted} if image not in both]:
         raise ValueError(f"image {odd[0]!r} lacks its true or its predicted caption")
     if not truth:
         return {"METEOR": None, "CIDEr": None}
     from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     # Both programs read one caption a line; METEOR separates the fields of a line by three bars.
@@ -386,10 +383,37 @@ def caption_quality(truth: dict[Hashable, list[str]], predicted: dict[Hashable, 
         raise ValueError("a caption holds a character at which the tokenizer breaks its line")
     parts = slice(None, -1), slice(-1, None)  # the true ones, the predicted one
     pair = [{image: texts[part] for image, texts in tokens.items()} for part in parts]
-    return {
-        "METEOR": 100 * float(Meteor().compute_score(*pair)[0]),
-        "CIDEr": 100 * float(Cider().compute_score(*pair)[0]),
-    }
+    with meteor() as program:
+        score = program.compute_score(*pair)[0]
+    return {"METEOR": 100 * float(score), "CIDEr": 100 * float(Cider().compute_score(*pair)[0])}
+
+
+def lacks_for_captions() -> str:
+    """What `caption_quality` cannot do without; empty where all is there."""
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        return "captions are scored by pycocoevalcap: pip install 'xsam[captions]'"
+    if shutil.which("java") is None:
+        return "captions are scored by Java programs: put a Java runtime on the PATH"
+    return ""
+
+
+_METEOR = []  # the program that is running
+
+
+@contextlib.contextmanager
+def meteor() -> Iterator:
+    """METEOR's program; the one of an outer `with` where there is one. It reads its tables from the
+    moment it is started, for 15 seconds of a core, and then takes milliseconds a caption."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    is_first = not _METEOR
+    if is_first:
+        _METEOR.append(Meteor())
+    try:
+        yield _METEOR[0]
+    finally:
+        if is_first:
+            _METEOR.clear()  # which ends it
 
 
 # ---- answers -------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ SLOW_SHARE = 0.2  # of the time spent waiting for data that is worth a warning
 
 UNTRAINED, INIT = "untrained", "init"  # columns before the first step; INIT: of --init's weights
 
+UNTRAINED_SAMPLES = 16  # of each set: to see nearly nothing found takes no more
+
 
 # ---- steps ---------------------------------------------------------------------------------------
 
@@ -194,12 +196,14 @@ def score(column: str, model: Segmentor | XSAM, out: Path, data: Path) -> None:
     """Evaluates `model`, adds the column to OUT/results.json and results.md, draws pictures."""
     results = read_results(out)
     num_pictures = 0 if column in (UNTRAINED, INIT) else model.config.num_pictures
-    results[column] = score_tasks(model, out, data, column.replace(" ", ""), num_pictures)
+    count = UNTRAINED_SAMPLES if column == UNTRAINED else None
+    results[column] = score_tasks(model, out, data, column.replace(" ", ""), num_pictures, count)
     if distributed.rank() == 0:
         # The last column's figures stand at the top level: {"panoptic": {"PQ": …}, …}.
         document = results[column] | {"columns": results}
         write_whole(out / RESULTS_FILE, json.dumps(document, indent=1))
-        text = table(results)
+        note = f"{UNTRAINED}: the first {UNTRAINED_SAMPLES} samples of each set"
+        text = table(results, note if UNTRAINED in results else "")
         write_whole(out / "results.md", text + "\n")
         print(f"\n{text}", flush=True)
     distributed.barrier()
