@@ -245,7 +245,7 @@ def train(
 def utilisation(tflops: float, limits: dict[str, float | None]) -> dict[str, float]:
     """Model FLOPs as a share of the measured matrix rate and of the published peak."""
     published = limits["published_bf16_tflops"]
-    shares = {"of_matrix_rate": tflops / limits["bf16_tflops"]}
+    shares = {"of_matrix_rate": tflops / limits["product_tflops"]}
     return shares | ({"of_published_peak": tflops / published} if published else {})
 
 

@@ -8,12 +8,12 @@ process with a time limit, so that a crash in one does not cost the others. The 
 come last:
 
     toy                the commands on the toy: training, kill and resume, evaluation (toy_run.py)
-    parity             parts against transformers', the criterion against the CPU (peers.py)
-    times              parts beside transformers': milliseconds and memory (peers.py)
+    parity             parts against transformers', the criterion against the CPU (compare.py)
+    times              parts beside transformers': milliseconds and memory (compare.py)
     inference          the full preset: seconds and memory of each task (full_model.py)
     training           the full preset: steps of all stages, beside the plan (full_model.py)
     compiled_training  `training` with compiled blocks (full_model.py)
-    compiled           `times` with compiled blocks (peers.py)
+    compiled           `times` with compiled blocks (compare.py)
 
 The compiled parts did not fit into 470 s on an H100: ask for them with --parts. A further part,
 `plan`, simulates on the CPU what `training` is compared with; it and `parity`, which times nothing,
@@ -102,13 +102,13 @@ def build_parts(options: argparse.Namespace, memory_gb: float) -> list[Part]:
 
     parts = [
         part("full_model.py", "plan", 300, "--memory", str(memory_gb), *small),
-        part("peers.py", "parity", 60, *small),
+        part("compare.py", "parity", 80, *small),
         part("toy_run.py", "toy", 200, *on_device),
-        part("peers.py", "times", 90, *small, *rounds),
+        part("compare.py", "times", 90, *small, *rounds),
         part("full_model.py", "inference", 120, *small, *steps),
         part("full_model.py", "training", 240, *small, *steps),
         part("full_model.py", "compiled_training", 180, *small, *steps, *backend),
-        part("peers.py", "compiled", 150, *small, *rounds, *backend),
+        part("compare.py", "compiled", 150, *small, *rounds, *backend),
     ]
     known = [each.name for each in parts]
     if unknown := set(options.parts or ()) - set(known):

@@ -1,12 +1,9 @@
-"""How long it takes to read an image's masks out, beside transformers' Mask2Former processor.
-
-    python benchmarks/postprocess.py
+"""Reading an image's masks out, ours and transformers' Mask2Former processor (compare.py runs it).
 
 One image of 480x640 as the full preset segments it: 200 queries, 133 classes, mask logits of a
 quarter of the 1024 canvas. Thirty queries are sure of a class and cover the picture with wavy
 blobs, small before large; the rest are of no class and weak. The peer gets the part of the logits
-that shows the image, and the same thresholds. Both run in turns; what is told is the median over
-the rounds, and how far the two agree.
+that shows the image, and the same thresholds.
 
 The rules are near each other, not the same (tests/test_postprocess.py says where they are): the
 peer resizes logits to 384x384 and what follows from them to the image, its panoptic segments keep
@@ -14,14 +11,12 @@ pixels of a low mask probability, and its instance scores are of the small masks
 behind a fused part the peer gives segments numbers that it has given before.
 """
 
-import argparse
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import time_in_turns
 from transformers.models.mask2former.image_processing_pil_mask2former import (
     Mask2FormerImageProcessorPil,
 )
@@ -74,51 +69,44 @@ def class_map(masks: np.ndarray, classes: list[int]) -> np.ndarray:
     return result
 
 
-def agree_panoptic(ours: Reading, peer: dict) -> str:
-    masks, classes, _ = ours
+def agree_panoptic(ours: Reading, peer: dict) -> dict[str, float]:
+    """Share of the pixels whose class is equal."""
     segments = {each["id"]: each["label_id"] for each in peer["segments_info"]}
     ids = peer["segmentation"].numpy()
     theirs = class_map(np.stack([ids == number for number in segments]), list(segments.values()))
-    mine = class_map(masks, classes)
-    both = (mine >= 0) & (theirs >= 0)
-    return (
-        f"{(mine == theirs).mean():.2%} of pixels of equal class, "
-        f"{(mine == theirs)[both].mean():.2%} of those of a class in both; {len(classes)} segments "
-        f"and {len(segments)}, labels {'equal' if classes == list(segments.values()) else 'differ'}"
-    )
+    return {"equal": float((class_map(*ours[:2]) == theirs).mean())}
 
 
-def agree_semantic(ours: Reading, peer: torch.Tensor) -> str:
-    equal = class_map(ours[0], ours[1]) == peer.numpy()
-    return f"{equal.mean():.2%} of pixels of equal class; {len(ours[1])} classes"
+def agree_semantic(ours: Reading, peer: torch.Tensor) -> dict[str, float]:
+    return {"equal": float((class_map(*ours[:2]) == peer.numpy()).mean())}
 
 
-def agree_instances(ours: Reading, peer: dict) -> str:
-    """Instances of one class are paired by overlap, best scores first."""
-    masks, classes, scores = ours
+def agree_instances(ours: Reading, peer: dict) -> dict[str, float]:
+    """Median IoU of the instances, those of one class paired by overlap, best scores first; 0 for
+    one without a pair."""
     theirs = peer["segmentation"].bool().numpy()
-    rows = list(zip(peer["segments_info"], theirs, strict=True))
-    ious, differences, free = [], [], set(range(len(rows)))
-    for mask, category, score in zip(masks, classes, scores, strict=True):
-        best, place = 0.0, None
-        for number in free:
-            if rows[number][0]["label_id"] == category:
-                other = rows[number][1]
-                iou = (mask & other).sum() / (mask | other).sum()
-                if iou > best:
-                    best, place = iou, number
-        if place is not None:
-            free.remove(place)
-            ious.append(best)
-            differences.append(abs(score - rows[place][0]["score"]))
-    return (
-        f"{len(masks)} instances and {len(rows)}, {len(ious)} of them with the same label and "
-        f"place, median IoU {np.median(ious):.4f}; scores differ by at most {max(differences):.4f}"
-    )
+    free = [
+        (row["label_id"], mask) for row, mask in zip(peer["segments_info"], theirs, strict=True)
+    ]
+    ious = []
+    for mask, category in zip(*ours[:2], strict=True):
+        pairs = [
+            ((mask & other).sum() / (mask | other).sum(), place)
+            for place, (label, other) in enumerate(free)
+            if label == category
+        ]
+        best, place = max(pairs, default=(0.0, None))
+        ious.append(best)
+        if best:
+            del free[place]
+    return {"equal": float(np.median(ious))}
+
+
+AGREE = {"panoptic": agree_panoptic, "semantic": agree_semantic, "instances": agree_instances}
 
 
 def floors(probabilities: torch.Tensor, mask_logits: torch.Tensor, transform: ResizeAndPad) -> dict:
-    """What each reading cannot do without: bytes read and written, and operations, in words.
+    """What each reading cannot do without: bytes read and written, and operations.
 
     A bilinear read is six operations (three lines between two values), a mask probability four
     (exponential, sum, quotient, sign) where an exponential counts as one.
@@ -182,41 +170,3 @@ def build_pairs(
             )[0],
         ),
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    transform = ResizeAndPad.fit(SIZE, CANVAS)
-    class_logits, mask_logits = model_outputs(options.seed, transform)
-    agreements = {
-        "panoptic": agree_panoptic,
-        "semantic": agree_semantic,
-        "instances": agree_instances,
-    }
-    needs = floors(class_logits.softmax(-1), mask_logits, transform)
-    print(f"{NUM_QUERIES} queries, {NUM_CLASSES} classes, {SIZE[0]}x{SIZE[1]}, ", end="")
-    print(f"{torch.get_num_threads()} threads, median of {options.rounds} rounds")
-    print("| reading | ours | transformers | times faster | floor |")
-    print("|---|---|---|---|---|")
-    told = []
-    with torch.no_grad():
-        for name, calls in build_pairs(class_logits, mask_logits, transform).items():
-            results = [call() for call in calls]
-            device = mask_logits.device
-            timings = time_in_turns(dict(enumerate(calls)), device, options.rounds)
-            own, other = (timing.seconds for timing in timings.values())
-            bytes_moved, operations = needs[name]
-            print(
-                f"| {name} | {own * 1e3:.0f} ms | {other * 1e3:.0f} ms | {other / own:.1f} | "
-                f"{bytes_moved / 1e6:.0f} MB, {operations / 1e9:.2f} G operations |",
-                flush=True,
-            )
-            told.append(f"{name}: {agreements[name](*results)}")
-    print("\n" + "\n".join(told))
-
-
-if __name__ == "__main__":
-    main()

@@ -16,9 +16,9 @@ import torch
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import compare  # noqa: E402
 import gpu  # noqa: E402
-import peers  # noqa: E402
-from measure import Report  # noqa: E402
+from measure import Report, exponent, resident_peak  # noqa: E402
 
 WRITE = """
 import json, sys, time
@@ -117,9 +117,42 @@ def test_goals_are_met_by_figures_alone(capsys):
 def test_parity_with_transformers_in_both_types(tmp_path):
     """A part of the rehearsal, on the CPU."""
     report = Report(tmp_path / "parity.jsonl")
-    peers.parity(report, peers.Bench(peers.small(), torch.device("cpu")))
+    compare.parity(
+        report, compare.Bench(compare.small(), torch.device("cpu")), compare.ROWS.__contains__
+    )
     records = list(map(json.loads, (tmp_path / "parity.jsonl").read_text().splitlines()))
-    assert len(records) == 5 and all(record["passed"] for record in records), records
+    assert len(records) == 6 and all(record["passed"] for record in records), records
+
+
+def test_a_table_of_both_sides_and_one_of_growth(tmp_path, monkeypatch, capsys):
+    flags = ["--small", "--device", "cpu", "--rounds", "1", "--parts", "SAM", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, flags)])
+    assert compare.main() == 0
+    text = (tmp_path / "compare.md").read_text()
+    assert text in capsys.readouterr().out
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| SAM")]
+    assert [len(row) for row in rows] == [8, 8] and "–" not in text
+    assert text.count("- passed: SAM encoder") == 2 and "FAILED" not in text
+    records = json.loads((tmp_path / "compare.json").read_text())
+    assert 0 < records[-1]["floor_share"] < 1 and records[-1]["ours_peak_gb"] > 0
+
+    flags = ["growth", "--device", "cpu", "--rounds", "1", "--parts", "language", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, flags)])
+    assert compare.main() == 0
+    records = json.loads((tmp_path / "growth.json").read_text())
+    assert [record["name"].split(": ")[1] for record in records] == ["12", "25", "50", "100"]
+    assert all("ours_ms_exponent" in record for record in records[1:])
+    assert (tmp_path / "growth.md").read_text().startswith("| part | ms | MB | exponent of ms |")
+
+
+@pytest.mark.skipif(resident_peak(lambda: None) is None, reason="needs Linux and glibc")
+def test_the_peak_of_a_call_is_what_it_holds_at_once():
+    """Also what was freed before, and what is no tensor."""
+    for _ in range(2):
+        peak = resident_peak(lambda: [bytes(2**22) and torch.ones(2**20) for _ in range(10)])
+        assert peak == pytest.approx(10 * 2**22, rel=0.2)
+    assert resident_peak(lambda: None) < 2**20
+    assert exponent((10, 20), (3.0, 12.0)) == pytest.approx(2)
 
 
 @pytest.mark.slow
