@@ -496,12 +496,12 @@ def run(options: argparse.Namespace, config: Config) -> None:
     from xsam.toy.world import write_world
 
     device = distributed.start(options.device)
-    # Two ranks make the toy world and its weights side by side; transformers writes on the first.
+    # Two ranks make the toy world and its weights side by side.
     last_rank = distributed.world_size() - 1
     if options.makes_data and not options.data.exists() and distributed.rank() == min(1, last_rank):
         write_world(options.data, seed=config.seed)
     if options.makes_weights and not options.weights.exists() and distributed.rank() == 0:
-        write_weights(options.weights, config.model, seed=config.seed)
+        write_weights(options.weights, config.model, config.seed, num_workers=2)
     distributed.barrier()
 
     column = monitor.INIT if options.init else monitor.UNTRAINED

@@ -28,7 +28,7 @@ def main() -> int:
     try:
         refuse_existing(data, weights)
         write_world(data, arguments.num_train, arguments.num_val, arguments.seed)
-        write_weights(weights, toy().model, arguments.seed)
+        write_weights(weights, toy().model, arguments.seed, num_workers=2)
     except (ValueError, OSError) as error:
         print(f"xsam.toy: {error}", file=sys.stderr)
         return 2
