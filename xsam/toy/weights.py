@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
     PreTrainedTokenizerFast,
     SamVisionConfig,
     SamVisionModel,
@@ -34,7 +33,7 @@ from xsam.data import ResizeAndPad, image_pixels, seg_pixels
 from xsam.decoder import sine_positions
 from xsam.encoders import transformers_config
 from xsam.files import give_rights
-from xsam.llm import IGNORE_LABEL, render_conversation, tokenize
+from xsam.llm import IGNORE_LABEL, LanguageModel, render_conversation, tokenize
 from xsam.model import build_seg_encoder
 from xsam.prompts import PHRASINGS, clean_name
 from xsam.toy import scenes
@@ -295,9 +294,10 @@ def _conversation(rng: np.random.Generator) -> list[tuple[str, str]]:
 def _write_language_model(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
     folder, config = root / model.llm, model.llm_config
     tokenizer = build_tokenizer(config["vocab_size"])
-    language_model = AutoModelForCausalLM.from_config(transformers_config(config))
+    language_model = LanguageModel(config)
+    table, decoder = language_model.model.get_input_embeddings(), language_model.model.get_decoder()
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
-    language_model.generation_config.eos_token_id = ends
+    language_model.model.generation_config.eos_token_id = ends
     steps = 4 * steps
     optimizer = torch.optim.AdamW(language_model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, max(steps, 2), pct_start=0.1)
@@ -313,8 +313,9 @@ def _write_language_model(root: Path, model: ModelConfig, seed: int, steps: int)
             for column in zip(*rows, strict=True)
         )
         # Padding is at the end, where no token that counts looks.
-        return language_model(input_ids=ids.clamp(min=0), labels=labels).loss
+        states = decoder(inputs_embeds=table(ids.clamp(min=0)), use_cache=False).last_hidden_state
+        return language_model.token_loss(states, labels) / (labels >= 0).sum()
 
     _train("language model", optimizer, scheduler, steps, loss_of_batch)
-    language_model.save_pretrained(folder)
+    language_model.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
