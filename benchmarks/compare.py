@@ -295,8 +295,8 @@ def _compare_criterion(report: Report, bench: Bench) -> None:
 Calls = dict[str, Callable[[], Tensor]]  # "ours" and "theirs", each giving a loss
 
 
-def build_rows(bench: Bench) -> dict[str, Calls]:
-    """The calls of each row of ROWS."""
+def build_rows(bench: Bench, is_chosen: Callable[[str], bool]) -> dict[str, Calls]:
+    """The calls of each row of ROWS that is chosen."""
 
     def mixed(function: Callable, *inputs: Tensor):
         with bench.autocast():
@@ -314,8 +314,10 @@ def build_rows(bench: Bench) -> dict[str, Calls]:
     for side, encoder, decoders, loss in zip(
         sides, bench.encoder, bench.decoders, (bench.our_loss, bench.their_loss), strict=True
     ):
-        with torch.no_grad():
-            found = mixed(decoders, *bench.features)
+        found = []
+        if is_chosen("losses"):
+            with torch.no_grad():
+                found = mixed(decoders, *bench.features)
         if isinstance(found, DecoderOutput):
             leaves = {name: getattr(found, name).requires_grad_() for name in _LEAVES}
             found = dataclasses.replace(found, **leaves)
@@ -329,7 +331,7 @@ def build_rows(bench: Bench) -> dict[str, Calls]:
         )
         for name, call in zip(ROWS, calls, strict=True):
             rows[name][side] = call
-    return rows
+    return {name: calls for name, calls in rows.items() if is_chosen(name)}
 
 
 def times(
@@ -341,9 +343,10 @@ def times(
     limits = ceilings(bench.device, side, bench.dtype)
     report.add("ceilings", **limits)
     modules = (*bench.encoder, *bench.decoders)
-    rows, suffix = build_rows(bench), ""
+    rows, suffix = build_rows(bench, is_chosen), ""
     if backend:  # compiling takes a minute or more a row
-        rows, suffix = {name: rows[name] for name in (ROWS[0], ROWS[3])}, ", compiled"
+        rows = {name: rows[name] for name in (ROWS[0], ROWS[3]) if name in rows}
+        suffix = ", compiled"
         for module in modules:
             compile_blocks(module, backend)
 
@@ -360,8 +363,7 @@ def times(
                 floor = counter.get_total_flops() / limits["product_tflops"] / 1e12
             _time_row(report, name, calls, bench.device, rounds, floor)
 
-    for name in filter(is_chosen, rows):
-        calls = rows[name]
+    for name, calls in rows.items():
         with torch.no_grad():
             add(f"{name}, forward{suffix}", calls)
         calls = {side: lambda call=call: backward(call) for side, call in calls.items()}
@@ -547,7 +549,10 @@ def main() -> int:
         growth(report, device, options.rounds, options.full, is_chosen)
     else:
         is_small = options.small or not any(map(is_chosen, ROWS))  # no module is asked for
-        bench = Bench(small() if is_small else xsam(), device)
+        config = small() if is_small else xsam()
+        if not is_chosen(ROWS[0]):  # what is not asked for is not made
+            config = config.resolve(seg_depth=1, seg_global_blocks=())
+        bench = Bench(config, device)
         if options.what in ("compare", "parity"):
             parity(report, bench, is_chosen)
         if options.what != "parity":
