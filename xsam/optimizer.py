@@ -11,7 +11,7 @@ parameters alone, updates these and sends them to the others: stage 1 of ZeRO (R
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,8 @@ from xsam import distributed
 
 if TYPE_CHECKING:
     from xsam.config import Stage
+
+CHUNK = 2**24  # numbers that are updated in one call
 
 # ---- learning rates ------------------------------------------------------------------------------
 
@@ -67,32 +69,50 @@ class MasterAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, scale: float = 1.0, unused: frozenset[nn.Parameter] = frozenset()) -> None:
         """An update by `scale` times the gradients; those of `unused` stay as they are, moments
-        too. The float32 copy of a gradient is made for one parameter at a time."""
+        too. Parameters are taken together up to CHUNK numbers, so that the float32 copies of their
+        gradients are few at a time."""
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for parameter in group["params"]:
-                if parameter.grad is None or parameter in unused:
-                    continue
-                state = self.state[parameter] or self.start(parameter)
-                master = state.get("master", parameter)
-                adamw(
-                    [master],
-                    [parameter.grad.float() * scale],
-                    [state["exp_avg"]],
-                    [state["exp_avg_sq"]],
-                    [],
-                    [state["step"]],
-                    fused=True,
-                    amsgrad=False,
-                    maximize=False,
-                    beta1=beta1,
-                    beta2=beta2,
-                    eps=group["eps"],
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                )
-                if master is not parameter:
-                    parameter.copy_(master)
+            used = [x for x in group["params"] if x.grad is not None and x not in unused]
+            for parameters in _chunks(used):
+                self._update(parameters, scale, group)
+
+    def _update(self, parameters: list[nn.Parameter], scale: float, group: dict) -> None:
+        states = [self.state[parameter] or self.start(parameter) for parameter in parameters]
+        pairs = list(zip(states, parameters, strict=True))
+        masters = [state.get("master", parameter) for state, parameter in pairs]
+        beta1, beta2 = group["betas"]
+        adamw(
+            masters,
+            torch._foreach_mul([parameter.grad.float() for parameter in parameters], scale),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+        )
+        for master, parameter in zip(masters, parameters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
+
+
+def _chunks(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Consecutive parameters of at most CHUNK numbers together, or one that is larger."""
+    chunk, size = [], 0
+    for parameter in parameters:
+        if chunk and size + parameter.numel() > CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(parameter)
+        size += parameter.numel()
+    if chunk:
+        yield chunk
 
 
 def freeze(model: nn.Module, stage: Stage, prefix: str) -> None:
@@ -133,9 +153,14 @@ def gradient_norms(model: nn.Module) -> dict[nn.Parameter, float]:
     """L2 norm of each parameter's gradient, in float32 whatever the gradient's type. After DDP's
     all-reduce every rank has the same."""
     parameters = [each for each in model.parameters() if each.grad is not None]
-    # Row by row first: one sum of 10⁷ squares in float32 is a third of a percent off.
-    rows = [torch.linalg.vector_norm(each.grad, dim=-1, dtype=torch.float32) for each in parameters]
-    norms = torch.stack([torch.linalg.vector_norm(row) for row in rows])
+    # Large ones row by row: one sum of 10⁷ squares in float32 is a third of a percent off.
+    rows = [
+        torch.linalg.vector_norm(x.grad, dim=-1, dtype=torch.float32)
+        if x.numel() > 2**16
+        else x.grad
+        for x in parameters
+    ]
+    norms = torch.stack(torch._foreach_norm(rows, 2, torch.float32))
     return dict(zip(parameters, norms.tolist(), strict=True))
 
 
