@@ -329,7 +329,8 @@ class SelfAttention(nn.Module):
         self.v_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        q, k, v = self.q_proj(x + positions), self.k_proj(x + positions), self.v_proj(x)
+        placed = x + positions
+        q, k, v = self.q_proj(placed), self.k_proj(placed), self.v_proj(x)
         return self.out_proj(_attention(q, k, v, self.num_heads))
 
 
@@ -370,9 +371,9 @@ class DecoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(dim)
 
     def forward(
-        self, x: Tensor, query_positions: Tensor, level: Tensor, positions: Tensor, mask: Tensor
+        self, x: Tensor, query_positions: Tensor, keys: Tensor, values: Tensor, mask: Tensor
     ) -> Tensor:
-        attended = self.cross_attn(x + query_positions, level + positions, level, mask)
+        attended = self.cross_attn(x + query_positions, keys, values, mask)
         x = self.cross_attn_layer_norm(x + attended)
         x = self.self_attn_layer_norm(x + self.self_attn(x, query_positions))
         return self.final_layer_norm(x + self.fc2(F.relu(self.fc1(x))))
@@ -430,13 +431,14 @@ class MaskedAttentionDecoder(nn.Module):
         device = mask_features.device
         tokens = [level.flatten(2).transpose(1, 2) for level in levels]  # each [R, N, C]
         tokens = [x + embed for x, embed in zip(tokens, self.level_embed.weight, strict=True)]
-        positions = [
-            sine_positions(*level.shape[2:], level.shape[1], device).to(level) for level in levels
+        keys = [
+            x + sine_positions(*level.shape[2:], level.shape[1], device).to(x)
+            for x, level in zip(tokens, levels, strict=True)
         ]
         # Resizing is linear, so the masks that steer attention come from resized features: Q·N
         # products a level instead of Q full masks a layer.
         attention_mask_features = [
-            F.interpolate(mask_features, level.shape[2:], mode="bilinear").flatten(2)
+            F.interpolate(mask_features.detach(), level.shape[2:], mode="bilinear").flatten(2)
             for level in levels
         ]
 
@@ -450,7 +452,7 @@ class MaskedAttentionDecoder(nn.Module):
             with torch.no_grad():
                 mask = outputs[-1][1] @ attention_mask_features[level] >= 0  # [R, Q, N]
                 mask |= ~mask.any(dim=-1, keepdim=True)  # an empty mask looks everywhere
-            x = layer(x, query_positions, tokens[level], positions[level], mask)
+            x = layer(x, query_positions, keys[level], tokens[level], mask)
             outputs.append(self._predict(x))
         queries, mask_embeddings = zip(*outputs, strict=True)
         return torch.stack(queries), torch.stack(mask_embeddings)
