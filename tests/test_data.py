@@ -47,7 +47,7 @@ def rng(*seed: int) -> np.random.Generator:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    tokenizer = toy.build_tokenizer(512)
+    tokenizer = toy.build_tokenizer(768)
     add_special_tokens(tokenizer)
     return tokenizer
 

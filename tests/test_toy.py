@@ -66,7 +66,6 @@ def test_tokenizer_knows_every_word_and_gives_it_back(world):
     assert len(sentences) > 300
     for sentence in sentences:
         ids = tokenizer(sentence).input_ids
-        assert tokenizer.unk_token_id not in ids, sentence
         assert tokenizer.decode(ids, skip_special_tokens=True) == sentence
         assert ids == built(sentence).input_ids
 
@@ -77,14 +76,22 @@ def test_words_are_the_same_tokens_everywhere(world):
     tokenizer = AutoTokenizer.from_pretrained(world / "weights" / toy_config().model.llm)
     tokenizer.add_tokens(["<p>", "</p>"], special_tokens=True)
     texts = ("circle", "a circle", "<|user|>circle", "\ncircle", "<p>circle</p>", "circle, ")
-    assert all(tokenizer.convert_tokens_to_ids("circle") in tokenizer(t).input_ids for t in texts)
-    assert tokenizer("<p> circle </p>").input_ids == tokenizer("<p>circle</p>").input_ids
+    (circle,) = tokenizer("circle").input_ids
+    assert all(circle in tokenizer(text).input_ids for text in texts)
+    assert tokenizer("<p> circle</p>").input_ids == tokenizer("<p>circle</p>").input_ids
     turns = [{"role": "user", "content": "circle"}, {"role": "assistant", "content": "ring"}]
-    for count, end in ((1, "<|assistant|>\n"), (2, "<|assistant|>\nring<|end|>\n")):
+    for count, end in ((1, "<|assistant|>"), (2, "<|assistant|>ring<|end|>")):
         text = tokenizer.apply_chat_template(
             turns[:count], tokenize=False, add_generation_prompt=count == 1
         )
-        assert text == "<|user|>\ncircle<|end|>\n" + end
+        assert text == "<|user|>circle<|end|>" + end
+
+
+def test_no_word_is_unknown():
+    tokenizer = toy.build_tokenizer(toy_config().model.llm_config["vocab_size"])
+    words = ["helmet", "cup", "Cat", "cat", "traffic light", "naïve", "茶", "1.5\tm", "two  spaces"]
+    assert len({tuple(tokenizer(word).input_ids) for word in words}) == len(words)
+    assert [tokenizer.decode(tokenizer(word).input_ids) for word in words] == words
 
 
 def test_weights_load_repeat_and_leave_torch_alone(world, tmp_path):
@@ -93,7 +100,7 @@ def test_weights_load_repeat_and_leave_torch_alone(world, tmp_path):
 
     model = toy_config().model
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
-    toy.write_weights(tmp_path / "weights", model, steps=3)
+    toy.write_weights(tmp_path / "weights", model, steps=3, num_workers=2)
     assert hashes(tmp_path / "weights") == hashes(world / "weights")
     assert torch.equal(torch.random.get_rng_state(), state) and torch.get_num_threads() == threads
     kinds = (SamVisionModel, model.seg_encoder), (SiglipVisionModel, model.image_encoder)

@@ -149,7 +149,9 @@ def draw_scene(
             visible = np.bincount(trial[inside].ravel(), minlength=number + 1)
             trial_areas = areas | {number: np.count_nonzero(trial == number)}
             if all(visible[one] >= MIN_VISIBLE * whole for one, whole in trial_areas.items()):
-                _paint(canvas, stamps, segment, np.array(COLORS[segment.color]) * rng.uniform(0.9, 1))
+                _paint(
+                    canvas, stamps, segment, np.array(COLORS[segment.color]) * rng.uniform(0.9, 1)
+                )
                 segment_index, areas = trial, trial_areas
                 segments.append(segment)
                 break
@@ -165,7 +167,8 @@ def imagine_scene(rng: Generator) -> Scene:
 
 
 def _choose_things(rng: Generator, has_crowd: bool, least: int, most: int) -> list[Segment]:
-    """`least` things or more, after a crowd if there is one; some repeat an earlier shape or colour."""
+    """`least` things or more, after a crowd if there is one; some repeat an earlier shape or
+    colour."""
     chosen: list[Segment] = []
     for index in range(rng.integers(least, most + 1) + has_crowd):
         color = list(COLORS)[rng.integers(len(COLORS))]

@@ -82,9 +82,12 @@ def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     lines = pre_tokenizers.Split("\n", behavior="isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, letters])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteLevel(), decoders.Replace(" \n ", "\n"), decoders.Replace(" \n", "\n")]
-    )
+    spaces = [
+        decoders.Replace(" \n ", "\n"),
+        decoders.Replace(" \n", "\n"),
+        decoders.Strip(" ", 1, 0),
+    ]
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), *spaces])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - SPARE_TOKENS,
         special_tokens=list(CHAT_TOKENS),

@@ -491,7 +491,7 @@ def _ade_maps(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 def _write_llava(root: Path, drawings: list[Drawing]) -> None:
     pretrain, instruct = SOURCES["llava_pretrain"], SOURCES["llava_instruct"]
     captions, dialogues = [], []
-    for index, drawing in enumerate(tqdm(drawings, desc="LLaVA")):
+    for drawing in tqdm(drawings, desc="LLaVA"):
         rng, stem = drawing.rng, f"{drawing.image_id:09d}"
         name = f"{stem[:5]}/{stem}.jpg"
         turns = _conversation(rng, [scenes.caption_turn(rng, drawing.scene)])
