@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+
+from xsam.toy import weights as toy
 
 TEXT = [
     "The ring is red. Is there a star? Yes, no. Segment the red circle, please.",
@@ -52,6 +55,18 @@ def write_phi3(folder: Path) -> None:
     names = dict(bos_token="<s>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     names |= dict(unk_token="<unk>", add_bos_token=False, tokenizer_class="LlamaTokenizer")
     _write(folder, "phi3", template, **names, legacy=False)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Of the toy's words alone: every other is its unknown token."""
+    words = [*toy.CHAT_TOKENS, "<unk>", *toy.vocabulary()]
+    model = models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    names |= dict(additional_special_tokens=list(toy.CHAT_TOKENS[3:]))
+    names |= dict(chat_template=toy.CHAT_TEMPLATE)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 QWEN3_MARKERS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from families import word_tokenizer
 from PIL import Image
 
 from xsam.data import Sample
@@ -116,9 +117,10 @@ def rows(output: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_words_that_a_tokenizer_lacks_are_counted_and_named(root, world, capsys, workers):
+def test_words_that_a_tokenizer_lacks_are_counted_and_named(root, tmp_path, capsys, workers):
+    word_tokenizer().save_pretrained(tmp_path / "words")
     flags = ["--datasets", "llava_instruct,refcoco_val", "--workers", workers]
-    flags += ["--tokenizer", str(world / "weights/phi3-toy")]
+    flags += ["--tokenizer", str(tmp_path / "words")]
     assert run(root, *flags) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "llava_instruct: 1 words that the tokenizer lacks: 'dog' (1)" in lines

@@ -170,7 +170,7 @@ def test_a_checkpoint_of_another_stage_is_refused(segmentor, tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused(segmentor, config, tmp_path):
     folder = save(tmp_path, segmentor)
-    with pytest.raises(ValueError, match=r"'toy'.*seg_image_size is 128, here 1024"):
+    with pytest.raises(ValueError, match=r"'toy'.*seg_image_size is 96, here 1024"):
         check_checkpoint(folder, xsam(), 1)
     config = config.resolve(llm="another", llm_config={})  # a segmentor has none
     assert check_checkpoint(folder, config, 1)

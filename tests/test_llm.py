@@ -6,6 +6,7 @@ pytest tests/test_llm.py
 import pytest
 import torch
 import torch.nn.functional as F
+from families import word_tokenizer
 
 from xsam.config import SPECIAL_TOKENS
 from xsam.llm import (
@@ -20,6 +21,7 @@ from xsam.llm import (
     tokenize,
     unknown_words,
 )
+from xsam.toy import weights as toy
 
 # ---- tokenizer side ------------------------------------------------------------------------------
 
@@ -133,16 +135,18 @@ def test_tokens_and_labels_of_pieces(tokenizer):
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     asked = [IMAGE_TOKEN] * 3 + encode("\nthe") + [REGION_TOKEN] + encode("ring")
     answered = encode("The ring is red.<|end|>")
-    assert tokenizer.unk_token_id not in ids
     assert ids == asked + answered
     assert labels == [IGNORE_LABEL] * len(asked) + answered
 
 
-def test_words_that_the_tokenizer_lacks_are_named(tokenizer):
+def test_words_that_the_tokenizer_lacks_are_named():
+    tokenizer = word_tokenizer()
+    add_special_tokens(tokenizer)
     question, answer = "Segment <p>the helmet</p>, a cup-helmet <region>.", "Sure, <SEG>. Cup!"
     assert unknown_words(tokenizer, question, answer) == ["helmet", "cup", "Cup"]
     assert unknown_words(tokenizer, "Segment <p>the red ring</p>.", "Sure, <SEG>.") == []
     assert unknown_words(tokenizer, "a ring \u2603") == ["\u2603"]
+    assert unknown_words(toy.build_tokenizer(768), question) == []  # it has a token for each byte
     assert unknown_words(None, question) == unknown_words(tokenizer) == []
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import word_tokenizer
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from xsam import predict as predict_command
 from xsam.checkpoints import save_checkpoint
+from xsam.llm import add_special_tokens
 from xsam.predict import main
 from xsam.weights import MODEL_FILE
 
@@ -71,7 +73,12 @@ def test_a_phrase_below_presence_has_no_mask(checkpoint, image, tmp_path, capsys
         assert f"{count} masks" in capsys.readouterr().out
 
 
-def test_words_that_the_tokenizer_lacks_are_named_and_the_rest_is_asked(checkpoint, image):
+def test_words_that_the_tokenizer_lacks_are_named_and_the_rest_is_asked(
+    speaking_model, image, tmp_path
+):
+    model, tokenizer = speaking_model, word_tokenizer()
+    add_special_tokens(tokenizer)
+    checkpoint = save_checkpoint(tmp_path, model, model.config, tokenizer, 3, 5, {})
     common = ["--checkpoint", checkpoint, "--image", image]
     for request in (["refer", "the red helmet"], ["semantic", "--things", "ring,helmet"]):
         with pytest.warns(UserWarning, match="lacks 'helmet': the model"):

@@ -62,7 +62,7 @@ def toy_model() -> ModelConfig:
         llm_config=dict(
             model_type="phi3", vocab_size=768, hidden_size=96, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=4, intermediate_size=192,
-            initializer_range=0.1, tie_word_embeddings=True,
+            initializer_range=0.1,
             max_position_embeddings=512, original_max_position_embeddings=512,
             pad_token_id=0, bos_token_id=1, eos_token_id=2,
         ),
