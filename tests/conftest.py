@@ -71,10 +71,20 @@ def processor(config, model) -> Processor:
     return Processor(config, model.tokenizer)
 
 
+SPOKEN = (
+    "coco_panoptic_val",
+    "refcoco_val",
+    "reasonseg_val",
+    "coco_vgd_val_point",
+    "gcg_val",
+    "pope",
+)
+
+
 @pytest.fixture(scope="session")
 def speaking_model(model, world) -> XSAM:
-    """A copy of `model` whose answer to every panoptic and referring question is "<SEG>", and whose
-    panoptic masks are not all background or below a threshold.
+    """A copy of `model` whose answer to every question is "<SEG>", and whose panoptic masks are not
+    all background or below a threshold.
 
     Two rows of its output head tell the states that end a prompt from those that follow a <SEG>.
     """
@@ -85,9 +95,9 @@ def speaking_model(model, world) -> XSAM:
     queries, before, after = [], [], []
     head = speaking.segmentor.class_head
     hook = head.register_forward_hook(lambda _, inputs, __: queries.append(inputs[0][-1]))
-    for name in ("coco_panoptic_val", "refcoco_val"):
+    for name in SPOKEN:
         dataset = open_dataset(name, world / "data", all_classes=True)
-        samples = [dataset.inputs(index) for index in range(6)]
+        samples = [dataset.inputs(index % len(dataset)) for index in range(6)]
         batch = reader.collate([reader.encode(sample) for sample in samples], pad_left=True)
         with torch.no_grad():
             embeddings, hidden_states = speaking.encode(batch)

@@ -167,11 +167,11 @@ def generic(labels: list[int], names: list[str] = NAMES) -> Sample:
     return sample_of("generic", turns, masks, labels, names=names)
 
 
-@pytest.mark.parametrize("limit", [60, 100, 150, 215])
+@pytest.mark.parametrize("limit", [60, 100, 150, 313])
 @pytest.mark.parametrize("labels", [[7, 39, 7, 0], [20], []])
 def test_a_generic_prompt_too_long_loses_absent_classes_only(processor, limit, labels):
     sample = generic(labels)
-    assert text_length(processor, sample) == 216
+    assert text_length(processor, sample) == 314
     processor.config = processor.config.resolve(max_text_length=limit)
     encoded = processor.encode(dataclasses.replace(sample), STAGE, rng())
     kept = encoded["sample"]

@@ -130,7 +130,7 @@ def test_only_the_marker_stops_an_answer(chat, config):
 
 
 def test_tokens_and_labels_of_pieces(tokenizer):
-    pieces = [("<image>\nthe <region> ring", False), ("The ring is red.<|end|>", True)]
+    pieces = [("<image>\nthe<region> ring", False), ("The ring is red.<|end|>", True)]
     ids, labels = tokenize(tokenizer, pieces, num_visual_tokens=3)
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     asked = [IMAGE_TOKEN] * 3 + encode("\nthe") + [REGION_TOKEN] + encode("ring")

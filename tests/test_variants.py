@@ -67,7 +67,7 @@ VISION |= dict(image_size=32, patch_size=8)
 TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
 TEXT |= dict(vocab_size=40, bos_token_id=1, eos_token_id=2)
 LLM = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-LLM |= dict(vocab_size=256, max_position_embeddings=512, pad_token_id=0)
+LLM |= dict(vocab_size=768, max_position_embeddings=512, pad_token_id=0)
 LLM |= dict(bos_token_id=1, eos_token_id=2)
 SWIN = dict(embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=4, image_size=64)
 SMALL_VOCABULARY = 100  # fewer rows than the toy tokenizer has tokens

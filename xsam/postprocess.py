@@ -365,8 +365,9 @@ def union_inference(
         is_inside = (logits > 0).cpu().numpy()
         for phrase in phrases.nonzero()[0]:
             masks[phrase][box] |= is_inside
-    kept = (scores >= presence).nonzero()[:, 0].tolist()
-    return masks[kept], kept, scores[kept].tolist()
+    kept = (scores >= presence).nonzero()[:, 0]
+    scores, kept = scores[kept].tolist(), kept.tolist()
+    return masks[kept], kept, scores
 
 
 def interactive_inference(

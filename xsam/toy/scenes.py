@@ -37,7 +37,7 @@ COLORS = {
     "white": (246, 246, 246),
 }
 
-RADII = {"small": (11.0, 14.0), "large": (18.0, 23.0)}  # pixels
+RADII = {"small": (13.0, 16.0), "large": (20.0, 25.0)}  # pixels
 
 TINY_RADIUS = (3.5, 4.5)  # members of a crowd
 
@@ -45,7 +45,7 @@ IMAGE_SIZES = ((96, 96), (96, 80), (80, 96), (96, 88), (88, 96))  # (H, W)
 
 MARGIN = 32
 
-MIN_VISIBLE = 0.55  # share of its own area that every thing keeps
+MIN_VISIBLE = 0.8  # share of its own area that every thing keeps
 
 VOID_COLOR = (48, 48, 48)
 
@@ -128,7 +128,7 @@ class Scene:
 
 
 def draw_scene(
-    rng: Generator, has_crowd: bool = False, least_things: int = 2, most_things: int = 4
+    rng: Generator, has_crowd: bool = False, least_things: int = 2, most_things: int = 3
 ) -> Scene:
     height, width = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
     inside = np.s_[MARGIN : MARGIN + height, MARGIN : MARGIN + width]
@@ -160,7 +160,7 @@ def draw_scene(
 
 def imagine_scene(rng: Generator) -> Scene:
     """A scene to be talked of alone: no picture, and its segments are columns of one pixel."""
-    segments = _choose_things(rng, False, 2, 4)
+    segments = _choose_things(rng, False, 2, 3)
     segments += [Segment(name) for name in rng.permutation(list(STUFF_IDS))[: rng.integers(1, 3)]]
     numbers = np.arange(1, len(segments) + 1, dtype=np.uint8)[None]
     return Scene(np.zeros((*numbers.shape, 3), np.uint8), numbers, segments)

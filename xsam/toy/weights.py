@@ -51,8 +51,6 @@ CHAT_TEMPLATE = (  # Phi-3's without its line breaks
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-CENTRE_DIM, CENTRE_WEIGHT = 32, 4.0  # of what SAM learns about centres, and of its loss
-
 SPARE_TOKENS = 8  # rows of the embedding left for the tokens that the model adds
 
 
@@ -164,34 +162,30 @@ def _train(
 
 
 def _write_sam(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
-    """SAM has seen a billion masks before stage 1 begins; this one learns for two minutes of each
-    patch of a scene what it shows, and where the centre of that is, by which two of a kind are told
-    apart. A ViT learns textures at once and shapes late."""
+    """SAM has seen a billion masks before stage 1 begins; this one learns for two minutes to
+    classify the patches of a scene. A ViT learns textures at once and shapes late."""
     if model.seg_backbone_config:
         build_seg_encoder(model).model.save_pretrained(root / model.seg_encoder)
         return
     steps = 8 * steps
     sam, encoder = SamVisionModel(sam_config(model)), _random_encoder(model)
-    num_outputs = len(CLASSES) + 1 + CENTRE_DIM
-    head = nn.Sequential(nn.LayerNorm(model.seg_dim), nn.Linear(model.seg_dim, num_outputs))
+    head = nn.Sequential(nn.LayerNorm(model.seg_dim), nn.Linear(model.seg_dim, len(CLASSES) + 1))
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, max(steps, 2), pct_start=0.05)
-    drawn = _draw(seed, "sam", min(1400, 8 * steps), most_things=6)
+    drawn = _draw(seed, "sam", min(1400, 8 * steps), most_things=5)
     columns = zip(*(_patches(scene, model) for scene in drawn), strict=True)
-    pixels, labels, centres = map(torch.stack, columns)
+    pixels, labels = map(torch.stack, columns)
     weights = torch.ones(len(CLASSES) + 1)
     weights[: len(THING_IDS)] = 3.0  # things cover little
     rng = np.random.default_rng(seed)
 
     def loss_of_batch() -> Tensor:
         chosen = rng.integers(len(drawn), size=16)
-        found = head(encoder(pixels[chosen])[-1]).flatten(0, 2)
-        logits, codes = found.split([len(CLASSES) + 1, CENTRE_DIM], dim=-1)
-        target = labels[chosen].flatten()
-        is_thing = target < len(THING_IDS)
-        distance = F.mse_loss(codes[is_thing], centres[chosen].flatten(0, 2)[is_thing])
-        return F.cross_entropy(logits, target, weights) + CENTRE_WEIGHT * distance
+        x, target = pixels[chosen], labels[chosen]
+        if rng.random() < 0.5:
+            x, target = x.flip(-1), target.flip(-1)
+        return F.cross_entropy(head(encoder(x)[-1]).flatten(0, 2), target.flatten(), weights)
 
     _train("segmentation encoder", optimizer, scheduler, steps, loss_of_batch, clip_norm=1.0)
     sam.vision_encoder.load_state_dict(encoder.state_dict())
@@ -234,19 +228,16 @@ def _random_encoder(model: ModelConfig) -> nn.Module:
     return encoder
 
 
-def _patches(scene: Scene, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """A scene as the encoder's pixels, and of each patch's commonest segment the class [h, w], void
-    last, and a code of its centre [h, w, CENTRE_DIM]."""
+def _patches(scene: Scene, model: ModelConfig) -> tuple[Tensor, Tensor]:
+    """A scene as the encoder's pixels and the class of each patch's commonest segment [h, w], void
+    last."""
     transform = ResizeAndPad.fit(scene.segment_index.shape, model.seg_image_size)
     numbers = torch.from_numpy(transform.map_to_canvas(scene.segment_index).astype(np.int64))
     votes = F.one_hot(numbers, len(scene.segments) + 1).float()  # [S, S, segments]
-    side, void = model.seg_image_size, len(CLASSES)
-    codes = sine_positions(side, side, CENTRE_DIM, votes.device)
-    centres = votes.flatten(0, 1).T @ codes / votes.sum((0, 1)).clamp(min=1)[:, None]
+    void = len(CLASSES)
     of_patch = F.avg_pool2d(votes.permute(2, 0, 1), model.seg_patch_size).argmax(0)
     table = [void] + [void if s.is_crowd else CLASSES.index(s.category) for s in scene.segments]
-    pixels = seg_pixels(Image.fromarray(scene.image), transform)
-    return pixels, torch.tensor(table)[of_patch], centres[of_patch]
+    return seg_pixels(Image.fromarray(scene.image), transform), torch.tensor(table)[of_patch]
 
 
 def _write_image_encoder(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
