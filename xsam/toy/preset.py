@@ -6,14 +6,14 @@ from xsam.config import Config, ModelConfig, xsam
 
 
 def toy() -> Config:
-    """The same code for a laptop: 128-pixel drawings, 1.3 million parameters, minutes on two CPU
+    """The same code for a laptop: 96-pixel drawings, 1.3 million parameters, minutes on two CPU
     cores."""
     config = dataclasses.replace(xsam(), name="toy", model=toy_model()).resolve(
         num_points=512,
         class_weight=4.0,  # shapes are learned later than masks
         score_threshold=0.25, overlap_threshold=0.6,
         dtype="float32", recompute=False,  # small enough to need neither
-        num_workers=0, save_every=200, eval_batch_size=16, max_new_tokens=48,
+        num_workers=0, save_every=200, eval_batch_size=32, max_new_tokens=48,
         eval_tasks=(
             "panoptic", "instance", "semantic", "openvocab", "refer", "grefer", "reason", "gcg",
             "interactive", "vgd", "chat",
@@ -25,13 +25,13 @@ def toy() -> Config:
         learning_rates={"segmentor.encoder": 1e-3, "": 1e-3},
         scale_range=(0.8, 1.25),
         clip_norm=1.0,
-        max_steps=1000,
+        max_steps=500,
     )
     config = config.resolve(
         stages=(2,),
         learning_rates={"": 0.0, "image_projector": 5e-3, "seg_projector": 5e-3},
-        max_steps=80,
-    )
+        global_batch_size=16, micro_batch_size=8, max_steps=120,
+    )  # fmt: skip
     return config.resolve(
         stages=(3,),
         learning_rates={
@@ -42,7 +42,7 @@ def toy() -> Config:
             "llava_instruct", "coco_panoptic", "coco_vgd", "refcoco", "grefcoco", "gcg_grandf",
             "gcg_refcocog", "gcg_psg", "gcg_flickr", "reasonseg", "coco_interactive",
         ),
-        max_steps=1300,
+        max_steps=700,
         repeat_threshold=0.5,  # the sets are small, and RefCOCO's combinations many
     )  # fmt: skip
 
@@ -61,8 +61,8 @@ def toy_model() -> ModelConfig:
         llm="phi3-toy",
         llm_config=dict(
             model_type="phi3", vocab_size=768, hidden_size=96, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=4, intermediate_size=192,
-            initializer_range=0.1,
+            num_attention_heads=3, num_key_value_heads=3, intermediate_size=192,
+            initializer_range=0.1, partial_rotary_factor=0.25,
             max_position_embeddings=512, original_max_position_embeddings=512,
             pad_token_id=0, bos_token_id=1, eos_token_id=2,
         ),

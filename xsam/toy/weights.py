@@ -167,7 +167,7 @@ def _write_sam(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
     if model.seg_backbone_config:
         build_seg_encoder(model).model.save_pretrained(root / model.seg_encoder)
         return
-    steps = 8 * steps
+    steps = 7 * steps
     sam, encoder = SamVisionModel(sam_config(model)), _random_encoder(model)
     head = nn.Sequential(nn.LayerNorm(model.seg_dim), nn.Linear(model.seg_dim, len(CLASSES) + 1))
     parameters = [*encoder.parameters(), *head.parameters()]
@@ -253,7 +253,7 @@ def _write_image_encoder(root: Path, model: ModelConfig, seed: int, steps: int) 
     reader, scale, bias = SiglipTextModel(text_config), *torch.tensor([[2.3], [-6.0]])
     scale, bias = nn.Parameter(scale), nn.Parameter(bias)
     parameters = [*encoder.parameters(), *reader.parameters(), scale, bias]
-    steps = 3 * steps
+    steps = 2 * steps
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 2), pct_start=0.1)
     drawn = _draw(seed, "pairs", min(1400, 8 * steps), least_things=1, most_things=2)
@@ -281,15 +281,16 @@ def _write_image_encoder(root: Path, model: ModelConfig, seed: int, steps: int) 
     encoder.save_pretrained(root / model.image_encoder)
 
 
-def _conversation(rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Turns of text alone: a scene told in words, then questions about it; now and then a fact, or
-    what the answer of a riddle has to do with it."""
-    if rng.random() < 0.1:
+def _conversation(rng: np.random.Generator, share: float) -> list[tuple[str, str]]:
+    """Turns of text alone: a scene told in words, then questions about it; now and then facts, or
+    what the answer of a riddle has to do with it. In the first half of training, of which a `share`
+    is over, scenes are of one thing: with more, yes and no stay a guess for long."""
+    if rng.random() < 0.05:
         riddles = [(q, riddle.explanation) for riddle in RIDDLES.values() for q in riddle.questions]
         known = [*FACTS, *riddles]
         return [known[index] for index in rng.integers(len(known), size=4)]
-    scene = scenes.imagine_scene(rng)
-    (question, answer), *others = chat_turns(rng, scene)
+    scene = scenes.imagine_scene(rng, *((1, 1) if share < 0.5 and rng.random() < 0.8 else (2, 3)))
+    (question, answer), *others = chat_turns(rng, scene, most=5)
     return [(f"{scenes.caption_phrases(scene)[0]}.\n{question}", answer), *others]
 
 
@@ -300,15 +301,18 @@ def _write_language_model(root: Path, model: ModelConfig, seed: int, steps: int)
     table, decoder = language_model.model.get_input_embeddings(), language_model.model.get_decoder()
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
     language_model.model.generation_config.eos_token_id = ends
-    steps = 4 * steps
+    steps = 3 * steps
     optimizer = torch.optim.AdamW(language_model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, max(steps, 2), pct_start=0.1)
-    rng = np.random.default_rng([seed, SPLITS.index("text")])
+    rng, shares = (
+        np.random.default_rng([seed, SPLITS.index("text")]),
+        iter(np.linspace(0, 1, steps)),
+    )
 
     def loss_of_batch() -> Tensor:
-        rows = []
+        rows, share = [], next(shares)
         for _ in range(32):
-            pieces = render_conversation(tokenizer, _conversation(rng))
+            pieces = render_conversation(tokenizer, _conversation(rng, share))
             rows.append([torch.tensor(each) for each in tokenize(tokenizer, pieces, 0)])
         ids, labels = (
             nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=IGNORE_LABEL)

@@ -270,9 +270,9 @@ Mention = tuple[list[int], list[str]]  # indices in the scene of what is meant, 
 
 
 def _single_mentions(rng: Generator, scene: Scene) -> Iterator[Mention]:
-    """One to three expressions for every thing that has any."""
+    """One or two expressions for every thing that has any."""
     for index, segment in enumerate(scene.segments):
-        found = rng.permutation(scenes.expressions(scene, segment))[: rng.integers(1, 4)].tolist()
+        found = rng.permutation(scenes.expressions(scene, segment))[: rng.integers(1, 3)].tolist()
         if found:
             yield [index], found
 
@@ -510,9 +510,11 @@ def _write_llava(root: Path, drawings: list[Drawing]) -> None:
 def chat_turns(rng: Generator, scene: Scene, most: int = 6) -> list[tuple[str, str]]:
     """Turns of a dialogue about a scene: one in sentences, and questions as the benchmarks ask
     them, with options, of yes or no, and for a word."""
-    rows = [*_choice_rows(rng, scene), *_check_rows(rng, scene), *_word_rows(rng, scene)]
-    turns = [scenes.dialogue(rng, scene)[0]]
-    for index in rng.permutation(len(rows))[: most - 1]:
+    kinds = [list(rows(rng, scene)) for rows in (_choice_rows, _check_rows, _word_rows)]
+    shares = np.repeat((0.3, 0.5, 0.2), [len(rows) for rows in kinds])
+    shares = shares / np.repeat([len(rows) for rows in kinds], [len(rows) for rows in kinds])
+    rows, turns = [row for rows in kinds for row in rows], [scenes.dialogue(rng, scene)[0]]
+    for index in rng.choice(len(rows), min(most - 1, len(rows)), replace=False, p=shares):
         row = rows[index]
         options = {letter: row[letter] for letter in "ABCD" if row.get(letter)}
         question = choice_question(row["question"], options, row.get("hint", ""))
