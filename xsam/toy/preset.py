@@ -11,7 +11,7 @@ def toy() -> Config:
     config = dataclasses.replace(xsam(), name="toy", model=toy_model()).resolve(
         num_points=512,
         class_weight=4.0,  # shapes are learned later than masks
-        score_threshold=0.25, overlap_threshold=0.6,
+        score_threshold=0.25, overlap_threshold=0.6, presence=0.4,
         dtype="float32", recompute=False,  # small enough to need neither
         num_workers=0, save_every=200, eval_batch_size=32, max_new_tokens=48,
         eval_tasks=(
@@ -25,12 +25,12 @@ def toy() -> Config:
         learning_rates={"segmentor.encoder": 1e-3, "": 1e-3},
         scale_range=(0.8, 1.25),
         clip_norm=1.0,
-        max_steps=500,
+        max_steps=450,
     )
     config = config.resolve(
         stages=(2,),
         learning_rates={"": 0.0, "image_projector": 5e-3, "seg_projector": 5e-3},
-        global_batch_size=16, micro_batch_size=8, max_steps=120,
+        global_batch_size=16, micro_batch_size=8, max_steps=200,
     )  # fmt: skip
     return config.resolve(
         stages=(3,),
@@ -42,7 +42,7 @@ def toy() -> Config:
             "llava_instruct", "coco_panoptic", "coco_vgd", "refcoco", "grefcoco", "gcg_grandf",
             "gcg_refcocog", "gcg_psg", "gcg_flickr", "reasonseg", "coco_interactive",
         ),
-        max_steps=700,
+        max_steps=900,
         repeat_threshold=0.5,  # the sets are small, and RefCOCO's combinations many
     )  # fmt: skip
 

@@ -158,9 +158,9 @@ def draw_scene(
     return Scene(canvas[inside].round().astype(np.uint8), segment_index[inside].copy(), segments)
 
 
-def imagine_scene(rng: Generator, least_things: int = 2, most_things: int = 3) -> Scene:
+def imagine_scene(rng: Generator) -> Scene:
     """A scene to be talked of alone: no picture, and its segments are columns of one pixel."""
-    segments = _choose_things(rng, False, least_things, most_things)
+    segments = _choose_things(rng, False, 1, 3)
     segments += [Segment(name) for name in rng.permutation(list(STUFF_IDS))[: rng.integers(1, 3)]]
     numbers = np.arange(1, len(segments) + 1, dtype=np.uint8)[None]
     return Scene(np.zeros((*numbers.shape, 3), np.uint8), numbers, segments)

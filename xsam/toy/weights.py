@@ -167,7 +167,7 @@ def _write_sam(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
     if model.seg_backbone_config:
         build_seg_encoder(model).model.save_pretrained(root / model.seg_encoder)
         return
-    steps = 7 * steps
+    steps = 6 * steps
     sam, encoder = SamVisionModel(sam_config(model)), _random_encoder(model)
     head = nn.Sequential(nn.LayerNorm(model.seg_dim), nn.Linear(model.seg_dim, len(CLASSES) + 1))
     parameters = [*encoder.parameters(), *head.parameters()]
@@ -281,16 +281,15 @@ def _write_image_encoder(root: Path, model: ModelConfig, seed: int, steps: int) 
     encoder.save_pretrained(root / model.image_encoder)
 
 
-def _conversation(rng: np.random.Generator, share: float) -> list[tuple[str, str]]:
+def _conversation(rng: np.random.Generator) -> list[tuple[str, str]]:
     """Turns of text alone: a scene told in words, then questions about it; now and then facts, or
-    what the answer of a riddle has to do with it. In the first half of training, of which a `share`
-    is over, scenes are of one thing: with more, yes and no stay a guess for long."""
+    what the answer of a riddle has to do with it."""
     if rng.random() < 0.05:
         riddles = [(q, riddle.explanation) for riddle in RIDDLES.values() for q in riddle.questions]
         known = [*FACTS, *riddles]
         return [known[index] for index in rng.integers(len(known), size=4)]
-    scene = scenes.imagine_scene(rng, *((1, 1) if share < 0.5 and rng.random() < 0.8 else (2, 3)))
-    (question, answer), *others = chat_turns(rng, scene, most=5)
+    scene = scenes.imagine_scene(rng)
+    (question, answer), *others = chat_turns(rng, scene)
     return [(f"{scenes.caption_phrases(scene)[0]}.\n{question}", answer), *others]
 
 
@@ -301,19 +300,24 @@ def _write_language_model(root: Path, model: ModelConfig, seed: int, steps: int)
     table, decoder = language_model.model.get_input_embeddings(), language_model.model.get_decoder()
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
     language_model.model.generation_config.eos_token_id = ends
-    steps = 3 * steps
+    steps = 8 * steps // 3
     optimizer = torch.optim.AdamW(language_model.parameters(), lr=3e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, max(steps, 2), pct_start=0.1)
-    rng, shares = (
-        np.random.default_rng([seed, SPLITS.index("text")]),
-        iter(np.linspace(0, 1, steps)),
-    )
+    rng = np.random.default_rng([seed, SPLITS.index("text")])
+    batches: list[list[tuple[Tensor, Tensor]]] = []  # of ids and labels
+
+    def draw_batches(count: int = 8, size: int = 32) -> None:
+        """Conversations of a batch are of about one length."""
+        pieces = [render_conversation(tokenizer, _conversation(rng)) for _ in range(count * size)]
+        rows = [tuple(map(torch.tensor, tokenize(tokenizer, each, 0))) for each in pieces]
+        rows.sort(key=lambda row: len(row[0]))
+        batches.extend(rows[start : start + size] for start in range(0, len(rows), size))
+        rng.shuffle(batches)
 
     def loss_of_batch() -> Tensor:
-        rows, share = [], next(shares)
-        for _ in range(32):
-            pieces = render_conversation(tokenizer, _conversation(rng, share))
-            rows.append([torch.tensor(each) for each in tokenize(tokenizer, pieces, 0)])
+        if not batches:
+            draw_batches()
+        rows = batches.pop()
         ids, labels = (
             nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=IGNORE_LABEL)
             for column in zip(*rows, strict=True)
