@@ -44,9 +44,9 @@ def config() -> Config:
 
 
 def _settings(world: Path) -> Config:
-    """The toy preset as training leaves it, with short answers."""
+    """The toy preset as training leaves it, with short answers and without a least presence."""
     categories = open_dataset("coco_panoptic", world / "data").categories
-    return toy_config().resolve(categories=categories, max_new_tokens=4)
+    return toy_config().resolve(categories=categories, max_new_tokens=4, presence=0.0)
 
 
 @pytest.fixture(scope="session")
@@ -86,13 +86,13 @@ def speaking_model(model, world) -> XSAM:
     """A copy of `model` whose answer to every question is "<SEG>", and whose panoptic masks are not
     all background or below a threshold.
 
-    Two rows of its output head tell the states that end a prompt from those that follow a <SEG>.
+    The row of its output head that is <SEG>'s points at the states that end a prompt.
     """
     speaking = copy.deepcopy(model)
-    speaking.config = speaking.config.resolve(score_threshold=0.0, overlap_threshold=0.0)
+    settings = dict(score_threshold=0.0, overlap_threshold=0.0, max_new_tokens=1)
+    speaking.config = speaking.config.resolve(**settings)
     reader = Processor(toy_config(), model.tokenizer)
-    seg_id, end_id = model.llm.seg_id, model.tokenizer.convert_tokens_to_ids("<|end|>")
-    queries, before, after = [], [], []
+    queries, states = [], []
     head = speaking.segmentor.class_head
     hook = head.register_forward_hook(lambda _, inputs, __: queries.append(inputs[0][-1]))
     for name in SPOKEN:
@@ -104,18 +104,10 @@ def speaking_model(model, world) -> XSAM:
             nothing = torch.zeros(6, 1, speaking.config.model.decoder_dim)
             index = torch.arange(6)
             speaking.segmentor.decode(hidden_states, index, None, nothing, nothing[..., 0] > 0)
-            spoken = speaking.llm.model.get_input_embeddings()(torch.full((6, 1), seg_id))
-            mask = torch.cat([batch.attention_mask, torch.ones(6, 1, dtype=torch.long)], dim=1)
-            states = speaking.llm(torch.cat([embeddings, spoken], dim=1), mask)
-        before.append(states[:, -2])
-        after.append(states[:, -1])
-    states = torch.cat(before + after)
-    signs = torch.ones(len(states), 1)
-    signs[len(states) // 2 :] = -1
-    direction = torch.linalg.lstsq(states, signs).solution[:, 0]
+            states.append(speaking.llm(embeddings, batch.attention_mask)[:, -1])
+    hook.remove()
     with torch.no_grad():
-        hook.remove()
         speaking.background_embedding.weight[0] = -torch.cat(queries).mean(dim=(0, 1))
         head = speaking.llm.model.get_output_embeddings().weight
-        head[seg_id], head[end_id] = 1e3 * direction, -1e3 * direction
+        head[model.llm.seg_id] = 1e3 * torch.cat(states).mean(dim=0)
     return speaking

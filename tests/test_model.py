@@ -5,6 +5,7 @@ pytest tests/test_model.py
 
 import copy
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -378,7 +379,8 @@ def say(model, monkeypatch):
     """Makes `model` answer with the given tokens, whatever it is asked, and keep all queries."""
 
     def apply(*words: str) -> XSAM:
-        ids = model.tokenizer.convert_tokens_to_ids(list(words))
+        encode = functools.partial(model.tokenizer.encode, add_special_tokens=False)
+        ids = [token for word in words for token in encode(word)]
 
         def generate(embeddings, mask, max_new_tokens):
             new = torch.tensor([ids] * len(embeddings))

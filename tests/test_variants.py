@@ -167,6 +167,7 @@ def tiny(**changes) -> Config:
     return dataclasses.replace(config, model=model).resolve(
         num_points=64,
         max_new_tokens=2,
+        presence=0.0,
         score_threshold=0.0,
         overlap_threshold=0.0,
         global_batch_size=4,
