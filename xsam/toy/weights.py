@@ -38,7 +38,16 @@ from xsam.model import build_seg_encoder
 from xsam.prompts import PHRASINGS, clean_name
 from xsam.toy import scenes
 from xsam.toy.scenes import CLASSES, FACTS, RIDDLES, THING_IDS, Scene, plural
-from xsam.toy.world import ADE_NAMES, HINT, ONE_WORD, SPLITS, YES_OR_NO, chat_turns, new_folder
+from xsam.toy.world import (
+    ADE_NAMES,
+    HINT,
+    OF_EACH,
+    ONE_WORD,
+    SPLITS,
+    YES_OR_NO,
+    chat_turns,
+    new_folder,
+)
 
 # ---- words ---------------------------------------------------------------------------------------
 
@@ -65,7 +74,7 @@ def vocabulary() -> list[str]:
     texts += [text for text, _ in scenes.GROUPS]
     texts += [*scenes.CHECKS.values(), *scenes.CAPTION_REQUESTS]
     # Options of benchmarks, and what is added to their questions.
-    texts += [HINT, ONE_WORD, YES_OR_NO, "A. B. C. D."]
+    texts += [HINT, ONE_WORD, OF_EACH, YES_OR_NO, "What shapes are there? A. B. C. D."]
     texts += ["a an and in is it many no of on the this yes Yes No , . : ? !"]
     plain = re.sub(r"\{\w+\}|<[^>]+>", " ", " ".join(texts))  # without fields and tokens
     return sorted({*re.findall(r"\w+|[^\w\s]", plain + plain.lower())})
@@ -142,22 +151,61 @@ def _write_part(part: Callable, root: Path, model: ModelConfig, seed: int, steps
         torch.set_num_threads(threads)
 
 
-def _train(
-    name: str,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    steps: int,
-    loss_of_batch: Callable[[], Tensor],
-    clip_norm: float = torch.inf,
-) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+class Muon(torch.optim.Optimizer):
+    """Momentum whose singular values are all brought near one before a step (Jordan et al. 2024).
+
+    With it a small transformer learns to look words up in a quarter of AdamW's steps. torch.optim's
+    own, since 2.9, works in bfloat16, for which a CPU takes twenty times as long.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float = 0.05):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                state, (rows, columns) = self.state[matrix], matrix.shape
+                momentum = state.setdefault("momentum", torch.zeros_like(matrix))
+                momentum.lerp_(matrix.grad, 0.05)
+                update = near_orthogonal(matrix.grad.lerp(momentum, 0.95))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(update, alpha=group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def near_orthogonal(matrix: Tensor) -> Tensor:
+    """The matrix [M, N] with its singular values moved to 0.7 ... 1.2, all but those near zero, by
+    five steps of a polynomial (Newton and Schulz)."""
+    x = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return x if len(matrix) <= matrix.shape[1] else x.T
+
+
+def _train(name: str, module: nn.Module, steps: int, loss_of_batch: Callable[[], Tensor]) -> None:
+    """Muon for the linear maps of layers, AdamW for all else, both for one cycle."""
+    matrices = [
+        part.weight
+        for path, part in module.named_modules()
+        if isinstance(part, nn.Linear) and "layers." in path
+    ]
+    others = [p for p in module.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizers = [Muon(matrices, 0.02), torch.optim.AdamW(others, 3e-3, weight_decay=0.05)]
+    schedulers = [
+        torch.optim.lr_scheduler.OneCycleLR(
+            each, each.defaults["lr"], max(steps, 2), pct_start=0.1, cycle_momentum=False
+        )
+        for each in optimizers
+    ]
     for _ in (bar := tqdm(range(steps), desc=f"train the {name}")):
         loss = loss_of_batch()
-        optimizer.zero_grad()
+        module.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, clip_norm)
-        optimizer.step()
-        scheduler.step()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for each in (*optimizers, *schedulers):
+            each.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
@@ -167,12 +215,9 @@ def _write_sam(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
     if model.seg_backbone_config:
         build_seg_encoder(model).model.save_pretrained(root / model.seg_encoder)
         return
-    steps = 6 * steps
+    steps = 4 * steps
     sam, encoder = SamVisionModel(sam_config(model)), _random_encoder(model)
     head = nn.Sequential(nn.LayerNorm(model.seg_dim), nn.Linear(model.seg_dim, len(CLASSES) + 1))
-    parameters = [*encoder.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.05)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, max(steps, 2), pct_start=0.05)
     drawn = _draw(seed, "sam", min(1400, 8 * steps), most_things=5)
     columns = zip(*(_patches(scene, model) for scene in drawn), strict=True)
     pixels, labels = map(torch.stack, columns)
@@ -187,7 +232,7 @@ def _write_sam(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
             x, target = x.flip(-1), target.flip(-1)
         return F.cross_entropy(head(encoder(x)[-1]).flatten(0, 2), target.flatten(), weights)
 
-    _train("segmentation encoder", optimizer, scheduler, steps, loss_of_batch, clip_norm=1.0)
+    _train("segmentation encoder", nn.ModuleList([encoder, head]), steps, loss_of_batch)
     sam.vision_encoder.load_state_dict(encoder.state_dict())
     sam.save_pretrained(root / model.seg_encoder)
 
@@ -250,12 +295,10 @@ def _write_image_encoder(root: Path, model: ModelConfig, seed: int, steps: int) 
         vocab_size=len(tokenizer), hidden_size=dim, projection_size=dim, intermediate_size=2 * dim,
         num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=length,
     )  # fmt: skip
-    reader, scale, bias = SiglipTextModel(text_config), *torch.tensor([[2.3], [-6.0]])
-    scale, bias = nn.Parameter(scale), nn.Parameter(bias)
-    parameters = [*encoder.parameters(), *reader.parameters(), scale, bias]
+    reader, scale_and_bias = SiglipTextModel(text_config), nn.Parameter(torch.tensor([2.3, -6.0]))
+    both = nn.ModuleList([encoder, reader])
+    both.register_parameter("scale_and_bias", scale_and_bias)
     steps = 2 * steps
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 2), pct_start=0.1)
     drawn = _draw(seed, "pairs", min(1400, 8 * steps), least_things=1, most_things=2)
     statistics = model.image_mean, model.image_std, model.image_resample
     pixels = torch.stack(
@@ -273,11 +316,12 @@ def _write_image_encoder(root: Path, model: ModelConfig, seed: int, steps: int) 
         chosen = rng.integers(len(drawn), size=64)
         images = F.normalize(encoder(pixel_values=pixels[chosen]).pooler_output, dim=-1)
         texts = F.normalize(reader(input_ids=ids[chosen]).pooler_output, dim=-1)
+        scale, bias = scale_and_bias
         logits = scale.exp() * images @ texts.T + bias
         is_own = torch.from_numpy(chosen[:, None] == chosen)
         return -F.logsigmoid(torch.where(is_own, logits, -logits)).sum(1).mean()
 
-    _train("image encoder", optimizer, scheduler, steps, loss_of_batch, clip_norm=1.0)
+    _train("image encoder", both, steps, loss_of_batch)
     encoder.save_pretrained(root / model.image_encoder)
 
 
@@ -300,9 +344,11 @@ def _write_language_model(root: Path, model: ModelConfig, seed: int, steps: int)
     table, decoder = language_model.model.get_input_embeddings(), language_model.model.get_decoder()
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
     language_model.model.generation_config.eos_token_id = ends
-    steps = 8 * steps // 3
-    optimizer = torch.optim.AdamW(language_model.parameters(), lr=3e-3)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, max(steps, 2), pct_start=0.1)
+    for layer in decoder.layers:
+        # A word attends first of all to the same word (Trockman and Kolter 2023).
+        queries, keys, _ = layer.self_attn.qkv_proj.weight.data.chunk(3)
+        queries.copy_(keys)
+    steps = 5 * steps // 3
     rng = np.random.default_rng([seed, SPLITS.index("text")])
     batches: list[list[tuple[Tensor, Tensor]]] = []  # of ids and labels
 
@@ -326,6 +372,6 @@ def _write_language_model(root: Path, model: ModelConfig, seed: int, steps: int)
         states = decoder(inputs_embeds=table(ids.clamp(min=0)), use_cache=False).last_hidden_state
         return language_model.token_loss(states, labels) / (labels >= 0).sum()
 
-    _train("language model", optimizer, scheduler, steps, loss_of_batch)
+    _train("language model", language_model, steps, loss_of_batch)
     language_model.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -507,19 +507,43 @@ def _write_llava(root: Path, drawings: list[Drawing]) -> None:
     _write(root / instruct.annotations, dialogues)
 
 
-def chat_turns(rng: Generator, scene: Scene, most: int = 6) -> list[tuple[str, str]]:
-    """Turns of a dialogue about a scene: one in sentences, and questions as the benchmarks ask
-    them, with options, of yes or no, and for a word."""
+def chat_turns(rng: Generator, scene: Scene, most: int = 7) -> list[tuple[str, str]]:
+    """Turns of a dialogue about a scene: one in sentences, a checklist, and questions as the
+    benchmarks ask them, with options, of yes or no, and for a word."""
     kinds = [list(rows(rng, scene)) for rows in (_choice_rows, _check_rows, _word_rows)]
     shares = np.repeat((0.3, 0.5, 0.2), [len(rows) for rows in kinds])
     shares = shares / np.repeat([len(rows) for rows in kinds], [len(rows) for rows in kinds])
-    rows, turns = [row for rows in kinds for row in rows], [scenes.dialogue(rng, scene)[0]]
-    for index in rng.choice(len(rows), min(most - 1, len(rows)), replace=False, p=shares):
+    rows = [row for rows in kinds for row in rows]
+    turns = [scenes.dialogue(rng, scene)[0], _checklist(rng, scene)]
+    for index in rng.choice(len(rows), min(most - 2, len(rows)), replace=False, p=shares):
         row = rows[index]
         options = {letter: row[letter] for letter in "ABCD" if row.get(letter)}
         question = choice_question(row["question"], options, row.get("hint", ""))
         turns.append((question, row["answer"]))
     return [turns[index] for index in rng.permutation(len(turns))]
+
+
+def _checklist(rng: Generator, scene: Scene) -> tuple[str, str]:
+    """Many comparisons in one answer: yes or no for every shape, for every color of one thing, or
+    for every option. From single ones a small model learns to compare only after a long time."""
+    kind = rng.choice(("shape", "color", "option"), p=(0.4, 0.3, 0.3))
+    rows = [row for row in _choice_rows(rng, scene) if kind in ("option", row["category"])]
+    if not rows:
+        question, items = "What shapes are there?", rng.permutation(list(THING_IDS)).tolist()
+        right = {segment.category for segment in scene.segments}
+    else:
+        row = rows[rng.integers(len(rows))]
+        options = {letter: row[letter] for letter in "ABCD" if row[letter]}
+        question, items, right = (
+            choice_question(row["question"], options),
+            [*options],
+            row["answer"],
+        )
+        if kind == "color":
+            right, items = options[right], rng.permutation(list(scenes.COLORS)).tolist()
+            question = row["question"]
+    answers = (f"{item} {'yes' if item in right else 'no'}" for item in items)
+    return f"{question} {OF_EACH}", ", ".join(answers) + "."
 
 
 def _conversation(rng: Generator, turns: list[tuple[str, str]]) -> list[dict]:
@@ -533,6 +557,8 @@ def _conversation(rng: Generator, turns: list[tuple[str, str]]) -> list[dict]:
 YES_OR_NO, HINT = "Please answer yes or no.", "Look at the picture."
 
 ONE_WORD = "Answer in a word."
+
+OF_EACH = "Say yes or no of each."
 
 NUM_ROWS = 60  # of a benchmark, where there are as many questions
 
