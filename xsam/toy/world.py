@@ -534,14 +534,11 @@ def _checklist(rng: Generator, scene: Scene) -> tuple[str, str]:
     else:
         row = rows[rng.integers(len(rows))]
         options = {letter: row[letter] for letter in "ABCD" if row[letter]}
-        question, items, right = (
-            choice_question(row["question"], options),
-            [*options],
-            row["answer"],
-        )
+        question, items = choice_question(row["question"], options), list(options)
+        right = {row["answer"]}
         if kind == "color":
-            right, items = options[right], rng.permutation(list(scenes.COLORS)).tolist()
-            question = row["question"]
+            question, items = row["question"], rng.permutation(list(scenes.COLORS)).tolist()
+            right = {options[row["answer"]]}
     answers = (f"{item} {'yes' if item in right else 'no'}" for item in items)
     return f"{question} {OF_EACH}", ", ".join(answers) + "."
 
