@@ -10,6 +10,8 @@ import pickle
 import re
 from pathlib import Path
 
+import pytest
+
 from xsam.prompts import PHRASINGS, clean_name
 from xsam.toy import weights as toy
 from xsam.toy.preset import toy as toy_config
@@ -92,6 +94,27 @@ def test_no_word_is_unknown():
     words = ["helmet", "cup", "Cat", "cat", "traffic light", "naïve", "茶", "1.5\tm", "two  spaces"]
     assert len({tuple(tokenizer(word).input_ids) for word in words}) == len(words)
     assert [tokenizer.decode(tokenizer(word).input_ids) for word in words] == words
+
+
+def test_muon_is_torchs_but_for_rounding():
+    import torch
+
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon is there since PyTorch 2.9")
+    rng = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=rng) for shape in ((12, 48), (64, 16))]
+    ours, theirs = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    optimizers = toy.Muon(ours, 0.1), torch.optim.Muon(theirs, 0.1, weight_decay=0.05)
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=rng)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, start in zip(ours, theirs, starts, strict=True):
+        torch.testing.assert_close(
+            a - start, b - start, rtol=0, atol=0.05 * (b - start).abs().max()
+        )
 
 
 def test_weights_load_repeat_and_leave_torch_alone(world, tmp_path):

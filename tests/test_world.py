@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pycocotools import mask as coco_mask
 from xsam.datasets.registry import open_dataset
 from xsam.datasets.sources import PROMPT_TYPES, SOURCES, locate
 from xsam.prompts import clean_name
+from xsam.toy import scenes as toy_scenes
 from xsam.toy import world as toy_world
 from xsam.toy.scenes import COLORS, RADII, RIDDLES, STUFF_IDS, THING_IDS, Scene, plural
 
@@ -486,6 +488,30 @@ def test_mmbench_asks_with_the_options_in_every_order_of_a_circle(world):
         assert len({(row["question"], row["hint"], row["category"]) for row in copies}) == 1
         assert all(len(row["image"]) < 64 for row in copies[1:])
         assert len({row["image"] for row in copies[1:]}) == 1
+
+
+def test_a_checklist_says_of_each_whether_it_is_so():
+    rng, kinds = np.random.default_rng(0), Counter()
+    for _ in range(200):
+        scene = toy_scenes.imagine_scene(rng)
+        answers = {asked: answer for _, asked, answer, _ in toy_scenes.quizzes(scene)}
+        turns = toy_world.chat_turns(rng, scene)
+        ((asked, answer),) = [turn for turn in turns if toy_world.OF_EACH in turn[0]]
+        marks = dict(each.split() for each in answer.strip(".").split(", "))
+        assert set(marks.values()) == {"yes", "no"}
+        found = {each for each, mark in marks.items() if mark == "yes"}
+        question, *rest = re.split(r"(?<=\?)\s", asked, maxsplit=1)
+        options = dict(re.findall(r"^([A-D])\. (.+)$", rest[0], re.MULTILINE))
+        if options:
+            assert marks.keys() == options.keys()
+            assert [options[letter] for letter in found] == [answers[question]]
+        elif question in answers:
+            assert marks.keys() == set(COLORS) and found == {answers[question]}
+        else:
+            assert marks.keys() == set(THING_IDS)
+            assert found == {segment.category for segment in scene.segments if segment.is_thing}
+        kinds[bool(options), question in answers] += 1
+    assert len(kinds) == 3 and min(kinds.values()) > 30
 
 
 def test_every_color_and_shape_is_asked_for_somewhere():
