@@ -11,7 +11,7 @@ def toy() -> Config:
     config = dataclasses.replace(xsam(), name="toy", model=toy_model()).resolve(
         num_points=512,
         class_weight=4.0,  # shapes are learned later than masks
-        score_threshold=0.25, overlap_threshold=0.6, presence=0.4,
+        score_threshold=0.25, overlap_threshold=0.6, presence=0.5,
         dtype="float32", recompute=False,  # small enough to need neither
         num_workers=0, save_every=200, eval_batch_size=32, max_new_tokens=48,
         eval_tasks=(
@@ -25,10 +25,11 @@ def toy() -> Config:
         learning_rates={"segmentor.encoder": 1e-3, "": 1e-3},
         scale_range=(0.8, 1.25),
         clip_norm=1.0,
-        max_steps=450,
+        max_steps=400,
     )
     config = config.resolve(
         stages=(2,),
+        datasets=("llava_instruct",),  # captions alone would take thousands of pictures
         learning_rates={"": 0.0, "image_projector": 5e-3, "seg_projector": 5e-3},
         global_batch_size=16, micro_batch_size=8, max_steps=200,
     )  # fmt: skip
