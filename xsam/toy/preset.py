@@ -29,9 +29,9 @@ def toy() -> Config:
     )
     config = config.resolve(
         stages=(2,),
-        datasets=("llava_instruct",),  # captions alone would take thousands of pictures
+        datasets=("llava_pretrain", "llava_instruct"),  # captions alone take many pictures
         learning_rates={"": 0.0, "image_projector": 5e-3, "seg_projector": 5e-3},
-        global_batch_size=16, micro_batch_size=8, max_steps=200,
+        global_batch_size=16, micro_batch_size=8, max_steps=240,
     )  # fmt: skip
     return config.resolve(
         stages=(3,),
