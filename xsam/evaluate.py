@@ -292,7 +292,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="xsam/evaluate.py",
         description="Scores a checkpoint, or predictions, on the benchmarks; runs under torchrun "
         "or alone. The same command continues where it was interrupted.",
-        epilog="example: python xsam/evaluate.py --checkpoint runs/toy/stage3/step_1300 "
+        epilog="example: python xsam/evaluate.py --checkpoint runs/toy/stage3 "
         "--data runs/toy/world/data --tasks panoptic,refcoco_val",
     )
     add_checkpoint_flags(parser, is_required=False)

@@ -1,6 +1,6 @@
 """One image and one request to a picture, JSON and an answer.
 
-    python -m xsam.predict panoptic --checkpoint runs/toy/stage3/step_1300 --image drawing.jpg
+    python -m xsam.predict panoptic --checkpoint runs/toy/stage3 --image drawing.jpg
     python -m xsam.predict refer "the red circle" --checkpoint DIR --image drawing.jpg
     python -m xsam.predict instance --names names.txt --checkpoint DIR --image photo.jpg
     python -m xsam.predict vgd --region cat.png --checkpoint DIR --image photo.jpg
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m xsam.predict",
         description="Segments an image, or answers a question about it.",
         epilog='example: python -m xsam.predict refer "the red circle" --image drawing.jpg '
-        "--checkpoint runs/toy/stage3/step_1300",
+        "--checkpoint runs/toy/stage3",
     )
     parser.add_argument("task", choices=REQUESTS)
     parser.add_argument("text", nargs="?", default="", help="the phrase or the question")

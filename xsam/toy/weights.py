@@ -233,7 +233,7 @@ def _write_sam(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
         chosen = rng.integers(len(drawn), size=16)
         x, target = pixels[chosen], labels[chosen]
         if rng.random() < 0.5:
-            x, target = x.flip(-1), target.flip(-1)
+            x, target = x.flip(-1), target.flip(2)
         logits = head(encoder(x)[-1]).flatten(0, 2).split(sizes, dim=1)
         columns = zip(logits, target.flatten(0, 2).unbind(1), weights, strict=True)
         return sum(F.cross_entropy(*column) for column in columns)
@@ -286,17 +286,13 @@ def _patches(scene: Scene, model: ModelConfig) -> tuple[Tensor, Tensor]:
     numbers = torch.from_numpy(transform.map_to_canvas(scene.segment_index).astype(np.int64))
     votes = F.one_hot(numbers, len(scene.segments) + 1).float()  # [S, S, segments]
     of_patch = F.avg_pool2d(votes.permute(2, 0, 1), model.seg_patch_size).argmax(0)
-    nothing = [len(words) for words in LOOKS]
-    table = [nothing] + [
-        nothing
-        if segment.is_crowd
-        else [
-            words.index(word) if word else len(words)
-            for words, word in zip(
-                LOOKS, (segment.category, segment.color, segment.size), strict=True
-            )
-        ]
-        for segment in scene.segments
+    looks = [("", "", "")] + [
+        ("", "", "") if each.is_crowd else (each.category, each.color, each.size)
+        for each in scene.segments
+    ]
+    table = [
+        [words.index(word) if word else len(words) for words, word in zip(LOOKS, own, strict=True)]
+        for own in looks
     ]
     return seg_pixels(Image.fromarray(scene.image), transform), torch.tensor(table)[of_patch]
 
