@@ -43,8 +43,8 @@ def toy() -> Config:
             "llava_instruct", "coco_panoptic", "coco_vgd", "refcoco", "grefcoco", "gcg_grandf",
             "gcg_refcocog", "gcg_psg", "gcg_flickr", "reasonseg", "coco_interactive",
         ),
-        max_steps=900,
-        repeat_threshold=0.5,  # the sets are small, and RefCOCO's combinations many
+        max_steps=1300,
+        repeat_threshold=0.2,  # the sets are small
     )  # fmt: skip
 
 

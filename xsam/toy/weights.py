@@ -209,34 +209,28 @@ def _train(name: str, module: nn.Module, steps: int, loss_of_batch: Callable[[],
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-LOOKS = CLASSES, tuple(scenes.COLORS), tuple(scenes.RADII)
-
-
 def _write_sam(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
-    """SAM has seen a billion masks before stage 1 begins; this one learns for two minutes what the
-    patches of a scene show, of which color and size. A ViT learns textures at once, shapes late."""
+    """SAM has seen a billion masks before stage 1 begins; this one learns for two minutes to
+    classify the patches of a scene. A ViT learns textures at once and shapes late."""
     if model.seg_backbone_config:
         build_seg_encoder(model).model.save_pretrained(root / model.seg_encoder)
         return
     steps = 4 * steps
     sam, encoder = SamVisionModel(sam_config(model)), _random_encoder(model)
-    sizes = [len(words) + 1 for words in LOOKS]
-    head = nn.Sequential(nn.LayerNorm(model.seg_dim), nn.Linear(model.seg_dim, sum(sizes)))
+    head = nn.Sequential(nn.LayerNorm(model.seg_dim), nn.Linear(model.seg_dim, len(CLASSES) + 1))
     drawn = _draw(seed, "sam", min(1400, 8 * steps), most_things=5)
     columns = zip(*(_patches(scene, model) for scene in drawn), strict=True)
     pixels, labels = map(torch.stack, columns)
-    weights = [torch.full((size,), 3.0) for size in sizes]  # things cover little
-    weights[0][len(THING_IDS) :], weights[1][-1], weights[2][-1] = 1.0, 1.0, 1.0
+    weights = torch.ones(len(CLASSES) + 1)
+    weights[: len(THING_IDS)] = 3.0  # things cover little
     rng = np.random.default_rng(seed)
 
     def loss_of_batch() -> Tensor:
         chosen = rng.integers(len(drawn), size=16)
         x, target = pixels[chosen], labels[chosen]
         if rng.random() < 0.5:
-            x, target = x.flip(-1), target.flip(2)
-        logits = head(encoder(x)[-1]).flatten(0, 2).split(sizes, dim=1)
-        columns = zip(logits, target.flatten(0, 2).unbind(1), weights, strict=True)
-        return sum(F.cross_entropy(*column) for column in columns)
+            x, target = x.flip(-1), target.flip(-1)
+        return F.cross_entropy(head(encoder(x)[-1]).flatten(0, 2), target.flatten(), weights)
 
     _train("segmentation encoder", nn.ModuleList([encoder, head]), steps, loss_of_batch)
     sam.vision_encoder.load_state_dict(encoder.state_dict())
@@ -280,20 +274,14 @@ def _random_encoder(model: ModelConfig) -> nn.Module:
 
 
 def _patches(scene: Scene, model: ModelConfig) -> tuple[Tensor, Tensor]:
-    """A scene as the encoder's pixels, and of each patch's commonest segment the indices in LOOKS
-    [h, w, 3], the last one where it has none."""
+    """A scene as the encoder's pixels and the class of each patch's commonest segment [h, w], void
+    last."""
     transform = ResizeAndPad.fit(scene.segment_index.shape, model.seg_image_size)
     numbers = torch.from_numpy(transform.map_to_canvas(scene.segment_index).astype(np.int64))
     votes = F.one_hot(numbers, len(scene.segments) + 1).float()  # [S, S, segments]
+    void = len(CLASSES)
     of_patch = F.avg_pool2d(votes.permute(2, 0, 1), model.seg_patch_size).argmax(0)
-    looks = [("", "", "")] + [
-        ("", "", "") if each.is_crowd else (each.category, each.color, each.size)
-        for each in scene.segments
-    ]
-    table = [
-        [words.index(word) if word else len(words) for words, word in zip(LOOKS, own, strict=True)]
-        for own in looks
-    ]
+    table = [void] + [void if s.is_crowd else CLASSES.index(s.category) for s in scene.segments]
     return seg_pixels(Image.fromarray(scene.image), transform), torch.tensor(table)[of_patch]
 
 
@@ -360,7 +348,7 @@ def _write_language_model(root: Path, model: ModelConfig, seed: int, steps: int)
         # A word attends first of all to the same word (Trockman and Kolter 2023).
         queries, keys, _ = layer.self_attn.qkv_proj.weight.data.chunk(3)
         queries.copy_(keys)
-    steps = 2 * steps
+    steps = 4 * steps // 3
     rng = np.random.default_rng([seed, SPLITS.index("text")])
     batches: list[list[tuple[Tensor, Tensor]]] = []  # of ids and labels
 

@@ -488,7 +488,7 @@ def _ade_maps(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 # ---- chat: LLaVA and the benchmarks of VLMEvalKit ------------------------------------------------
 
 
-NUM_DIALOGUES = 3  # about a picture
+NUM_DIALOGUES = 5  # about a picture
 
 
 def _write_llava(root: Path, drawings: list[Drawing]) -> None:
@@ -514,7 +514,7 @@ def chat_turns(rng: Generator, scene: Scene, most: int = 7) -> list[tuple[str, s
     """Turns of a dialogue about a scene: one in sentences, a checklist, and questions as the
     benchmarks ask them, with options, of yes or no, and for a word."""
     kinds = [list(rows(rng, scene)) for rows in (_choice_rows, _check_rows, _word_rows)]
-    shares = np.repeat((0.4, 0.4, 0.2), [len(rows) for rows in kinds])
+    shares = np.repeat((0.3, 0.5, 0.2), [len(rows) for rows in kinds])
     shares = shares / np.repeat([len(rows) for rows in kinds], [len(rows) for rows in kinds])
     rows = [row for rows in kinds for row in rows]
     turns = [scenes.dialogue(rng, scene)[0], _checklist(rng, scene)]
