@@ -92,6 +92,7 @@ def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     spaces = [
         decoders.Replace(" \n ", "\n"),
         decoders.Replace(" \n", "\n"),
+        decoders.Replace("> .", ">."),  # after a special token, where every word has its space
         decoders.Strip(" ", 1, 0),
     ]
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), *spaces])
