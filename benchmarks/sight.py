@@ -80,7 +80,8 @@ def main() -> None:
         for question in three_questions(rng, scene):
             own = right_answers(scene)[question]
             right = [right_answers(drawing.scene).get(question, own) for drawing in drawings]
-            other = next(i for i in range(number + 1, number + 65) if right[i % 64] != own) % 64
+            following = [*range(number + 1, len(drawings)), *range(number)]
+            other = next(index for index in following if right[index] != own)
             pair = model.predict([pictures[number], pictures[other]], "chat", question)
             answers = [each.answer for each in pair]
             is_right = [answers[0] == own, answers[1] == right[other]]

@@ -6,7 +6,7 @@ from xsam.config import Config, ModelConfig, xsam
 
 
 def toy() -> Config:
-    """The same code for a laptop: 96-pixel drawings, 1.3 million parameters, minutes on two CPU
+    """The same code for a laptop: 96-pixel drawings, 1.4 million parameters, minutes on two CPU
     cores."""
     config = dataclasses.replace(xsam(), name="toy", model=toy_model()).resolve(
         num_points=512,

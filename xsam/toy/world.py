@@ -510,15 +510,15 @@ def _write_llava(root: Path, drawings: list[Drawing]) -> None:
     _write(root / instruct.annotations, dialogues)
 
 
-def chat_turns(rng: Generator, scene: Scene, most: int = 7) -> list[tuple[str, str]]:
-    """Turns of a dialogue about a scene: one in sentences, a checklist, and questions as the
-    benchmarks ask them, with options, of yes or no, and for a word."""
+def chat_turns(rng: Generator, scene: Scene) -> list[tuple[str, str]]:
+    """Turns of a dialogue about a scene: one in sentences, a checklist, and up to five questions as
+    the benchmarks ask them, with options, of yes or no, and for a word."""
     kinds = [list(rows(rng, scene)) for rows in (_choice_rows, _check_rows, _word_rows)]
-    shares = np.repeat((0.3, 0.5, 0.2), [len(rows) for rows in kinds])
-    shares = shares / np.repeat([len(rows) for rows in kinds], [len(rows) for rows in kinds])
+    counts = [len(rows) for rows in kinds]
+    shares = np.repeat(np.divide((0.3, 0.5, 0.2), counts), counts)
     rows = [row for rows in kinds for row in rows]
     turns = [scenes.dialogue(rng, scene)[0], _checklist(rng, scene)]
-    for index in rng.choice(len(rows), min(most - 2, len(rows)), replace=False, p=shares):
+    for index in rng.choice(len(rows), min(5, len(rows)), replace=False, p=shares):
         row = rows[index]
         options = {letter: row[letter] for letter in "ABCD" if row.get(letter)}
         question = choice_question(row["question"], options, row.get("hint", ""))
