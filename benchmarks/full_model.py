@@ -17,6 +17,7 @@ language model runs, and its logits are replaced by the next token of the script
 """
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -214,6 +215,9 @@ def train(
     for is_usual in (True, False)[: 1 if backend else 2]:
         for stage in stages:
             trainer = None  # the memory of the stage before
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             with report.guard(f"stage {stage}"):
                 plan, batches = (
                     read_plan(plan_path, stage, patience=60),
