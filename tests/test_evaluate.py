@@ -41,7 +41,7 @@ from xsam.evaluation.prediction_files import (
 )
 from xsam.inference import build_inputs, predict_inputs
 from xsam.model import XSAM
-from xsam.postprocess import SegmentationResult
+from xsam.results import SegmentationResult
 
 HAS_METEOR = bool(importlib.util.find_spec("pycocoevalcap") and shutil.which("java"))
 

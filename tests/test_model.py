@@ -18,11 +18,19 @@ from xsam.config import Config, xsam
 from xsam.connector import pixel_shuffle
 from xsam.data import Batch, Processor, Sample
 from xsam.datasets.registry import open_dataset
-from xsam.inference import REQUESTS, build_inputs, predict, predict_inputs
+from xsam.inference import (
+    REQUESTS,
+    build_inputs,
+    encode_image,
+    predict,
+    predict_inputs,
+    quantize,
+)
 from xsam.llm import IMAGE_TOKEN, REGION_TOKEN, find_runs
 from xsam.losses import Normalisers, Objective
 from xsam.model import XSAM, Segmentor, checkpoint_activations, compile_blocks
-from xsam.postprocess import SegmentationResult
+from xsam.regions import draw_region
+from xsam.results import SegmentationResult
 from xsam.train import pretrained_model
 
 DATASETS = {
@@ -382,11 +390,13 @@ def say(model, monkeypatch):
         encode = functools.partial(model.tokenizer.encode, add_special_tokens=False)
         ids = [token for word in words for token in encode(word)]
 
-        def generate(embeddings, mask, max_new_tokens):
+        def generate(embeddings, mask, max_new_tokens, on_ids=None):
             new = torch.tensor([ids] * len(embeddings))
             spoken = model.llm.model.get_input_embeddings()(new)
             whole = torch.cat([embeddings, spoken], dim=1)
             states = model.llm(whole, torch.cat([mask, torch.ones_like(new)], dim=1))
+            for length in range(1, len(ids) + 1) if on_ids else ():
+                on_ids(new[:, :length])
             return new, states[:, : -len(ids)], states[:, -len(ids) :]
 
         monkeypatch.setattr(model.llm, "generate", generate)
@@ -440,12 +450,121 @@ def picture(height: int = 60, width: int = 100) -> Image.Image:
             {"task": "interactive", "regions": [np.ones((2, 3), bool)]},
             r"is 60x100 .*, not 2x3 as",
         ),
-        ({"task": "interactive", "regions": [np.ones((60, 100), bool)] * 2}, "takes one region"),
+        ({"task": "gcg", "threshold": 0.5}, "gcg has no threshold"),
+        ({"task": "vgd", "regions": [(3, 4)], "threshold": 2}, "from 0 to 1, not 2"),
+        ({"task": "vgd", "regions": [(300, 4)]}, "region 1: the point at .* outside the 100x60"),
+        ({"task": "refer", "text": "a", "beams": 2}, "beams is none of score_threshold"),
     ],
 )
 def test_wrong_requests_are_refused(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model.predict(picture(), **arguments)
+
+
+def test_regions_are_numbers_or_masks(speaking_model):
+    """A point is the disc that it was trained as; of interactive all regions mark one object."""
+    image = picture()
+    disc = draw_region(("point", [(50, 30)]), (60, 100))
+    for task in ("interactive", "vgd"):
+        points, masks = (
+            speaking_model.predict(image, task, regions=[each]) for each in ((50, 30), disc)
+        )
+        assert len(points.masks) and same_answers(points, masks)
+    both = draw_region(("box", [(5, 5), (20, 20)]), (60, 100))
+    marks = speaking_model.predict(image, "interactive", regions=[(50, 30), (5, 5, 20, 20)])
+    assert same_answers(marks, speaking_model.predict(image, "interactive", regions=[disc | both]))
+    found = speaking_model.predict(image, "vgd", regions=[(50, 30), (5, 5, 20, 20)])
+    assert found.names == ["region 1", "region 2"] and {*found.labels} <= {*found.names}
+
+
+def same_answers(one: SegmentationResult, other: SegmentationResult) -> bool:
+    is_close = np.allclose(one.scores, other.scores, atol=1e-5)
+    return is_close and one.labels == other.labels and np.array_equal(one.masks, other.masks)
+
+
+REQUESTS_OF_ONE_IMAGE = (
+    dict(task="panoptic"),
+    dict(task="refer", text="the ring"),
+    dict(task="gcg"),
+    dict(task="vgd", regions=[(20, 20)]),
+    dict(task="vgd", regions=[(20, 20)], region_image=picture(50, 70)),
+    dict(task="chat", text="what is it?"),
+)
+
+
+def test_an_image_is_encoded_once_for_several_requests(speaking_model, segmentor):
+    for model, requests in (
+        (speaking_model, REQUESTS_OF_ONE_IMAGE),
+        (segmentor, [dict(task="panoptic"), dict(task="instance")]),
+    ):
+        encoded, calls = model.encode_image(picture()) if model.stage == 3 else None, []
+        encoded = encoded or encode_image(model, picture())
+        encoder = model.encoder if model.stage == 1 else model.segmentor.encoder
+        hook = encoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        found = [predict(model, encoded, **request) for request in requests]
+        assert len(calls) == sum("region_image" in request for request in requests)
+        hook.remove()
+        for prediction, request in zip(found, requests, strict=True):
+            expected = predict(model, picture(), **request)
+            assert same_answers(prediction, expected) and prediction.answer == expected.answer
+
+
+def test_an_answer_is_told_as_it_grows(say):
+    model, heard = say("red", "ring", "<SEG>"), []
+    prediction = model.predict(picture(), "refer", "the ring", on_text=heard.append)
+    assert heard == ["red", "red ring", "red ring"] and prediction.text == "red ring"
+
+    def stop(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.predict(picture(), "refer", "the ring", on_text=stop)
+
+
+def test_the_language_model_tells_what_it_says(speaking_model):
+    heard = []
+    found = speaking_model.predict(
+        picture(), "chat", "what?", on_text=heard.append, max_new_tokens=4
+    )
+    assert 1 <= len(heard) <= 4 and heard[-1] == found.text
+
+
+def test_thresholds_are_of_one_request(speaking_model):
+    before = speaking_model.config
+    counts = [
+        len(speaking_model.predict(picture(), "refer", "a ring", threshold=least).masks)
+        for least in (0.0, 1.0)
+    ]
+    assert counts == [1, 0]
+    found = speaking_model.predict(picture(), "panoptic", threshold=1.0)
+    assert not len(found.masks)
+    every = speaking_model.predict(picture(), "instance")
+    some = speaking_model.predict(picture(), "instance", threshold=every.scores[2])
+    assert same_answers(every, some) and every.threshold == 0.3 and some.shown() == [0, 1, 2]
+    long = speaking_model.predict(picture(), "chat", "what?", max_new_tokens=0)
+    assert long.answer == "" and speaking_model.config == before
+
+
+def test_a_picture_may_be_a_path(speaking_model, tmp_path):
+    picture().save(tmp_path / "drawing.png")
+    expected = speaking_model.predict(picture(), "refer", "the ring")
+    for path in (tmp_path / "drawing.png", str(tmp_path / "drawing.png")):
+        assert same_answers(speaking_model.predict(path, "refer", "the ring"), expected)
+    with pytest.raises(ValueError, match=r"absent\.png"):
+        speaking_model.predict("absent.png", "refer", "the ring")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_language_model_in_fewer_bits_answers_nearly_as_before(speaking_model, bits):
+    pytest.importorskip("bitsandbytes")
+    model = copy.deepcopy(speaking_model)
+    layers = model.llm.model.get_decoder().layers
+    before = layers[0].self_attn.qkv_proj.weight.nbytes
+    quantize(model, bits)
+    assert layers[0].self_attn.qkv_proj.weight.nbytes * 32 == before * bits
+    expected = speaking_model.predict(picture(), "refer", "the ring")
+    found = model.predict(picture(), "refer", "the ring")
+    assert found.answer == expected.answer and np.mean(found.masks == expected.masks) > 0.9
 
 
 def test_the_segmentor_segments_its_own_categories_only(segmentor):
@@ -540,7 +659,7 @@ def test_an_image_and_regions_from_python_are_of_any_kind(speaking_model):
             assert (found.masks == expected.masks).all() and found.scores == expected.scores
     turned = np.rot90(inside).copy()  # a region of the stored pixels
     assert speaking_model.predict(stored, "vgd", regions=[turned]).masks.shape[1:] == (100, 60)
-    for wrong in ("photo.jpg", np.zeros((3, 60, 100)), np.zeros((0, 4)), None):
+    for wrong in (np.zeros((3, 60, 100)), np.zeros((0, 4)), None):
         with pytest.raises(ValueError, match=r"image: is .*give a PIL image or an array"):
             speaking_model.predict(wrong, "vgd", regions=[inside])
     with pytest.raises(ValueError, match=r"region 2: has \[1, 2\] beside black"):

@@ -20,7 +20,6 @@ from processes import finish, start_ranks
 from xsam.datasets.registry import open_dataset
 from xsam.evaluation.benchmarks import TASKS, task_of
 from xsam.evaluation.prediction_files import SavedPredictions
-from xsam.postprocess import SegmentationResult
 from xsam.report import curves, monitor
 from xsam.report import pictures as draw
 from xsam.report.curves import CURVES_FILE, METRICS_FILE, draw_metrics, read_metrics
@@ -37,6 +36,7 @@ from xsam.report.monitor import (
     read_results,
     score,
 )
+from xsam.results import SegmentationResult
 
 FIGURES = {"loss": 2.0, "class": 0.5, "mask": 1.25, "dice": 0.25, "grad_norm": 1.5, "lr": 1e-4}
 FIGURES |= {"images": 8, "tokens": 100, "skipped_samples": 0, "skipped": 1}

@@ -115,7 +115,8 @@ def plain_semantic(probabilities, logits):
     category = sums.argmax(0)
     present = sorted(set(category.ravel().tolist()))
     masks = np.stack([category == c for c in present])
-    return masks, present, [sums[c][category == c].mean() for c in present]
+    shares = sums / sums.sum(0)
+    return masks, present, [shares[c][category == c].mean() for c in present]
 
 
 def plain_instances(probabilities, logits, most):

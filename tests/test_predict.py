@@ -12,9 +12,11 @@ import torch
 from families import word_tokenizer
 from PIL import Image
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 
 from xsam import predict as predict_command
 from xsam.checkpoints import save_checkpoint
+from xsam.datasets.registry import open_dataset
 from xsam.llm import add_special_tokens
 from xsam.predict import main
 from xsam.weights import MODEL_FILE
@@ -70,7 +72,7 @@ def test_a_phrase_below_presence_has_no_mask(checkpoint, image, tmp_path, capsys
     for presence, count in ((0, 1), (1, 0)):
         assert run(*arguments, "--presence", presence, "--out", tmp_path / "out") == 0
         assert len(json.loads((tmp_path / "out.json").read_text())["segments"]) == count
-        assert f"{count} masks" in capsys.readouterr().out
+        assert ("1 mask:" if count else "0 masks:") in capsys.readouterr().out
 
 
 def test_words_that_the_tokenizer_lacks_are_named_and_the_rest_is_asked(
@@ -303,3 +305,135 @@ def test_errors_leave_with_2_and_name_the_path(checkpoint, image, tmp_path, caps
     written = capsys.readouterr()
     assert expected in written.err and not written.out
     assert list(tmp_path.glob("*.json")) == []
+
+
+# ---- several pictures ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three pictures, and a file that is none."""
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 255, (*SIZE[::-1], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"photos/{number}.png")
+    (tmp_path / "photos/3.png").write_bytes(b"no picture")
+    (tmp_path / "photos/notes.txt").write_text("no picture either")
+    return tmp_path / "photos"
+
+
+def test_a_folder_is_asked_and_a_bad_picture_is_told(checkpoint, folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["refer", "the ring", "--checkpoint", checkpoint, "--out", out]
+    assert run(*arguments, "--image", folder) == 1
+    error = capsys.readouterr().err
+    assert error.count("3.png: cannot be read as an image") == 1 and "notes" not in error
+    names = [f"{number}_refer.{kind}" for number in range(3) for kind in ("json", "png")]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "coco.json"]
+    coco = COCO(out / "coco.json")
+    assert [each["file_name"] for each in coco.imgs.values()] == [
+        (folder / f"{number}.png").as_posix() for number in range(3)
+    ]
+    for number, annotation in enumerate(coco.anns.values()):
+        there = json.loads((out / f"{number}_refer.json").read_text())["segments"][0]
+        expected = coco_mask.decode(there["segmentation"])
+        assert (coco.annToMask(annotation) == expected).all() and expected.any()
+
+
+def test_an_interrupted_folder_goes_on(checkpoint, folder, tmp_path, monkeypatch, capsys):
+    asked, ask = [], predict_command.predict
+
+    def count(*arguments, **options):
+        asked.append(1)
+        return ask(*arguments, **options)
+
+    monkeypatch.setattr(predict_command, "predict", count)
+    (folder / "3.png").unlink()
+    arguments = ["--checkpoint", checkpoint, "--out", tmp_path / "out"]
+    assert run("refer", "the ring", *arguments, "--image", folder / "0.png", "--image", folder) == 0
+    whole = (tmp_path / "out/coco.json").read_bytes()
+    assert len(asked) == 3
+    (tmp_path / "out/1_refer.json").write_text('{"answer": ')  # cut off
+    (tmp_path / "out/2_refer.json").unlink()
+    for expected in (2, 0):
+        asked.clear()
+        assert run("refer", "the ring", *arguments, "--image", f"{folder}/*.png") == 0
+        assert len(asked) == expected and (tmp_path / "out/coco.json").read_bytes() == whole
+    asked.clear()
+    assert "3 of 3 pictures are there already" in capsys.readouterr().err
+    assert run("refer", "the star", *arguments, "--image", folder) == 0 and len(asked) == 3
+    assert "there already" not in capsys.readouterr().err
+
+
+def test_pictures_of_one_name_do_not_meet(checkpoint, folder, tmp_path):
+    (folder / "3.png").unlink()
+    Image.open(folder / "0.png").save(folder / "0.bmp")
+    out = tmp_path / "out"
+    assert run("gcg", "--checkpoint", checkpoint, "--image", folder, "--out", out) == 0
+    found = {path.name for path in out.glob("*.png")}
+    assert found == {"0_1_gcg.png", "0_2_gcg.png", "1_gcg.png", "2_gcg.png"}
+
+
+def test_json_is_all_that_is_printed(checkpoint, folder, tmp_path, capsys):
+    arguments = ["--checkpoint", checkpoint, "--image", folder, "--out", tmp_path / "out"]
+    assert run("vgd", "--point", "20,30", "--json", *arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [Path(json.loads(line)["image"]["file_name"]).name for line in lines] == [
+        "0.png",
+        "1.png",
+        "2.png",
+    ]
+
+
+@pytest.mark.parametrize("flags", [[], ["--polygons"]])
+def test_what_was_found_can_be_trained_on(checkpoint, image, tmp_path, monkeypatch, flags):
+    """A file of ours is read as own data: the same masks, names and pictures."""
+    monkeypatch.chdir(tmp_path)
+    coco = tmp_path / "mine.json"
+    request = ["instance", "--names", "ring,star", "--threshold", "0", "--coco", coco, *flags]
+    assert run(*request, "--checkpoint", checkpoint, "--image", image.name) == 0
+    segments = json.loads(Path("drawing_instance.json").read_text())["segments"]
+    dataset = open_dataset(str(coco), tmp_path)
+    assert dataset.names == ["ring", "star"] and len(dataset) == 1
+    _, objects = dataset.read(0)
+    assert len(objects) == len(segments) > 1
+    for (category, mask, is_crowd), segment in zip(objects, segments, strict=True):
+        assert dataset.names[category] == segment["label"] and not is_crowd
+        assert (mask == coco_mask.decode(segment["segmentation"])).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["interactive", "--point", "a,b"], "argument --point: 'a,b': numbers with commas between"),
+        (["interactive", "--box", "1,2,3"], "argument --box: '1,2,3'"),
+        (["interactive", "--lasso", "1,2,3,4"], "a lasso has at least 3 points, not 2"),
+        (["interactive", "--point", "500,4"], "the point at (500, 4) is outside the 90x60 picture"),
+        (["gcg", "--point", "5,4"], "task gcg takes no regions, but the image alone"),
+        (["gcg", "--threshold", "0.5"], "task gcg has no threshold"),
+        (["refer", "x", "--threshold", "7"], "7 is not from 0 to 1"),
+        (["gcg", "--image", "{folder}/*.tif"], "*.tif: no picture there"),
+        (["gcg", "--image", "{folder}/absent"], "absent: cannot be read as an image"),
+    ],
+)
+def test_a_wrong_request_is_told_before_a_model_is_loaded(
+    checkpoint, folder, image, monkeypatch, capsys, flags, message
+):
+    monkeypatch.setattr(predict_command, "load_checkpoint", None)
+    flags = [flag.format(folder=folder) for flag in flags]
+    flags += [] if "--image" in flags else ["--image", image]
+    try:
+        assert run(*flags, "--checkpoint", checkpoint) == 2
+    except SystemExit as error:
+        assert error.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told(checkpoint, folder, tmp_path, monkeypatch, capsys):
+    def fail(path: Path, content: str | bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(predict_command, "write_whole", fail)
+    arguments = ["--checkpoint", checkpoint, "--out", tmp_path / "out", "--image", folder]
+    assert run("gcg", *arguments) == 2
+    assert "No space left on device" in capsys.readouterr().err

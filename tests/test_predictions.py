@@ -36,7 +36,7 @@ from xsam.evaluation.prediction_files import (
     keys_of,
     kind_of,
 )
-from xsam.postprocess import SegmentationResult
+from xsam.results import SegmentationResult
 
 ONE_OF_EACH = {
     "panoptic": "coco_panoptic_val",

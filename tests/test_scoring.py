@@ -36,7 +36,7 @@ from xsam.evaluation.benchmarks import (
 )
 from xsam.evaluation.metrics import phrase_similarity
 from xsam.evaluation.prediction_files import SavedPredictions
-from xsam.postprocess import SegmentationResult
+from xsam.results import SegmentationResult
 
 SIZE = HEIGHT, WIDTH = 20, 30
 # A square of 10 x 10 moved by 2 columns: 8 of the 12 columns that either covers are in both.

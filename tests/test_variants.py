@@ -49,7 +49,7 @@ from xsam.llm import REGION_TOKEN, LanguageModel
 from xsam.losses import Objective
 from xsam.model import XSAM, Segmentor
 from xsam.optimizer import build_optimizer, freeze
-from xsam.postprocess import SegmentationResult
+from xsam.results import SegmentationResult
 from xsam.starts import init_parts, inspect_init, load_init
 from xsam.toy.preset import toy
 from xsam.train import (

@@ -154,6 +154,12 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = Tr
         help="of the weights (default: as they are stored); bfloat16 computes under autocast",
     )
     parser.add_argument(
+        "--llm-bits",
+        type=int,
+        choices=(4, 8),
+        help="hold the language model's matrices in so many bits (needs bitsandbytes)",
+    )
+    parser.add_argument(
         "--panoptic-rule",
         choices=typing.get_args(Config.__annotations__["panoptic_rule"]),
         help="how panoptic masks are made: mask2former (default), or that of the published code, "

@@ -1,8 +1,8 @@
 """Asking a model: requests, their answers as masks, and models from the disk.
 
-`predict` is the whole of it for one image (README, "From Python"). It makes a `Sample` of a
-request, `build_inputs` makes batches of samples, `predict_inputs` runs the model and makes masks
-(postprocess.py). `load_checkpoint` opens our checkpoints and the published ones.
+`predict` is the whole of it for one image (README, "Use it on your pictures"). It makes a `Sample`
+of a request, `build_inputs` makes batches of samples, `predict_inputs` runs the model and makes
+masks (postprocess.py). `load_checkpoint` opens our checkpoints and the published ones.
 """
 
 import contextlib
@@ -10,23 +10,23 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from xsam.checkpoints import find_checkpoint, read_header, write_header
 from xsam.config import SPECIAL_TOKENS, Config, xsam
 from xsam.data import Batch, Processor, ResizeAndPad, Sample
 from xsam.files import check_target
-from xsam.images import Picture, foreground, viewed
+from xsam.images import Picture, read_image, viewed
 from xsam.llm import add_special_tokens, unknown_words
-from xsam.model import XSAM, Segmentor
+from xsam.model import XSAM, ImageFeatures, Segmentor
 from xsam.names import read_names
 from xsam.postprocess import (
     Reading,
-    SegmentationResult,
     instance_inference,
     interactive_inference,
     merge_parts,
@@ -35,7 +35,9 @@ from xsam.postprocess import (
     semantic_inference,
     union_inference,
 )
-from xsam.prompts import PER_PHRASE_TASKS, ask, check_words, find_phrases
+from xsam.prompts import PER_PHRASE_TASKS, ask, check_words, find_phrases, read_answer
+from xsam.regions import Mark, Region, draw_region, read_region
+from xsam.results import SHOWN_SCORE, SegmentationResult
 from xsam.weights import (
     CONFIG_FILE,
     EMBEDDING,
@@ -59,19 +61,23 @@ class Request:
     task: str  # whose questions ask for it (prompts.PHRASINGS)
     needs: Literal["categories", "text", "regions", "image"]  # what the question is about
     post_processing: str  # a key of POST_PROCESSING; "none": the answer alone
+    threshold: str = ""  # what a threshold is of: a field of Config, or "shown"; "": there is none
 
 
 REQUESTS = {
     "chat": Request("chat", "text", "none"),
-    "panoptic": Request("generic", "categories", "panoptic"),
-    "instance": Request("generic", "categories", "instances"),
+    "panoptic": Request("generic", "categories", "panoptic", "score_threshold"),
+    "instance": Request("generic", "categories", "instances", "shown"),
     "semantic": Request("generic", "categories", "semantic"),
-    "refer": Request("refer", "text", "phrases"),
-    "reason": Request("reason", "text", "phrases"),
+    "refer": Request("refer", "text", "phrases", "presence"),
+    "reason": Request("reason", "text", "phrases", "presence"),
     "gcg": Request("gcg", "image", "phrases"),
     "interactive": Request("interactive", "regions", "interactive"),
-    "vgd": Request("vgd", "regions", "instances"),
+    "vgd": Request("vgd", "regions", "instances", "shown"),
 }
+
+# The fields of Config that one request may change.
+CHOICES = "score_threshold", "overlap_threshold", "presence", "panoptic_rule", "max_new_tokens"
 
 # From class probabilities, mask logits and the image's transform, with the sample, the flags of its
 # things and the configuration beside, to masks at the image's size, class numbers and scores.
@@ -131,15 +137,18 @@ def predict_inputs(
     inputs: Inputs,
     post_processing: str,
     is_thing: list[bool] | None = None,
+    config: Config | None = None,
+    **options: Any,
 ) -> list[SegmentationResult]:
     """What a model predicts of `inputs`, its masks by an entry of POST_PROCESSING ("union" for
     expressions that may mean several objects).
 
     `is_thing` tells for each class of a panoptic prompt whether its instances are kept apart. A
-    sample that the model answers without a <SEG> has no masks.
+    sample that the model answers without a <SEG> has no masks. `config` is taken in place of the
+    model's, `options` are those of `model.infer`.
     """
     model.eval()
-    config = model.config
+    config = config or model.config
     parameter = next(model.parameters())
     device, is_mixed = parameter.device, parameter.dtype != torch.float32  # as in training
     texts = [""] * len(inputs.samples)
@@ -147,7 +156,8 @@ def predict_inputs(
     transforms = [None] * len(inputs.samples)
     for part in inputs.parts:
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
-            answers, predictions = model.infer(part.batch.to(device), config.max_new_tokens)
+            batch = part.batch.to(device)
+            answers, predictions = model.infer(batch, config.max_new_tokens, **options)
         runs, mask_logits = {}, None
         if predictions is not None:
             runs = {row: run for run, row in enumerate(predictions.image_index.tolist())}
@@ -176,7 +186,9 @@ def predict_inputs(
         labels = [names[category] for category in categories]
         num_prompts = sum(row in part.rows for part in inputs.parts)
         results.append(
-            SegmentationResult(sample.image, masks, categories, labels, scores, text, num_prompts)
+            SegmentationResult(
+                sample.image, masks, categories, labels, scores, text, num_prompts, names
+            )
         )
     return results
 
@@ -210,51 +222,105 @@ def post_process(
     return POST_PROCESSING[name]((*merged, transform), sample, is_thing, config)
 
 
+@dataclass
+class EncodedImage:
+    """An image with what the encoders of a model make of it: `predict` takes it for an image, and
+    saves that time for every further request."""
+
+    image: Image.Image
+    features: ImageFeatures
+
+
+@torch.no_grad()
+def encode_image(model: Segmentor | XSAM, image: Picture) -> EncodedImage:
+    """An image for several requests, as viewers show it (`viewed`)."""
+    image = viewed(image)
+    request = REQUESTS["panoptic" if model.stage == 1 else "gcg"]  # which the pixels do not heed
+    sample = build_sample(request, image, "", [], [], None)
+    batch = build_inputs(Processor(model.config, model.tokenizer), [sample]).parts[0].batch
+    parameter = next(model.parameters())
+    is_mixed = parameter.dtype != torch.float32
+    with torch.autocast(parameter.device.type, torch.bfloat16, enabled=is_mixed):
+        return EncodedImage(image, model.eval().encode_images(batch.to(parameter.device)))
+
+
 def predict(
     model: Segmentor | XSAM,
-    image: Picture | list[Picture],
+    image: Picture | Path | str | EncodedImage | list,
     task: str,
     text: str | list[str] = "",
     things: list[str] | str | None = None,
     stuff: list[str] | str | None = None,
-    regions: list[Picture] | None = None,
-    region_image: Picture | None = None,
+    regions: list[Region] | None = None,
+    region_image: Picture | Path | str | None = None,
+    threshold: float | None = None,
+    on_text: Callable[[str], None] | None = None,
+    **changes: Any,
 ) -> SegmentationResult | list[SegmentationResult]:
     """One request, or a list of images with the same one or a list of texts.
 
-    task (REQUESTS): "panoptic", "instance" and "semantic" segment the categories `things` and
-    `stuff` (lists, or what `read_names` takes; default: those the model was trained on; any number
-    of names, asked in several prompts where they do not fit one), "refer" and "reason" what `text`
-    refers to or asks for, "gcg" what the model says of the image, "interactive" and "vgd" what the
-    `regions` mark, as bool [H, W] or any other picture of it (`foreground`): one object, or
-    all objects of their kinds, which `region_image` may show in place of the image itself; "chat"
-    answers `text`. An image is taken as viewers show it (`viewed`), upright unless a region
-    has the size of the stored pixels; the result's `image` is that, and its masks are of it. Warns
-    of words that the tokenizer lacks. Raises
-    ValueError at a picture or region that is none, and at what `check_request` refuses.
+    Args:
+        image: a path, a picture or array, or an image of `encode_image`. It is taken as viewers
+            show it (`viewed`), upright unless a region has the size of the stored pixels; the
+            result's `image` is that, and its masks are of it.
+        task: of REQUESTS. "panoptic", "instance" and "semantic" segment the categories `things` and
+            `stuff`, "refer" and "reason" what `text` refers to or asks for, "gcg" what the model
+            says of the image, "interactive" the object that the `regions` together mark, "vgd" all
+            objects of each region's kind; "chat" answers `text`.
+        things, stuff: lists, or what `read_names` takes (default: those the model was trained on);
+            any number of names, asked in several prompts where they do not fit one.
+        regions: points (x, y), boxes (x0, y0, x1, y1), scribbles [(x, y), ...], ("lasso", points),
+            or masks, bool [H, W] or any picture of one (`read_region`).
+        region_image: for "vgd" the image that shows the regions, in place of the image itself.
+        threshold: of panoptic the score below which a query is dropped (default 0.8), of refer and
+            reason that below which a phrase is refused (`presence`, default 0: never), of instance
+            and vgd that from which a mask is shown (0.3; the result holds all).
+        on_text: called with the answer of one image each time it grows, without marks; what it
+            raises ends the request.
+        changes: other values of the configuration's CHOICES, for this request.
+
+    Warns of words that the tokenizer lacks. Raises ValueError at a picture or region that is none,
+    and at what `check_request` refuses.
     """
     things, stuff = (read_names(x) if isinstance(x, str) else x for x in (things, stuff))
     numbered = enumerate([] if regions is None else regions, start=1)
-    regions = [foreground(region, f"region {number}") for number, region in numbered]
-    images = image if isinstance(image, list) else [image]
+    marks = [read_region(region, f"region {number}") for number, region in numbered]
+    images = list(map(_open_image, image if isinstance(image, list) else [image]))
+    region_image = _open_image(region_image)
     texts = text if isinstance(text, list) else [text] * len(images)
     if len(texts) != len(images):
         raise ValueError(f"{len(images)} images but {len(texts)} texts")
-    regions = regions or []
-    request = check_request(task, model.stage, texts, things, stuff, regions, region_image)
+    if unknown := changes.keys() - {*CHOICES}:
+        raise ValueError(f"{min(unknown)} is none of {', '.join(CHOICES)}")
+    request = check_request(task, model.stage, texts, things, stuff, marks, region_image, threshold)
+    if request.threshold in CHOICES and threshold is not None:
+        changes[request.threshold] = threshold
     names, is_thing = [], []
     if request.needs == "categories":
         names, is_thing = chosen_categories(model.config, task, things, stuff)
+    encoded = images[0] if isinstance(images[0], EncodedImage) and len(images) == 1 else None
+    pictures = [each.image if isinstance(each, EncodedImage) else each for each in images]
     samples = [
-        build_sample(request, picture, words, names, regions, region_image)
-        for picture, words in zip(images, texts, strict=True)
+        build_sample(request, picture, words, names, marks, region_image)
+        for picture, words in zip(pictures, texts, strict=True)
     ]
     if lost := unknown_words(model.tokenizer, *texts, *names):
         words = ", ".join(map(repr, lost))
         warnings.warn(f"the tokenizer lacks {words}: the model sees an unknown word", stacklevel=2)
     inputs = build_inputs(Processor(model.config, model.tokenizer), samples)
-    predictions = predict_inputs(model, inputs, request.post_processing, is_thing)
-    return predictions if isinstance(image, list) else predictions[0]
+    config = model.config.resolve(**changes)
+    options = {"features": encoded and encoded.features}
+    if on_text is not None and model.stage != 1:
+        options["on_answers"] = lambda answers: on_text(read_answer(answers[0])[0])
+    results = predict_inputs(model, inputs, request.post_processing, is_thing, config, **options)
+    for result in results:
+        if request.threshold == "shown":
+            result.threshold = SHOWN_SCORE if threshold is None else threshold
+    return results if isinstance(image, list) else results[0]
+
+
+def _open_image(image: Any) -> Any:
+    return read_image(Path(image)) if isinstance(image, (str, Path)) else image
 
 
 def check_request(
@@ -263,8 +329,9 @@ def check_request(
     texts: list[str],
     things: list[str] | None,
     stuff: list[str] | None,
-    regions: list[np.ndarray],
-    region_image: Picture | None,
+    regions: list,
+    region_image: Any,
+    threshold: float | None = None,
 ) -> Request:
     """The request of a task, known to be one that the model of a stage (None: not known yet) can
     answer. Raises ValueError at another task, one that needs a language model where there is none,
@@ -287,8 +354,10 @@ def check_request(
         raise ValueError(f"task {task} needs regions")
     if region_image is not None and task != "vgd":
         raise ValueError(f"task {task} takes regions of the image itself alone")
-    if task == "interactive" and len(regions) > 1:
-        raise ValueError("task interactive takes one region")
+    if threshold is not None and not request.threshold:
+        raise ValueError(f"task {task} has no threshold")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"a threshold is a score from 0 to 1, not {threshold}")
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:
         raise ValueError(f"{twice[0]!r} is named twice")
     for words in [*filter(None, texts), *names]:
@@ -319,17 +388,25 @@ def build_sample(
     image: Picture,
     text: str,
     names: list[str],
-    regions: list[np.ndarray],
+    marks: list[Mark | np.ndarray],
     region_image: Picture | None,
 ) -> Sample:
     """The sample whose question makes a request, its answer left to the model."""
-    size = regions[0].shape if regions else None
+    size = next((mark.shape for mark in marks if isinstance(mark, np.ndarray)), None)
     if region_image is None:
         image = viewed(image, size)
     else:
         image, region_image = viewed(image), viewed(region_image, size, "region_image")
-    if wrong := [region.shape for region in regions if region.shape != size]:
-        raise ValueError(f"a region of {wrong[0]} in an image of {size} (height, width)")
+    shown = region_image or image
+    size, regions = (shown.height, shown.width), []
+    for number, mark in enumerate(marks, start=1):
+        if not isinstance(mark, np.ndarray):
+            mark = draw_region(mark, size, f"region {number}")
+        elif mark.shape != size:
+            raise ValueError(f"a region of {mark.shape} in an image of {size} (height, width)")
+        regions.append(mark)
+    if request.task == "interactive" and regions:
+        regions = [np.any(regions, axis=0)]
     if request.needs == "text":
         names = [] if request.task == "chat" else [text]
     elif request.needs != "categories":
@@ -390,6 +467,7 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     allow_missing: tuple[str, ...] = (),
+    llm_bits: int | None = None,
     report: Callable[[str], None] = print,
 ) -> tuple[Segmentor | XSAM, int]:
     """The model of a checkpoint and its stage (1: a `Segmentor`, 3: an `XSAM`), ready to answer.
@@ -401,6 +479,7 @@ def load_checkpoint(
     stored, and `tokenizer` has the words where `path` has none. `dtype` None keeps
     what is stored. Names that begin with one of `allow_missing` (as on disk, such as "llm.") may be
     absent and start as a new model's, in float32 unless `dtype` says otherwise, as all then is.
+    `llm_bits` holds the matrices of the language model in 4 or 8 bits (`quantize`).
     `report` is told what was loaded. Raises ValueError that names file and tensor where anything
     does not fit.
     """
@@ -441,4 +520,33 @@ def load_checkpoint(
                 f"{path} has {table.shape[0]} rows of embeddings: the tokenizer of another model"
             )
         model.set_tokenizer(words)
-    return model.to(device).eval(), stage
+    model = model.to(device).eval()
+    if llm_bits is not None:
+        quantize(model, llm_bits)
+    return model, stage
+
+
+def quantize(model: Segmentor | XSAM, bits: int) -> None:
+    """From now on the matrices of the language model's layers are held in 8 bits (LLM.int8,
+    Dettmers et al. 2022) or in 4 (NF4, Dettmers et al. 2023); embeddings and output head stay as
+    they are. For inference alone. Raises ValueError without bitsandbytes, and for a model without a
+    language model."""
+    if model.stage == 1:
+        raise ValueError("a stage-1 checkpoint has no language model to hold in fewer bits")
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise ValueError("fewer bits need bitsandbytes: pip install 'xsam[quantize]'") from error
+    for module in list(model.llm.model.get_decoder().modules()):
+        for name, old in list(module.named_children()):
+            if type(old) is not nn.Linear:
+                continue
+            sizes, weight = (old.in_features, old.out_features, old.bias is not None), old.weight
+            if bits == 8:
+                new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+                new.weight = bnb.nn.Int8Params(weight.data, requires_grad=False)
+            else:
+                new = bnb.nn.Linear4bit(*sizes, compute_dtype=weight.dtype, quant_type="nf4")
+                new.weight = bnb.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4")
+            new.bias = old.bias
+            setattr(module, name, new.to(weight.device))  # which rounds it

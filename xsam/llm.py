@@ -7,6 +7,7 @@ Legend: B samples, N positions, C width, V visual tokens of a sample, R regions,
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -296,9 +297,14 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, embeddings: Tensor, attention_mask: Tensor, max_new_tokens: int
+        self,
+        embeddings: Tensor,
+        attention_mask: Tensor,
+        max_new_tokens: int,
+        on_ids: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Greedy answers to left-padded prompts [B, N, C].
+        """Greedy answers to left-padded prompts [B, N, C]. `on_ids` is called with the new ids at
+        each step; what it raises ends the generation.
 
         Returns new ids [B, T] (IGNORE_LABEL after a row's end), and the hidden states of the
         prompt [B, N, C] and of the new tokens [B, T, C].
@@ -320,6 +326,8 @@ class LanguageModel(nn.Module):
             if is_done.all():
                 break
             all_ids.append(ids.masked_fill(is_done, IGNORE_LABEL))
+            if on_ids is not None:
+                on_ids(torch.stack(all_ids, 1))
             step = self.model.get_input_embeddings()(ids)[:, None]
             attention_mask = torch.cat([attention_mask, (~is_done)[:, None].to(attention_mask)], 1)
         prompt_states, *new_states = all_states

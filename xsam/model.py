@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,11 +43,12 @@ from xsam.llm import LanguageModel, Runs, find_runs, without_marks
 from xsam.prompts import PER_PHRASE_TASKS
 
 if TYPE_CHECKING:
-    from PIL import Image
     from transformers import PreTrainedTokenizerBase
 
     from xsam.data import Batch
-    from xsam.postprocess import SegmentationResult
+    from xsam.images import Picture
+    from xsam.inference import EncodedImage
+    from xsam.results import SegmentationResult
     from xsam.variants import SwinEncoder
 
 
@@ -56,6 +58,14 @@ class Outputs:
 
     predictions: DecoderOutput | None  # None where nothing is segmented
     token_loss: Tensor | None  # summed over the labelled tokens; None in stage 1
+
+
+@dataclass
+class ImageFeatures:
+    """What the encoders make of images, for more than one request on them."""
+
+    hidden_states: list[Tensor]  # of the segmentation encoder, [B, h, w, C] each
+    image_tokens: Tensor | None  # [B, N, C], projected; None without an image encoder
 
 
 def build_seg_encoder(config: ModelConfig) -> SamEncoder | SwinEncoder:
@@ -174,9 +184,18 @@ class Segmentor(nn.Module):
         return Outputs(self.decode(hidden_states, image_index, None), None)
 
     @torch.no_grad()
-    def infer(self, batch: Batch, max_new_tokens: int = 0) -> tuple[list[str], DecoderOutput]:
+    def encode_images(self, batch: Batch) -> ImageFeatures:
+        """See `XSAM.encode_images`."""
+        return ImageFeatures(self.encoder(batch.seg_pixels), None)
+
+    @torch.no_grad()
+    def infer(
+        self, batch: Batch, max_new_tokens: int = 0, features: ImageFeatures | None = None, **_
+    ) -> tuple[list[str], DecoderOutput]:
         """Answers (none here) and predictions, as `XSAM.infer` gives them."""
-        return [""] * len(batch.seg_pixels), self(batch).predictions
+        hidden_states = (features or self.encode_images(batch)).hidden_states
+        image_index = torch.arange(len(batch.seg_pixels), device=batch.seg_pixels.device)
+        return [""] * len(image_index), self.decode(hidden_states, image_index, None)
 
 
 def number_images(pixels: Tensor) -> Tensor:
@@ -226,27 +245,41 @@ class XSAM(nn.Module):
         llm_config = self.config.model.llm_config | {"vocab_size": rows}
         self.config = self.config.resolve(llm_config=llm_config)
 
+    @torch.no_grad()
+    def encode_images(self, batch: Batch) -> ImageFeatures:
+        """The features of a batch's images, for `infer`."""
+        image_tokens = None
+        if self.image_encoder is not None:
+            image_tokens = self.image_projector(self.image_encoder(batch.image_pixels))
+        return ImageFeatures(self.segmentor.encoder(batch.seg_pixels), image_tokens)
+
     def encode(
-        self, batch: Batch, image_index: Tensor | None = None
+        self,
+        batch: Batch,
+        image_index: Tensor | None = None,
+        features: ImageFeatures | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Embeddings [B, N, C] of the batch's words, visual tokens and regions, and the hidden
         states of the segmentation encoder for its images, or with an `image_index`
         (`number_images`) for the different ones among them. Image tokens come before segmentation
         tokens. Regions are read from the segmentation tokens, or where the language model is shown
         none, from the image tokens. A reference image passes the encoder that its region is read
-        from."""
+        from. Images with `features` are not encoded again."""
         B, model_config = len(batch.input_ids), self.config.model
         images, *reference_images = batch.seg_pixels.split(B)
         is_new = index = slice(None)
         if image_index is not None:
             is_new, index = F.pad(image_index.diff() > 0, (1, 0), value=True), image_index
         images = images[is_new]
-        hidden_states = self.segmentor.encoder(images)
+        hidden_states = features.hidden_states if features else self.segmentor.encoder(images)
         visual_tokens = []
         if self.image_encoder is not None:
-            pixels = torch.cat([batch.image_pixels[:B][is_new], batch.image_pixels[B:]])
-            image_tokens = self.image_projector(self.image_encoder(pixels))
-            own, others = image_tokens.tensor_split([len(images)])
+            parts = [features.image_tokens] if features else []
+            pixels = [] if features else [batch.image_pixels[:B][is_new]]
+            pixels = torch.cat([*pixels, batch.image_pixels[B:]])
+            if len(pixels):
+                parts.append(self.image_projector(self.image_encoder(pixels)))
+            own, others = torch.cat(parts).tensor_split([len(images)])
             image_tokens = torch.cat([own[index], others])
             visual_tokens.append(image_tokens[:B])
         if self.seg_projector is not None:
@@ -322,16 +355,30 @@ class XSAM(nn.Module):
         return embeddings, F.pad(runs.classes < 0, (0, 1))
 
     @torch.no_grad()
-    def infer(self, batch: Batch, max_new_tokens: int) -> tuple[list[str], DecoderOutput | None]:
+    def infer(
+        self,
+        batch: Batch,
+        max_new_tokens: int,
+        features: ImageFeatures | None = None,
+        on_answers: Callable[[list[str]], None] | None = None,
+    ) -> tuple[list[str], DecoderOutput | None]:
         """Greedy answers to a left-padded batch, and what their <SEG> tokens segment. An image that
-        is in several rows, one after the other, is encoded once."""
+        is in several rows, one after the other, is encoded once; the batch's different images may
+        bring their `features`. `on_answers` is called with the answers each time they grow."""
         image_index = number_images(batch.seg_pixels[: len(batch.input_ids)])
-        embeddings, hidden_states = self.encode(batch, image_index)
-        new_ids, states, new_states = self.llm.generate(
-            embeddings, batch.attention_mask, max_new_tokens
-        )
+        embeddings, hidden_states = self.encode(batch, image_index, features)
         decode = functools.partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
-        answers = [decode(row[row >= 0]).strip() for row in new_ids]
+
+        def read(ids: Tensor) -> list[str]:
+            return [decode(row[row >= 0]).strip() for row in ids]
+
+        new_ids, states, new_states = self.llm.generate(
+            embeddings,
+            batch.attention_mask,
+            max_new_tokens,
+            on_ids=on_answers and (lambda ids: on_answers(read(ids))),
+        )
+        answers = read(new_ids)
         if batch.task == "chat":
             return answers, None
         # The classes are the question's phrases, or where it has none (GCG) those of the answer.
@@ -343,12 +390,18 @@ class XSAM(nn.Module):
         return answers, self.segment(hidden_states, states, runs, image_index)
 
     def predict(
-        self, image: Image.Image | list[Image.Image], task: str, text: str | list[str] = "", **names
+        self, image: Picture | list[Picture], task: str, text: str | list[str] = "", **options
     ) -> SegmentationResult | list[SegmentationResult]:
         """See `inference.predict`."""
         from xsam.inference import predict
 
-        return predict(self, image, task, text, **names)
+        return predict(self, image, task, text, **options)
+
+    def encode_image(self, image: Picture) -> EncodedImage:
+        """See `inference.encode_image`."""
+        from xsam.inference import encode_image
+
+        return encode_image(self, image)
 
     @classmethod
     def from_pretrained(cls, path: Path | str, **options) -> XSAM:

@@ -9,66 +9,19 @@ image.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from xsam.data import ResizeAndPad
-from xsam.datasets.formats import encode_mask
-from xsam.report.pictures import draw_segments
 
 Reading = tuple[np.ndarray, list[int], list[float]]  # masks bool [N, H, W], classes, scores
 
 Box = tuple[slice, slice]  # rows and columns of the original image
 
-# Of instances every pair of query and class is read, most with next to no score; pictures show
-# those with this or more.
-SHOWN_SCORE = 0.3
-
 BAND_VALUES = 2**22  # of float32 16 MB: near what caches hold, and few steps
-
-
-@dataclass
-class SegmentationResult:
-    """What a model says of one image, at the image's own size."""
-
-    image: Image.Image
-    masks: np.ndarray  # bool [N, H, W]
-    categories: list[int]  # index of each mask's class or phrase in the prompt
-    labels: list[str]
-    scores: list[float] | None  # None: of a file whose format has none
-    answer: str
-    num_prompts: int = 1  # that the list of names was asked in
-
-    def draw(self, title: str = "", min_score: float = 0.0) -> Image.Image:
-        """The masks scored `min_score` or more, with outlines and labels over the image."""
-        kept, scores = list(range(len(self.labels))), None
-        if self.scores is not None:
-            kept = [n for n in kept if self.scores[n] >= min_score]
-            scores = [self.scores[n] for n in kept]
-        labels = [self.labels[n] for n in kept]
-        return draw_segments(self.image, self.masks[kept], labels, scores, title)
-
-    def to_dict(self) -> dict:
-        """JSON-ready: the answer, and each segment's label, score, box [x, y, w, h] and RLE."""
-        segments = []
-        for mask, label, score in zip(self.masks, self.labels, self.scores, strict=True):
-            rle = encode_mask(mask)
-            segments.append(
-                {
-                    "label": label,
-                    "score": round(score, 4),
-                    "area": int(mask.sum()),
-                    "bbox": coco_mask.toBbox(rle).tolist(),
-                    "segmentation": rle,
-                }
-            )
-        return {"answer": self.answer, "segments": segments}
 
 
 # ---- the original image --------------------------------------------------------------------------
@@ -274,7 +227,8 @@ def semantic_inference(
 ) -> Reading:
     """Semantic reading: each pixel is of the class with the largest sum over queries of class times
     mask probability (Mask2Former, Cheng et al. 2022). A mask for each class that is present, in
-    the order of classes; its score is the mean of that sum over its pixels."""
+    the order of classes; its score is the mean over its pixels of that sum's share of all classes'
+    sums."""
     Q, K = len(probabilities), probabilities.shape[1] - 1
     if K == 0:
         return np.zeros((0, *transform.original), bool), [], []
@@ -284,11 +238,13 @@ def semantic_inference(
     areas, sums = np.zeros((2, K))
     for band in bands(transform, Q + K):
         masks = read(mask_logits, band).sigmoid_().flatten(1)  # [Q, pixels]
-        best, category = (weights @ masks).max(0)
-        best, category = best.cpu().numpy(), category.cpu().numpy()
+        sums_of_classes = weights @ masks  # [K, pixels]
+        best, category = sums_of_classes.max(0)
+        share = best / sums_of_classes.sum(0).clamp(min=1e-12)
+        share, category = share.cpu().numpy(), category.cpu().numpy()
         classes[band] = category.reshape(classes[band].shape)
         areas += np.bincount(category, minlength=K)
-        sums += np.bincount(category, weights=best, minlength=K)
+        sums += np.bincount(category, weights=share, minlength=K)
     present = areas.nonzero()[0]
     places = np.full(K, -1, np.int16)
     places[present] = np.arange(len(present))

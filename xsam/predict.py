@@ -1,149 +1,380 @@
-"""One image and one request to a picture, JSON and an answer.
+"""Asks a model about pictures, each with one request, and writes pictures, JSON and COCO JSON.
 
     python -m xsam.predict panoptic --checkpoint runs/toy/stage3 --image drawing.jpg
-    python -m xsam.predict refer "the red circle" --checkpoint DIR --image drawing.jpg
-    python -m xsam.predict instance --names names.txt --checkpoint DIR --image photo.jpg
-    python -m xsam.predict vgd --region cat.png --checkpoint DIR --image photo.jpg
+    python -m xsam.predict refer "the red circle" --checkpoint DIR --image photos --out answers
+    python -m xsam.predict interactive --point 120,80 --checkpoint DIR --image photo.jpg
 
-Writes OUT.png (masks, outlines, labels) and OUT.json (COCO RLE), beside the image unless --out says
-where, in place of what an earlier command wrote there.
+Of one picture it writes OUT.png (masks, outlines, labels) and OUT.json (the answer, and each mask
+as COCO RLE), beside the image unless --out says where, in place of what an earlier command wrote
+there. Of several, both for each of them in the folder OUT, and OUT/coco.json, a file of COCO
+instances that annotation tools open. Those that OUT holds already, of the same request, are not
+asked again; a picture that cannot be asked about is told, and the others go on.
 """
 
 import argparse
+import glob
 import io
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from xsam.cli import Parser, add_checkpoint_flags, inference_changes
+from xsam.cli import Parser, add_checkpoint_flags, inference_changes, share
 from xsam.distributed import choose_device
 from xsam.files import check_target, read_json, write_whole
 from xsam.images import read_image, read_image_size, read_region
 from xsam.inference import REQUESTS, check_request, load_checkpoint, predict, stored_stage
+from xsam.model import XSAM, Segmentor
 from xsam.names import read_names
-from xsam.postprocess import SHOWN_SCORE
 from xsam.prompts import PER_PHRASE_TASKS
+from xsam.regions import KINDS, draw_region
+from xsam.regions import read_region as read_mark
+from xsam.results import SegmentationResult, coco_instances
 
-OUTPUT = {"answer": "", "segments": []}  # of SegmentationResult.to_dict
+COCO_FILE = "coco.json"
+
+OURS = {"answer", "segments"}  # keys that a JSON file of ours has
+
+EXAMPLES = {
+    "chat": 'chat "what is in the picture?" --image photo.jpg',
+    "panoptic": "panoptic --things person,dog --stuff sky,grass --image photo.jpg",
+    "instance": "instance --names names.txt --threshold 0.5 --image photos --out found",
+    "semantic": "semantic --stuff sky,grass,road --image 'street/*.jpg' --out maps",
+    "refer": 'refer "the red circle" --image drawing.jpg',
+    "reason": 'reason "what can one sit on?" --image photo.jpg',
+    "gcg": "gcg --image photo.jpg",
+    "interactive": "interactive --point 120,80 --image photo.jpg",
+    "vgd": "vgd --box 10,20,200,180 --region cat.png --image photo.jpg",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
+    lines = [f"  python -m xsam.predict {each} --checkpoint DIR" for each in EXAMPLES.values()]
     parser = Parser(
         prog="python -m xsam.predict",
-        description="Segments an image, or answers a question about it.",
-        epilog='example: python -m xsam.predict refer "the red circle" --image drawing.jpg '
-        "--checkpoint runs/toy/stage3",
+        description="Segments pictures, or answers a question about them.",
+        epilog="an example of every task:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=REQUESTS)
     parser.add_argument("text", nargs="?", default="", help="the phrase or the question")
     add_checkpoint_flags(parser)
-    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument(
+        "--image",
+        action="append",
+        required=True,
+        metavar="PATH",
+        help="a picture, a folder of them, or a pattern in quotes; may be repeated",
+    )
     lists = "names of any number of classes: a,b,c, or a file with one a line"
     parser.add_argument("--things", "--names", help=f"{lists}; instances are kept apart")
     parser.add_argument("--stuff", help=f"{lists}; each is one region")
+    shapes = {"point": "X,Y", "box": "X0,Y0,X1,Y1", "scribble": "X,Y,X,Y,...", "lasso": "X,Y,..."}
+    for kind in KINDS:
+        parser.add_argument(
+            f"--{kind}",
+            dest="regions",
+            action="append",
+            type=lambda text, kind=kind: _coordinates(kind, text),
+            metavar=shapes[kind],
+            help=f"interactive, vgd: a {kind}, in pixels of the picture; may be repeated",
+        )
     parser.add_argument(
         "--region",
-        type=Path,
+        dest="regions",
         action="append",
-        default=[],
+        type=Path,
         metavar="PNG",
         help="interactive, vgd: a drawing on black, or on nothing, of where it points; may be "
-        "repeated for vgd",
+        "repeated. Of interactive all regions mark one object, of vgd each has a number",
     )
     parser.add_argument(
         "--region-image", type=Path, help="vgd: the image that the regions are in, if another"
     )
-    text = "path without suffix, or a folder that is there (default: IMAGE_TASK beside the image)"
+    parser.add_argument(
+        "--threshold",
+        type=share,
+        metavar="SCORE",
+        help="instance, vgd: masks from this score on are shown (0.3); panoptic: queries below it "
+        "are dropped (0.8); refer, reason: a phrase below it is refused, as --presence",
+    )
+    text = "path without suffix, or a folder that is there (default: IMAGE_TASK beside the image); "
+    text += "of several images the folder (default: xsam_TASK)"
     parser.add_argument("--out", type=Path, help=text)
+    parser.add_argument(
+        "--coco", type=Path, metavar="FILE", help="where to write COCO instances of all pictures"
+    )
+    parser.add_argument(
+        "--polygons", action="store_true", help="polygons in place of RLE in COCO's file"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print a line of JSON for each picture, and no other"
+    )
     return parser
 
 
-def read_pictures(
-    options: argparse.Namespace,
-) -> tuple[Image.Image, list[np.ndarray], Image.Image | None]:
-    """The image, the regions, and the image that shows them where that is another. A photo is
-    turned upright unless its regions are of its stored pixels."""
-    size = read_image_size(options.region[0]) if options.region else None
-    image = read_image(options.image, None if options.region_image else size)
-    shown = read_image(options.region_image, size) if options.region_image else None
-    size = (shown or image).height, (shown or image).width
-    return image, [read_region(path, size) for path in options.region], shown
+def _coordinates(kind: str, text: str) -> tuple:
+    """The mark of a flag's text. Raises ArgumentTypeError."""
+    try:
+        numbers = [float(number) for number in text.split(",")]
+        pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+        return read_mark((kind, pairs), f"{kind} {text}")
+    except ValueError as error:
+        wrong = error if "points" in str(error) else f"{text!r}: numbers with commas between them"
+        raise argparse.ArgumentTypeError(str(wrong)) from error
 
 
-def output_files(options: argparse.Namespace) -> list[Path]:
-    """The picture and the JSON to write: under another name, with the task's at its end, where that
-    would replace what is read or another program's JSON. Raises ValueError where they cannot be."""
-    stem, name = options.out, f"{options.image.stem}_{options.task}"
-    if stem is None or stem.is_dir():
-        stem = (stem or options.image.parent) / name
-    stem = str(stem).removesuffix(".png").removesuffix(".json")
-    given = options.image, options.region_image, *options.region, options.things, options.stuff
-    inputs = [Path(path).resolve() for path in given if path]
-    for name in (stem, f"{stem}_{options.task}"):
-        paths = [Path(f"{name}{suffix}") for suffix in (".png", ".json")]
-        for path in paths:
-            check_target(path)
-        there = read_json(paths[1]) if paths[1].exists() else OUTPUT
-        is_ours = isinstance(there, dict) and there.keys() == OUTPUT.keys()
-        if is_ours and not {path.resolve() for path in paths} & {*inputs}:
-            return paths
-    raise ValueError(f"{paths[0]} or {paths[1]} is read, or of another program: name another --out")
+# ---- what is asked -------------------------------------------------------------------------------
+
+
+def find_images(given: list[str]) -> tuple[list[Path], bool]:
+    """The pictures that the paths, folders and patterns name, each once, and whether there may be
+    several. Raises ValueError where one names none."""
+    suffixes = set(Image.registered_extensions()) - {".pdf", ".mpo"}
+    found: dict[Path, None] = {}
+    for text in given:
+        path = Path(text)
+        if path.is_dir():
+            names = sorted(path.iterdir())
+            paths = [each for each in names if each.suffix.lower() in suffixes and each.is_file()]
+        elif path.exists() or not glob.has_magic(text):
+            paths = [path]
+        else:
+            paths = [Path(each) for each in sorted(glob.glob(text, recursive=True))]
+        if not paths:
+            raise ValueError(f"{text}: no picture there")
+        found |= dict.fromkeys(paths)
+    return list(found), len(found) > 1 or Path(given[0]).is_dir()
 
 
 def read_request(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `predict` that the command line names, read and checked before a model is
+    """The arguments of `predict` that are the same for every picture, checked before a model is
     loaded. Raises ValueError where they are no request."""
-    image, regions, shown = read_pictures(options)
     if options.panoptic_rule and options.task != "panoptic":
         raise ValueError("--panoptic-rule is for task panoptic")
     if options.presence is not None and REQUESTS[options.task].task not in PER_PHRASE_TASKS:
         raise ValueError("--presence is for tasks refer and reason")
     lists = {"things": options.things, "stuff": options.stuff}
     names = {kind: text if text is None else read_names(text) for kind, text in lists.items()}
-    stage, texts = stored_stage(options.checkpoint), [options.text]
-    check_request(options.task, stage, texts, *names.values(), regions, shown)
-    about = {"image": image, "task": options.task, "text": options.text}
-    return about | names | {"regions": regions, "region_image": shown}
+    stage, regions = stored_stage(options.checkpoint), options.regions or []
+    check_request(
+        options.task,
+        stage,
+        [options.text],
+        *names.values(),
+        regions,
+        options.region_image,
+        options.threshold,
+    )
+    return {"task": options.task, "text": options.text, "threshold": options.threshold} | names
+
+
+def read_pictures(path: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A picture with its regions, and the image that shows them where that is another. A photo is
+    turned upright unless its regions are of its stored pixels."""
+    regions, other = options.regions or [], options.region_image
+    files = [region for region in regions if isinstance(region, Path)]
+    size = read_image_size(files[0]) if files else None
+    image = read_image(path, None if other else size)
+    shown = read_image(other, size) if other else None
+    size = (shown or image).height, (shown or image).width
+    masks = [
+        read_region(each, size) if isinstance(each, Path) else draw_region(each, size, "region")
+        for each in regions
+    ]
+    return {"image": image, "regions": masks, "region_image": shown}
+
+
+def fingerprint(options: argparse.Namespace) -> dict[str, Any]:
+    """What a result depends on beside the picture, as text: a result of the same is not made
+    again."""
+    flags = "task text things stuff regions region_image threshold presence panoptic_rule dtype"
+    flags = {name: getattr(options, name) for name in f"{flags} checkpoint llm_bits".split()}
+    return {name: str(value) for name, value in flags.items() if value not in (None, [], "")}
+
+
+# ---- where it goes -------------------------------------------------------------------------------
+
+
+def output_files(options: argparse.Namespace, image: Path) -> list[Path]:
+    """The picture and the JSON to write of one image: under another name, with the task's at its
+    end, where that would replace what is read or another program's JSON. Raises ValueError where
+    they cannot be."""
+    stem, name = options.out, f"{image.stem}_{options.task}"
+    if stem is None or stem.is_dir():
+        stem = (stem or image.parent) / name
+    stem = str(stem).removesuffix(".png").removesuffix(".json")
+    files = [each for each in options.regions or [] if isinstance(each, Path)]
+    given = image, options.region_image, *files, options.things, options.stuff
+    inputs = [Path(path).resolve() for path in given if path]
+    for name in (stem, f"{stem}_{options.task}"):
+        paths = [Path(f"{name}{suffix}") for suffix in (".png", ".json")]
+        for path in paths:
+            check_target(path)
+        there = read_json(paths[1]) if paths[1].exists() else dict.fromkeys(OURS)
+        is_ours = isinstance(there, dict) and there.keys() >= OURS
+        if is_ours and not {path.resolve() for path in paths} & {*inputs}:
+            return paths
+    raise ValueError(f"{paths[0]} or {paths[1]} is read, or of another program: name another --out")
+
+
+def plan_files(options: argparse.Namespace, images: list[Path]) -> list[list[Path]]:
+    """The picture and the JSON of each of several images, in the folder --out."""
+    folder = options.out or Path(f"xsam_{options.task}")
+    check_target(folder, is_folder=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = Counter(image.stem for image in images)
+    stems, seen = [], Counter()
+    for image in images:  # a.jpg and a.png, or of two folders
+        seen[image.stem] += 1
+        is_alone = counts[image.stem] == 1
+        stems.append(image.stem if is_alone else f"{image.stem}_{seen[image.stem]}")
+    return [[folder / f"{stem}_{options.task}{x}" for x in (".png", ".json")] for stem in stems]
+
+
+def result_there(path: Path, image: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The result that an earlier command wrote of the same image and request, if any."""
+    try:
+        there = read_json(path, dict) if path.exists() else {}
+    except ValueError:  # damaged
+        return None
+    is_same = there.get("request") == request and there.keys() >= OURS
+    return there if is_same and there["image"]["file_name"] == image.as_posix() else None
+
+
+def is_live(options: argparse.Namespace) -> bool:
+    """Whether an answer is shown as it grows."""
+    return options.task == "chat" and not options.json and sys.stdout.isatty()
+
+
+def ask(
+    model: Segmentor | XSAM, image: Path, request: dict[str, Any], options: argparse.Namespace
+) -> SegmentationResult:
+    """Asks about one picture; on a terminal the answer to a question is shown as it grows."""
+    printed = 0
+
+    def show(text: str) -> None:
+        nonlocal printed
+        print(text[printed:], end="", flush=True)
+        printed = len(text)
+
+    on_text = show if is_live(options) else None
+    result = predict(model, **read_pictures(image, options), **request, on_text=on_text)
+    if on_text:
+        print()
+    return result
+
+
+def write(
+    result: SegmentationResult, image: Path, options: argparse.Namespace, paths: list[Path]
+) -> dict[str, Any]:
+    """Writes the picture and the JSON, if any, and prints what they hold; returns the JSON."""
+    size = {"width": result.image.width, "height": result.image.height}
+    document = {
+        "image": {"file_name": image.as_posix()} | size,
+        "request": fingerprint(options),
+        "names": result.names,
+        "threshold": result.threshold,
+    }
+    document |= result.to_dict()
+    if paths:
+        content = io.BytesIO()
+        result.draw(options.text).save(content, "PNG")
+        write_whole(paths[0], content.getvalue())
+        write_whole(paths[1], json.dumps(document, indent=1))
+    if options.json:
+        tqdm.write(json.dumps(document))
+        return document
+    lines = summary(result, options.task, paths)
+    tqdm.write("\n".join(lines[bool(result.answer) and is_live(options) :]))
+    return document
+
+
+def summary(result: SegmentationResult, task: str, paths: list[Path]) -> list[str]:
+    """The lines that are printed of a picture."""
+    lines = [result.answer] if result.answer else []
+    if result.num_prompts > 1:
+        lines.append(f"the names did not fit one prompt: asked in {result.num_prompts}, and merged")
+    count, shown = len(result.masks), len(result.shown())
+    if not count and result.answer and task != "chat":
+        is_refused = "<SEG>" in result.answer
+        why = "nothing scores as much as the threshold" if is_refused else "no <SEG> in the answer"
+        lines.append(f"{why}: no masks")
+    if paths:
+        masks = "1 mask" if count == 1 else f"{count} masks"
+        if shown < count:
+            masks += f", {shown} with a score of {result.threshold:g} or more shown"
+        lines.append(f"{masks}: {paths[0]} {paths[1]}")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_intermixed_args(arguments)
     try:
-        request = read_request(options)
-        written = output_files(options) if options.task != "chat" or options.out else []
+        return run(options)
+    except (ValueError, OSError) as error:
+        print(f"xsam.predict: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; 1 where some of several pictures could not be asked about. Raises ValueError or
+    OSError where nothing can be."""
+    images, is_several = find_images(options.image)
+    request, coco = read_request(options), options.coco
+    if is_several:
+        paths = plan_files(options, images)
+        coco = coco or paths[0][0].with_name(COCO_FILE)
+        found = [
+            result_there(each[1], image, fingerprint(options))
+            for image, each in zip(images, paths, strict=True)
+        ]
+    else:
+        is_written = options.task != "chat" or options.out
+        paths, found = [output_files(options, images[0]) if is_written else []], [None]
+        read_pictures(images[0], options)
+    if coco:
+        check_target(coco)
+    kept = len(images) - found.count(None)
+    if kept:
+        print(f"{kept} of {len(images)} pictures are there already", file=sys.stderr)
+    if None in found:
         model, _ = load_checkpoint(
             options.checkpoint,
             tokenizer=options.tokenizer,
             allow_missing=tuple(options.allow_missing),
             dtype=options.dtype and getattr(torch, options.dtype),
             device=choose_device(options.device),
+            llm_bits=options.llm_bits,
             report=lambda line: print(line, file=sys.stderr),
         )
         model.config = model.config.resolve(**inference_changes(options))
-        prediction = predict(model, **request)
-    except (ValueError, OSError) as error:
-        print(f"xsam.predict: {error}", file=sys.stderr)
-        return 2
-    if prediction.num_prompts > 1:
-        print(f"the names did not fit one prompt: asked in {prediction.num_prompts}, and merged")
-    if prediction.answer:
-        print(prediction.answer)
-    if written:
-        picture, document = written
-        least = SHOWN_SCORE if options.task in ("instance", "vgd") else 0.0
-        content = io.BytesIO()
-        prediction.draw(options.text, min_score=least).save(content, "PNG")
-        write_whole(picture, content.getvalue())
-        write_whole(document, json.dumps(prediction.to_dict(), indent=1))
-        if options.task != "chat" and prediction.answer and not len(prediction.masks):
-            print("no <SEG> in the answer or nothing above the threshold: no masks")
-        print(f"{len(prediction.masks)} masks: {picture} {document}")
-    return 0
+    failed = 0
+    for number in tqdm(range(len(images)), options.task, unit="image", disable=not is_several):
+        if found[number] is not None:
+            continue
+        try:
+            result = ask(model, images[number], request, options)
+        except (ValueError, OSError) as error:
+            if not is_several:
+                raise
+            place = "" if str(images[number]) in str(error) else f"{images[number]}: "
+            tqdm.write(f"xsam.predict: {place}{error}", file=sys.stderr)
+            failed += 1
+            continue
+        found[number] = write(result, images[number], options, paths[number])
+    if coco:
+        document = coco_instances(list(filter(None, found)), options.polygons)
+        write_whole(coco, json.dumps(document))
+        if not options.json:
+            counts = [len(document[each]) for each in ("annotations", "images")]
+            print("{} masks of {} pictures: {}".format(*counts, coco))
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

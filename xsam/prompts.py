@@ -198,6 +198,22 @@ def find_phrases(answer: str) -> list[str]:
     return [phrase.strip() for phrase in re.findall(r"<p>((?:(?!<p>).)*?)</p>", answer, re.DOTALL)]
 
 
+def read_answer(answer: str) -> tuple[str, list[tuple[int, int]]]:
+    """An answer as it is read, without its marks, and where in it each of its `find_phrases`
+    stands, as (start, end)."""
+    text, spans = "", []
+    answer = re.sub(r"\s*<SEG>|\s+(?=</p>)", "", answer)
+    pieces = re.split(r"(<p>(?:(?!<p>).)*?</p>)", answer, flags=re.DOTALL)
+    for number, piece in enumerate(pieces):  # every second one is a phrase
+        words = re.sub(r"\s+", " ", re.sub("</?p>", "", piece))
+        words = words.lstrip() if text[-1:] in ("", " ") else words
+        if number % 2:
+            start = len(text) + len(words) - len(words.lstrip())
+            spans.append((start, start + len(words.lstrip())))
+        text += words
+    return text.rstrip(), spans
+
+
 def strip_marks(answer: str) -> str:
     """An answer without the marks of its phrases and masks."""
     for token in SPECIAL_TOKENS:

@@ -33,8 +33,8 @@ from xsam.datasets.formats import (
     take,
 )
 from xsam.files import partial_of, read_json, write_whole
-from xsam.postprocess import SegmentationResult
 from xsam.prompts import strip_marks
+from xsam.results import SegmentationResult
 
 PREDICTIONS_FILE, CAPTIONS_FILE, ABOUT_FILE = "predictions.json", "captions.json", "about.json"
 

@@ -27,9 +27,9 @@ from xsam.evaluation.benchmarks import TASKS, Figures, table
 from xsam.evaluation.prediction_files import SavedPredictions
 from xsam.files import write_whole
 from xsam.model import XSAM, Segmentor
-from xsam.postprocess import SHOWN_SCORE, SegmentationResult
 from xsam.report import pictures as draw
 from xsam.report.curves import LOSSES, METRICS_FILE, draw_metrics, read_metrics
+from xsam.results import SHOWN_SCORE, SegmentationResult
 
 RESULTS_FILE = "results.json"
 
