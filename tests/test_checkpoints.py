@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ from xsam.checkpoints import (
     check_checkpoint,
     check_space,
     fill_states,
+    find_checkpoint,
     latest_checkpoint,
     list_states,
     load_trained,
@@ -846,3 +848,29 @@ def test_a_pointer_that_cannot_be_written_leaves_no_rank_waiting(run_of_ranks):
         said = (run_of_ranks / f"pointer {rank}").read_text()
         assert said.startswith("OSError: ") and str(run_of_ranks / "two") in said
     assert latest_checkpoint(run_of_ranks / "two").name in ("step_3", "step_4")
+
+
+# ---- the hub -------------------------------------------------------------------------------------
+
+
+def test_a_name_of_the_hub_is_fetched_where_no_folder_has_it(segmentor, tmp_path, monkeypatch):
+    folder = save_checkpoint(tmp_path / "there", segmentor, segmentor.config, None, 1, 5, {})
+    asked = []
+    fetch = lambda name: asked.append(name) or str(folder)  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint(Path("owner/toy")) == folder and asked == ["owner/toy"]
+    for name in ("there", "a/b/c", str(tmp_path / "x" / "y")):
+        assert find_checkpoint(Path(name)) and len(asked) == 1
+    (tmp_path / "owner/toy").mkdir(parents=True)
+    assert find_checkpoint(Path("owner/toy")) == Path("owner/toy") and len(asked) == 1
+
+
+def test_a_name_that_cannot_be_fetched_is_told(monkeypatch, tmp_path):
+    def fail(name: str) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("Name or service not known\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"owner/toy: no such folder here.*not known\)"):
+        find_checkpoint(Path("owner/toy"))

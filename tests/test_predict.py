@@ -4,6 +4,9 @@ pytest tests/test_predict.py
 """
 
 import json
+import runpy
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -437,3 +440,24 @@ def test_a_full_disk_is_told(checkpoint, folder, tmp_path, monkeypatch, capsys):
     arguments = ["--checkpoint", checkpoint, "--out", tmp_path / "out", "--image", folder]
     assert run("gcg", *arguments) == 2
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_the_gradio_app_of_the_docs_shows_what_is_predicted(checkpoint, image, monkeypatch):
+    shown = {}
+
+    class Interface:
+        def __init__(self, function, inputs: list, outputs):
+            shown.update(function=function, inputs=inputs, outputs=outputs)
+
+        def launch(self):
+            shown["is_launched"] = True
+
+    parts = {name: lambda name=name, **_: name for name in ("Image", "AnnotatedImage")}
+    gradio = types.SimpleNamespace(Interface=Interface, **parts)
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    monkeypatch.setattr(sys, "argv", ["gradio_app.py", str(checkpoint)])
+    runpy.run_path(str(Path(__file__).parent.parent / "docs" / "gradio_app.py"))
+    assert shown["is_launched"] and len(shown["inputs"]) == 2
+    picture, regions = shown["function"](Image.open(image), "the ring")
+    assert picture.size == SIZE and [label for _, label in regions] == ["the ring"]
+    assert all(mask.shape == SIZE[::-1] and mask.max() <= 1 for mask, _ in regions)

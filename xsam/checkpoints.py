@@ -9,6 +9,7 @@ what fails while writing leaves the one before. `latest` names the newest, for p
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -212,9 +213,26 @@ def last_stage(path: Path) -> Path:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The newest checkpoint of a run's last stage, or of a stage; of all else, itself."""
+    """The newest checkpoint of a run's last stage, or of a stage; the copy of a Hugging Face
+    repository that OWNER/NAME means, where no such folder is here; of all else, itself."""
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
+        path = download(path.as_posix())
     path = last_stage(path)
     return latest_checkpoint(path) or path
+
+
+def download(name: str) -> Path:
+    """A Hugging Face repository's folder, from the hub or from what was fetched before. Raises
+    ValueError where it cannot be had."""
+    from huggingface_hub import snapshot_download  # comes with transformers
+
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, ValueError) as error:  # no such repository, no right, no network, full disk
+        cause = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{name}: no such folder here, and no repository that can be fetched ({cause})"
+        ) from error
 
 
 def load_trained(model: nn.Module, folder: Path) -> str:
