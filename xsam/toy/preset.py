@@ -11,7 +11,7 @@ def toy() -> Config:
     config = dataclasses.replace(xsam(), name="toy", model=toy_model()).resolve(
         num_points=512,
         class_weight=4.0,  # shapes are learned later than masks
-        score_threshold=0.25, overlap_threshold=0.6, presence=0.55,
+        score_threshold=0.25, overlap_threshold=0.6, presence=0.5,
         dtype="float32", recompute=False,  # small enough to need neither
         num_workers=0, save_every=200, eval_batch_size=32, max_new_tokens=48,
         eval_tasks=(

@@ -488,8 +488,7 @@ def chat_turns(rng: Generator, scene: Scene) -> list[tuple[str, str]]:
     counts = [len(rows) for rows in kinds]
     shares = np.repeat(np.divide((0.3, 0.5, 0.2), counts), counts)
     rows = [row for rows in kinds for row in rows]
-    told = scenes.caption_turn(rng, scene), scenes.dialogue(rng, scene)[0]
-    turns = [told[rng.integers(2)], _checklist(rng, scene)]
+    turns = [scenes.dialogue(rng, scene)[0], _checklist(rng, scene)]
     for index in rng.choice(len(rows), min(5, len(rows)), replace=False, p=shares):
         row = rows[index]
         options = {letter: row[letter] for letter in "ABCD" if row.get(letter)}
