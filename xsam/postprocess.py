@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xsam.data import ResizeAndPad
 from xsam.datasets.formats import encode_mask
-from xsam.report.pictures import draw_segments
+from xsam.report.pictures import Text, draw_segments, number_colours
 
 Reading = tuple[np.ndarray, list[int], list[float]]  # masks bool [N, H, W], classes, scores
 
@@ -45,14 +45,20 @@ class SegmentationResult:
     answer: str
     num_prompts: int = 1  # that the list of names was asked in
 
-    def draw(self, title: str = "", min_score: float = 0.0) -> Image.Image:
-        """The masks scored `min_score` or more, with outlines and labels over the image."""
+    def draw(
+        self, title: Text = "", min_score: float = 0.0, colours: list[int] | None = None
+    ) -> Image.Image:
+        """The masks scored `min_score` or more, with outlines and labels over the image; `colours`
+        as in `draw_segments`, default a colour for each category."""
         kept, scores = list(range(len(self.labels))), None
         if self.scores is not None:
             kept = [n for n in kept if self.scores[n] >= min_score]
             scores = [self.scores[n] for n in kept]
         labels = [self.labels[n] for n in kept]
-        return draw_segments(self.image, self.masks[kept], labels, scores, title)
+        if colours is None:
+            (colours,) = number_colours(self.categories)
+        colours = [colours[n] for n in kept]
+        return draw_segments(self.image, self.masks[kept], labels, scores, title, colours)
 
     def to_dict(self) -> dict:
         """JSON-ready: the answer, and each segment's label, score, box [x, y, w, h] and RLE."""
