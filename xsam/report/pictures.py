@@ -7,7 +7,9 @@ Letters and lines grow with the picture, so that they are as legible on 4,000 pi
 Legend: N segments, H W height and width of the image.
 """
 
+import bisect
 import functools
+import itertools
 import math
 import unicodedata
 from collections.abc import Hashable
@@ -145,7 +147,11 @@ class Run(NamedTuple):
 
     @property
     def right(self) -> float:
-        return self.left + self.font.getlength(self.text) + 2 * self.pad
+        return self.end_with(self.text)
+
+    def end_with(self, text: str) -> float:
+        """Its right side if it were another text."""
+        return self.left + self.font.getlength(text) + 2 * self.pad
 
     @property
     def pad(self) -> float:
@@ -172,9 +178,8 @@ def _lay_out(text: Text, size: int, width: float) -> list[list[Run]]:
                     lines.append([])
                     run, new = None, Run(0, word, font, colour)
                 while new.right > width and len(new.text) > 1:
-                    cuts = range(len(new.text) - 1, 0, -1)
-                    fits = (n for n in cuts if new._replace(text=new.text[:n]).right <= width)
-                    cut = next(fits, 1)
+                    starts = itertools.accumulate(new.text)
+                    cut = bisect.bisect([*starts][:-1], width, key=new.end_with) or 1
                     lines[-1].append(new._replace(text=new.text[:cut]))
                     lines.append([])
                     new = Run(0, new.text[cut:], font, colour)
@@ -283,9 +288,10 @@ def _measure(mask: np.ndarray, scale: float, margin: float) -> Shape:
     edge = mask & ~ndimage.binary_erosion(mask, border_value=1)  # the picture's border is no edge
     distance = ndimage.distance_transform_edt(~edge) if edge.any() else np.full(mask.shape, 1e4)
     depth = np.where(mask, distance + 0.5, 0.5 - distance)
-    # Without the steps of pixels. Nothing that is one pixel thin is lost.
+    # Without the steps of pixels, but for what is one pixel thin and would be lost.
+    is_thin = mask & ~ndimage.binary_opening(mask, np.ones((2, 2)))
     smooth = ndimage.gaussian_filter(depth, 1 if scale == 1 else 1.5)
-    smooth = np.maximum(smooth, np.where(mask, 0, -np.inf))
+    smooth = np.where(is_thin, depth, smooth)
     height, width = mask.shape
     y, x = np.arange(height) + top, np.arange(width) + left
     border = [np.minimum(i + 1, math.ceil(side / step) - i) for i, side in ((y, H), (x, W))]
@@ -420,6 +426,8 @@ def _draw_labels(
             box = _take_place(weight, cell, shape.deepest, box_size)
         if box is None:
             number = numbers.setdefault((texts[n], colours[n]), len(numbers) + 1)
+            if number > MOST_LEGEND:
+                continue
             lines = _lay_out(str(number), size, picture.width)
             box_size = _block_size(lines, size)[0] + size // 2, round(1.4 * size)
             box = _take_place(weight, cell, shape.deepest, box_size)
