@@ -282,9 +282,9 @@ def _measure(mask: np.ndarray, scale: float, margin: float) -> Shape:
         mask = seen
     cell = scale * step  # pixels of the picture
     around = math.ceil(margin / cell) + 2
-    rows, columns = ndimage.find_objects(mask.astype(np.uint8))[0]
-    top, left = max(0, rows.start - around), max(0, columns.start - around)
-    mask = mask[top : rows.stop + around, left : columns.stop + around]
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, left = max(0, rows[0] - around), max(0, columns[0] - around)
+    mask = mask[top : rows[-1] + 1 + around, left : columns[-1] + 1 + around]
     edge = mask & ~ndimage.binary_erosion(mask, border_value=1)  # the picture's border is no edge
     distance = ndimage.distance_transform_edt(~edge) if edge.any() else np.full(mask.shape, 1e4)
     depth = np.where(mask, distance + 0.5, 0.5 - distance)
