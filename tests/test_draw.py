@@ -7,16 +7,11 @@ import pytest
 from PIL import Image, ImageFont
 from scipy import ndimage
 
+from xsam.report import letters
 from xsam.report import pictures as draw
-from xsam.report.pictures import (
-    PALETTE,
-    colour_phrases,
-    draw_prompts,
-    draw_segments,
-    find_spans,
-    number_colours,
-    side_by_side,
-)
+from xsam.report.colours import PALETTE, number_colours
+from xsam.report.letters import colour_phrases, find_spans
+from xsam.report.pictures import draw_prompts, draw_segments, side_by_side
 
 
 def photograph(width: int, height: int) -> Image.Image:
@@ -269,9 +264,9 @@ def test_phrases_of_a_title_have_the_colours_of_their_segments():
     assert all(len(each) > 100 for each in columns)
     assert columns[0].max() < columns[1].min() and columns[1].max() < columns[2].min()
     # The words are where they are without colours, but for what stands around them.
-    lines = draw._lay_out(pieces, 16, 10_000)
+    lines = letters.lay_out(pieces, 16, 10_000)
     assert "".join(run.text for run in lines[0]) == "a ring,a ringandstars"
-    assert len(draw._lay_out(pieces, 16, 60)) > 2
+    assert len(letters.lay_out(pieces, 16, 60)) > 2
 
 
 WORDS = {
@@ -294,7 +289,7 @@ WORDS = {
 @pytest.mark.parametrize("kind", WORDS)
 def test_words_of_any_script_can_be_told_apart(monkeypatch, kind, has_fonts):
     if not has_fonts:
-        monkeypatch.setattr(draw, "_font_files", lambda: [""])
+        monkeypatch.setattr(letters, "_font_files", lambda: [""])
     masks = rectangle(480, 480, 100, 100, 400, 400)[None]
     titles, labels = [], []
     for word in WORDS[kind]:
@@ -307,25 +302,27 @@ def test_words_of_any_script_can_be_told_apart(monkeypatch, kind, has_fonts):
 def test_no_letter_is_a_box(monkeypatch):
     box = ImageFont.load_default(16).getmask("\U0010ffff")
     texts = [word for words in WORDS.values() for word in words]
-    for fonts in (draw._font_files(), [""]):
-        monkeypatch.setattr(draw, "_font_files", lambda fonts=fonts: fonts)
+    for fonts in (letters._font_files(), [""]):
+        monkeypatch.setattr(letters, "_font_files", lambda fonts=fonts: fonts)
         for text in texts:
-            written, font = draw._legible(text, 16)
+            written, font = letters._legible(text, 16)
             for letter in set(written) - {" "}:
                 assert bytes(font.getmask(letter)) != bytes(box), (text, letter)
 
 
 def test_a_font_that_has_the_letters_is_taken_and_else_their_numbers_are_written(monkeypatch):
-    assert draw._legible("a red cat", 16)[0] == "a red cat"
-    assert draw._legible("a red cat", 16)[1].getname()[0] == ImageFont.load_default(16).getname()[0]
+    assert letters._legible("a red cat", 16)[0] == "a red cat"
+    assert (
+        letters._legible("a red cat", 16)[1].getname()[0] == ImageFont.load_default(16).getname()[0]
+    )
     known = {"": "cat ", "first.ttf": "cat 猫", "second.ttf": "cat 猫犬"}
-    monkeypatch.setattr(draw, "_font_files", lambda: list(known))
-    monkeypatch.setattr(draw, "_has_letter", lambda file, letter: letter in known[file])
-    monkeypatch.setattr(draw, "_load_font", lambda file, size: (file, size))
-    assert draw._legible("cat", 9) == ("cat", ("", 9))
-    assert draw._legible("猫 cat", 9) == ("猫 cat", ("first.ttf", 9))
-    assert draw._legible("猫犬", 9) == ("猫犬", ("second.ttf", 9))
-    assert draw._legible("猫 猿", 9) == (r"\u732b \u733f", ("", 9))
+    monkeypatch.setattr(letters, "_font_files", lambda: list(known))
+    monkeypatch.setattr(letters, "_has_letter", lambda file, letter: letter in known[file])
+    monkeypatch.setattr(letters, "_load_font", lambda file, size: (file, size))
+    assert letters._legible("cat", 9) == ("cat", ("", 9))
+    assert letters._legible("猫 cat", 9) == ("猫 cat", ("first.ttf", 9))
+    assert letters._legible("猫犬", 9) == ("猫犬", ("second.ttf", 9))
+    assert letters._legible("猫 猿", 9) == (r"\u732b \u733f", ("", 9))
 
 
 def test_a_long_word_is_broken_and_a_thin_picture_has_room_for_words():
@@ -366,7 +363,7 @@ def test_wrong_masks_are_refused():
         draw_segments(image, np.zeros((1, 300, 500)), ["a"])
     with pytest.raises(ValueError, match="1 masks, 2 labels"):
         draw_segments(image, np.zeros((1, 300, 500), bool), ["a", "b"])
-    with pytest.raises(ValueError, match="2 scores"):
+    with pytest.raises(ValueError, match="1 masks, 2 scores"):
         draw_segments(image, np.zeros((1, 300, 500), bool), ["a"], [0.1, 0.2])
 
 

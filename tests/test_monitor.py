@@ -24,6 +24,7 @@ from xsam.postprocess import SegmentationResult
 from xsam.report import curves, monitor, samples
 from xsam.report import pictures as draw
 from xsam.report.curves import CURVES_FILE, METRICS_FILE, draw_metrics, read_metrics
+from xsam.report.letters import letter_size
 from xsam.report.monitor import (
     MOST_REASONS,
     RESULTS_FILE,
@@ -518,7 +519,7 @@ def test_truth_stands_beside_what_is_predicted(world, name, panels):
         shown = sample.image, masks[:count], [0] * count, labels, scores, "<SEG>"
         pictures.append(samples.draw_prediction(sample, SegmentationResult(*shown), least))
     panel = draw.draw_segments(sample.image, masks[:0], [])
-    gap = draw.letter_size(panel)
+    gap = letter_size(panel)
     widths = {each.width for each in pictures}
     assert all(abs(w - panels * panel.width - (panels + 1) * gap) <= panels + 1 for w in widths)
     # Chat has no masks; what is scored less than asked for is left out.

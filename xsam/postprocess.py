@@ -20,7 +20,9 @@ from torch import Tensor
 
 from xsam.data import ResizeAndPad
 from xsam.datasets.formats import encode_mask
-from xsam.report.pictures import Text, draw_segments, number_colours
+from xsam.report.colours import number_colours
+from xsam.report.letters import Text
+from xsam.report.pictures import draw_segments
 
 Reading = tuple[np.ndarray, list[int], list[float]]  # masks bool [N, H, W], classes, scores
 

@@ -14,15 +14,9 @@ from xsam.data import Sample
 from xsam.evaluation.prediction_files import SavedPredictions
 from xsam.postprocess import SHOWN_SCORE, SegmentationResult
 from xsam.prompts import PER_PHRASE_TASKS, strip_marks
-from xsam.report.pictures import (
-    Text,
-    colour_phrases,
-    draw_prompts,
-    draw_segments,
-    find_spans,
-    number_colours,
-    side_by_side,
-)
+from xsam.report.colours import number_colours
+from xsam.report.letters import Text, colour_phrases, find_spans
+from xsam.report.pictures import draw_prompts, draw_segments, side_by_side
 
 MOST_TITLE = 500  # characters of a question or an answer above a picture
 
