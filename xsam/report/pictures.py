@@ -59,10 +59,10 @@ def _measure(mask: np.ndarray, scale: int, margin: float) -> Shape:
     edge = mask & ~ndimage.binary_erosion(mask, border_value=1)  # the picture's border is no edge
     distance = ndimage.distance_transform_edt(~edge) if edge.any() else np.full(mask.shape, 1e4)
     depth = np.where(mask, distance + 0.5, 0.5 - distance)
-    # Without the steps of pixels, but for what is one pixel thin and would be lost.
-    is_thin = mask & ~ndimage.binary_opening(mask, np.ones((2, 2)))
+    # Without the steps of pixels; what is one or two of them thin is not smoothed away.
     smooth = ndimage.gaussian_filter(depth, 1 if scale == 1 else 1.5)
-    smooth = np.where(is_thin, depth, smooth)
+    is_thin = mask & ~ndimage.binary_opening(mask, np.ones((3, 3)))
+    smooth = np.maximum(smooth, np.where(is_thin, 0.25, -np.inf))
     height, width = mask.shape
     spans = (top, height, math.ceil(H / step)), (left, width, math.ceil(W / step))
     border = (np.minimum(np.arange(n) + i + 1, end - i - np.arange(n)) for i, n, end in spans)
