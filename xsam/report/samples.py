@@ -73,19 +73,12 @@ def draw_prediction(
         draw_segments(sample.image, sample.masks, labels, colours=of_truth, ignore=sample.ignore),
         prediction.draw(min_score=min_score, colours=of_found),
     ]
-    asked = answer if sample.task == "gcg" else question
-    is_told = sample.task == "gcg" or sample.task in PER_PHRASE_TASKS
-    titles: list[Text] = [
-        colour_phrases(text, find_spans(text, names) if is_told else [None] * len(names), colours)
-        for text, names, colours in (
-            (
-                f"truth: {asked}" if asked and sample.task != "generic" else "truth",
-                labels,
-                of_truth,
-            ),
-            (f"prediction{note}: {said}".removesuffix(": "), found, of_found),
-        )
-    ]
+    asked = {"gcg": answer, "generic": ""}.get(sample.task, question)
+    titles: list[Text] = [f"truth: {asked}", f"prediction{note}: {said}"]
+    titles = [title.removesuffix(": ") for title in titles]
+    if sample.task in ("gcg", *PER_PHRASE_TASKS):
+        told = zip(titles, (labels, found), (of_truth, of_found), strict=True)
+        titles = [colour_phrases(title, find_spans(title, names), c) for title, names, c in told]
     if sample.regions is not None:
         kinds = sample.region_kinds
         prompts = draw_prompts(
