@@ -21,6 +21,7 @@ from xsam.data import Sample
 from xsam.datasets import check, commands
 from xsam.datasets.sources import SOURCES
 from xsam.report import pictures as draw
+from xsam.report.samples import draw_sample
 
 ROOT_SETS = "coco_instance,refcoco_val,reasonseg_val,llava_instruct"
 LLAVA = "img_chat/llava/LLaVA-Instruct-150K/llava_v1_5_mix665k.json"
@@ -332,7 +333,7 @@ def test_prompts_of_other_images_are_drawn_before_the_image(tmp_path):
     assert ratios == pytest.approx([30 / 20, 40 / 50, 32 / 24], rel=0.05)
     alone = dataclasses.replace(sample, regions=np.ones((2, 24, 32), bool), region_images=None)
     assert len(draw.draw_prompts(alone.image, alone.regions, None, names)) == 1
-    assert check.draw_sample(sample).width > check.draw_sample(alone).width
+    assert draw_sample(sample).width > draw_sample(alone).width
 
 
 def test_a_bad_record_is_not_drawn_and_stops_no_picture(root, tmp_path):

@@ -1177,6 +1177,7 @@ def test_interactive_training_draws_an_object_and_a_prompt_but_no_crowd(tmp_path
         assert is_well_formed(sample) and len(sample.masks) == len(sample.regions) == 1
         (number,) = (n for n in (1, 2) if (sample.masks[0] == OBJECTS[n]).all())
         (kind,) = (k for k in PROMPT_TYPES if (sample.regions[0] == GROWN[k]).all())
+        assert sample.region_kinds == [kind]
         drawn.add((number, kind))
     assert drawn == {*itertools.product((1, 2), PROMPT_TYPES)} - {(1, "scribble")}
 
@@ -1264,6 +1265,7 @@ def test_vgd_evaluation_goes_by_category_with_one_kind_of_prompt(tmp_path, kind)
     for seed in range(30):
         sample = dataset.sample(0, rng(seed))
         assert sample.names == ["person", "toothbrush"][kind == "scribble" :]
+        assert sample.region_kinds == [kind] * len(sample.regions)
         assert has_all_instances(sample)
         shown.update(map(whose, sample.names, sample.regions))
     expected = {(number, kind) for number in (1, 2, 3)} - {(2, "scribble"), (3, "point")}
@@ -1318,6 +1320,7 @@ def test_vgd_across_images_shows_each_category_in_another_image(tmp_path, kind, 
     for seed in range(20):
         for sample in samples_of(dataset, seed):
             assert is_well_formed(sample) and shade_of(sample) == sample.image_id
+            assert sample.region_kinds == [kind] * len(sample.regions)
             reference_images = [image.getpixel((0, 0))[0] for image in sample.region_images]
             shown = zip(sample.category_ids, reference_images, strict=True)
             found[sample.image_id] = {

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from processes import PATIENCE, ROOT, finish, kill, start_ranks
 from test_predictions import contents, edit, perfect, write_predictions
 from test_scoring import RING, STAR, masks, square, write_panoptic
@@ -41,6 +42,7 @@ from xsam.evaluation.prediction_files import (
 )
 from xsam.inference import build_inputs, predict_inputs
 from xsam.model import XSAM
+from xsam.report import samples
 from xsam.results import SegmentationResult
 
 HAS_METEOR = bool(importlib.util.find_spec("pycocoevalcap") and shutil.which("java"))
@@ -123,6 +125,46 @@ def test_predictions_of_another_program_are_scored(perfect_folder, world, tmp_pa
     assert run("--from-predictions", tmp_path / "said", *flags) == 0
     before, after = results(perfect_folder), results(tmp_path / "out")
     assert {task: after[task] for task in tasks} == {task: before[task] for task in tasks}
+
+
+def test_the_worst_predictions_are_drawn_beside_the_truth(
+    perfect_folder, world, tmp_path, monkeypatch
+):
+    """The worst first, with the figure in the title; what is right is not drawn, nor does a picture
+    of an earlier command stay."""
+    names = ("refcoco_val", "pope", "coco_panoptic_val", "coco_instance_val", "gcg_val")
+    for name in names:
+        shutil.copytree(perfect_folder / name, tmp_path / "said" / name)
+    changes = {  # by set and index of the entry
+        "refcoco_val": {4: {"segmentation": None}, 2: {"segmentation": None}},
+        "pope": {1: {"answer": "I cannot say."}},
+    }
+    for name, entries in changes.items():
+        path = tmp_path / "said" / name / "predictions.json"
+        content = json.loads(path.read_text())
+        for index, change in entries.items():
+            content[index] |= change
+        path.write_text(json.dumps(content))
+    notes = []
+    draw = samples.draw_prediction
+    monkeypatch.setattr(
+        samples, "draw_prediction", lambda *given: notes.append(given[-1]) or draw(*given)
+    )
+    out = tmp_path / "out"
+    flags = ["--data", world / "data", "--tasks", ",".join(names), "--out", out]
+
+    def drawn(folder: Path, count: int) -> set[str]:
+        assert run("--from-predictions", folder, *flags, "--errors", count) == 0
+        paths = (out / "errors").glob("*/*")
+        return {path.relative_to(out / "errors").as_posix() for path in paths}
+
+    worst = {"refcoco_val/000_000002.png", "pope/000_000001.png"}
+    assert drawn(tmp_path / "said", 2) == worst | {"refcoco_val/001_000004.png"}
+    assert sorted(notes) == ["IoU 0.00", "IoU 0.00", "wrong"]
+    assert drawn(tmp_path / "said", 1) == worst
+    picture = Image.open(out / "errors/refcoco_val/000_000002.png")
+    assert picture.width > 2 * 600  # truth and prediction
+    assert drawn(perfect_folder, 3) == set()
 
 
 def test_the_command_takes_panopticapis_rule_of_one_crowd(tmp_path, capsys, results):
@@ -405,6 +447,7 @@ def test_a_record_that_one_rank_cannot_score_ends_all(perfect_folder, world, tmp
         ("--checkpoint {ckpt} --names background,", "no names in it"),
         ("--checkpoint {ckpt} --bert {none}", "none: no BERT in it"),
         ("--checkpoint {ckpt} --phrasings {none}/a.json --tasks pope", "a.json: cannot be read"),
+        ("--from-predictions {said} --errors 0", "--errors has to be 1 or more"),
         ("--from-predictions {none}", "none: has no folder of a set that is scored"),
         ("--from-predictions {said} --tasks panoptic", "predictions.json: cannot be read"),
     ],

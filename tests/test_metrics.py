@@ -31,6 +31,7 @@ from xsam.evaluation.metrics import (
     exact_match,
     ground_masks,
     grounding_quality,
+    instance_quality,
     mask_overlap,
     mask_quality,
     match_segments,
@@ -41,6 +42,7 @@ from xsam.evaluation.metrics import (
     presence_curve,
     read_choice,
     read_yes_no,
+    segment_quality,
     target_quality,
     yes_no_quality,
 )
@@ -402,6 +404,32 @@ def cocos_precision(num_classes: int, images: dict) -> dict[str, float | None]:
         name: None if value == -1 else 100 * value
         for name, value in zip(("AP", "AP50"), figures, strict=True)
     }
+
+
+def test_the_quality_of_one_image_is_its_panoptic_quality():
+    assert segment_quality([]) == 1
+    record = [("tp", 0, 0.9), ("tp", 3, 0.7), ("fn", 1, 0.0), ("fp", 2, 0.0)]
+    assert segment_quality(record) == pytest.approx(1.6 / 3)
+    masks = np.zeros((3, 4, 10), bool)
+    masks[0, :, :5], masks[1, :, 5:], masks[2, :, :4] = True, True, True
+    left, right, part = map(encode_mask, masks)  # the IoU of part and left is 0.8
+
+    def quality(truth: list, predicted: list) -> float:
+        return instance_quality(collect_instances(1, 2, truth, predicted), 0.3)
+
+    truth = [(0, left, False), (1, right, False)]
+    assert quality([], []) == 1 and quality(truth, []) == 0
+    assert quality(truth, [(1, right, 0.9), (0, left, 0.3)]) == 1
+    assert quality(truth, [(1, right, 0.9), (0, left, 0.2)]) == pytest.approx(1 / 1.5)
+    assert quality(truth, [(1, right, 0.9), (0, part, 0.5)]) == pytest.approx(0.9)
+    # Of two on one target the better counts, and the other is false; so is one of another class.
+    twice = [(0, part, 0.9), (0, left, 0.4), (1, right, 0.5)]
+    assert quality(truth, twice) == pytest.approx(2 / 2.5)
+    assert quality(truth, [(1, left, 0.9), (0, right, 0.9)]) == 0
+    # What lies on a crowd region of its class is excused.
+    crowd = [(0, left, True), (1, right, False)]
+    assert quality(crowd, [(1, right, 0.9), (0, part, 0.9)]) == 1
+    assert quality(crowd, [(1, right, 0.9), (1, part, 0.9)]) == pytest.approx(1 / 1.5)
 
 
 def instance_records(num_classes: int, images: dict) -> list[dict]:

@@ -67,6 +67,7 @@ class Sample:
     # A visual prompt for each <region>: bool [G, H, W], or a list of bool [H', W'] in other images.
     regions: np.ndarray | list[np.ndarray] | None = None
     region_images: list[Image.Image] | None = None  # these others; None: all are in `image`
+    region_kinds: list[str] = field(default_factory=list)  # PROMPT_TYPES, as far as they are known
     category_ids: list[int] = field(default_factory=list)  # of the file, one for each name
     image_id: int | str = ""  # of the file
     is_text: bool = False  # a chat about no image: `image` is black, and no words show it

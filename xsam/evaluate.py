@@ -51,6 +51,7 @@ from xsam.inference import Inputs, build_inputs, load_checkpoint, predict_inputs
 from xsam.model import XSAM, Segmentor
 from xsam.names import read_names
 from xsam.prompts import read_phrasings
+from xsam.report.samples import draw_predictions
 
 if __name__ == "__main__":  # a script's own folder must not shadow other packages' modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -199,7 +200,7 @@ def evaluate(
     num_samples: int | None = None,
     class_names: list[str] | None = None,
     embed: Callable | None = None,
-    on_scored: Callable[[str, SavedPredictions], None] | None = None,
+    on_scored: Callable[[str, SavedPredictions, dict[int, float]], None] | None = None,
     overwrite: bool = False,
     one_crowd_per_class: bool = False,
 ) -> dict[str, dict[str, Figures]]:
@@ -208,8 +209,9 @@ def evaluate(
     Predictions lie in `folder`, one folder for each set. The model makes those that are missing;
     without a model all have to be there. `num_samples`: only the first ones of each set.
     `class_names`: other names for the classes of open vocabulary (`rename_classes`). `on_scored` is
-    called with the task and the predictions of each set. `overwrite`: predictions of other weights
-    or settings may be deleted. `embed` and `one_crowd_per_class`: see `score_dataset`.
+    called with the task, the predictions and the qualities of each set. `overwrite`: predictions of
+    other weights or settings may be deleted. `embed`, `one_crowd_per_class` and the qualities: see
+    `score_dataset`.
     """
     phrasings = read_phrasings(model.config.phrasings if model is not None else "")
 
@@ -238,11 +240,30 @@ def evaluate(
                 predict_dataset(model, dataset, folder / name, num_samples, label, overwrite)
             task, suffix = task_of(name)
             predictions = SavedPredictions(folder / name, dataset, num_samples)
-            figures = score_dataset(predictions, embed, label, one_crowd_per_class)
+            qualities: dict[int, float] = {}
+            figures = score_dataset(predictions, embed, label, one_crowd_per_class, qualities)
             results.setdefault(task, {}).update(named(figures, suffix))
             if on_scored is not None:
-                on_scored(task, predictions)
+                on_scored(task, predictions, qualities)
     return results
+
+
+def draw_errors(
+    predictions: SavedPredictions, qualities: dict[int, float], count: int, folder: Path
+) -> None:
+    """The worst `count` of a set's predictions that are not perfect, beside the truth: pictures
+    000_INDEX.png and so on in `folder`, the worst first, in place of what an earlier command drew
+    there. Every rank gives the qualities (`score_dataset`) that it knows and draws its share."""
+    measure = BENCHMARKS[predictions.dataset.name].scoring.measure
+    pairs = sorted(distributed.gather([(quality, n) for n, quality in qualities.items()]))
+    worst = {index: quality for quality, index in pairs[:count] if quality < 1}
+    if distributed.rank() == 0:
+        for path in folder.glob("[0-9]*_[0-9]*.png"):
+            path.unlink()
+    distributed.barrier()
+    notes = {n: f"{measure} {quality:.2f}" if measure else "wrong" for n, quality in worst.items()}
+    paths = {n: folder / f"{place:03d}_{n:06d}.png" for place, n in enumerate(worst)}
+    draw_predictions(predictions, paths, notes)
 
 
 def rename_classes(dataset: Generic, names: list[str], data: Path) -> None:
@@ -312,6 +333,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--one-crowd-per-class", action="store_true", help=text)
     add("--batch-size", type=int, metavar="N", help="images of one forward pass")
     add("--limit", type=int, metavar="N", help="the first N samples of each set")
+    text = "draw the N worst predictions of each set beside the truth, in OUT/errors/SET"
+    add("--errors", type=int, metavar="N", help=text)
     text = "replace predictions of other weights or settings"
     add("--overwrite", action="store_true", help=text)
     return parser
@@ -340,7 +363,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
             if getattr(options, name) not in (None, False, []):
                 flag = f"--{name.replace('_', '-')}"
                 parser.error(f"{flag} is for predicting, so it goes with --checkpoint")
-    for name in ("limit", "batch_size"):
+    for name in ("limit", "batch_size", "errors"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} has to be 1 or more")
     if options.checkpoint is not None:
@@ -409,13 +432,15 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
     check_paths(names, options.data)
     sets = {}
 
-    def count(_: str, predictions: SavedPredictions) -> None:
+    def note(_: str, predictions: SavedPredictions, qualities: dict[int, float]) -> None:
         dataset = predictions.dataset
         sets[dataset.name] = {"records": len(predictions.keys), "skipped": dataset.skipped}
+        if options.errors:
+            draw_errors(predictions, qualities, options.errors, out / "errors" / dataset.name)
 
     results = evaluate(
         model, names, options.data, folder, options.limit, options.names, options.bert,
-        count, options.overwrite, options.one_crowd_per_class,
+        note, options.overwrite, options.one_crowd_per_class,
     )  # fmt: skip
     if is_first:
         about = {"column": column, "weights": model and weights_digest(model)}

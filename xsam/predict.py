@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -34,6 +35,7 @@ from xsam.names import read_names
 from xsam.prompts import PER_PHRASE_TASKS
 from xsam.regions import KINDS, draw_region
 from xsam.regions import read_region as read_mark
+from xsam.report.pictures import draw_prompts, side_by_side
 from xsam.results import SegmentationResult, coco_instances
 
 COCO_FILE = "coco.json"
@@ -254,8 +256,9 @@ def is_live(options: argparse.Namespace) -> bool:
 
 def ask(
     model: Segmentor | XSAM, image: Path, request: dict[str, Any], options: argparse.Namespace
-) -> SegmentationResult:
-    """Asks about one picture; on a terminal the answer to a question is shown as it grows."""
+) -> tuple[SegmentationResult, Image.Image]:
+    """What the model says of one picture, and that drawn; on a terminal the answer to a question is
+    shown as it grows."""
     printed = 0
 
     def show(text: str) -> None:
@@ -264,14 +267,27 @@ def ask(
         printed = len(text)
 
     on_text = show if is_live(options) else None
-    result = predict(model, **read_pictures(image, options), **request, on_text=on_text)
+    pictures = read_pictures(image, options)
+    result = predict(model, **pictures, **request, on_text=on_text)
     if on_text:
         print()
-    return result
+    drawn, regions = result.draw(options.text or None), pictures["regions"]
+    if regions:
+        shown = pictures["region_image"] or result.image
+        kinds = ["mask" if isinstance(each, Path) else each[0] for each in options.regions]
+        kinds = ["mask" if kind == "lasso" else kind for kind in kinds]
+        labels = [f"region {number}" for number in range(1, len(regions) + 1)]
+        marked = draw_prompts(shown, np.stack(regions), None, labels, kinds)
+        drawn = side_by_side([*marked, drawn], ["asked", "found"])
+    return result, drawn
 
 
 def write(
-    result: SegmentationResult, image: Path, options: argparse.Namespace, paths: list[Path]
+    result: SegmentationResult,
+    drawn: Image.Image,
+    image: Path,
+    options: argparse.Namespace,
+    paths: list[Path],
 ) -> dict[str, Any]:
     """Writes the picture and the JSON, if any, and prints what they hold; returns the JSON."""
     size = {"width": result.image.width, "height": result.image.height}
@@ -284,7 +300,7 @@ def write(
     document |= result.to_dict()
     if paths:
         content = io.BytesIO()
-        result.draw(options.text).save(content, "PNG")
+        drawn.save(content, "PNG")
         write_whole(paths[0], content.getvalue())
         write_whole(paths[1], json.dumps(document, indent=1))
     if options.json:
@@ -359,7 +375,7 @@ def run(options: argparse.Namespace) -> int:
         if found[number] is not None:
             continue
         try:
-            result = ask(model, images[number], request, options)
+            result, drawn = ask(model, images[number], request, options)
         except (ValueError, OSError) as error:
             if not is_several:
                 raise
@@ -367,7 +383,7 @@ def run(options: argparse.Namespace) -> int:
             tqdm.write(f"xsam.predict: {place}{error}", file=sys.stderr)
             failed += 1
             continue
-        found[number] = write(result, images[number], options, paths[number])
+        found[number] = write(result, drawn, images[number], options, paths[number])
     if coco:
         document = coco_instances(list(filter(None, found)), options.polygons)
         write_whole(coco, json.dumps(document))

@@ -16,6 +16,8 @@ from pycocotools import mask as coco_mask
 
 from xsam.datasets.formats import encode_mask, polygons
 from xsam.prompts import find_phrases, read_answer
+from xsam.report.colours import number_colours
+from xsam.report.letters import Text, colour_phrases
 from xsam.report.pictures import draw_segments
 
 if TYPE_CHECKING:
@@ -70,12 +72,24 @@ class SegmentationResult:
         least = self.threshold if min_score is None else min_score
         return [n for n in range(len(self.labels)) if not self.scores or self.scores[n] >= least]
 
-    def draw(self, title: str = "", min_score: float | None = None) -> Image.Image:
-        """The `shown` masks with outlines and labels over the image."""
+    def draw(
+        self,
+        title: Text | None = None,
+        min_score: float | None = None,
+        colours: list[int] | None = None,
+    ) -> Image.Image:
+        """The `shown` masks with outlines and labels over the image. The title is by default the
+        answer where it has their phrases, in their colours; `colours` are numbers as in
+        `draw_segments`, by default those of the categories."""
         kept = self.shown(min_score)
+        if colours is None:
+            (colours,) = number_colours(self.categories)
+        if title is None:
+            has_phrases = any(self.spans)
+            title = colour_phrases(self.text, self.spans, colours) if has_phrases else ""
         scores = self.scores and [self.scores[n] for n in kept]
-        labels = [self.labels[n] for n in kept]
-        return draw_segments(self.image, self.masks[kept], labels, scores, title)
+        labels, colours = ([each[n] for n in kept] for each in (self.labels, colours))
+        return draw_segments(self.image, self.masks[kept], labels, scores, title, colours)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the answer, and each segment's label, score, box [x, y, w, h] and RLE."""

@@ -14,33 +14,28 @@ import itertools
 import multiprocessing
 import os
 import sys
-import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from xsam.cli import count
 from xsam.config import xsam
-from xsam.data import Sample
 from xsam.datasets.base import Dataset
 from xsam.datasets.registry import read_dataset
 from xsam.datasets.sources import SOURCES, find_source, locate
 from xsam.files import check_target
 from xsam.llm import unknown_words
 from xsam.prompts import PHRASINGS, read_phrasings
-from xsam.report import pictures as draw
+from xsam.report.samples import draw_sample
 from xsam.weights import read_tokenizer
 
 MOST_SHOWN = 5  # bad records of a set in the report, unless --all
 
 MOST_WORDS = 20  # that the tokenizer lacks, of a set, in the report, unless --all
-
-MOST_TITLE = 500  # characters of a prompt above its picture
 
 
 @dataclass
@@ -179,20 +174,6 @@ def unknown_text(reports: list[Report], most: int) -> str:
         count = f"\n{report.name}: {len(report.unknown)} words that the tokenizer lacks"
         lines.append(f"{count}: {', '.join(words)}")
     return "\n".join(lines)
-
-
-def draw_sample(sample: Sample) -> Image.Image:
-    """What is asked, with its visual prompts, beside what is answered, with its targets."""
-    asked = draw.draw_prompts(sample.image, sample.regions, sample.region_images, sample.names)
-    masks, labels = sample.masks, [sample.names[label] for label in sample.labels]
-    if sample.ignore is not None and sample.ignore.any():
-        masks, labels = np.concatenate([masks, sample.ignore[None]]), [*labels, "(no label)"]
-    answered = draw.draw_segments(sample.image, masks, labels)
-    questions = " / ".join(question for question, _ in sample.turns)
-    answers = " / ".join(answer for _, answer in sample.turns)
-    titles = [textwrap.shorten(text, MOST_TITLE, placeholder=" …") for text in (questions, answers)]
-    titles = [*[""] * (len(asked) - 1), f"{sample.sample_id}\n{titles[0]}", titles[1]]
-    return draw.side_by_side([*asked, answered], titles)
 
 
 def show(dataset: Dataset, count: int, out: Path, seed: int) -> list[Path]:

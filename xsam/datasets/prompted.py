@@ -164,11 +164,12 @@ class VisualPrompts(Dataset):
             shown = rng.permutation(shown).tolist()
         region_images = None
         if self.source.is_cross:
-            pairs = [self.region_elsewhere(category, image.id, rng) for category in shown]
-            region_images, regions = map(list, zip(*pairs, strict=True))
+            found = [self.region_elsewhere(category, image.id, rng) for category in shown]
+            region_images, regions, kinds = map(list, zip(*found, strict=True))
         else:
             parts = [image._replace(objects=groups[category]) for category in shown]
-            regions = np.stack([self.region(part, rng) for part in parts])
+            regions, kinds = zip(*(self.region(part, rng) for part in parts), strict=True)
+            regions = np.stack(regions)
         return Sample(
             f"{self.name}/{image.id}/{index}",
             self.source.task,
@@ -179,31 +180,31 @@ class VisualPrompts(Dataset):
             names=["object"] if self.is_interactive else [self.category_names[c] for c in shown],
             regions=regions,
             region_images=region_images,
+            region_kinds=list(kinds),
             category_ids=shown,
             image_id=image.id,
         )
 
-    def region(self, image: PromptedImage, rng: np.random.Generator) -> np.ndarray:
-        """A random prompt for one of the objects of `image`, bool [H, W]; empty where none of them
-        has such a prompt."""
+    def region(self, image: PromptedImage, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        """A random prompt for one of the objects of `image`, bool [H, W], and its kind; empty where
+        none of them has such a prompt."""
         usable = self.with_prompt(image.objects)
         if not usable:
-            return np.zeros(image.size, bool)
+            return np.zeros(image.size, bool), self.source.prompt
         chosen = usable[rng.integers(len(usable))]
         kind = self.source.prompt or list(chosen.prompts)[rng.integers(len(chosen.prompts))]
         region = decode_mask(chosen.prompts[kind], image.size, chosen.where)
-        return dilate(region, PROMPT_RADII.get(kind, 0)) if image.is_thin else region
+        return dilate(region, PROMPT_RADII.get(kind, 0)) if image.is_thin else region, kind
 
     def region_elsewhere(
         self, category: int, number: Id, rng: np.random.Generator
-    ) -> tuple[Image.Image, np.ndarray]:
-        """An image other than `number` and the prompt of one of its objects of `category`, drawn
-        among all such objects."""
+    ) -> tuple[Image.Image, np.ndarray, str]:
+        """An image other than `number`, the prompt of one of its objects of `category`, drawn among
+        all such objects, and the prompt's kind."""
         others = [i for i, image_id in enumerate(self.showing[category]) if image_id != number]
         image = self.reference_images[category][others[rng.integers(len(others))]]
-        return read_image(find_file(self.images, image.file_name), image.size), self.region(
-            image, rng
-        )
+        picture = read_image(find_file(self.images, image.file_name), image.size)
+        return picture, *self.region(image, rng)
 
 
 def is_empty_rle(rle: dict, size: Size, where: str) -> bool:

@@ -9,7 +9,7 @@ number of processes gives the same figures to the last digit.
 import hashlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ from xsam.datasets.formats import encode_mask
 from xsam.evaluation import metrics
 from xsam.evaluation.metrics import Embed, Figures
 from xsam.evaluation.prediction_files import SavedPredictions
+from xsam.results import SHOWN_SCORE
 
 # ---- the record of one sample --------------------------------------------------------------------
 
@@ -163,20 +164,40 @@ class Scoring:
 
     record: Callable[..., Any]  # (predictions, index): of one sample
     figures: Callable[..., Figures]  # (predictions, records of all samples)
+    quality: Callable[[Any], float]  # of a record, 0 to 1: says which samples are the worst
+    measure: str = "IoU"  # what that is; "": an answer is right or wrong
 
 
-PANOPTIC = Scoring(_panoptic, _panoptic_figures)
-INSTANCES = Scoring(_instances, _instance_figures)
-SEMANTIC = Scoring(_semantic, lambda _, records: metrics.mean_iou(sum(records)))
-MASK = Scoring(_mask, lambda _, records: metrics.mask_quality(records))
-NO_TARGET = Scoring(_mask, lambda _, records: metrics.target_quality(records))
-REASON_TEST = Scoring(_mask, _reason_test_figures)
-REGION = Scoring(_mask, _region_figures)
-GROUNDED = Scoring(_grounded, _grounded_figures)
-CHOICE = Scoring(_choice, lambda _, records: metrics.choice_accuracy(records))
-MMBENCH = Scoring(_choice, _mmbench_figures)
-MME = Scoring(_mme, lambda _, records: metrics.mme_score(records))
-POPE = Scoring(_pope, lambda _, records: metrics.yes_no_quality([*chain(*records)]))
+def _mask_iou(record: metrics.Overlap) -> float:
+    return metrics.mask_quality([record])["gIoU"] / 100
+
+
+def _class_iou(record: np.ndarray) -> float:
+    miou = metrics.mean_iou(record)["mIoU"]  # None where all of the truth is void
+    return 1.0 if miou is None else miou / 100
+
+
+PANOPTIC = Scoring(_panoptic, _panoptic_figures, metrics.segment_quality, "PQ")
+INSTANCES = Scoring(
+    _instances, _instance_figures, partial(metrics.instance_quality, least=SHOWN_SCORE), "PQ"
+)
+SEMANTIC = Scoring(_semantic, lambda _, records: metrics.mean_iou(sum(records)), _class_iou, "mIoU")
+MASK = Scoring(_mask, lambda _, records: metrics.mask_quality(records), _mask_iou)
+NO_TARGET = Scoring(_mask, lambda _, records: metrics.target_quality(records), _mask_iou)
+REASON_TEST = Scoring(_mask, _reason_test_figures, _mask_iou)
+REGION = Scoring(_mask, _region_figures, _mask_iou)
+GROUNDED = Scoring(_grounded, _grounded_figures, lambda record: record[1][0], "mIoU")
+CHOICE = Scoring(
+    _choice, lambda _, records: metrics.choice_accuracy(records), lambda record: record[-1], ""
+)
+MMBENCH = replace(CHOICE, figures=_mmbench_figures)
+MME = replace(CHOICE, record=_mme, figures=lambda _, records: metrics.mme_score(records))
+POPE = Scoring(
+    _pope,
+    lambda _, records: metrics.yes_no_quality([*chain(*records)]),
+    lambda record: record[0][0] == record[0][1],
+    "",
+)
 
 
 class Benchmark(NamedTuple):
@@ -358,10 +379,12 @@ def score_dataset(
     embed: Embed | None = None,
     label: str = "",
     one_crowd_per_class: bool = False,
+    qualities: dict[int, float] | None = None,
 ) -> Figures:
     """The figures of a set; all ranks take part and all get them. `embed` gives embeddings of
     phrases, where there are any (`bert_embedder`); `one_crowd_per_class` is panopticapi's rule for
-    crowd regions (`metrics.match_segments`)."""
+    crowd regions (`metrics.match_segments`). `qualities`, if given, is filled with the quality
+    (`Scoring.quality`) of each sample that this rank measures, by its index."""
     name, rank = predictions.dataset.name, distributed.rank()
     scoring = BENCHMARKS[name].scoring
     record, figures = scoring.record, scoring.figures
@@ -373,6 +396,8 @@ def score_dataset(
     records = []
     for index in tqdm(indices, f"score {label or name}", disable=rank != 0, unit="image"):
         measured = record(predictions, index)
+        if qualities is not None:
+            qualities[index] = float(scoring.quality(measured))
         if scoring is SEMANTIC and records:  # counts of pixels can be added in any order
             records[0][1][...] += measured
         else:

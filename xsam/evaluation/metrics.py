@@ -4,8 +4,8 @@ questions.
 Every metric has two steps: a small record of one sample, which any process can make, and the
 summary of the records of all samples. The summary depends on the order of the records alone, so
 any number of processes gives the same figures to the last digit. Figures are in percent; None
-means that there was nothing to count. Needs NumPy and pycocotools; captions need pycocoevalcap and
-Java as well.
+means that there was nothing to count. Needs NumPy, SciPy and pycocotools; captions need
+pycocoevalcap and Java as well.
 
 Legend: T true and N predicted masks of an image, K classes, H W pixels. A mask is bool [H, W], an
 RLE is COCO's compressed one.
@@ -23,6 +23,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scipy.optimize import linear_sum_assignment
 
 Figures = dict[str, float | None]  # by metric; None where there is nothing to count
 Overlap = tuple[int, int, bool, bool]  # see `mask_overlap`
@@ -124,6 +125,14 @@ def panoptic_quality(records: list[list[Match]], is_thing: list[bool]) -> Figure
     }
 
 
+def segment_quality(record: list[Match]) -> float:
+    """Panoptic quality of one image, 0 to 1, over its segments of all classes; 1 where there are
+    none and none were predicted."""
+    iou = sum(value for *_, value in record)
+    num_pairs = sum(kind == "tp" for kind, *_ in record)
+    return iou / ((num_pairs + len(record)) / 2) if record else 1.0
+
+
 # ---- mask AP -------------------------------------------------------------------------------------
 
 
@@ -143,6 +152,26 @@ def collect_instances(
     for category, *_ in [*truth, *predicted]:
         assert 0 <= category < num_categories, f"class {category} of {num_categories}"
     return {"image_id": image_id, "truth": truth, "predicted": predicted}
+
+
+def instance_quality(record: dict, least: float) -> float:
+    """Panoptic quality of one image, 0 to 1, over the instances that are predicted with a score of
+    `least` or more: AP says little of one image. Pairs have an IoU above 0.5 and the largest sum.
+    Crowd regions are no target, and excuse predictions of their class that mostly lie on them."""
+    found = [(category, rle) for category, rle, score in record["predicted"] if score >= least]
+    classes, rles, is_crowd = zip(*record["truth"], strict=True) if record["truth"] else ([],) * 3
+    is_target = ~np.array(is_crowd, bool)
+    ious = np.zeros((len(found), len(rles)))
+    if ious.size:
+        ious = np.array(coco_mask.iou([rle for _, rle in found], list(rles), list(is_crowd)))
+        ious *= (np.array([c for c, _ in found])[:, None] == classes) & (ious > 0.5)
+    is_excused = ious[:, ~is_target].any(axis=1)
+    ious = ious[:, is_target]
+    pairs = np.transpose(linear_sum_assignment(ious, maximize=True))
+    pairs = [(row, column) for row, column in pairs.tolist() if ious[row, column]]
+    num_false = np.count_nonzero(~is_excused) - sum(not is_excused[row] for row, _ in pairs)
+    mistakes = [("", 0, 0.0)] * (num_false + is_target.sum() - len(pairs))
+    return segment_quality([*(("tp", 0, ious[pair]) for pair in pairs), *mistakes])
 
 
 def average_precision(records: list[dict], num_categories: int) -> Figures:

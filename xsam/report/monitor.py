@@ -10,26 +10,23 @@ import json
 import math
 import shutil
 import sys
-import textwrap
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from xsam import distributed
-from xsam.data import Batch, Sample
+from xsam.data import Batch
 from xsam.datasets.sources import scored_tasks
 from xsam.evaluate import FOLDER, evaluate
 from xsam.evaluation.benchmarks import TASKS, Figures, table
 from xsam.evaluation.prediction_files import SavedPredictions
 from xsam.files import write_whole
 from xsam.model import XSAM, Segmentor
-from xsam.report import pictures as draw
 from xsam.report.curves import LOSSES, METRICS_FILE, draw_metrics, read_metrics
-from xsam.results import SHOWN_SCORE, SegmentationResult
+from xsam.report.samples import draw_predictions
 
 RESULTS_FILE = "results.json"
 
@@ -223,10 +220,13 @@ def score_tasks(
     tasks = scored_tasks(model.config, [model.stage])
     folder, drawn = out / FOLDER / prefix, set()
 
-    def draw_first(task: str, predictions: SavedPredictions) -> None:
+    def draw_first(task: str, predictions: SavedPredictions, _: dict[int, float]) -> None:
         if task not in drawn:
             drawn.add(task)
-            draw_predictions(predictions, num_pictures, out / "pictures" / f"{prefix}_{task}")
+            count = min(num_pictures, len(predictions.keys))
+            path = out / "pictures" / f"{prefix}_{task}"
+            paths = {n: path.with_name(f"{path.name}_{n:05d}.png") for n in range(count)}
+            draw_predictions(predictions, paths)
 
     names = [name for task in tasks for _, name in TASKS[task].datasets]
     figures = evaluate(
@@ -238,37 +238,7 @@ def score_tasks(
     return figures
 
 
-def draw_predictions(predictions: SavedPredictions, count: int, path: Path) -> None:
-    """PATH_00000.png and so on, of the first predictions of a set; every rank draws its share."""
-    path.parent.mkdir(exist_ok=True)
-    min_score = SHOWN_SCORE if predictions.kind == "instances" else 0.0
-    indices = range(min(count, len(predictions.keys)))
-    for index in indices[distributed.rank() :: distributed.world_size()]:
-        sample = predictions.dataset.inputs(index)
-        picture = draw_prediction(sample, predictions.prediction(index, sample), min_score)
-        picture.save(path.with_name(f"{path.name}_{index:05d}.png"))
-
-
 def read_results(out: Path) -> dict:
     """{column: {task: {metric: figure}}} of OUT/results.json; empty where there is none."""
     path = out / RESULTS_FILE
     return json.loads(path.read_text(encoding="utf-8"))["columns"] if path.is_file() else {}
-
-
-def draw_prediction(
-    sample: Sample, prediction: SegmentationResult, min_score: float = 0.0
-) -> Image.Image:
-    """Ground truth beside prediction; what is shown to the model beside both."""
-    question = textwrap.shorten(sample.turns[0][0], 200, placeholder=" …")
-    if sample.task == "chat":
-        picture = draw.draw_segments(sample.image, sample.masks, [])
-        return draw.side_by_side([picture], [f"{question}\n{prediction.answer}"])
-    labels = [sample.names[label] for label in sample.labels]
-    found = prediction.draw(min_score=min_score)
-    pictures = [draw.draw_segments(sample.image, sample.masks, labels), found]
-    titles = [f"ground truth: {question}", f"prediction {prediction.answer}".strip()]
-    if sample.regions is not None:
-        shown = sample.names[: len(sample.regions)]
-        prompts = draw.draw_prompts(sample.image, sample.regions, sample.region_images, shown)
-        pictures, titles = prompts + pictures, ["shown"] * len(prompts) + titles
-    return draw.side_by_side(pictures, titles)
