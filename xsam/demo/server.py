@@ -38,7 +38,7 @@ from xsam.postprocess import SegmentationResult
 from xsam.prompts import PER_PHRASE_TASKS
 
 # What Pillow may open: no format whose decoder runs another program.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 MAX_BYTES = 24 * 2**20  # of an uploaded picture
 MAX_PIXELS = 50_000_000  # of an uploaded picture
@@ -80,6 +80,7 @@ class CancelledError(Exception):
 def decode_picture(content: bytes) -> Image.Image:
     """An uploaded picture as viewers show it, made smaller where a side is above WORKING_SIDE. Its
     size is read from its header first. Raises RefusedError where it is none or too large."""
+    Image.init()  # it knows all formats only then
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as header:
             width, height = header.size
