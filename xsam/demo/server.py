@@ -440,10 +440,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def route(self) -> tuple[Any, ...]:
         """What `reply` takes after the status."""
-        url = urlsplit(self.path)
+        path, _, query = self.path.partition("?")
         method, server = self.command, self.server
-        match = re.fullmatch(r"/(pictures|jobs)(?:/([\w-]{1,64}))?", url.path, re.ASCII)
-        where, key = match.groups() if match else (url.path, None)
+        match = re.fullmatch(r"/(pictures|jobs)(?:/([\w-]{1,64}))?", path, re.ASCII)
+        where, key = match.groups() if match else (path, None)
         if (method, where) == ("GET", "/"):
             return server.page()
         if (method, where, bool(key)) == ("POST", "pictures", False):
@@ -460,7 +460,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise RefusedError(400, "The request is no JSON.") from error
             return ({"id": server.queue.submit(read_question(document, server.pictures)).key},)
         if (method, where, bool(key)) == ("GET", "jobs", True):
-            return (server.queue.follow(key, parse_qs(url.query).get("seen", [""])[0]),)
+            return (server.queue.follow(key, parse_qs(query).get("seen", [""])[0]),)
         if (method, where, bool(key)) == ("DELETE", "jobs", True):
             server.queue.cancel(key)
             return ({},)
@@ -540,13 +540,13 @@ class DemoServer(ThreadingHTTPServer):
     ):
         """Raises OSError where the address is taken or not ours."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, Handler)
         self.engine, self.title = engine, title
         self.pictures, self.queue = Pictures(list(examples)), Queue(engine.answer)
         self.token = secrets.token_urlsafe(24)
         self.connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self.hosts = LOOPBACK | {address[0].lower(), socket.gethostname().lower()}
         self.is_public = address[0].lower() not in LOOPBACK
+        super().__init__(address, Handler)  # closes itself where that fails
 
     def is_own(self, host: str) -> bool:
         """Whether a Host header is an address of ours: no name that another site could have led
