@@ -13,9 +13,9 @@ from PIL import Image
 from xsam.demo.server import DemoServer, Question, draw_region, pack_result
 from xsam.inference import REQUESTS
 
-SAID = "an <i>ugly</i> disc and 𝒂 square"  # an answer with phrases at 0:20 and 25:33
+SAID = "an <i>ugly</i> disc and 𝒂 square"  # with a letter that JavaScript counts as two
 
-MARKS = ((0, 20), (25, 33))
+MARKS = ((0, 19), (24, 32))  # where its phrases are
 
 
 class StubEngine:
@@ -23,7 +23,7 @@ class StubEngine:
     refuse ("refuse") or fail ("break")."""
 
     def __init__(self):
-        self.questions: list[Question] = []
+        self.questions: list[Question] = []  # without the pictures, but the size of a second one
 
     def describe(self) -> dict:
         tasks = {
@@ -33,7 +33,8 @@ class StubEngine:
         return {"tasks": tasks, "categories": ["ring", "</script><b>star</b>"], "stage": 3}
 
     def answer(self, question: Question, on_text: Callable[[str], None]) -> dict:
-        self.questions.append(dataclasses.replace(question, image=None))
+        size = question.region_image and question.region_image.size
+        self.questions.append(dataclasses.replace(question, image=None, region_image=size))
         if question.text.startswith("wait"):
             for number in range(1000):
                 on_text("so far " * number)
