@@ -43,6 +43,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES = 24 * 2**20  # of an uploaded picture
 MAX_PIXELS = 50_000_000  # of an uploaded picture
 WORKING_SIDE = 1600  # pixels; a larger picture is made smaller, for 200 masks of it are held
+LOSSLESS_PIXELS = 2**18  # a picture of no more is shown without a loss
 KEPT_PICTURES = 24  # the last that were sent
 KEPT_ENCODED = 4
 
@@ -450,9 +451,10 @@ class Handler(BaseHTTPRequestHandler):
             key, image = server.pictures.add(self.body(MAX_BYTES))
             return ({"id": key, "width": image.width, "height": image.height},)
         if (method, where, bool(key)) == ("GET", "pictures", True):
-            content = io.BytesIO()
-            server.pictures.find(key).save(content, "JPEG", quality=95, subsampling=0)
-            return content.getvalue(), "image/jpeg"
+            content, image = io.BytesIO(), server.pictures.find(key)
+            kind = "PNG" if image.width * image.height <= LOSSLESS_PIXELS else "JPEG"
+            image.save(content, kind, quality=90)
+            return content.getvalue(), f"image/{kind.lower()}"
         if (method, where, bool(key)) == ("POST", "jobs", False):
             try:
                 document = json.loads(self.body(MAX_REQUEST_BYTES))
