@@ -59,13 +59,19 @@ class StubEngine:
             scores, spans = [0.8] * len(masks), [None] * len(masks)
         elif question.text:
             labels[0] = question.text
+        threshold = 0.3 if question.task in ("instance", "vgd") else 0.0
+        if question.task == "panoptic":
+            threshold = 0.5 if question.score_threshold is None else question.score_threshold
+            kept = [n for n, score in enumerate(scores) if score >= threshold]
+            columns = masks, labels, scores, spans
+            masks, labels, scores, spans = ([each[n] for n in kept] for each in columns)
         result = SimpleNamespace(
             masks=np.array(masks, bool).reshape(-1, *bright.shape),
             labels=labels,
             scores=scores,
             spans=spans,
             text=SAID if question.task in ("gcg", "chat") else "",
-            threshold=0.3 if question.task in ("instance", "vgd") else 0.0,
+            threshold=threshold,
             num_prompts=1,
         )
         return pack_result(result, ["a note"] if question.text == "note" else [])

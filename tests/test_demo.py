@@ -3,6 +3,7 @@
 pytest tests/test_demo.py
 """
 
+import copy
 import http.client
 import io
 import json
@@ -154,6 +155,40 @@ def test_a_task_is_answered_as_from_python(speaking_model, world, task):
         assert np.array_equal(coco_mask.decode(rle), mask)
         assert found["label"] == label and abs(found["score"] - score) < 1e-3
         assert found["area"] == mask.sum()
+
+
+def test_the_threshold_of_panoptic_masks_is_the_page_s(speaking_model):
+    image = picture_with_box((10, 10, 20, 16))
+    with serve(Engine(speaking_model), [("x", image)]) as server:
+        client = Client(server)
+        for threshold, own in ((None, speaking_model.config.score_threshold), (1, 1), (0.2, 0.2)):
+            result = client.ask(task="panoptic", score_threshold=threshold)["result"]
+            assert result["threshold"] == own
+            assert all(mask["score"] >= own for mask in result["masks"])
+            assert bool(result["masks"]) == (threshold != 1)
+
+
+def test_a_phrase_of_any_score_is_answered_with_the_presence_to_show_it_from(speaking_model):
+    speaking_model = copy.copy(speaking_model)
+    speaking_model.config = speaking_model.config.resolve(presence=1.0)
+    with serve(Engine(speaking_model)) as server:
+        result = Client(server).ask(task="refer", text="the ring")["result"]
+    assert len(result["masks"]) == 1 and result["threshold"] == 1
+
+
+def test_an_answer_ends_when_it_is_cancelled(speaking_model):
+    heard = []
+
+    def on_text(text: str) -> None:
+        heard.append(text)
+        if text:
+            raise demo.CancelledError
+
+    engine = Engine(speaking_model)
+    question = demo.Question("chat", "key", picture_with_box((10, 10, 20, 16)), text="what is it?")
+    with pytest.raises(demo.CancelledError):
+        engine.answer(question, on_text)
+    assert heard[-1] and engine.answer(question, heard.append)["text"] is not None
 
 
 def test_a_second_picture_shows_the_regions(speaking_model):
@@ -383,6 +418,8 @@ REGION = {"kind": "point", "points": [[1, 1]]}
         {"things": "ring"},
         {"things": [["ring"]]},
         {"things": ["x"] * 1001},
+        {"score_threshold": 2},
+        {"score_threshold": "0.5"},
         {"regions": [1]},
         {"regions": [{}]},
         {"regions": [REGION] * 11},

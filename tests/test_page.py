@@ -163,6 +163,9 @@ def test_each_task_is_asked_and_answered(visitor, server):
         ask_and_check(visitor, server, task)
 
 
+COUNTS = {"chat": 0, "panoptic": 1, "instance": 1, "vgd": 1, "interactive": 1}  # others: 2
+
+
 def ask_and_check(visitor: Visitor, server: DemoServer, task: str) -> None:
     page, needs = visitor.page, REQUESTS[task].needs
     visitor.choose("task", task)
@@ -179,9 +182,7 @@ def ask_and_check(visitor: Visitor, server: DemoServer, task: str) -> None:
     names = ["ring", "red star", "ring two"]
     assert question.things == (names if needs == "categories" else [])
     assert len(question.drawings) == (needs == "regions")
-    assert len(visitor.masks()) == {"chat": 0, "instance": 1, "vgd": 1, "interactive": 1}.get(
-        task, 2
-    )
+    assert len(visitor.masks()) == COUNTS.get(task, 2)
     expect(page.locator("#text")).to_have_text(SAID if task in ("gcg", "chat") else "")
     visitor.shoot(f"task_{task}")
 
@@ -247,6 +248,22 @@ def test_masks_lie_where_they_are_and_are_told_apart(visitor):
     expect(page.locator("#masks li").nth(0).locator("label")).to_have_class("over")
     assert is_shown(bright) and not is_shown(rest)
     visitor.shoot("hover")
+
+
+def test_panoptic_masks_below_the_threshold_are_asked_for(visitor, server):
+    visitor.ask()
+    page = visitor.page
+    expect(page.locator("#count")).to_have_text("1 of 1 mask")
+    count = len(server.engine.questions)
+    page.fill("#threshold", "0.7")
+    visitor.choose("task", "refer")  # the result's own request is asked again
+    page.focus("#threshold")
+    for value in ("0.4", "0.1"):
+        page.fill("#threshold", value)
+    expect(page.locator("#count")).to_have_text("2 of 2 masks")
+    expect(page.locator("#threshold")).to_be_focused()
+    assert len(server.engine.questions) == count + 1
+    assert server.engine.questions[-1].score_threshold == 0.1
 
 
 DRAWINGS = {

@@ -150,6 +150,7 @@ class Question:
     stuff: list[str] = field(default_factory=list)
     drawings: list[tuple[str, list]] = field(default_factory=list)  # kind and points [[x, y], ...]
     region_image: Image.Image | None = None
+    score_threshold: float | None = None  # panoptic; None: the checkpoint's
 
 
 def read_question(document: Any, pictures: Pictures) -> Question:
@@ -171,12 +172,16 @@ def read_question(document: Any, pictures: Pictures) -> Question:
             raise RefusedError(400, "A name is not of the form that the page sends.")
     drawings = []
     for region in take("regions", list, MAX_REGIONS):
-        kind, points = (region.get(key) if isinstance(region, dict) else 0 for key in _REGION)
+        region = region if isinstance(region, dict) else {}
+        kind, points = region.get("kind"), region.get("points")
         if kind not in KINDS or not isinstance(points, list) or not all(map(_is_pair, points)):
             raise RefusedError(400, "A region is not of the form that the page sends.")
         if len(points) > MAX_POINTS:
             raise RefusedError(400, f"A region has more than {MAX_POINTS} points.")
         drawings.append((kind, points))
+    threshold = document.get("score_threshold")
+    if threshold is not None and not (_is_number(threshold) and 0 <= threshold <= 1):
+        raise RefusedError(400, "A threshold is not from 0 to 1.")
     shown = document.get("region_picture")
     return Question(
         task=document["task"],
@@ -185,16 +190,17 @@ def read_question(document: Any, pictures: Pictures) -> Question:
         text=take("text", str, MAX_LETTERS).strip(),
         drawings=drawings,
         region_image=pictures.find(shown) if shown else None,
+        score_threshold=threshold,
         **lists,
     )
 
 
-_REGION = "kind", "points"
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_pair(point: Any) -> bool:
-    is_list = isinstance(point, list) and len(point) == 2
-    return is_list and all(type(x) in (int, float) and math.isfinite(x) for x in point)
+    return isinstance(point, list) and len(point) == 2 and all(map(_is_number, point))
 
 
 class Engine:
@@ -226,9 +232,13 @@ class Engine:
         options: dict[str, Any] = {"text": question.text}
         options |= {"things": question.things or None, "stuff": question.stuff or None}
         options["regions"] = [draw_region(*drawing, size) for drawing in question.drawings]
-        threshold = None
-        if REQUESTS[question.task].task in PER_PHRASE_TASKS:  # the page leaves out what is below
-            options["presence"], threshold = 0.0, self.model.config.presence
+        config, threshold = self.model.config, None  # from which the page shows masks at first
+        if REQUESTS[question.task].task in PER_PHRASE_TASKS:
+            options["presence"], threshold = 0.0, config.presence
+        elif question.task == "panoptic":
+            threshold = question.score_threshold
+            threshold = config.score_threshold if threshold is None else threshold
+            options["score_threshold"] = threshold
         if question.task == "vgd":
             options["region_image"] = question.region_image
         with warnings.catch_warnings(record=True) as caught:

@@ -65,7 +65,7 @@ def heard(model, on_text):
 
 
 def predict(model, image, task, on_text=None, **request):
-    changes = {"presence": request.pop("presence")} if "presence" in request else {}
+    changes = {key: request.pop(key) for key in ("presence", "score_threshold") if key in request}
     config, model.config = model.config, model.config.resolve(**changes)
     try:
         with heard(model, on_text):
