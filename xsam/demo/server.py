@@ -301,7 +301,8 @@ class Queue:
         self.worker = threading.Thread(target=self._work, daemon=True)
         self.worker.start()
 
-    def submit(self, question: Question) -> Job:
+    def submit(self, question: Question) -> str:
+        """The key of a new job. Raises RefusedError where too many are waiting."""
         with self.changed:
             if len(self.waiting) >= MAX_WAITING:
                 raise RefusedError(503, f"{MAX_WAITING} requests are waiting. Try again later.")
@@ -310,7 +311,7 @@ class Queue:
             self.waiting.append(job)
             self._forget()
             self.changed.notify_all()
-        return job
+        return job.key
 
     def follow(self, key: str, seen: str) -> dict:
         """What there is to say of a job, once its stamp is another than `seen` or POLL_SECONDS have
@@ -452,30 +453,30 @@ class Handler(BaseHTTPRequestHandler):
     def route(self) -> tuple[Any, ...]:
         """What `reply` takes after the status."""
         path, _, query = self.path.partition("?")
-        method, server = self.command, self.server
-        match = re.fullmatch(r"/(pictures|jobs)(?:/([\w-]{1,64}))?", path, re.ASCII)
-        where, key = match.groups() if match else (path, None)
-        if (method, where) == ("GET", "/"):
-            return server.page()
-        if (method, where, bool(key)) == ("POST", "pictures", False):
-            key, image = server.pictures.add(self.body(MAX_BYTES))
-            return ({"id": key, "width": image.width, "height": image.height},)
-        if (method, where, bool(key)) == ("GET", "pictures", True):
-            content, image = io.BytesIO(), server.pictures.find(key)
-            kind = "PNG" if image.width * image.height <= LOSSLESS_PIXELS else "JPEG"
-            image.save(content, kind, quality=90)
-            return content.getvalue(), f"image/{kind.lower()}"
-        if (method, where, bool(key)) == ("POST", "jobs", False):
-            try:
-                document = json.loads(self.body(MAX_REQUEST_BYTES))
-            except (ValueError, RecursionError) as error:
-                raise RefusedError(400, "The request is no JSON.") from error
-            return ({"id": server.queue.submit(read_question(document, server.pictures)).key},)
-        if (method, where, bool(key)) == ("GET", "jobs", True):
-            return (server.queue.follow(key, parse_qs(query).get("seen", [""])[0]),)
-        if (method, where, bool(key)) == ("DELETE", "jobs", True):
-            server.queue.cancel(key)
-            return ({},)
+        server = self.server
+        match self.command, *path.split("/"):
+            case "GET", "", "":
+                return server.page()
+            case "POST", "", "pictures":
+                key, image = server.pictures.add(self.body(MAX_BYTES))
+                return ({"id": key, "width": image.width, "height": image.height},)
+            case "GET", "", "pictures", key:
+                content, image = io.BytesIO(), server.pictures.find(key)
+                kind = "PNG" if image.width * image.height <= LOSSLESS_PIXELS else "JPEG"
+                image.save(content, kind, quality=90)
+                return content.getvalue(), f"image/{kind.lower()}"
+            case "POST", "", "jobs":
+                try:
+                    document = json.loads(self.body(MAX_REQUEST_BYTES))
+                except (ValueError, RecursionError) as error:
+                    raise RefusedError(400, "The request is no JSON.") from error
+                question = read_question(document, server.pictures)
+                return ({"id": server.queue.submit(question)},)
+            case "GET", "", "jobs", key:
+                return (server.queue.follow(key, parse_qs(query).get("seen", [""])[0]),)
+            case "DELETE", "", "jobs", key:
+                server.queue.cancel(key)
+                return ({},)
         raise RefusedError(404, "There is nothing at this address.")
 
     def body(self, most: int) -> bytes:
