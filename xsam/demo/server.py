@@ -58,7 +58,7 @@ KEPT_ANSWERS = 64
 ABANDONED_SECONDS = 150  # without a question from the page; browsers slow hidden pages to a minute
 POLL_SECONDS = 15
 RECEIVE_SECONDS = 30  # for a whole request to arrive
-MAX_CONNECTIONS = 128
+MAX_CONNECTIONS = 64  # each may hold MAX_BYTES for a while
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
@@ -557,7 +557,7 @@ class DemoServer(ThreadingHTTPServer):
         self.pictures, self.queue = Pictures(list(examples)), Queue(engine.answer)
         self.token = secrets.token_urlsafe(24)
         self.connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self.hosts = LOOPBACK | {address[0].lower(), socket.gethostname().lower()}
+        self.hosts = LOOPBACK | {address[0].lower(), socket.gethostname().lower()} - {""}
         self.is_public = address[0].lower() not in LOOPBACK
         super().__init__(address, Handler)  # closes itself where that fails
 
