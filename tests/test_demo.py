@@ -253,7 +253,7 @@ def test_nothing_that_a_request_names_is_opened(speaking_model, tmp_path):
                 client.ask(**request)
             client.submit(410, picture=str(secret))
             for path in (str(secret), f"/pictures/{secret}", "/pictures/..%2f..%2fsecret.txt"):
-                assert client.send("GET", path)[0] == 404
+                assert client.send("GET", path)[0] in (404, 410)
     finally:
         is_on[0] = False
     assert not opened
