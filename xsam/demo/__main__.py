@@ -1,0 +1,98 @@
+"""A page in the browser that asks a model.
+
+python -m xsam.demo --checkpoint runs/toy/stage3
+python -m xsam.demo --checkpoint DIR --examples photos --port 9000
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from xsam.cli import Parser, add_checkpoint_flags, count, inference_changes
+from xsam.demo.server import LOOPBACK, DemoServer, Engine
+from xsam.distributed import choose_device
+from xsam.images import read_image
+from xsam.inference import load_checkpoint
+from xsam.toy.scenes import draw_scene
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+MAX_EXAMPLES = 8
+
+NUM_SCENES = 4
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="python -m xsam.demo",
+        description="A page in the browser that asks a model. Stop it with Ctrl-C.",
+        epilog="example: python -m xsam.demo --checkpoint runs/toy/stage3",
+    )
+    add_checkpoint_flags(parser)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: %(default)s, this machine alone)",
+    )
+    parser.add_argument("--port", type=count, default=8080, help="default: %(default)s")
+    parser.add_argument(
+        "--examples",
+        type=Path,
+        metavar="DIR",
+        help=f"a folder whose first {MAX_EXAMPLES} pictures are offered as examples (default: "
+        "drawings of the toy world)",
+    )
+    return parser
+
+
+def read_examples(folder: Path | None) -> list[tuple[str, Image.Image]]:
+    """Names and pictures. Raises ValueError where the folder has none, or one cannot be read."""
+    if folder is None:
+        scenes = [draw_scene(np.random.default_rng(seed)) for seed in range(NUM_SCENES)]
+        return [(f"drawing {n}", Image.fromarray(scene.image)) for n, scene in enumerate(scenes, 1)]
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"{folder}: no pictures in it ({', '.join(SUFFIXES)})")
+    return [(path.name, read_image(path)) for path in paths[:MAX_EXAMPLES]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    try:
+        examples = read_examples(options.examples)
+        model, stage = load_checkpoint(
+            options.checkpoint,
+            tokenizer=options.tokenizer,
+            allow_missing=tuple(options.allow_missing),
+            dtype=options.dtype and getattr(torch, options.dtype),
+            device=choose_device(options.device),
+            report=lambda line: print(line, file=sys.stderr),
+        )
+        model.config = model.config.resolve(**inference_changes(options))
+        title = f"{model.config.name}, stage {stage}"
+        server = DemoServer((options.host, options.port), Engine(model), examples, title)
+    except (ValueError, OSError, OverflowError) as error:
+        print(f"xsam.demo: {error}", file=sys.stderr)
+        return 2
+    if options.host not in LOOPBACK:
+        print(
+            f"warning: anyone who reaches {options.host} can use this page: it has no password, "
+            "and what is sent is not encrypted",
+            file=sys.stderr,
+        )
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"http://{host}:{server.server_port} (Ctrl-C stops it)", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print()
+    finally:
+        server.server_close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
