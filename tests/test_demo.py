@@ -688,13 +688,15 @@ def test_a_command_that_cannot_be_says_why(
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_examples_are_a_folder_s_pictures_or_drawings(tmp_path):
+def test_examples_are_a_folder_s_pictures_or_drawings(tmp_path, capsys):
     assert len(command.read_examples(None)) == command.NUM_SCENES
     Image.new("RGB", (5, 4)).save(tmp_path / "b.PNG")
     Image.new("L", (3, 2)).save(tmp_path / "a.jpg")
     (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "bad.png").write_text("x")
     examples = command.read_examples(tmp_path)
     assert [(name, image.size) for name, image in examples] == [
         ("a.jpg", (3, 2)),
         ("b.PNG", (5, 4)),
     ]
+    assert "bad.png: cannot be read as an image" in capsys.readouterr().err

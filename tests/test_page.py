@@ -282,7 +282,6 @@ def test_what_is_drawn_with_the_mouse_is_asked_about(visitor, server):
 
 def draw_and_check(visitor: Visitor, server: DemoServer, kind: str) -> None:
     visitor.choose("tool", kind)
-    visitor.drag([(5, 5), (9, 5), (9, 9)])  # interactive takes one: the next replaces it
     visitor.drag(DRAWINGS[kind])
     expect(visitor.page.locator("#regions")).to_have_text(f"Regions: 1: {kind}.")
     visitor.ask()
@@ -294,6 +293,7 @@ def draw_and_check(visitor: Visitor, server: DemoServer, kind: str) -> None:
     annotation = visitor.coco()["annotations"][0]
     assert coco_mask.area(annotation["segmentation"]) == annotation["area"] > 0
     visitor.shoot(f"draw_{kind}")
+    visitor.page.get_by_role("button", name="Remove the last region").click()
 
 
 def test_several_regions_can_be_drawn_and_removed(visitor, server):

@@ -234,7 +234,7 @@ def test_a_photo_is_segmented_upright_unless_its_region_is_of_the_stored_pixels(
 def test_a_request_is_checked_before_a_model_is_loaded(
     segmentor, checkpoint, image, tmp_path, monkeypatch, capsys, request_, message
 ):
-    monkeypatch.setattr(predict_command, "load_checkpoint", None)
+    monkeypatch.setattr(predict_command, "load_with_flags", None)
     Image.new("L", (9, 7), 255).save(tmp_path / "small.png")
     save_checkpoint(tmp_path / "stage1", segmentor, segmentor.config, None, 1, 5, {})
     image = image.rename(tmp_path / "drawing.png")
@@ -275,9 +275,9 @@ def test_chat_writes_nothing(checkpoint, image):
 
 def test_device_and_dtype_are_the_users(checkpoint, image, monkeypatch, capsys):
     loaded = []
-    load = predict_command.load_checkpoint
+    load = predict_command.load_with_flags
     spy = lambda *where, **how: loaded.append(load(*where, **how)) or loaded[-1]  # noqa: E731
-    monkeypatch.setattr(predict_command, "load_checkpoint", spy)
+    monkeypatch.setattr(predict_command, "load_with_flags", spy)
     arguments = ["refer", "the ring", "--checkpoint", checkpoint, "--image", image]
     for dtype in ("float32", "bfloat16"):
         assert run(*arguments, "--device", "cpu", "--dtype", dtype) == 0
@@ -422,7 +422,7 @@ def test_what_was_found_can_be_trained_on(checkpoint, image, tmp_path, monkeypat
 def test_a_wrong_request_is_told_before_a_model_is_loaded(
     checkpoint, folder, image, monkeypatch, capsys, flags, message
 ):
-    monkeypatch.setattr(predict_command, "load_checkpoint", None)
+    monkeypatch.setattr(predict_command, "load_with_flags", None)
     flags = [flag.format(folder=folder) for flag in flags]
     flags += [] if "--image" in flags else ["--image", image]
     try:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from xsam import distributed
 from xsam.checkpoints import last_stage
-from xsam.cli import Parser, add_checkpoint_flags, inference_changes
+from xsam.cli import Parser, add_checkpoint_flags
 from xsam.data import Processor, Sample
 from xsam.datasets.base import Dataset, read_categories
 from xsam.datasets.generic import Generic
@@ -47,7 +47,7 @@ from xsam.evaluation.benchmarks import (
 )
 from xsam.evaluation.prediction_files import SavedPredictions, keys_of, kind_of
 from xsam.files import check_target, read_json, write_whole
-from xsam.inference import Inputs, build_inputs, load_checkpoint, predict_inputs, stored_stage
+from xsam.inference import Inputs, build_inputs, load_with_flags, predict_inputs, stored_stage
 from xsam.model import XSAM, Segmentor
 from xsam.names import read_names
 from xsam.prompts import read_phrasings
@@ -454,14 +454,7 @@ def load_model(
     options: argparse.Namespace, device: torch.device, report: Callable[[str], None]
 ) -> tuple[Segmentor | XSAM, int]:
     """The model and its stage, with the settings of the command line."""
-    model, stage = load_checkpoint(
-        options.checkpoint,
-        tokenizer=options.tokenizer,
-        allow_missing=tuple(options.allow_missing),
-        dtype=options.dtype and getattr(torch, options.dtype),
-        device=device,
-        report=report,
-    )
+    model, stage = load_with_flags(options, device=device, report=report)
     config, categories = model.config, model.config.categories
     if stage == 1 and not categories:  # a published checkpoint: the categories are COCO's
         check_paths(["coco_panoptic_val"], options.data)
@@ -470,7 +463,6 @@ def load_model(
         eval_batch_size=options.batch_size or config.eval_batch_size,
         phrasings=options.phrasings or config.phrasings,
         categories=categories,
-        **inference_changes(options),
     )
     return model, stage
 

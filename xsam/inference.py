@@ -5,7 +5,9 @@ of a request, `build_inputs` makes batches of samples, `predict_inputs` runs the
 masks (postprocess.py). `load_checkpoint` opens our checkpoints and the published ones.
 """
 
+import argparse
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from xsam.checkpoints import find_checkpoint, read_header, write_header
+from xsam.cli import inference_changes
 from xsam.config import SPECIAL_TOKENS, Config, xsam
 from xsam.data import Batch, Processor, ResizeAndPad, Sample
+from xsam.distributed import choose_device
 from xsam.files import check_target
 from xsam.images import Picture, read_image, viewed
 from xsam.llm import add_special_tokens, unknown_words
@@ -523,6 +527,23 @@ def load_checkpoint(
     model = model.to(device).eval()
     if llm_bits is not None:
         quantize(model, llm_bits)
+    return model, stage
+
+
+def load_with_flags(options: argparse.Namespace, **others: Any) -> tuple[Segmentor | XSAM, int]:
+    """`load_checkpoint` as the flags of `cli.add_checkpoint_flags` say; `others` are its further
+    arguments, and any that are to be others."""
+    flags = {
+        "tokenizer": options.tokenizer,
+        "allow_missing": tuple(options.allow_missing),
+        "dtype": options.dtype and getattr(torch, options.dtype),
+        "llm_bits": options.llm_bits,
+        "report": lambda line: print(line, file=sys.stderr),
+    }
+    if "device" not in others:
+        flags["device"] = choose_device(options.device)
+    model, stage = load_checkpoint(options.checkpoint, **flags | others)
+    model.config = model.config.resolve(**inference_changes(options))
     return model, stage
 
 

@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
-from xsam.cli import Parser, add_checkpoint_flags, inference_changes, share
-from xsam.distributed import choose_device
+from xsam.cli import Parser, add_checkpoint_flags, share
 from xsam.files import check_target, read_json, write_whole
 from xsam.images import read_image, read_image_size, read_region
-from xsam.inference import REQUESTS, check_request, load_checkpoint, predict, stored_stage
+from xsam.inference import REQUESTS, check_request, load_with_flags, predict, stored_stage
 from xsam.model import XSAM, Segmentor
 from xsam.names import read_names
 from xsam.prompts import PER_PHRASE_TASKS
@@ -360,16 +358,7 @@ def run(options: argparse.Namespace) -> int:
     if kept:
         print(f"{kept} of {len(images)} pictures are there already", file=sys.stderr)
     if None in found:
-        model, _ = load_checkpoint(
-            options.checkpoint,
-            tokenizer=options.tokenizer,
-            allow_missing=tuple(options.allow_missing),
-            dtype=options.dtype and getattr(torch, options.dtype),
-            device=choose_device(options.device),
-            llm_bits=options.llm_bits,
-            report=lambda line: print(line, file=sys.stderr),
-        )
-        model.config = model.config.resolve(**inference_changes(options))
+        model, _ = load_with_flags(options)
     failed = 0
     for number in tqdm(range(len(images)), options.task, unit="image", disable=not is_several):
         if found[number] is not None:

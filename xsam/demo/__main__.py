@@ -8,14 +8,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from xsam.cli import Parser, add_checkpoint_flags, count, inference_changes
+from xsam.cli import Parser, add_checkpoint_flags, count
 from xsam.demo.server import LOOPBACK, DemoServer, Engine
-from xsam.distributed import choose_device
 from xsam.images import read_image
-from xsam.inference import load_checkpoint
+from xsam.inference import load_with_flags
 from xsam.toy.scenes import draw_scene
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -49,29 +47,28 @@ def build_parser() -> Parser:
 
 
 def read_examples(folder: Path | None) -> list[tuple[str, Image.Image]]:
-    """Names and pictures. Raises ValueError where the folder has none, or one cannot be read."""
+    """Names and pictures; those that cannot be read are told and left out. Raises ValueError where
+    the folder has none."""
     if folder is None:
         scenes = [draw_scene(np.random.default_rng(seed)) for seed in range(NUM_SCENES)]
         return [(f"drawing {n}", Image.fromarray(scene.image)) for n, scene in enumerate(scenes, 1)]
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not paths:
+    examples = []
+    for path in paths[:MAX_EXAMPLES]:
+        try:
+            examples.append((path.name, read_image(path)))
+        except ValueError as error:
+            print(f"xsam.demo: {error}", file=sys.stderr)
+    if not examples:
         raise ValueError(f"{folder}: no pictures in it ({', '.join(SUFFIXES)})")
-    return [(path.name, read_image(path)) for path in paths[:MAX_EXAMPLES]]
+    return examples
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         examples = read_examples(options.examples)
-        model, stage = load_checkpoint(
-            options.checkpoint,
-            tokenizer=options.tokenizer,
-            allow_missing=tuple(options.allow_missing),
-            dtype=options.dtype and getattr(torch, options.dtype),
-            device=choose_device(options.device),
-            report=lambda line: print(line, file=sys.stderr),
-        )
-        model.config = model.config.resolve(**inference_changes(options))
+        model, stage = load_with_flags(options)
         title = f"{model.config.name}, stage {stage}"
         server = DemoServer((options.host, options.port), Engine(model), examples, title)
     except (ValueError, OSError, OverflowError) as error:
