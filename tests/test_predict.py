@@ -368,6 +368,22 @@ def test_an_interrupted_folder_goes_on(checkpoint, folder, tmp_path, monkeypatch
     assert "there already" not in capsys.readouterr().err
 
 
+def test_a_folder_s_pictures_and_other_programs_files_are_left_alone(
+    checkpoint, folder, tmp_path, capsys
+):
+    arguments = ["gcg", "--checkpoint", checkpoint, "--image", folder, "--out"]
+    before = sorted(folder.iterdir())
+    assert run(*arguments, folder) == 2 and sorted(folder.iterdir()) == before
+    assert "holds pictures that are asked about" in capsys.readouterr().err
+    for name in ("coco.json", "1_gcg.json"):
+        out = tmp_path / name.removesuffix(".json")
+        out.mkdir()
+        (out / name).write_text('{"shapes": []}')
+        assert run(*arguments, out) == 2
+        assert f"{out / name}: is " in capsys.readouterr().err
+        assert (out / name).read_text() == '{"shapes": []}'
+
+
 def test_pictures_of_one_name_do_not_meet(checkpoint, folder, tmp_path):
     (folder / "3.png").unlink()
     Image.open(folder / "0.png").save(folder / "0.bmp")

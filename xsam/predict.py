@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from xsam.checkpoints import find_checkpoint
 from xsam.cli import Parser, add_checkpoint_flags, share
 from xsam.files import check_target, read_json, write_whole
 from xsam.images import read_image, read_image_size, read_region
@@ -190,12 +191,13 @@ def read_pictures(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {"image": image, "regions": masks, "region_image": shown}
 
 
-def fingerprint(options: argparse.Namespace) -> dict[str, Any]:
+def fingerprint(request: dict[str, Any], options: argparse.Namespace) -> dict[str, str]:
     """What a result depends on beside the picture, as text: a result of the same is not made
     again."""
-    flags = "task text things stuff regions region_image threshold presence panoptic_rule dtype"
-    flags = {name: getattr(options, name) for name in f"{flags} checkpoint llm_bits".split()}
-    return {name: str(value) for name, value in flags.items() if value not in (None, [], "")}
+    flags = "regions", "region_image", "presence", "panoptic_rule", "dtype", "llm_bits"
+    about = request | {name: getattr(options, name) for name in flags}
+    about["checkpoint"] = find_checkpoint(options.checkpoint)
+    return {name: str(value) for name, value in about.items() if value not in (None, [], "")}
 
 
 # ---- where it goes -------------------------------------------------------------------------------
@@ -224,9 +226,12 @@ def output_files(options: argparse.Namespace, image: Path) -> list[Path]:
 
 
 def plan_files(options: argparse.Namespace, images: list[Path]) -> list[list[Path]]:
-    """The picture and the JSON of each of several images, in the folder --out."""
+    """The picture and the JSON of each of several images, in the folder --out. Raises ValueError
+    where that holds images, among which its own would be found the next time."""
     folder = options.out or Path(f"xsam_{options.task}")
     check_target(folder, is_folder=True)
+    if folder.resolve() in {image.resolve().parent for image in images}:
+        raise ValueError(f"{folder}: holds pictures that are asked about; name another --out")
     folder.mkdir(parents=True, exist_ok=True)
     counts = Counter(image.stem for image in images)
     stems, seen = [], Counter()
@@ -237,13 +242,16 @@ def plan_files(options: argparse.Namespace, images: list[Path]) -> list[list[Pat
     return [[folder / f"{stem}_{options.task}{x}" for x in (".png", ".json")] for stem in stems]
 
 
-def result_there(path: Path, image: Path, request: dict[str, Any]) -> dict[str, Any] | None:
-    """The result that an earlier command wrote of the same image and request, if any."""
+def result_there(path: Path, image: Path, request: dict[str, str]) -> dict[str, Any] | None:
+    """The result that an earlier command wrote of the same image and request, if any. Raises
+    ValueError where the file is of another program."""
     try:
-        there = read_json(path, dict) if path.exists() else {}
+        there = read_json(path) if path.exists() else dict.fromkeys(OURS)
     except ValueError:  # damaged
         return None
-    is_same = there.get("request") == request and there.keys() >= OURS
+    if not isinstance(there, dict) or not there.keys() >= OURS:
+        raise ValueError(f"{path}: is of another program; name another --out")
+    is_same = there.get("request") == request
     return there if is_same and there["image"]["file_name"] == image.as_posix() else None
 
 
@@ -284,6 +292,7 @@ def write(
     result: SegmentationResult,
     drawn: Image.Image,
     image: Path,
+    mark: dict[str, str],
     options: argparse.Namespace,
     paths: list[Path],
 ) -> dict[str, Any]:
@@ -291,7 +300,7 @@ def write(
     size = {"width": result.image.width, "height": result.image.height}
     document = {
         "image": {"file_name": image.as_posix()} | size,
-        "request": fingerprint(options),
+        "request": mark,
         "names": result.names,
         "threshold": result.threshold,
     }
@@ -341,12 +350,12 @@ def run(options: argparse.Namespace) -> int:
     OSError where nothing can be."""
     images, is_several = find_images(options.image)
     request, coco = read_request(options), options.coco
+    mark = fingerprint(request, options)
     if is_several:
         paths = plan_files(options, images)
         coco = coco or paths[0][0].with_name(COCO_FILE)
         found = [
-            result_there(each[1], image, fingerprint(options))
-            for image, each in zip(images, paths, strict=True)
+            result_there(each[1], image, mark) for image, each in zip(images, paths, strict=True)
         ]
     else:
         is_written = options.task != "chat" or options.out
@@ -354,6 +363,9 @@ def run(options: argparse.Namespace) -> int:
         read_pictures(images[0], options)
     if coco:
         check_target(coco)
+        there = read_json(coco) if coco.exists() else {"annotations": []}
+        if not isinstance(there, dict) or "annotations" not in there:
+            raise ValueError(f"{coco}: is no file of COCO; name another --coco")
     kept = len(images) - found.count(None)
     if kept:
         print(f"{kept} of {len(images)} pictures are there already", file=sys.stderr)
@@ -372,7 +384,7 @@ def run(options: argparse.Namespace) -> int:
             tqdm.write(f"xsam.predict: {place}{error}", file=sys.stderr)
             failed += 1
             continue
-        found[number] = write(result, drawn, images[number], options, paths[number])
+        found[number] = write(result, drawn, images[number], mark, options, paths[number])
     if coco:
         document = coco_instances(list(filter(None, found)), options.polygons)
         write_whole(coco, json.dumps(document))
