@@ -393,6 +393,17 @@ def test_pictures_of_one_name_do_not_meet(checkpoint, folder, tmp_path):
     assert found == {"0_1_gcg.png", "0_2_gcg.png", "1_gcg.png", "2_gcg.png"}
 
 
+def test_masks_are_written_as_pngs(checkpoint, image, tmp_path):
+    arguments = ["--checkpoint", checkpoint, "--image", image, "--out", tmp_path / "out"]
+    assert run("semantic", "--stuff", "dots,the sky/night", "--masks", *arguments) == 0
+    segments = json.loads((tmp_path / "out.json").read_text())["segments"]
+    paths = sorted((tmp_path / "out_masks").iterdir())
+    assert len(paths) == len(segments) and paths[-1].name.endswith(("_dots.png", "_night.png"))
+    for path, segment in zip(paths, segments, strict=True):
+        mask = np.asarray(Image.open(path))
+        assert (mask == 255 * coco_mask.decode(segment["segmentation"])).all()
+
+
 def test_json_is_all_that_is_printed(checkpoint, folder, tmp_path, capsys):
     arguments = ["--checkpoint", checkpoint, "--image", folder, "--out", tmp_path / "out"]
     assert run("vgd", "--point", "20,30", "--json", *arguments) == 1

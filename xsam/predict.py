@@ -114,6 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--polygons", action="store_true", help="polygons in place of RLE in COCO's file"
     )
     parser.add_argument(
+        "--masks", action="store_true", help="also write each mask to OUT_masks/, white on black"
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print a line of JSON for each picture, and no other"
     )
     return parser
@@ -309,6 +312,8 @@ def write(
         content = io.BytesIO()
         drawn.save(content, "PNG")
         write_whole(paths[0], content.getvalue())
+        if options.masks:
+            result.save_masks(paths[0].with_name(f"{paths[0].stem}_masks"))
         write_whole(paths[1], json.dumps(document, indent=1))
     if options.json:
         tqdm.write(json.dumps(document))

@@ -7,7 +7,10 @@ and to `supervision`. Legend: N masks, H W the original image.
 
 from __future__ import annotations
 
+import io
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from xsam.datasets.formats import encode_mask, polygons
+from xsam.files import write_whole
 from xsam.prompts import find_phrases, read_answer
 from xsam.report.colours import number_colours
 from xsam.report.letters import Text, colour_phrases
@@ -90,6 +94,14 @@ class SegmentationResult:
         scores = self.scores and [self.scores[n] for n in kept]
         labels, colours = ([each[n] for n in kept] for each in (self.labels, colours))
         return draw_segments(self.image, self.masks[kept], labels, scores, title, colours)
+
+    def save_masks(self, folder: Path) -> None:
+        """Writes each of the `shown` masks to FOLDER/000_LABEL.png and so on, white on black."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for n in self.shown():
+            content, name = io.BytesIO(), re.sub(r"[^\w-]+", "_", self.labels[n])[:60]
+            Image.fromarray(self.masks[n]).convert("L").save(content, "PNG")
+            write_whole(folder / f"{n:03d}_{name}.png", content.getvalue())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the answer, and each segment's label, score, box [x, y, w, h] and RLE."""
