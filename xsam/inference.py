@@ -239,7 +239,7 @@ class EncodedImage:
 def encode_image(model: Segmentor | XSAM, image: Picture) -> EncodedImage:
     """An image for several requests, as viewers show it (`viewed`)."""
     image = viewed(image)
-    request = REQUESTS["panoptic" if model.stage == 1 else "gcg"]  # which the pixels do not heed
+    request = REQUESTS["panoptic" if model.stage == 1 else "gcg"]  # any, as none changes the pixels
     sample = build_sample(request, image, "", [], [], None)
     batch = build_inputs(Processor(model.config, model.tokenizer), [sample]).parts[0].batch
     parameter = next(model.parameters())

@@ -190,7 +190,7 @@ class Segmentor(nn.Module):
 
     @torch.no_grad()
     def infer(
-        self, batch: Batch, max_new_tokens: int = 0, features: ImageFeatures | None = None, **_
+        self, batch: Batch, max_new_tokens: int = 0, features: ImageFeatures | None = None
     ) -> tuple[list[str], DecoderOutput]:
         """Answers (none here) and predictions, as `XSAM.infer` gives them."""
         hidden_states = (features or self.encode_images(batch)).hidden_states
