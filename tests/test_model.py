@@ -549,7 +549,8 @@ def test_a_picture_may_be_a_path(speaking_model, tmp_path):
     picture().save(tmp_path / "drawing.png")
     expected = speaking_model.predict(picture(), "refer", "the ring")
     for path in (tmp_path / "drawing.png", str(tmp_path / "drawing.png")):
-        assert same_answers(speaking_model.predict(path, "refer", "the ring"), expected)
+        for image in (path, speaking_model.encode_image(path)):
+            assert same_answers(speaking_model.predict(image, "refer", "the ring"), expected)
     with pytest.raises(ValueError, match=r"absent\.png"):
         speaking_model.predict("absent.png", "refer", "the ring")
 

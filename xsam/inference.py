@@ -236,9 +236,9 @@ class EncodedImage:
 
 
 @torch.no_grad()
-def encode_image(model: Segmentor | XSAM, image: Picture) -> EncodedImage:
+def encode_image(model: Segmentor | XSAM, image: Picture | Path | str) -> EncodedImage:
     """An image for several requests, as viewers show it (`viewed`)."""
-    image = viewed(image)
+    image = viewed(_open_image(image))
     request = REQUESTS["panoptic" if model.stage == 1 else "gcg"]  # any, as none changes the pixels
     sample = build_sample(request, image, "", [], [], None)
     batch = build_inputs(Processor(model.config, model.tokenizer), [sample]).parts[0].batch

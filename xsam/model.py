@@ -397,7 +397,7 @@ class XSAM(nn.Module):
 
         return predict(self, image, task, text, **options)
 
-    def encode_image(self, image: Picture) -> EncodedImage:
+    def encode_image(self, image: Picture | Path | str) -> EncodedImage:
         """See `inference.encode_image`."""
         from xsam.inference import encode_image
 

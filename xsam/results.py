@@ -128,8 +128,12 @@ class SegmentationResult:
         )
 
     def to_supervision(self) -> Detections:
-        """The `shown` masks as Roboflow's `supervision` takes them; needs that package."""
-        from supervision import Detections
+        """The `shown` masks as Roboflow's `supervision` takes them. Raises ImportError without that
+        package."""
+        try:
+            from supervision import Detections
+        except ImportError as error:
+            raise ImportError("to_supervision needs: pip install 'xsam[supervision]'") from error
 
         kept = self.shown()
         return Detections(
