@@ -31,7 +31,8 @@ def noise(count: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize(
     ("answer", "text", "phrases"),
     [
-        ("Sure, <SEG> .", "Sure, .", []),
+        ("Sure, <SEG> .", "Sure.", []),
+        ("Here it is: <SEG>.", "Here it is.", []),
         ("<p> a red ring </p> <SEG>, and <p>dots</p> <SEG>.", "a red ring, and dots.", None),
         ("no marks  at\nall", "no marks at all", []),
         ("<p>open and <p> closed </p>", "open and closed", ["closed"]),

@@ -199,10 +199,10 @@ def find_phrases(answer: str) -> list[str]:
 
 
 def read_answer(answer: str) -> tuple[str, list[tuple[int, int]]]:
-    """An answer as it is read, without its marks, and where in it each of its `find_phrases`
-    stands, as (start, end)."""
+    """An answer as it is read, without its marks ("Sure, <SEG>." is "Sure."), and where in it each
+    of its `find_phrases` stands, as (start, end)."""
     text, spans = "", []
-    answer = re.sub(r"\s*<SEG>|\s+(?=</p>)", "", answer)
+    answer = re.sub(r"[\s,:]*<SEG>(?:\s+(?=[.,]))?|\s+(?=</p>)", "", answer)
     pieces = re.split(r"(<p>(?:(?!<p>).)*?</p>)", answer, flags=re.DOTALL)
     for number, piece in enumerate(pieces):  # every second one is a phrase
         words = re.sub(r"\s+", " ", re.sub("</?p>", "", piece))
