@@ -227,6 +227,7 @@ def test_a_photo_is_segmented_upright_unless_its_region_is_of_the_stored_pixels(
         (["refer", "the ring", "--checkpoint", "{stage1}"], "a stage-1 checkpoint has no language"),
         (["gcg", "--panoptic-rule", "published"], "--panoptic-rule is for task panoptic"),
         (["gcg", "--presence", "0.5"], "--presence is for tasks refer and reason"),
+        (["refer", "x", "--presence", "0", "--threshold", "1"], "say the same here"),
         (["gcg", "--out", "x" * 300], "File name too long"),
         (["gcg", "--device", "cpu", "--device", "cpu"], "--device is given more than once"),
     ],
@@ -386,7 +387,7 @@ def test_a_folder_s_pictures_and_other_programs_files_are_left_alone(
 
 def test_pictures_of_one_name_do_not_meet(checkpoint, folder, tmp_path):
     (folder / "3.png").unlink()
-    Image.open(folder / "0.png").save(folder / "0.bmp")
+    Image.open(folder / "0.png").save(folder / "0.tif")
     out = tmp_path / "out"
     assert run("gcg", "--checkpoint", checkpoint, "--image", folder, "--out", out) == 0
     found = {path.name for path in out.glob("*.png")}

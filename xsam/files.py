@@ -71,7 +71,7 @@ def read_json(path: Path, kind: type | None = None, last_resort: str = "") -> An
     return content
 
 
-IMAGE_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".png", ".gif", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def is_file(path: Path) -> bool:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from xsam.checkpoints import find_checkpoint
 from xsam.cli import Parser, add_checkpoint_flags, share
-from xsam.files import check_target, read_json, write_whole
+from xsam.files import IMAGE_SUFFIXES, check_target, list_files, read_json, write_whole
 from xsam.images import read_image, read_image_size, read_region
 from xsam.inference import REQUESTS, check_request, load_with_flags, predict, stored_stage
 from xsam.model import XSAM, Segmentor
@@ -139,13 +139,11 @@ def _coordinates(kind: str, text: str) -> tuple:
 def find_images(given: list[str]) -> tuple[list[Path], bool]:
     """The pictures that the paths, folders and patterns name, each once, and whether there may be
     several. Raises ValueError where one names none."""
-    suffixes = set(Image.registered_extensions()) - {".pdf", ".mpo"}
     found: dict[Path, None] = {}
     for text in given:
         path = Path(text)
         if path.is_dir():
-            names = sorted(path.iterdir())
-            paths = [each for each in names if each.suffix.lower() in suffixes and each.is_file()]
+            paths = list_files(path, *IMAGE_SUFFIXES)
         elif path.exists() or not glob.has_magic(text):
             paths = [path]
         else:
@@ -163,6 +161,8 @@ def read_request(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--panoptic-rule is for task panoptic")
     if options.presence is not None and REQUESTS[options.task].task not in PER_PHRASE_TASKS:
         raise ValueError("--presence is for tasks refer and reason")
+    if options.presence is not None and options.threshold is not None:
+        raise ValueError("--presence and --threshold say the same here: give one of them")
     lists = {"things": options.things, "stuff": options.stuff}
     names = {kind: text if text is None else read_names(text) for kind, text in lists.items()}
     stage, regions = stored_stage(options.checkpoint), options.regions or []

@@ -12,11 +12,10 @@ from PIL import Image
 
 from xsam.cli import Parser, add_checkpoint_flags, count
 from xsam.demo.server import LOOPBACK, DemoServer, Engine
+from xsam.files import IMAGE_SUFFIXES, list_files
 from xsam.images import read_image
 from xsam.inference import load_with_flags
 from xsam.toy.scenes import draw_scene
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 MAX_EXAMPLES = 8
 
@@ -52,7 +51,7 @@ def read_examples(folder: Path | None) -> list[tuple[str, Image.Image]]:
     if folder is None:
         scenes = [draw_scene(np.random.default_rng(seed)) for seed in range(NUM_SCENES)]
         return [(f"drawing {n}", Image.fromarray(scene.image)) for n, scene in enumerate(scenes, 1)]
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = list_files(folder, *IMAGE_SUFFIXES)
     examples = []
     for path in paths[:MAX_EXAMPLES]:
         try:
@@ -60,7 +59,7 @@ def read_examples(folder: Path | None) -> list[tuple[str, Image.Image]]:
         except ValueError as error:
             print(f"xsam.demo: {error}", file=sys.stderr)
     if not examples:
-        raise ValueError(f"{folder}: no pictures in it ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{folder}: no pictures in it ({', '.join(IMAGE_SUFFIXES)})")
     return examples
 
 
