@@ -30,6 +30,7 @@ from xsam.config import (
     is_in,
     origins,
     part_names,
+    small,
     stage_folder,
     xsam,
 )
@@ -39,7 +40,7 @@ from xsam.toy.preset import toy
 
 DEVICES = ("cpu", "cuda", "mps")
 
-CONFIGS = {"xsam": xsam, "toy": toy}
+CONFIGS = {"xsam": xsam, "small": small, "toy": toy}
 
 HELP = {
     "eval_tasks": f"scored before the first stage and after each, of {', '.join(SCORED_SETS)}; "

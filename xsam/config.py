@@ -1,7 +1,7 @@
 """Every number of the model, of the three training stages and of the losses.
 
-`xsam()` is the model of the paper; `toy.preset.toy()` is the same with smaller numbers. Every field
-is a flag of the command line (`cli.py`):
+`xsam()` is the model of the paper, `small()` has smaller public parts, `toy.preset.toy()` small
+numbers. Every field is a flag of the command line (`cli.py`):
 
     python xsam/train.py --config toy --stage 1 --num_queries 40 --global_batch_size 8
 
@@ -47,10 +47,17 @@ def _swin(embed_dim: int, depths: list[int], num_heads: list[int], window_size: 
     return dict(seg_backbone_config=config, seg_patch_size=16, seg_dim=4 * embed_dim)
 
 
-def _siglip_so400m() -> dict:
-    config = dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304)
-    config |= dict(num_hidden_layers=27, num_attention_heads=16, patch_size=14, image_size=384)
+def _siglip(
+    dim: int, depth: int, heads: int, mlp_dim: int, patch_size: int, image_size: int
+) -> dict:
+    config = dict(model_type="siglip_vision_model", hidden_size=dim, intermediate_size=mlp_dim)
+    config |= dict(num_hidden_layers=depth, num_attention_heads=heads)
+    config |= dict(patch_size=patch_size, image_size=image_size)
     return dict(image_encoder_config=config, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+
+
+def _siglip_so400m() -> dict:
+    return _siglip(1152, 27, 16, 4304, 14, 384)
 
 
 def _llm(model_type: str, dim: int, depth: int, heads: int, mlp_dim: int, **others) -> dict:
@@ -81,6 +88,7 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
     "image_encoder": {
         "siglip2-so400m-patch14-384": _siglip_so400m(),
         "siglip-so400m-patch14-384": _siglip_so400m(),
+        "siglip2-base-patch16-224": _siglip(768, 12, 12, 3072, 16, 224),
         "clip-vit-large-patch14-336": dict(
             image_encoder_config=dict(
                 model_type="clip_vision_model",
@@ -107,6 +115,11 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
         "vicuna-7b-v1.5": _llm(
             "llama", 4096, 32, 32, 11008,
             vocab_size=32000, max_position_embeddings=4096, rms_norm_eps=1e-5,
+        ),
+        "SmolLM2-135M-Instruct": _llm(
+            "llama", 576, 30, 9, 1536, num_key_value_heads=3, vocab_size=49152,
+            max_position_embeddings=8192, rope_theta=1e5, rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
         ),
     },
     "decoder": {"mask2former": dict(decoder_layers=9), "sam": dict(decoder_layers=2)},
@@ -329,6 +342,27 @@ def xsam() -> Config:
             ),
         },
     )
+
+
+def small() -> Config:
+    """The same shape around the smallest public parts, for a smoke run on real photographs: SAM
+    ViT-B at 512 pixels, SigLIP2-base, SmolLM2-135M, half of the decoder's layers."""
+    config = dataclasses.replace(xsam(), name="small").resolve(
+        seg_encoder="sam-vit-base", seg_image_size=512,
+        image_encoder="siglip2-base-patch16-224", llm="SmolLM2-135M-Instruct",
+        pixel_decoder_layers=3, decoder_layers=6, num_queries=100, num_points=4096,
+        global_batch_size=2, micro_batch_size=2, num_workers=1, max_new_tokens=96,
+    )  # fmt: skip
+    config = config.resolve(stages=(1,), clip_norm=1.0, scale_range=(0.8, 1.25), max_steps=60)
+    config = config.resolve(stages=(2,), max_steps=30)
+    return config.resolve(
+        stages=(3,),
+        datasets=(
+            "llava_instruct", "coco_panoptic", "coco_vgd", "refcoco", "grefcoco", "gcg_grandf",
+            "reasonseg", "coco_interactive",
+        ),
+        max_steps=30,
+    )  # fmt: skip
 
 
 # The parts by the names that `learning_rates` and the log give them; the first five are stage 1's.
