@@ -2,10 +2,11 @@
 the training photographs are scored.
 
     python benchmarks/real.py weights --gguf SmolLM2-135M-Instruct.Q4_1.gguf --out weights
-    python benchmarks/real.py weights --flags overfit.txt --tokenizer weights/… --out tiny
+    python benchmarks/real.py weights --flags benchmarks/overfit.flags \
+        --tokenizer weights/SmolLM2-135M-Instruct --out weights/overfit
     python benchmarks/real.py root --data shared/real --out runs/seen
 
-`weights` writes the folders that `--config small` (or it with the flags of a file, a flag a line)
+`weights` writes the folders that `--config small` (or it with the flags of a file)
 reads where nothing can be downloaded: SAM and SigLIP2 with random weights, and SmolLM2 from a GGUF
 file (needs gguf and accelerate), or with --tokenizer a random language model with the words of that
 folder. `root` links a data root whose validation sets are the training sets.
@@ -86,8 +87,8 @@ def main() -> None:
     if options.what == "root":
         write_root(options.data, options.out)
     else:
-        flags = options.flags.read_text().split("\n") if options.flags else []
-        config = parse(["--config", "small", "--stage", "1", *filter(None, flags)])[1]
+        flags = options.flags.read_text().split() if options.flags else []
+        config = parse(["--config", "small", "--stage", "1", *flags])[1]
         write_weights(config.model, options.out, options.gguf, options.tokenizer)
 
 

@@ -346,22 +346,21 @@ def xsam() -> Config:
 
 def small() -> Config:
     """The same shape around the smallest public parts, for a smoke run on real photographs: SAM
-    ViT-B at 512 pixels, SigLIP2-base, SmolLM2-135M, half of the decoder's layers."""
+    ViT-B at 512 pixels, SigLIP2-base, SmolLM2-135M, half of the decoder's layers and queries."""
     config = dataclasses.replace(xsam(), name="small").resolve(
         seg_encoder="sam-vit-base", seg_image_size=512,
         image_encoder="siglip2-base-patch16-224", llm="SmolLM2-135M-Instruct",
-        pixel_decoder_layers=3, decoder_layers=6, num_queries=100, num_points=4096,
-        global_batch_size=2, micro_batch_size=2, num_workers=1, max_new_tokens=96,
+        pixel_decoder_layers=3, decoder_layers=5, num_queries=100, num_points=4096,
+        global_batch_size=1, micro_batch_size=1, max_steps=30,
+        recompute=False, num_workers=1, max_new_tokens=96,
     )  # fmt: skip
-    config = config.resolve(stages=(1,), clip_norm=1.0, scale_range=(0.8, 1.25), max_steps=60)
-    config = config.resolve(stages=(2,), max_steps=30)
+    config = config.resolve(stages=(1,), clip_norm=1.0, scale_range=(0.8, 1.25))
     return config.resolve(
         stages=(3,),
         datasets=(
             "llava_instruct", "coco_panoptic", "coco_vgd", "refcoco", "grefcoco", "gcg_grandf",
             "reasonseg", "coco_interactive",
         ),
-        max_steps=30,
     )  # fmt: skip
 
 
