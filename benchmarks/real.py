@@ -4,12 +4,12 @@ the training photographs are scored.
     python benchmarks/real.py weights --gguf SmolLM2-135M-Instruct.Q4_1.gguf --out weights
     python benchmarks/real.py weights --flags benchmarks/overfit.flags \
         --tokenizer weights/SmolLM2-135M-Instruct --out weights/overfit
-    python benchmarks/real.py root --data shared/real --out runs/seen
+    python benchmarks/real.py root --data real --out runs/seen
 
-`weights` writes the folders that `--config small` (or it with the flags of a file)
-reads where nothing can be downloaded: SAM and SigLIP2 with random weights, and SmolLM2 from a GGUF
-file (needs gguf and accelerate), or with --tokenizer a random language model with the words of that
-folder. `root` links a data root whose validation sets are the training sets.
+`weights` writes the folders that `--config small`, or it with the flags of a file, reads where
+nothing can be downloaded: SAM and SigLIP2 with random weights, and SmolLM2 from a GGUF file (needs
+gguf and accelerate), or with --tokenizer a random language model with the words of that folder.
+`root` links a data root whose validation sets are the training sets.
 """
 
 import argparse
