@@ -19,7 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from xsam.checkpoints import find_checkpoint, read_header, write_header
+from xsam.checkpoints import (
+    find_base,
+    find_checkpoint,
+    load_trained,
+    read_header,
+    write_header,
+)
 from xsam.cli import inference_changes
 from xsam.config import SPECIAL_TOKENS, Config, xsam
 from xsam.data import Batch, Processor, ResizeAndPad, Sample
@@ -27,8 +33,10 @@ from xsam.distributed import choose_device
 from xsam.files import check_target
 from xsam.images import Picture, read_image, viewed
 from xsam.llm import add_special_tokens, unknown_words
+from xsam.lora import add_adapters, merge_adapters
 from xsam.model import XSAM, ImageFeatures, Segmentor
 from xsam.names import read_names
+from xsam.optimizer import freeze
 from xsam.postprocess import (
     Reading,
     instance_inference,
@@ -55,6 +63,7 @@ from xsam.weights import (
     read_published,
     read_tokenizer,
     save_model,
+    weights_digest,
 )
 
 
@@ -472,6 +481,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     allow_missing: tuple[str, ...] = (),
     llm_bits: int | None = None,
+    base: Path | str | None = None,
     report: Callable[[str], None] = print,
 ) -> tuple[Segmentor | XSAM, int]:
     """The model of a checkpoint and its stage (1: a `Segmentor`, 3: an `XSAM`), ready to answer.
@@ -483,11 +493,19 @@ def load_checkpoint(
     stored, and `tokenizer` has the words where `path` has none. `dtype` None keeps
     what is stored. Names that begin with one of `allow_missing` (as on disk, such as "llm.") may be
     absent and start as a new model's, in float32 unless `dtype` says otherwise, as all then is.
-    `llm_bits` holds the matrices of the language model in 4 or 8 bits (`quantize`).
+    `llm_bits` holds the matrices of the language model in 4 or 8 bits (`quantize`). Of a checkpoint
+    with adapters the model is their base, where it was or at `base`, with them merged in.
     `report` is told what was loaded. Raises ValueError that names file and tensor where anything
     does not fit.
     """
     path = find_checkpoint(Path(path))
+    if base is not None or find_base(path) is not None:
+        base = find_checkpoint(Path(base)) if base is not None else find_base(path)
+        model, stage = _load_adapters(path, base, dtype, report)
+        model = model.to(device).eval()
+        if llm_bits is not None:
+            quantize(model, llm_bits)
+        return model, stage
     stored = list_tensors(path)
     if (path / CONFIG_FILE).is_file():
         header = read_header(path)
@@ -530,6 +548,28 @@ def load_checkpoint(
     return model, stage
 
 
+def _load_adapters(
+    path: Path, base: Path, dtype: torch.dtype | None, report: Callable[[str], None]
+) -> tuple[Segmentor | XSAM, int]:
+    """The model of a checkpoint with adapters and its stage. Raises ValueError where `base` is not
+    what they were trained on."""
+    header = read_header(path)
+    if not header["base"]:
+        raise ValueError(f"{path}: holds no adapters, so --base has no use for it")
+    config, stage = header["config"], header["stage"]
+    dtype = dtype or getattr(torch, config.dtype)
+    words = None if stage == 1 else path
+    rules = {"config": config, "tokenizer": words, "dtype": dtype, "report": report}
+    model, _ = load_checkpoint(base, **rules)
+    if weights_digest(model, torch.bfloat16) != header["base"]["digest"]:
+        raise ValueError(f"{path}: its adapters were trained on another base than {base}")
+    freeze(model, config.stages[stage], model.prefix)
+    add_adapters(model, config.stages[stage], model.prefix)
+    report(load_trained(model, path))
+    merge_adapters(model)
+    return model, stage
+
+
 def load_with_flags(options: argparse.Namespace, **others: Any) -> tuple[Segmentor | XSAM, int]:
     """`load_checkpoint` as the flags of `cli.add_checkpoint_flags` say; `others` are its further
     arguments, and any that are to be others."""
@@ -538,6 +578,7 @@ def load_with_flags(options: argparse.Namespace, **others: Any) -> tuple[Segment
         "allow_missing": tuple(options.allow_missing),
         "dtype": options.dtype and getattr(torch, options.dtype),
         "llm_bits": options.llm_bits,
+        "base": options.base,
         "report": lambda line: print(line, file=sys.stderr),
     }
     if "device" not in others:
@@ -550,8 +591,8 @@ def load_with_flags(options: argparse.Namespace, **others: Any) -> tuple[Segment
 def quantize(model: Segmentor | XSAM, bits: int) -> None:
     """From now on the matrices of the language model's layers are held in 8 bits (LLM.int8,
     Dettmers et al. 2022) or in 4 (NF4, Dettmers et al. 2023); embeddings and output head stay as
-    they are. For inference alone. Raises ValueError without bitsandbytes, and for a model without a
-    language model."""
+    they are. They cannot be trained, but gradients pass. Raises ValueError without bitsandbytes,
+    and for a model without a language model."""
     if model.stage == 1:
         raise ValueError("a stage-1 checkpoint has no language model to hold in fewer bits")
     try:

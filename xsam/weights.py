@@ -7,6 +7,7 @@ parameters that may still be on the meta device: the host never holds the weight
 """
 
 import contextlib
+import hashlib
 import json
 import pickle
 import re
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from xsam.config import Config
+from xsam.config import Config, part_name
 from xsam.encoders import resize_positions, transformers_config
 from xsam.files import cause_of, give_rights, read_json
 from xsam.llm import render_conversation
@@ -104,11 +105,6 @@ def disk_name(name: str) -> str:
     for pattern, replacement in NAMES:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def part_name(name: str) -> str:
-    """The part that a tensor, by our name or that on disk, belongs to: "llm", …"""
-    return ".".join(name.split(".")[: 2 if name.startswith("segmentor.") else 1])
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -583,3 +579,15 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     twice = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     twice -= {name for name, _ in model.named_parameters()}
     return {name: tensor for name, tensor in state.items() if name not in twice}
+
+
+def weights_digest(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """A digest of the names, shapes and types of the weights, and of some 256 numbers of each. With
+    a `dtype` numbers are rounded to it first, and copies in other types have the same digest."""
+    digest = hashlib.sha256()
+    for name, parameter in model.state_dict().items():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // 256)].to(dtype or flat.dtype).float().cpu().numpy()
+        digest.update(f"{name} {list(parameter.shape)} {dtype or parameter.dtype}".encode())
+        digest.update(some.tobytes())
+    return digest.hexdigest()[:16]

@@ -6,9 +6,10 @@ in. The records stay packed in one array until they are asked for.
 """
 
 import contextlib
+import hashlib
 import pickle
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,6 +116,24 @@ class Dataset:
         sample = self.sample(index, np.random.default_rng([0, index]))
         sample.turns = [(question, None) for question, _ in sample.turns]
         return sample
+
+    def image_name(self, record: tuple) -> str:
+        """Of a user's own set: the image of an entry of `records`."""
+        raise NotImplementedError
+
+    def keep_part(self, images: Iterable[str]) -> None:
+        """Where a share of a user's own `images` is held out, keeps the records of that share or of
+        the others. Which images, the seed and their names alone say: not what else is read."""
+        source = self.source
+        if not source.held_out:
+            return
+        names = sorted(set(images))
+        names.sort(key=lambda name: hashlib.sha256(f"{source.seed} {name}".encode()).digest())
+        if len(names) < 2:
+            raise ValueError(f"{self.annotations}: one image, of which no share can be held out")
+        count = min(max(1, round(source.held_out * len(names))), len(names) - 1)
+        kept = {*(names[:count] if source.part == "val" else names[count:])}
+        self.records = [record for record in self.records if self.image_name(record) in kept]
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:

@@ -207,10 +207,33 @@ class OwnReferring(Referring):
                 image, masks, texts = unpack(record, where, image=str, masks=list, texts=list)
                 if not masks or len(masks) != len(texts):
                     raise ValueError(f"{where}: {len(masks)} masks but {len(texts)} texts")
-                groups.append(pack((where, image, list(zip(masks, texts, strict=True))), where))
-                starts = range(0, len(masks), MAX_TURNS)
-                self.records += [(len(groups) - 1, start, start + MAX_TURNS) for start in starts]
+                phrases = list(zip(masks, texts, strict=True))
+                if not self.is_training:  # a record for each text
+                    phrases = [
+                        (m, t) for m, t in phrases for t in (t if isinstance(t, list) else [t])
+                    ]
+                groups.append(pack((where, image, phrases), where))
+                size = MAX_TURNS if self.is_training else 1
+                starts = range(0, len(phrases), size)
+                self.records += [(len(groups) - 1, start, start + size) for start in starts]
         self.groups = Packed(groups)
+        self.keep_part(image for _, image, _ in map(self.groups.__getitem__, range(len(groups))))
+
+    def image_name(self, record: tuple) -> str:
+        return self.groups[record[0]][1]
+
+    def key(self, index: int) -> str:
+        return f"{self.image_name(self.records[index])}/{index}"
+
+    def is_present(self, index: int) -> bool:
+        """Of a set that is scored: whether anything in the image fits the expression."""
+        group, start, _ = self.records[index]
+        return self.groups[group][2][start][0] is not None
+
+    def num_words(self, index: int) -> int:
+        """Of a set that is scored."""
+        group, start, _ = self.records[index]
+        return len(str(self.groups[group][2][start][1]).split())
 
     def build(
         self, index: int, group: tuple, phrases: list[tuple], rng: np.random.Generator

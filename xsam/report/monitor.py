@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from xsam import distributed
 from xsam.data import Batch
-from xsam.datasets.sources import scored_tasks
+from xsam.datasets.sources import folder_name, run_sets
 from xsam.evaluate import FOLDER, evaluate
-from xsam.evaluation.benchmarks import TASKS, Figures, table
+from xsam.evaluation.benchmarks import Figures, table
 from xsam.evaluation.prediction_files import SavedPredictions
 from xsam.files import write_whole
 from xsam.model import XSAM, Segmentor
@@ -217,18 +217,17 @@ def score_tasks(
     """Figures of the tasks that the configuration names, and pictures of a task's first set, whose
     names begin with `prefix`. Predictions stay in OUT/predictions/PREFIX, but not where only the
     first `num_samples` are asked for."""
-    tasks = scored_tasks(model.config, [model.stage])
+    names = run_sets(model.config, [model.stage], data)
     folder, drawn = out / FOLDER / prefix, set()
 
     def draw_first(task: str, predictions: SavedPredictions, _: dict[int, float]) -> None:
         if task not in drawn:
             drawn.add(task)
             count = min(num_pictures, len(predictions.keys))
-            path = out / "pictures" / f"{prefix}_{task}"
+            path = out / "pictures" / f"{prefix}_{folder_name(task)}"
             paths = {n: path.with_name(f"{path.name}_{n:05d}.png") for n in range(count)}
             draw_predictions(predictions, paths)
 
-    names = [name for task in tasks for _, name in TASKS[task].datasets]
     figures = evaluate(
         model, names, data, folder, num_samples, on_scored=draw_first, overwrite=True
     )
