@@ -432,16 +432,17 @@ def bert_embedder(folder: Path) -> Embed:
 # ---- the table that is printed -------------------------------------------------------------------
 
 
-def table(results: dict[str, dict[str, Figures]], note: str = "") -> str:
+def table(results: dict[str, dict[str, Figures]], note: str = "", with_paper: bool = True) -> str:
     """Markdown table of {column: {task: {figure's name: figure}}}: each figure beside the paper's
     and how it is counted. `note` stands above it."""
     rows = dict.fromkeys((t, n) for scores in results.values() for t in scores for n in scores[t])
-    lines = ["| task | metric | " + " | ".join(results) + " | paper | protocol |"]
-    lines.append("|" + "---|" * (len(results) + 4))
+    heads = ["task", "metric", *results, *(["paper"] if with_paper else []), "protocol"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for task, name in rows:
         figures = [scores.get(task, {}).get(name) for scores in results.values()]
         cells = [_cell(figure) for figure in figures]
-        cells += [_paper(task, name, list(results)), TASKS[task].protocols[name.split()[0]]]
+        cells += [_paper(task, name, list(results))] if with_paper else []
+        cells.append(TASKS[task].protocols[name.split()[0]])
         lines.append(f"| {task} | {name} | {' | '.join(cells)} |")
     return "\n".join([*([note, ""] if note else []), *lines])
 
