@@ -23,9 +23,10 @@ import torch
 from xsam.checkpoints import find_checkpoint, latest_checkpoint, read_header
 from xsam.cli import Parser
 from xsam.config import ARCHITECTURES, PARTS, Config, Dtype, is_in, stage_folder
-from xsam.evaluate import result_notes, weights_digest
+from xsam.evaluate import FOLDER, result_notes, weights_digest
 from xsam.evaluation.benchmarks import table
-from xsam.files import check_target, read_json
+from xsam.evaluation.prediction_files import ABOUT_FILE
+from xsam.files import read_json
 from xsam.inference import load_checkpoint, save_pretrained
 from xsam.model import XSAM, Segmentor
 from xsam.weights import CONFIG_FILE
@@ -43,7 +44,7 @@ TAGS = "x-sam", "panoptic-segmentation", "referring-segmentation", "visual-quest
 
 WHAT = {  # by stage
     1: """A segmentor of X-SAM's architecture (arXiv 2508.04655), of its stage 1: it segments the
-classes that it was trained on, as panoptic, instance or semantic masks. It has no language model.""",
+classes that it was trained on, as panoptic, instance or semantic masks, and reads no text.""",
     3: """A model of X-SAM's architecture (arXiv 2508.04655): it answers requests about a picture in
 words and masks. It segments named classes, the object that a phrase or a question means, objects
 like those under a point, box, scribble or mask, and what it names in a caption.""",
@@ -69,8 +70,9 @@ def read_record(checkpoint: Path | str, model: Segmentor | XSAM) -> dict[str, An
     own and those of earlier stages beside it, and "results", a table in Markdown.
 
     `model` is the checkpoint's as it is stored. Of evaluate's results.json those of these very
-    weights are taken, of training's the stage's column, where the checkpoint is its newest. Raises
-    ValueError at a results.json of something else."""
+    weights are taken, of training's the stage's column, where the checkpoint is its newest and the
+    predictions beside, if any, are of these weights. Raises ValueError at a results.json of
+    something else."""
     checkpoint = find_checkpoint(Path(checkpoint)).resolve()
     folders, headers, results = (checkpoint, *checkpoint.parents[:2]), [], ""
     is_newest = latest_checkpoint(stage_folder(folders[-1], model.stage)) == checkpoint
@@ -87,12 +89,14 @@ def read_record(checkpoint: Path | str, model: Segmentor | XSAM) -> dict[str, An
 
 def _read_results(path: Path, model: Segmentor | XSAM, is_newest: bool) -> str:
     """The table of a results.json, "" where it has no figures of these weights."""
-    found, column = read_json(path, dict), f"stage {model.stage}"
+    found, column, digest = read_json(path, dict), f"stage {model.stage}", weights_digest(model)
+    scored = path.parent.glob(f"{FOLDER}/stage{model.stage}/*/{ABOUT_FILE}")
     try:
         about, columns = found.pop("about", {}), found.get("columns", {})
-        if about.get("weights") == weights_digest(model):
+        if about.get("weights") == digest:
             return table({about["column"]: found}, result_notes(about), with_paper=False)
-        if is_newest and column in columns:
+        weights = {read_json(each, dict)["made_by"]["weights"] for each in scored}
+        if is_newest and column in columns and weights <= {digest}:
             return table({column: columns[column]}, with_paper=False)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no results of this library ({error!r}); move it away") from error
@@ -101,11 +105,9 @@ def _read_results(path: Path, model: Segmentor | XSAM, is_newest: bool) -> str:
 
 def _stages_before(header: dict) -> set[int]:
     """The earlier stages that a checkpoint comes from."""
-    stages, found = (
-        header["config"].stages,
-        set(header["config"].stages[header["stage"]].starts_from),
-    )
-    return found.union(*(stages[stage].starts_from for stage in found))
+    stages = header["config"].stages
+    found = stages[header["stage"]].starts_from
+    return {*found}.union(*(stages[stage].starts_from for stage in found))
 
 
 # ---- the card ------------------------------------------------------------------------------------
@@ -334,9 +336,6 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--private is of --push")
     if options.push:
         check_push(options.push)
-    check_target(out, is_folder=True)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: not empty; choose a new folder")
     model, _ = load_checkpoint(
         options.checkpoint, tokenizer=options.tokenizer, report=lambda x: print(x, file=sys.stderr)
     )
