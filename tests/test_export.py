@@ -1,5 +1,5 @@
-"""An exported folder is the checkpoint bit for bit, opens in the published code, and its card has no
-figure that is not on the disk.
+"""An exported folder is the checkpoint bit for bit and has the names and shapes that the published
+code loads; its card has no figure that is not on the disk.
 
 pytest tests/test_export.py
 """
@@ -25,7 +25,15 @@ from xsam.evaluation.benchmarks import SEGMENTOR_PAPER, TASKS
 from xsam.export import main, model_card, read_record
 from xsam.inference import load_checkpoint, save_pretrained
 from xsam.model import XSAM, Segmentor
-from xsam.weights import BIN_FILE, CONFIG_FILE, EMBEDDING, MODEL_FILE, OUTPUT, own_tensors
+from xsam.weights import (
+    BIN_FILE,
+    CONFIG_FILE,
+    EMBEDDING,
+    MODEL_FILE,
+    OUTPUT,
+    own_tensors,
+    save_bin,
+)
 
 FIGURES = {"panoptic": {"PQ": 61.27, "SQ": 0.04}, "refer": {"cIoU": 12.345, "gIoU testA": None}}
 
@@ -122,7 +130,8 @@ def test_wrong_flags_are_told_and_nothing_is_written(trained, tmp_path, capsys, 
 
 def theirs(model: XSAM | Segmentor) -> dict[str, Tensor]:
     """The state dict that the published code's model has of this architecture, without the two of
-    its tensors that no mask and no word depends on. Its tables of words have the tokenizer's length."""
+    its tensors that no mask and no word depends on. Its tables of words are as long as the
+    tokenizer."""
     state = published(model, "current")
     state = {x: y for x, y in state.items() if "criterion" not in x and "shared_image" not in x}
     for name in state.keys() & {EMBEDDING, OUTPUT}:
@@ -141,9 +150,8 @@ def test_names_are_those_of_the_published_state_dict(request, kind, layout, tmp_
     assert (len(files) > 1) == (layout == "several files")
     if layout == "bin":
         states = [torch.load(tmp_path / "x" / BIN_FILE, weights_only=True)]
-        assert not files and {x.shape for x in states[0].values()} == {
-            x.shape for x in theirs(model).values()
-        }
+        shapes = {name: tensor.shape for name, tensor in states[0].items()}
+        assert not files and shapes == {name: x.shape for name, x in theirs(model).items()}
     names = [name for state in states for name in state]
     assert len(names) == len(set(names)) and set(names) == theirs(model).keys()
 
@@ -179,7 +187,7 @@ def test_a_bin_fills_a_language_model_made_as_the_published_code_makes_it(model,
     reference.load_state_dict(inside, strict=True)
 
 
-def test_tied_tables_have_both_names_in_a_bin(model, tmp_path):
+def test_tied_tables_have_both_names_in_a_bin(tmp_path):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -189,8 +197,6 @@ def test_tied_tables_have_both_names_in_a_bin(model, tmp_path):
             self.llm.model.model.embed_tokens = nn.Embedding(9, 2)
             self.llm.model.lm_head = nn.Linear(2, 9, bias=False)
             self.llm.model.lm_head.weight = self.llm.model.model.embed_tokens.weight
-
-    from xsam.weights import save_bin
 
     tied = Tied()
     assert len(own_tensors(tied)) == 1
@@ -274,7 +280,8 @@ def test_folders_of_the_machine_are_not_told(model, tmp_path):
 
 
 def test_results_of_other_weights_are_not_taken(model, tmp_path):
-    """A column is of the stage's newest checkpoint, and of the weights whose predictions lie there."""
+    """A column is of the stage's newest checkpoint, and of the weights whose predictions lie
+    there."""
     old, new = save(model, tmp_path, 3), save(model, tmp_path, 4)
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"columns": {"stage 3": FIGURES}}))
@@ -306,10 +313,9 @@ def test_results_of_evaluate_are_taken_for_its_weights_alone(model, tmp_path):
 
 def test_public_parts_are_named_as_the_hub_does(model):
     saved = SimpleNamespace(
-        config=xsam().resolve(presence=0.0), stage=3, prefix="", named_parameters=dict.items,
+        config=xsam().resolve(presence=0.0), stage=3, prefix="", named_parameters=list,
         parameters=list,
     )  # fmt: skip
-    saved.named_parameters = saved.parameters = lambda: []
     card = model_card(saved, "me/x", license="mit")
     assert front_matter(card)["base_model"] == [
         *("facebook/sam-vit-large", "google/siglip2-so400m-patch14-384"),
