@@ -477,6 +477,16 @@ def read_earlier(out: Path) -> dict:
     return before
 
 
+def result_notes(about: dict) -> str:
+    """What is to be told above figures, by the "about" of their results.json."""
+    notes = []
+    if limit := about["first_samples"]:
+        notes.append(f"The first {limit} samples of each set alone.")
+    if "one_crowd_per_class" in about:
+        notes.append("PQ: one crowd region of a class and image counts, as in panopticapi.")
+    return " ".join(notes)
+
+
 def write_results(out: Path, results: dict[str, dict[str, Figures]], about: dict) -> None:
     """Writes OUT/results.json and results.md, which is also printed. Figures of other sets that an
     earlier command wrote there for the same weights are kept."""
@@ -488,12 +498,7 @@ def write_results(out: Path, results: dict[str, dict[str, Figures]], about: dict
         tasks += [task for task in {**before, **results} if task not in TASKS]
         results = {task: before.get(task, {}) | results.get(task, {}) for task in tasks}
     write_whole(out / "results.json", json.dumps(results | {"about": about}, indent=1))
-    notes = []
-    if limit := about["first_samples"]:
-        notes.append(f"The first {limit} samples of each set alone.")
-    if "one_crowd_per_class" in about:
-        notes.append("PQ: one crowd region of a class and image counts, as in panopticapi.")
-    text = table({about["column"]: results}, " ".join(notes))
+    text = table({about["column"]: results}, result_notes(about))
     write_whole(out / "results.md", text + "\n")
     print(text)
     for name, each in sets.items():

@@ -62,6 +62,7 @@ from xsam.weights import (
     parameters_on_meta,
     read_published,
     read_tokenizer,
+    save_bin,
     save_model,
     weights_digest,
 )
@@ -443,16 +444,23 @@ def build_sample(
 
 
 def save_pretrained(
-    model: Segmentor | XSAM, folder: Path, max_shard_bytes: int = SHARD_BYTES
+    model: Segmentor | XSAM,
+    folder: Path,
+    max_shard_bytes: int = SHARD_BYTES,
+    is_bin: bool = False,
 ) -> None:
     """Writes a folder that `load_checkpoint` reads: weights in safetensors, in several files above
-    `max_shard_bytes`, config.json and the tokenizer. Raises ValueError where the folder holds
-    something already."""
+    `max_shard_bytes`, config.json and the tokenizer. `is_bin`: one pickled file in their place
+    (`save_bin`). Raises ValueError where the folder holds something already."""
     check_target(folder, is_folder=True)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not empty; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(folder, own_tensors(model), model.prefix, max_shard_bytes)
+    if is_bin:
+        num_words = None if model.tokenizer is None else add_special_tokens(model.tokenizer)
+        save_bin(folder, model, model.prefix, num_words)
+    else:
+        save_model(folder, own_tensors(model), model.prefix, max_shard_bytes)
     write_header(folder, model.config, model.stage, step=0)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)

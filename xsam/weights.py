@@ -28,7 +28,7 @@ from xsam.encoders import resize_positions, transformers_config
 from xsam.files import cause_of, give_rights, read_json
 from xsam.llm import render_conversation
 
-MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+MODEL_FILE, BIN_FILE, CONFIG_FILE = "model.safetensors", "pytorch_model.bin", "config.json"
 
 SHARD_BYTES = 5 * 10**9  # largest file written
 
@@ -175,7 +175,7 @@ def list_tensors(path: Path) -> dict[str, Stored]:
         raise ValueError(f"{path}: no such file or folder")
     files, placed = [path], {}
     if path.is_dir():
-        candidates = [path / MODEL_FILE, path / "pytorch_model.bin"]
+        candidates = [path / MODEL_FILE, path / BIN_FILE]
         indices = [file.with_name(f"{file.name}.index.json") for file in candidates]
         files = [file for file in candidates if file.is_file()][:1]
         index = next((index for index in indices if index.is_file()), None)
@@ -571,6 +571,18 @@ def save_model(
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         text = json.dumps(index, indent=1)
         (folder / f"{MODEL_FILE}.index.json").write_text(text, encoding="utf-8")
+
+
+def save_bin(
+    folder: Path, model: nn.Module, prefix: str = "", num_words: int | None = None
+) -> None:
+    """A model's tensors as pytorch_model.bin, which the published code reads: one pickled dict,
+    tied weights under both names. The tables of words are cut to `num_words` rows: that code passes
+    over tables of another length than its tokenizer."""
+    state = {disk_name(prefix + name): value.cpu() for name, value in model.state_dict().items()}
+    for name in state.keys() & {EMBEDDING, OUTPUT}:
+        state[name] = state[name][:num_words].clone()  # a view would bring all rows
+    torch.save(state, folder / BIN_FILE)
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

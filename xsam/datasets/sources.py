@@ -342,6 +342,12 @@ def recognise(source: Source, root: Path) -> Source:
     return replace(source, task="generic", format="instance")
 
 
+def file_name(name: str) -> str:
+    """A set's name for people: of a user's own file without the folders that it lies in."""
+    spec, at, part = name.partition("@")
+    return f"{Path(spec.partition(':')[0]).name}{at}{part}" if is_own(name) else name
+
+
 def folder_name(name: str) -> str:
     """A set's name as that of a folder or file."""
     return name if name in SOURCES else re.sub(r"[^\w.@+-]+", "_", name).strip("._")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from xsam import distributed
 from xsam.datasets.base import Dataset
 from xsam.datasets.formats import encode_mask
-from xsam.datasets.sources import is_own
+from xsam.datasets.sources import file_name, is_own
 from xsam.evaluation import metrics
 from xsam.evaluation.metrics import Embed, Figures
 from xsam.evaluation.prediction_files import SavedPredictions, kind_of
@@ -453,20 +453,21 @@ def bert_embedder(folder: Path) -> Embed:
 # ---- the table that is printed -------------------------------------------------------------------
 
 
-def table(results: dict[str, dict[str, Figures]], note: str = "") -> str:
+def table(results: dict[str, dict[str, Figures]], note: str = "", with_paper: bool = True) -> str:
     """Markdown table of {column: {task: {figure's name: figure}}}: each figure beside the paper's
     and how it is counted. `note` stands above it."""
     rows = dict.fromkeys((t, n) for scores in results.values() for t in scores for n in scores[t])
-    lines = ["| task | metric | " + " | ".join(results) + " | paper | protocol |"]
-    lines.append("|" + "---|" * (len(results) + 4))
+    heads = ["task", "metric", *results, *(["paper"] if with_paper else []), "protocol"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for task, name in rows:
         figures = [scores.get(task, {}).get(name) for scores in results.values()]
         cells = [_cell(figure) for figure in figures]
         is_some_absent = any("N_acc" in scores.get(task, {}) for scores in results.values())
         own = OWN_PROTOCOLS | ({} if is_some_absent else PROTOCOLS["refer"])
         protocols = TASKS[task].protocols if task in TASKS else own
-        cells += [_paper(task, name, list(results)), protocols[name.split()[0]]]
-        lines.append(f"| {task} | {name} | {' | '.join(cells)} |")
+        cells += [_paper(task, name, list(results))] if with_paper else []
+        cells.append(protocols[name.split()[0]])
+        lines.append(f"| {file_name(task)} | {name} | {' | '.join(cells)} |")
     return "\n".join([*([note, ""] if note else []), *lines])
 
 
