@@ -45,11 +45,11 @@ def read_refs(path: Path) -> list[dict]:
     return refs
 
 
-def read_tsv(path: Path) -> list[dict[str, str]]:
-    """A VLMEvalKit table as a record a row; images are base64 in a column."""
+def read_tsv(path: Path, delimiter: str = "\t") -> list[dict[str, str]]:
+    """A table as a record a row; VLMEvalKit's have images as base64 in a column."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     lines = io.StringIO(read_text(path), newline="")
-    rows = csv.DictReader(lines, delimiter="\t", strict=True)
+    rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     table = []
     try:
         for row in rows:
@@ -60,7 +60,7 @@ def read_tsv(path: Path) -> list[dict[str, str]]:
         return table
     except csv.Error as error:
         raise ValueError(
-            f"{path}: line {rows.reader.line_num}: not a row of tab-separated values ({error}); "
+            f"{path}: line {rows.reader.line_num}: not a row of a table ({error}); "
             'a value that begins with a quote is quoted as a whole, with "" for a quote inside'
         ) from error
 
