@@ -167,8 +167,9 @@ def contents_text(dataset: Dataset) -> str:
         images.update(set(found))
     names, total = dataset.names, objects.total()
     lines = [f"{dataset.name}: {len(records)} images, {total} objects of {len(names)} classes"]
-    for number, count in objects.most_common(MOST_CLASSES):
-        lines.append(f"  {names[number]}: {count} objects in {images[number]} images")
+    for number, _ in objects.most_common(MOST_CLASSES):
+        counts = f"{objects[number]} objects in {images[number]} images"
+        lines.append(f"  {names[number]}: {counts}")
     if len(objects) > MOST_CLASSES:
         lines.append(f"  … and {len(objects) - MOST_CLASSES} more")
     if without := [name for number, name in enumerate(names) if number not in objects]:

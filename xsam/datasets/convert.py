@@ -83,6 +83,8 @@ def convert(
     one may say its value, from which the next count on: "0=road,car,7=tree". The values 0 and 255
     are void unless a name is given to them, as is 7 by "7=". `refer` writes expressions.
     """
+    if images and not images.is_dir():
+        raise ValueError(f"--images {images}: is no folder")
     find, read, layout = _recognise(source)
     classes = _classes(names)
     if layout == "panoptic":
@@ -115,8 +117,8 @@ def convert(
         print(f"skipped: {skipped}")
     if void:
         print(
-            f"void, which trains nothing: {void:.0%} of the pixels, those of values without a name; "
-            "where 0 is what is no object, name it: --names 0=background,..."
+            f"void, which trains nothing: {void:.0%} of the pixels, of values without a name; where "
+            "0 is what is no object, name it: --names 0=background,..."
         )
     print(f"next: python -m xsam.data check --datasets {shlex.quote(spec)} --show 4")
     return spec
@@ -175,8 +177,8 @@ def _convert_image(
         raise ValueError(f"{job.where}: {error}") from error
     joined: dict[tuple, np.ndarray | None] = {}
     for name, key, mask in objects:
-        check_words(name, job.where)
-        key = name, None if layout == "refer" else key
+        name = name.strip() if layout == "refer" else clean_name(name)
+        key = check_words(name, f"{job.where}: a name"), None if layout == "refer" else key
         before = joined.get(key)
         joined[key] = mask if before is None else before if mask is None else before | mask
     if layout == "refer":
@@ -244,8 +246,8 @@ def _labelme_jobs(folder: Path, images: Path | None, counts: Counter) -> list[Jo
         if image in jobs:
             raise ValueError(f"{path}: its image {image} is that of {jobs[image].where} as well")
         jobs[image] = Job(image, str(path), take(content, "shapes", list, str(path)), size)
-    others = set(list_files(images or folder, *IMAGE_SUFFIXES)) - jobs.keys()
-    counts["images without a JSON file"] = len(others)
+    every = list_files((images or folder).resolve(), *IMAGE_SUFFIXES)
+    counts["images without a JSON file"] = len(set(every) - jobs.keys())
     return list(jobs.values())
 
 
@@ -255,7 +257,7 @@ def _existing(folder: Path, where: str, *names: str) -> Path:
         raise ValueError(
             f"{where}: {names[0]!r} is not in {folder} (--images says where images are)"
         )
-    return path
+    return path.parent.resolve() / path.name  # one path for one image, where "../" leads to it, too
 
 
 def _read_labelme(job: Job) -> Found:
@@ -275,7 +277,7 @@ def _read_labelme(job: Job) -> Found:
             mask = paint_shapes([(False, outline)], size, where) == 1
         if mask.any():
             key = ("shape", index) if group is None else ("group", str(group))
-            objects.append(Object(clean_name(name), key, mask))
+            objects.append(Object(name, key, mask))
         else:
             counts["shapes without a pixel in the image"] += 1
     return size, objects, counts
@@ -320,7 +322,7 @@ def _class_jobs(source: Path, images: Path | None, counts: Counter) -> list[Job]
         for path in list_files(folder, *IMAGE_SUFFIXES):
             stem = path.stem if path.stem in stems else re.sub(r"_\d+$", "", path.stem)
             if stem in stems:
-                marks[stem].append((clean_name(folder.name), path))
+                marks[stem].append((folder.name, path))
             else:
                 counts["masks without an image of their stem"] += 1
     counts["images without a mask"] = len(stems) - len(marks)
@@ -355,7 +357,9 @@ def _read_map(job: Job, classes: dict[int, str]) -> Found:
     size = read_image_size(path)
     picture = open_png(path, size)
     if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
-        raise ValueError(f"{path}: its pixels are {picture.mode}, a map of classes has one channel")
+        raise ValueError(
+            f"{path}: its pixels are {picture.mode}, save a map of classes as grey levels"
+        )
     levels = np.asarray(picture).astype(np.int64)
     values = np.unique(levels).tolist()
     if strange := [value for value in values if value not in classes]:
