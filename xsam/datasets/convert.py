@@ -32,15 +32,7 @@ from xsam.datasets.check import contents_text
 from xsam.datasets.records import take, unpack
 from xsam.datasets.referring import corners, labelme_image, paint_shapes, whole_pixels
 from xsam.datasets.registry import open_dataset
-from xsam.files import (
-    IMAGE_SUFFIXES,
-    complete,
-    find_file,
-    is_file,
-    list_files,
-    read_json,
-    read_text,
-)
+from xsam.files import IMAGE_SUFFIXES, complete, find_file, is_file, list_files, read_json
 from xsam.images import EmptyMask, foreground, open_png, read_image, read_image_size, read_region
 from xsam.names import read_names
 from xsam.prompts import check_words, clean_name
@@ -57,14 +49,9 @@ class Job(NamedTuple):
     size: tuple[int, int] | None = None  # of the image, where `where` tells it
 
 
-class Object(NamedTuple):
-    """Its class or expression, what tells it from others of that name, and its mask, bool [H, W],
-    or None where the image has no such thing."""
-
-    name: str
-    key: Any
-    mask: np.ndarray | None
-
+# A class or expression, what tells it from others of that name, and its mask, bool [H, W], or None
+# where the image has no such thing.
+Object = tuple[str, Any, np.ndarray | None]
 
 Found = tuple[tuple[int, int], list[Object], Counter]  # image size, objects, what is counted
 
@@ -108,18 +95,21 @@ def convert(
         if not any(annotations for _, annotations, _ in results):
             raise ValueError(f"{source}: no object in it ({_listed(counts) or 'no image'})")
         base = (images or out.parent).resolve()
-        named = [name for _, name in sorted(classes.items()) if name]
-        content = _content(jobs, results, layout, named, base)
+        paths = (job.image.parent.resolve() / job.image.name for job in jobs)
+        files = [Path(os.path.relpath(path, base)).as_posix() for path in paths]
+        if layout == "refer":
+            content = _referring(files, results)
+        else:
+            named = [name for _, name in sorted(classes.items()) if name]
+            content = _coco(jobs, files, results, named, bool(pngs))
         partial.write_text(json.dumps(content), encoding="utf-8")
     dataset = open_dataset(spec, Path())
     print(contents_text(dataset))
     if skipped := _listed(counts + dataset.skipped):
         print(f"skipped: {skipped}")
     if void:
-        print(
-            f"void, which trains nothing: {void:.0%} of the pixels, of values without a name; where "
-            "0 is what is no object, name it: --names 0=background,..."
-        )
+        mend = 'if it is what is no object, name its value: --names "0=background,..."'
+        print(f"void: {void:.0%} of the pixels, which train nothing; {mend}")
     print(f"next: python -m xsam.data check --datasets {shlex.quote(spec)} --show 4")
     return spec
 
@@ -151,15 +141,11 @@ def _recognise(source: Path) -> tuple[Callable, Callable, str]:
         raise ValueError(f"{source}: no folder, and no table in .csv or .tsv")
     if list_files(source, ".json"):
         return _labelme_jobs, _read_labelme, "instance"
-    are_maps, are_classes = list_files(source, *IMAGE_SUFFIXES), _class_folders(source)
-    if bool(are_maps) == bool(are_classes):
-        what = (
-            "both masks and folders" if are_maps else "no labelme file (.json) and no mask (.png)"
-        )
+    has_maps, has_classes = bool(list_files(source, *IMAGE_SUFFIXES)), bool(_class_folders(source))
+    if has_maps == has_classes:
+        what = "both masks and folders" if has_maps else "no labelme file (.json) and no mask"
         raise ValueError(f"{source}: holds {what}; give class maps, or a folder for each class")
-    return (
-        (_map_jobs, _read_map, "panoptic") if are_maps else (_class_jobs, _read_masks, "instance")
-    )
+    return _mask_jobs, *((_read_map, "panoptic") if has_maps else (_read_masks, "instance"))
 
 
 # ---- from an image's objects to a file -----------------------------------------------------------
@@ -181,54 +167,46 @@ def _convert_image(
         key = check_words(name, f"{job.where}: a name"), None if layout == "refer" else key
         before = joined.get(key)
         joined[key] = mask if before is None else before if mask is None else before | mask
-    if layout == "refer":
-        masks = joined.items()
-        rows = [(name, None if m is None else formats.encode_mask(m)) for (name, _), m in masks]
-        return size, rows, counts
     rows, ids = [], np.zeros(size, np.int32)
     for (name, key), mask in joined.items():
-        if mask is None:
-            continue
-        row = dict(area=int(mask.sum()), bbox=formats.bounding_box(mask), iscrowd=0)
-        if layout == "panoptic":
-            row["id"] = ids[mask] = key + 1  # 0 is void
-        else:
-            row["segmentation"] = formats.encode_mask(mask)
-        rows.append((name, row))
+        rle = None if mask is None else formats.encode_mask(mask)
+        if layout == "refer":
+            rows.append((name, rle))
+        elif rle:
+            about = dict(area=int(mask.sum()), bbox=formats.bounding_box(mask), iscrowd=0)
+            kept = dict(segmentation=rle) if layout == "instance" else dict(id=key + 1)  # 0 is void
+            ids[mask] = kept.get("id", 0)
+            rows.append((name, about | kept))
     for folder in folders:
         Image.fromarray(formats.segment_colours(ids)).save(folder / f"{job.image.stem}.png")
     return size, rows, counts
 
 
-def _content(
-    jobs: list[Job], results: list[tuple], layout: str, classes: list[str], base: Path
-) -> dict | list:
-    """What is written: a list of expressions by image, or COCO's dict."""
-    refers, images, annotations = [], [], []
+def _referring(files: list[str], results: list[tuple]) -> list[dict]:
+    pairs = zip(files, results, strict=True)
+    rows = [(file, *zip(*rows, strict=True)) for file, (_, rows, _) in pairs if rows]
+    return [dict(image=file, texts=texts, masks=masks) for file, texts, masks in rows]
+
+
+def _coco(
+    jobs: list[Job], files: list[str], results: list[tuple], classes: list[str], has_pngs: bool
+) -> dict:
+    images, annotations = [], []
     found = sorted({name for _, rows, _ in results for name, _ in rows})
     numbers = {name: number for number, name in enumerate(classes or found, 1)}
-    for job, (size, rows, _) in zip(jobs, results, strict=True):
-        path = job.image.parent.resolve() / job.image.name
-        name = Path(os.path.relpath(path, base)).as_posix()
-        if layout == "refer":
-            texts, masks = [text for text, _ in rows], [mask for _, mask in rows]
-            refers += [dict(image=name, texts=texts, masks=masks)] * bool(rows)
-            continue
+    for number, (job, file, result) in enumerate(zip(jobs, files, results, strict=True), 1):
+        (height, width), rows, _ = result
         if strange := [name for name, _ in rows if name not in numbers]:
             raise ValueError(f"{job.where}: class {strange[0]!r} is not in --names; add it there")
-        image_id = len(images) + 1
-        images.append(dict(id=image_id, file_name=name, height=size[0], width=size[1]))
+        images.append(dict(id=number, file_name=file, height=height, width=width))
         rows = [row | dict(category_id=numbers[name]) for name, row in rows]
-        if layout == "panoptic":
-            png = f"{job.image.stem}.png"
-            annotations.append(dict(image_id=image_id, file_name=png, segments_info=rows))
-        else:
-            start = len(annotations) + 1
-            annotations += [dict(id=i, image_id=image_id) | r for i, r in enumerate(rows, start)]
-    is_thing = dict(isthing=0) if layout == "panoptic" else {}
+        if has_pngs:
+            rows = [dict(file_name=f"{job.image.stem}.png", segments_info=rows)]
+        start = len(annotations) + 1
+        annotations += [dict(id=i, image_id=number) | row for i, row in enumerate(rows, start)]
+    is_thing = dict(isthing=0) if has_pngs else {}
     categories = [dict(id=number, name=name) | is_thing for name, number in numbers.items()]
-    coco = dict(images=images, annotations=annotations, categories=categories)
-    return refers if layout == "refer" else coco
+    return dict(images=images, annotations=annotations, categories=categories)
 
 
 # ---- labelme -------------------------------------------------------------------------------------
@@ -254,9 +232,7 @@ def _labelme_jobs(folder: Path, images: Path | None, counts: Counter) -> list[Jo
 def _existing(folder: Path, where: str, *names: str) -> Path:
     path = find_file(folder, *names)
     if not is_file(path):
-        raise ValueError(
-            f"{where}: {names[0]!r} is not in {folder} (--images says where images are)"
-        )
+        raise ValueError(f"{where}: {names[0]!r} is not in {folder} (for images: --images)")
     return path.parent.resolve() / path.name  # one path for one image, where "../" leads to it, too
 
 
@@ -277,7 +253,7 @@ def _read_labelme(job: Job) -> Found:
             mask = paint_shapes([(False, outline)], size, where) == 1
         if mask.any():
             key = ("shape", index) if group is None else ("group", str(group))
-            objects.append(Object(name, key, mask))
+            objects.append((name, key, mask))
         else:
             counts["shapes without a pixel in the image"] += 1
     return size, objects, counts
@@ -315,12 +291,15 @@ def _class_folders(source: Path) -> list[Path]:
     return sorted(path for path in source.glob("[!.]*") if path.is_dir())
 
 
-def _class_jobs(source: Path, images: Path | None, counts: Counter) -> list[Job]:
-    """Of masks CLASS/STEM.png, or CLASS/STEM_1.png where no image has the stem STEM_1."""
+def _mask_jobs(source: Path, images: Path | None, counts: Counter) -> list[Job]:
+    """Of class maps STEM.png; or of masks CLASS/STEM.png, or CLASS/STEM_1.png where no image has
+    the stem STEM_1."""
     stems, marks = _by_stem(images), defaultdict(list)
-    for folder in _class_folders(source):
+    for folder in _class_folders(source) or [source]:
         for path in list_files(folder, *IMAGE_SUFFIXES):
-            stem = path.stem if path.stem in stems else re.sub(r"_\d+$", "", path.stem)
+            stem = path.stem
+            if folder != source and stem not in stems:
+                stem = re.sub(r"_\d+$", "", stem)
             if stem in stems:
                 marks[stem].append((folder.name, path))
             else:
@@ -340,26 +319,16 @@ def _read_masks(job: Job) -> Found:
             mask = path and read_region(path, size)
         except EmptyMask:
             counts["masks that are all black: no such thing"] += 1
-        objects.append(Object(name, index, mask))
+        objects.append((name, index, mask))
     return size, objects, counts
 
 
-def _map_jobs(source: Path, images: Path | None, counts: Counter) -> list[Job]:
-    stems, paths = _by_stem(images), list_files(source, *IMAGE_SUFFIXES)
-    jobs = [Job(stems[p.stem], str(p), [p]) for p in paths if p.stem in stems]
-    counts["class maps without an image of their stem"] = len(paths) - len(jobs)
-    counts["images without a class map"] = len(stems) - len(jobs)
-    return jobs
-
-
 def _read_map(job: Job, classes: dict[int, str]) -> Found:
-    (path,) = job.marks
+    path = job.marks[0][1]
     size = read_image_size(path)
     picture = open_png(path, size)
     if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
-        raise ValueError(
-            f"{path}: its pixels are {picture.mode}, save a map of classes as grey levels"
-        )
+        raise ValueError(f"{path}: its pixels are {picture.mode}; save class maps as grey levels")
     levels = np.asarray(picture).astype(np.int64)
     values = np.unique(levels).tolist()
     if strange := [value for value in values if value not in classes]:
@@ -367,8 +336,8 @@ def _read_map(job: Job, classes: dict[int, str]) -> Found:
             f"{path}: value {strange[0]} has no name (its values are {values[:20]}); "
             "--names a,b names 1 and 2, --names 0=a,7=b others, and 7= makes 7 void"
         )
-    objects = [Object(classes[v], v, levels == v) for v in values if classes[v]]
-    void = levels.size - sum(int(each.mask.sum()) for each in objects)
+    objects = [(classes[value], value, levels == value) for value in values if classes[value]]
+    void = levels.size - sum(int(mask.sum()) for *_, mask in objects)
     return size, objects, Counter(void=void, pixels=levels.size)
 
 
@@ -378,14 +347,10 @@ def _read_map(job: Job, classes: dict[int, str]) -> Found:
 def _table_jobs(path: Path, images: Path | None, counts: Counter) -> list[Job]:
     """Rows of one image are one job. Masks count from the table's folder, images too or else from
     `images`; a mask that is left out says that the image has no such thing."""
-    head = read_text(path).partition("\n")[0]
-    delimiter = max("\t;,", key=head.count)
     jobs: dict[Path, Job] = {}
-    for number, row in enumerate(formats.read_tsv(path, delimiter), 1):
+    for number, row in enumerate(formats.read_tsv(path), 1):
         where, row = f"{path}: row {number}", {key.strip().lower(): row[key] for key in row}
-        image, mask, text = (
-            take(row, key, str, where).strip() for key in ("image", "mask", "text")
-        )
+        image, mask, text = map(str.strip, unpack(row, where, image=str, mask=str, text=str))
         check_words(text, f"{where}: text")
         image = _existing(images or path.parent, where, image)
         mask = _existing(path.parent, where, mask) if mask else None
@@ -396,12 +361,9 @@ def _table_jobs(path: Path, images: Path | None, counts: Counter) -> list[Job]:
 def add_commands(subparsers: Any) -> None:
     """Adds convert, as build.py adds its own."""
     about = "labelme's files, masks or a table of your own to a file that trains"
-    example = "labelled --out mine.json"
-    add = add_command(subparsers, "convert", convert, about, example)
-    sources = (
-        "a folder of labelme's JSON files, of class maps, or of a folder of masks for each class"
-    )
-    add("source", type=Path, metavar="SOURCE", help=f"{sources}; or a table .csv, .tsv")
+    add = add_command(subparsers, "convert", convert, about, "labelled --out mine.json")
+    sources = "a folder of labelme's JSON files, of class maps or of a folder of masks a class"
+    add("source", type=Path, metavar="SOURCE", help=f"{sources}; or a table, .csv or .tsv")
     add("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
     add("--images", type=Path, metavar="DIR", help="where the images are; masks need it")
     text = "classes in order, a,b,c or a file; of class maps those of 1, 2, 3, or 0=a,7=b"

@@ -45,10 +45,14 @@ def read_refs(path: Path) -> list[dict]:
     return refs
 
 
-def read_tsv(path: Path, delimiter: str = "\t") -> list[dict[str, str]]:
-    """A table as a record a row; VLMEvalKit's have images as base64 in a column."""
+def read_tsv(path: Path) -> list[dict[str, str]]:
+    """A table as a record a row; VLMEvalKit's have images as base64 in a column. Cells of a .csv
+    are parted by what its head has most of."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    lines = io.StringIO(read_text(path), newline="")
+    text = read_text(path)
+    marks = ",;\t" if path.suffix.lower() == ".csv" else "\t"
+    delimiter = max(marks, key=text.partition("\n")[0].count)
+    lines = io.StringIO(text, newline="")
     rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     table = []
     try:
