@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from xsam.datasets import formats
 from xsam.datasets.build import add_command, run_each
 from xsam.datasets.check import contents_text
+from xsam.datasets.formats import bounding_box, encode_mask, read_tsv, segment_colours
 from xsam.datasets.records import take, unpack
 from xsam.datasets.referring import corners, labelme_image, paint_shapes, whole_pixels
 from xsam.datasets.registry import open_dataset
@@ -169,16 +169,17 @@ def _convert_image(
         joined[key] = mask if before is None else before if mask is None else before | mask
     rows, ids = [], np.zeros(size, np.int32)
     for (name, key), mask in joined.items():
-        rle = None if mask is None else formats.encode_mask(mask)
         if layout == "refer":
-            rows.append((name, rle))
-        elif rle:
-            about = dict(area=int(mask.sum()), bbox=formats.bounding_box(mask), iscrowd=0)
-            kept = dict(segmentation=rle) if layout == "instance" else dict(id=key + 1)  # 0 is void
-            ids[mask] = kept.get("id", 0)
-            rows.append((name, about | kept))
+            rows.append((name, None if mask is None else encode_mask(mask)))
+        elif mask is not None:
+            row = dict(area=int(mask.sum()), bbox=bounding_box(mask), iscrowd=0)
+            if layout == "panoptic":
+                row["id"] = ids[mask] = key + 1  # 0 is void
+            else:
+                row["segmentation"] = encode_mask(mask)
+            rows.append((name, row))
     for folder in folders:
-        Image.fromarray(formats.segment_colours(ids)).save(folder / f"{job.image.stem}.png")
+        Image.fromarray(segment_colours(ids)).save(folder / f"{job.image.stem}.png")
     return size, rows, counts
 
 
@@ -348,7 +349,7 @@ def _table_jobs(path: Path, images: Path | None, counts: Counter) -> list[Job]:
     """Rows of one image are one job. Masks count from the table's folder, images too or else from
     `images`; a mask that is left out says that the image has no such thing."""
     jobs: dict[Path, Job] = {}
-    for number, row in enumerate(formats.read_tsv(path), 1):
+    for number, row in enumerate(read_tsv(path), 1):
         where, row = f"{path}: row {number}", {key.strip().lower(): row[key] for key in row}
         image, mask, text = map(str.strip, unpack(row, where, image=str, mask=str, text=str))
         check_words(text, f"{where}: text")
