@@ -300,10 +300,8 @@ class Reason(Dataset):
 
     def index_file(self, path: Path) -> None:
         content = read_json(path, last_resort="cp1252")  # some of the files are
-        names = [f"{path.stem}{suffix}" for suffix in IMAGE_SUFFIXES]
         about = content if isinstance(content, dict) else {}
-        if isinstance(about.get("imagePath"), str):
-            names.insert(0, about["imagePath"])
+        names, size = labelme_image(path, about)
         image = find_file(self.annotations, *names)
         if not is_file(image):
             if "shapes" not in about:
@@ -322,8 +320,6 @@ class Reason(Dataset):
             if name.lower() != "flag":
                 outline = corners(whole_pixels(points, where), record.get("shape_type"), where)
                 shapes.append(("ignore" in name.lower(), outline))
-        size = records.whole(about.get("imageHeight")), records.whole(about.get("imageWidth"))
-        size = size if all(isinstance(side, int) and side > 0 for side in size) else None
         if not self.has_target(shapes, path, image, size):
             self.skipped["images without a target"] += 1
             return
@@ -368,6 +364,15 @@ class Reason(Dataset):
         return self.records[index][4]
 
 
+def labelme_image(path: Path, content: dict) -> tuple[list[str], tuple[int, int] | None]:
+    """What the image of a labelme file may be called, and its size, where that is told."""
+    names = [f"{path.stem}{suffix}" for suffix in IMAGE_SUFFIXES]
+    if isinstance(content.get("imagePath"), str):
+        names.insert(0, content["imagePath"])
+    size = tuple(records.whole(content.get(key)) for key in ("imageHeight", "imageWidth"))
+    return names, size if all(isinstance(side, int) and side > 0 for side in size) else None
+
+
 def whole_pixels(points: list, where: str) -> list[tuple[int, int]]:
     """The corners of a polygon, cut to whole pixels as in LISA."""
     for point in points:
@@ -388,7 +393,7 @@ def corners(points: list, kind: str | None, where: str) -> list[tuple[int, int]]
     if kind == "rectangle" and len(points) == 2:
         (left, top), (right, bottom) = points
         return [(left, top), (right, top), (right, bottom), (left, bottom)]
-    if kind in (None, "polygon", "rectangle"):
+    if kind in (None, "polygon", "rectangle", "oriented_rectangle"):
         return points
     raise ValueError(f"{where}: is a {kind} of {len(points)} points; draw it as a polygon")
 

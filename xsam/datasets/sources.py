@@ -327,7 +327,10 @@ def recognise(source: Source, root: Path) -> Source:
     parts = list(content.values()) if isinstance(content, dict) else content
     keys = [key for part in (content, *parts[:1]) if isinstance(part, dict) for key in part]
     if programs := [program for sign, program in FOREIGN.items() if sign in keys]:
-        raise ValueError(f"{path}: is a file of {programs[0]}; export it in the COCO format")
+        mend = "export it in the COCO format"
+        if programs[0] == "labelme":
+            mend += f" (python -m xsam.data convert {path.parent} --out FILE.json does)"
+        raise ValueError(f"{path}: is a file of {programs[0]}; {mend}")
     if isinstance(content, list):
         return replace(source, task="refer", format="own_refs")
     annotations = take(content, "annotations", list, str(path))
