@@ -20,7 +20,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from xsam.checkpoints import save_checkpoint
 from xsam.config import stage_folder, xsam
-from xsam.evaluate import FOLDER, weights_digest
+from xsam.evaluate import FOLDER
 from xsam.evaluation.benchmarks import SEGMENTOR_PAPER, TASKS
 from xsam.export import main, model_card, read_record
 from xsam.inference import load_checkpoint, save_pretrained
@@ -33,6 +33,7 @@ from xsam.weights import (
     OUTPUT,
     own_tensors,
     save_bin,
+    weights_digest,
 )
 
 FIGURES = {"panoptic": {"PQ": 61.27, "SQ": 0.04}, "refer": {"cIoU": 12.345, "gIoU testA": None}}

@@ -250,7 +250,8 @@ def load_trained(model: nn.Module, folder: Path) -> str:
     header, only = read_header(folder), ()
     if header["stage"] == 2 or header["base"]:
         parameters = model.named_parameters()
-        only = tuple(disk_name(name) for name, value in parameters if value.requires_grad)
+        trained = (name for name, value in parameters if value.requires_grad)
+        only = tuple(disk_name(model.prefix + name) for name in trained)
     return load_tensors(model, list_tensors(folder), folder, model.prefix, only=only)
 
 

@@ -50,7 +50,7 @@ CONFIGS = {"xsam": xsam, "toy": toy}
 
 HELP = {
     "eval_tasks": f"scored before the first stage and after each, of {', '.join(SCORED_SETS)}, "
-    "sets of these, and own files (default where --datasets has own files: these); none for none",
+    "sets of these, and own files (default, where trained on: these); none, or '', for none",
     "held_out": "share of the images of each own file that is not trained on, but scored",
     "learning_rates": 'by part, or by a module in one; "" for all others, 0 freezes; parts: '
     + ", ".join(PARTS),

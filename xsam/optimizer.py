@@ -119,7 +119,7 @@ def in_8_bits(zeros: Tensor, is_signed: bool) -> Tensor:
     try:
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:
-        raise ValueError("optimizer_bits 8 needs torchao: pip install 'xsam[quantize]'") from error
+        raise ValueError("optimizer_bits 8 needs torchao: pip install 'xsam[torchao]'") from error
     return OptimState8bit.zeros(zeros.shape, is_signed, BLOCK, zeros.device)
 
 
