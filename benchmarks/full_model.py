@@ -4,6 +4,9 @@
     python benchmarks/full_model.py training --out runs/full   # compared with that plan
     python benchmarks/full_model.py inference --out runs/full
 
+    python benchmarks/full_model.py plan --out DIR --gpus 1 --memory 24 --lora-rank 8 --llm-bits 4
+    python benchmarks/full_model.py training --out DIR --gpus 1 --lora-rank 8 --llm-bits 4
+
 Random weights of the preset's shapes and noise for images: no file is read. A training step is
 forward, criterion, backward and AdamW for the fullest share of the parameters: what one of `--gpus`
 spends on a micro-batch, but for what they send each other. The micro-batch is the largest that the
@@ -14,6 +17,8 @@ model's, without recomputation, beside the card's published peak and a measured 
 
 An untrained model does not answer with <SEG>. So the answers are scripted: the output head of the
 language model runs, and its logits are replaced by the next token of the script.
+
+With --lora-rank stage 3 alone is planned and trained, with adapters in its large parts.
 """
 
 import argparse
@@ -33,7 +38,7 @@ from xsam.cli import CONFIGS, add_device_flag
 from xsam.config import Config
 from xsam.data import Batch
 from xsam.distributed import choose_device
-from xsam.inference import predict
+from xsam.inference import predict, quantize
 from xsam.model import checkpoint_activations, compile_blocks
 from xsam.optimizer import build_optimizer, gradient_norms
 from xsam.plan import (
@@ -72,6 +77,8 @@ def random_model(
                 made[old] = nn.Parameter(new, old.requires_grad)
             module._parameters[name] = made.get(old)
     model.to(device)  # its buffers
+    if config.llm_bits and stage > 1:
+        quantize(model, config.llm_bits)
     if backend:
         compile_blocks(model, backend)
     return model
@@ -80,10 +87,12 @@ def random_model(
 # ---- the plan ------------------------------------------------------------------------------------
 
 
-def write_plan(report: Report, config: Config, gpus: int, memory_gb: float) -> None:
+def write_plan(
+    report: Report, config: Config, stages: tuple[int, ...], gpus: int, memory_gb: float
+) -> None:
     """The largest micro-batch of each stage, and for each of its batches the planned GB: of the
     activations, and of the whole GPU."""
-    for stage in STAGES:
+    for stage in stages:
         with report.guard(f"plan of stage {stage}"):
             size = config.stages[stage].global_batch_size // gpus
             plan = Plan(config.resolve(micro_batch_size=size), stage, gpus)
@@ -351,14 +360,26 @@ def main() -> int:
     parser.add_argument("--memory", type=float, default=80.0, metavar="GB", help="of each")
     parser.add_argument("--steps", type=int, default=2, help="timed, of each batch")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--lora-rank", type=int, default=0, help="of adapters in stage 3")
+    parser.add_argument("--llm-bits", type=int, default=0, help="of the language model beside them")
     add_device_flag(parser)
     options = parser.parse_args()
     config = CONFIGS["toy" if options.small else "xsam"]()
     config = config.resolve(dtype="bfloat16", recompute=True)
+    stages = STAGES[:2] if options.what == "compiled_training" else STAGES
+    if options.lora_rank:
+        stages = (3,)
+        config = config.resolve(
+            stages,
+            lora_rank=options.lora_rank,
+            lora_targets=("llm", "segmentor", "image_encoder"),
+            lora_whole=("llm_projector", "background_embedding", "segmentor.class_head"),
+            llm_bits=options.llm_bits,
+        )
     report = Report(options.out / f"{options.what}.jsonl")
     torch.manual_seed(config.seed)
     if options.what == "plan":
-        write_plan(report, config, options.gpus, options.memory)
+        write_plan(report, config, stages, options.gpus, options.memory)
         return int(report.num_failed > 0)
     device = choose_device(options.device)
     if options.what == "inference":
@@ -368,7 +389,7 @@ def main() -> int:
         train(
             report,
             config,
-            STAGES[:2] if is_compiled else STAGES,
+            stages,
             options.gpus,
             device,
             options.out / "plan.jsonl",

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from xsam.datasets import commands
+from xsam.datasets.generic import Panoptic
 from xsam.datasets.referring import paint_shapes
 from xsam.datasets.registry import open_dataset
 
@@ -189,7 +190,7 @@ def test_a_turned_photo_keeps_the_side_that_its_annotation_was_drawn_on(size):
 def segments(name: str, stem: str) -> tuple[list[tuple[str, np.ndarray]], np.ndarray]:
     dataset = open_dataset(name, Path("elsewhere"))
     files = [Path(dataset.records[index][0].file_name).stem for index in range(len(dataset))]
-    _, numbers, infos = dataset.read(files.index(stem))
+    _, numbers, infos = Panoptic.read(dataset, files.index(stem))
     masks = [(dataset.names[s["class"]], numbers == i) for i, s in enumerate(infos, 1)]
     return masks, numbers == 0
 

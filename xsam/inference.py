@@ -33,7 +33,7 @@ from xsam.distributed import choose_device
 from xsam.files import check_target
 from xsam.images import Picture, read_image, viewed
 from xsam.llm import add_special_tokens, unknown_words
-from xsam.lora import add_adapters, merge_adapters
+from xsam.lora import add_adapters, attach, merge_adapters
 from xsam.model import XSAM, ImageFeatures, Segmentor
 from xsam.names import read_names
 from xsam.optimizer import freeze
@@ -619,4 +619,6 @@ def quantize(model: Segmentor | XSAM, bits: int) -> None:
                 new = bnb.nn.Linear4bit(*sizes, compute_dtype=weight.dtype, quant_type="nf4")
                 new.weight = bnb.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4")
             new.bias = old.bias
+            if hasattr(old, "lora"):
+                attach(new, old.lora)
             setattr(module, name, new.to(weight.device))  # which rounds it

@@ -45,8 +45,9 @@ class TokenRows(nn.Module):
     def __init__(self, table: nn.Embedding | nn.Linear, ids: tuple[int, ...]):
         super().__init__()
         self.rows = nn.Parameter(torch.zeros_like(table.weight[: len(ids)]))
-        ids = torch.tensor(ids, device=table.weight.device)
-        self.register_buffer("ids", ids, persistent=False)
+        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+        if not table.weight.is_meta:
+            self.to(table.weight.device)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Of the embedding table x are ids [...] and the output is [..., C]; of the output head x
@@ -90,18 +91,19 @@ def add_adapters(model: nn.Module, stage: Stage, prefix: str) -> bool:
     dtype = next(each.dtype for each in model.parameters() if each.is_floating_point())
     for layer in layers.values():
         adapter = Adapter(layer, stage.lora_rank, stage.lora_alpha, stage.lora_dropout)
-        _attach(layer, adapter.to(dtype))
+        attach(layer, adapter.to(dtype))
     if any(is_in(name, "llm") for name in layers):
         llm = model.llm.model
         table, head = llm.get_input_embeddings(), llm.get_output_embeddings()
         rows = TokenRows(table, model.llm.special_ids)
-        _attach(table, rows)
+        attach(table, rows)
         is_tied = head.weight is table.weight
-        _attach(head, rows if is_tied else TokenRows(head, model.llm.special_ids))
+        attach(head, rows if is_tied else TokenRows(head, model.llm.special_ids))
     return bool(layers)
 
 
-def _attach(layer: nn.Module, adapter: Adapter | TokenRows) -> None:
+def attach(layer: nn.Module, adapter: Adapter | TokenRows) -> None:
+    """From now on a layer returns what its adapter makes of its output."""
     layer.lora = adapter
     layer.lora_hook = layer.register_forward_hook(_add_adapter)
 

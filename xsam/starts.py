@@ -37,7 +37,8 @@ from xsam.weights import (
     weights_digest,
 )
 
-HEAD = "segmentor.class_predictor."  # begins the names of a class head on disk
+# What the names on disk begin with of a segmentor's tensors, and of its class head's among them.
+SEGMENTOR, HEAD = ("segmentor.", "seg_connector."), "segmentor.class_predictor."
 
 
 def outline(number: int, config: Config, options: argparse.Namespace) -> str:
@@ -205,14 +206,14 @@ def load_init(model: Segmentor | XSAM, path: Path, allow_missing: tuple[str, ...
         stored = without_class_head(stored)
     elif is_whole(path) or (model.config.categories and not has_head(path, model.config)):
         note = f"\n  the class head is new, of {model.config.model.num_classes} classes"
-        inside = "segmentor.", "seg_connector."
-        names = {name: disk_name(name) for name in stored}
-        names = {n: d for n, d in names.items() if d.startswith(inside) and HEAD not in d}
-        stored = {name: stored[name] for name in names}
+        on_disk = {name: disk_name(name) for name in stored}
+        others = {name for name, each in on_disk.items() if not each.startswith(SEGMENTOR)}
+        others |= {name for name, each in on_disk.items() if each.startswith(HEAD)}
+        stored = {name: at for name, at in stored.items() if name not in others}
     own = {disk_name(model.prefix + name) for name in model.state_dict()}
     parts = {part_name(disk_name(name)) for name in stored}
-    only = tuple(name for name in own if part_name(name) in parts)
-    only = tuple(name for name in only if not note or HEAD not in name)
+    skipped = HEAD if note else "none"
+    only = tuple(x for x in own if part_name(x) in parts and not x.startswith(skipped))
     options = {"only": only, "allow_missing": allow_missing, "short_vocabulary": True}
     return load_tensors(model, stored, path, model.prefix, **options) + note
 

@@ -464,7 +464,7 @@ def table(results: dict[str, dict[str, Figures]], note: str = "", with_paper: bo
         cells = [_cell(figure) for figure in figures]
         is_some_absent = any("N_acc" in scores.get(task, {}) for scores in results.values())
         own = OWN_PROTOCOLS | ({} if is_some_absent else PROTOCOLS["refer"])
-        protocols = TASKS[task].protocols if task in TASKS else own
+        protocols = own if is_own(task) else TASKS[task].protocols
         cells += [_paper(task, name, list(results))] if with_paper else []
         cells.append(protocols[name.split()[0]])
         lines.append(f"| {file_name(task)} | {name} | {' | '.join(cells)} |")
