@@ -171,6 +171,8 @@ def test_targets_are_parts_modules_or_patterns(model, config):
     assert names("llm.model.model.layers.0") == {name for name in every if ".layers.0." in name}
     assert not names("llm", learning_rates={"": 1e-3, "llm": 0.0})
     assert not names("llm", lora_whole=("llm",))
+    # The image encoder pools by torch's attention, which calls no layer of its own.
+    assert not any("head.attention" in name for name in names("image_encoder"))
 
 
 def run(*flags: object) -> int:

@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from xsam.config import Stage, is_in
 
@@ -63,14 +64,16 @@ class TokenRows(nn.Module):
 def target_layers(model: nn.Module, stage: Stage, prefix: str) -> dict[str, nn.Linear]:
     """The linear layers that adapters are for, by their names in the whole model: those that lie
     under one of `lora_targets`, or are of one as a pattern such as "llm*.qkv_proj", except the
-    language model's output head, and what has no learning rate or is trained whole. `prefix` is put
-    before each name."""
+    language model's output head, what torch's own attention reads without a call, and what has no
+    learning rate or is trained whole. `prefix` is put before each name."""
     found = {}
     for name, layer in model.named_modules():
         name = prefix + name
         is_meant = any(is_in(name, each) or fnmatch(name, each) for each in stage.lora_targets)
-        is_other = name.endswith(".lm_head") or is_whole(name, stage)
-        if isinstance(layer, nn.Linear) and is_meant and not is_other and stage.learning_rate(name):
+        is_linear = isinstance(layer, nn.Linear) and not name.endswith(".lm_head")
+        is_called = not isinstance(layer, NonDynamicallyQuantizableLinear)
+        is_trained = stage.learning_rate(name) > 0 and not is_whole(name, stage)
+        if is_meant and is_linear and is_called and is_trained:
             found[name] = layer
     return found
 
