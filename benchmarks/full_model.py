@@ -3,9 +3,7 @@
     python benchmarks/full_model.py plan --out runs/full       # simulated on the CPU
     python benchmarks/full_model.py training --out runs/full   # compared with that plan
     python benchmarks/full_model.py inference --out runs/full
-
-    python benchmarks/full_model.py plan --out DIR --gpus 1 --memory 24 --lora-rank 8 --llm-bits 4
-    python benchmarks/full_model.py training --out DIR --gpus 1 --lora-rank 8 --llm-bits 4
+    python benchmarks/full_model.py adapters --out runs/full
 
 Random weights of the preset's shapes and noise for images: no file is read. A training step is
 forward, criterion, backward and AdamW for the fullest share of the parameters: what one of `--gpus`
@@ -18,11 +16,13 @@ model's, without recomputation, beside the card's published peak and a measured 
 An untrained model does not answer with <SEG>. So the answers are scripted: the output head of the
 language model runs, and its logits are replaced by the next token of the script.
 
-With --lora-rank stage 3 alone is planned and trained, with adapters in its large parts.
+`adapters` plans and trains stage 3 on one card of 24 GB: adapters in the large parts, and with
+bitsandbytes installed the language model in 4 bits.
 """
 
 import argparse
 import gc
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -54,6 +54,7 @@ from xsam.toy.weights import build_tokenizer
 from xsam.weights import parameters_on_meta
 
 STAGES = (3, 1, 2)  # the one that matters most first
+WHAT = "plan", "training", "inference", "compiled_training", "adapters"
 NUM_THINGS, NUM_STUFF = 80, 53  # COCO's
 ANSWER_TOKENS, BATCH = 64, 8
 
@@ -109,6 +110,17 @@ def write_plan(
                 held_gb=sum(held) / 1e9,
                 planned_gb=planned,
             )
+
+
+def with_adapters(config: Config) -> Config:
+    """Stage 3 with what trains beside a frozen model, which is small."""
+    return config.resolve(
+        (3,),
+        lora_rank=16,
+        lora_targets=("llm", "segmentor", "image_encoder"),
+        lora_whole=("llm_projector", "background_embedding", "segmentor.class_head"),
+        llm_bits=4 if importlib.util.find_spec("bitsandbytes") else 0,
+    )
 
 
 def fullest_share(parameters: Iterable[nn.Parameter], gpus: int) -> list[nn.Parameter]:
@@ -353,29 +365,19 @@ def infer(report: Report, config: Config, device: torch.device, rounds: int) -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("plan", "training", "inference", "compiled_training"))
+    parser.add_argument("what", choices=WHAT)
     parser.add_argument("--out", type=Path, required=True, help="folder for WHAT.jsonl")
     parser.add_argument("--small", action="store_true", help="the toy preset")
     parser.add_argument("--gpus", type=int, default=8, help="that share the optimizer's states")
     parser.add_argument("--memory", type=float, default=80.0, metavar="GB", help="of each")
     parser.add_argument("--steps", type=int, default=2, help="timed, of each batch")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
-    parser.add_argument("--lora-rank", type=int, default=0, help="of adapters in stage 3")
-    parser.add_argument("--llm-bits", type=int, default=0, help="of the language model beside them")
     add_device_flag(parser)
     options = parser.parse_args()
     config = CONFIGS["toy" if options.small else "xsam"]()
     config = config.resolve(dtype="bfloat16", recompute=True)
     stages = STAGES[:2] if options.what == "compiled_training" else STAGES
-    if options.lora_rank:
-        stages = (3,)
-        config = config.resolve(
-            stages,
-            lora_rank=options.lora_rank,
-            lora_targets=("llm", "segmentor", "image_encoder"),
-            lora_whole=("llm_projector", "background_embedding", "segmentor.class_head"),
-            llm_bits=options.llm_bits,
-        )
+    plan_path, gpus = options.out / "plan.jsonl", options.gpus
     report = Report(options.out / f"{options.what}.jsonl")
     torch.manual_seed(config.seed)
     if options.what == "plan":
@@ -386,13 +388,17 @@ def main() -> int:
         infer(report, config, device, rounds=options.steps)
     else:
         is_compiled = options.what == "compiled_training"
+        if options.what == "adapters":
+            config, stages, gpus = with_adapters(config), (3,), 1
+            plan_path = options.out / "adapters_plan.jsonl"
+            write_plan(Report(plan_path), config, stages, gpus, memory_gb=24.0)
         train(
             report,
             config,
             stages,
-            options.gpus,
+            gpus,
             device,
-            options.out / "plan.jsonl",
+            plan_path,
             options.steps,
             options.backend if is_compiled else None,
         )
