@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from xsam.checkpoints import read_header
 from xsam.cli import parse
 from xsam.config import Config, Stage
 from xsam.data import Batch, Processor
@@ -253,7 +254,7 @@ def test_another_base_is_refused_and_a_moved_one_found(
     header = json.loads((here / "step_1/config.json").read_text())
     header["base"]["path"] = str(tmp_path / "gone/away")
     (here / "step_1/config.json").write_text(json.dumps(header))
-    with pytest.raises(ValueError, match="gone/away any more: say where it is with --base"):
+    with pytest.raises(ValueError, match="gone/away any more: put it there, or tell"):
         load_checkpoint(here, report=lambda _: None)
     load_checkpoint(here, base=moved, report=lambda _: None)
 
@@ -268,10 +269,29 @@ def test_another_base_is_refused_and_a_moved_one_found(
     # A run does not go on with another, either, nor without a rank.
     out = shutil.copytree(trained.parent, tmp_path / "run")
     flags = lora_flags(world, out, "--init", tmp_path / "other", "--max_steps", 2, "--resume")
-    assert run(*flags) == 2 and "or another base" in capsys.readouterr().err
+    assert run(*flags) == 2 and "this run those of another" in capsys.readouterr().err
     flags[flags.index("--init") + 1] = whole
     flags[flags.index("--lora_rank") + 1] = 0
-    assert run(*flags) == 2 and "trained with lora_rank 4" in capsys.readouterr().err
+    assert run(*flags) == 2 and "has adapters, this run no adapters" in capsys.readouterr().err
+
+
+def test_training_goes_on_from_merged_adapters_as_it_is_told(trained, world, tmp_path):
+    flags = flags_of(world, tmp_path, 3, "reasonseg", "--init", trained, "--max_steps", 1)
+    flags += ["--presence", 0.125, "--lora_rank", 2, "--lora_targets", "segmentor.decoder"]
+    assert run(*flags) == 0
+    config = read_header(tmp_path / "stage3/step_1")["config"]
+    stage = config.stages[3]
+    assert (config.presence, stage.datasets, stage.lora_rank) == (0.125, ("reasonseg",), 2)
+    chain, _ = load_checkpoint(tmp_path / "stage3", report=lambda _: None)  # adapters on adapters
+    assert chain.config.presence == 0.125 and not adapters_of(chain)
+    one, two = load_checkpoint(trained, report=lambda _: None)[0].llm, chain.llm
+    assert all(torch.equal(*pair) for pair in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_a_base_is_known_in_every_type(trained):
+    for dtype in (torch.float16, torch.bfloat16):
+        model, _ = load_checkpoint(trained, dtype=dtype, report=lambda _: None)
+        assert {each.dtype for each in model.parameters()} == {dtype}
 
 
 def test_a_copy_of_the_base_in_another_type_is_the_same_base(trained, model, tmp_path):
@@ -315,12 +335,22 @@ def test_adapters_of_a_part_are_no_part(world, whole, tmp_path, capsys):
     flags = flags_of(world, tmp_path / "other", 3, "refcoco", "--init", whole, "--max_steps", 1)
     assert run(*flags, "--init", tmp_path / "stage1") == 2
     assert "python -m xsam.export" in capsys.readouterr().err
+    # After it in the same run they are merged.
+    assert run(*flags_of(world, tmp_path, 2, "llava_pretrain", "--max_steps", 1)) == 0
+    flags = lora_flags(world, tmp_path, "--max_steps", 1, "--lora_whole")
+    assert run(*flags, "segmentor.class_head,llm_projector,background_embedding") == 0
+    base, _ = load_checkpoint(tmp_path / "stage3/base", report=lambda _: None)
+    one, two = segmentor.encoder, base.segmentor.encoder
+    assert all(torch.equal(*pair) for pair in zip(one.parameters(), two.parameters(), strict=True))
 
 
 def test_targets_that_match_nothing_are_an_error(world, whole, tmp_path):
-    flags = lora_flags(world, tmp_path, "--init", whole, "--lora_targets", "image_encodr")
-    options, config = parse(list(map(str, flags)))
+    flags = lora_flags(world, tmp_path, "--init", whole, "--lora_targets")
+    options, config = parse(list(map(str, [*flags, "image_encodr"])))
     with pytest.raises(ValueError, match="lora_targets image_encodr: no linear layer of stage 3"):
+        outline(3, config, options)
+    options, config = parse(list(map(str, [*flags, "llm,image_encodr"])))
+    with pytest.raises(ValueError, match="nothing is called 'image_encodr'"):
         outline(3, config, options)
 
 

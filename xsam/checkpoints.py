@@ -310,8 +310,8 @@ def find_base(folder: Path) -> Path | None:
     if path.exists() or is_on_hub(base["path"]):
         return find_checkpoint(path if path.exists() else Path(base["path"]))
     raise ValueError(
-        f"{folder}: holds adapters, and their base is not at {base['path']} any more: say where it "
-        "is with --base"
+        f"{folder}: holds adapters, and their base is not at {base['path']} any more: put it "
+        "there, or tell predict, evaluate or export where it is with --base"
     )
 
 

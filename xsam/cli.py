@@ -40,6 +40,7 @@ from xsam.datasets.sources import (
     is_own,
     required_paths,
     run_sets,
+    with_held_out,
 )
 from xsam.files import check_target
 from xsam.toy.preset import toy
@@ -50,8 +51,9 @@ CONFIGS = {"xsam": xsam, "toy": toy}
 
 HELP = {
     "eval_tasks": f"scored before the first stage and after each, of {', '.join(SCORED_SETS)}, "
-    "sets of these, and own files (default, where trained on: these); none, or '', for none",
-    "held_out": "share of the images of each own file that is not trained on, but scored",
+    "sets of these, and own files (default: the preset's; if own files are trained on, these); "
+    "none, or '', for none",
+    "held_out": "share of the images of each own file, chosen by the seed, to train without",
     "learning_rates": 'by part, or by a module in one; "" for all others, 0 freezes; parts: '
     + ", ".join(PARTS),
     "datasets": "names, or files of your own, FILE.json[:IMAGES[:MASKS]]; "
@@ -340,21 +342,29 @@ def configure(options: argparse.Namespace, flags: dict[str, Any], preset: Config
     for number in options.stages if first.startswith("+") else ():
         names = *preset.stages[number].datasets, first.removeprefix("+"), *others
         config = config.resolve([number], datasets=tuple(dict.fromkeys(names)))
-    share, parts = (config.held_out, config.seed), ("train", "val")
-    for number in options.stages:
-        datasets = hold_out(config.stages[number].datasets, *share, parts[:1])
-        config = config.resolve([number], datasets=tuple(datasets))
-    tasks = config.eval_tasks
-    own = [x for number in options.stages for x in config.stages[number].datasets if is_own(x)]
-    if own and "eval_tasks" not in flags:  # what is trained on is scored
-        tasks = [name.partition("@")[0] for name in own] if config.held_out else own
-    if tasks != config.eval_tasks or config.held_out:
-        tasks = hold_out(dict.fromkeys(tasks), *share, parts)
-        config = config.resolve(eval_tasks=tuple(tasks))
+    config = share_out(config, options.stages, flags)
     if options.init:  # in place of what the first stage would start from
         config = config.resolve(options.stages[:1], starts_from=())
         config = config.resolve(init=tuple(map(str, options.init)))
     return config
+
+
+def share_out(config: Config, stages: list[int], flags: dict[str, Any]) -> Config:
+    """The configuration with the share of own files that is held out, and with all of these among
+    what is scored, unless --eval_tasks says what that is: in place of the preset's tasks, where
+    they are trained on in place of its sets."""
+    cut, own = (config.held_out, config.seed), []
+    for number in stages:
+        datasets = [hold_out(name, *cut) for name in config.stages[number].datasets]
+        config = config.resolve([number], datasets=tuple(datasets))
+        own += filter(is_own, datasets)
+    names = []
+    for name in config.eval_tasks:  # one of which a share is held out means both
+        names += with_held_out(hold_out(name, *cut)) if hold_out(name, *cut) != name else [name]
+    if own and "eval_tasks" not in flags:
+        is_added = flags["datasets"][0].startswith("+")
+        names = [*names * is_added, *(each for name in own for each in with_held_out(name))]
+    return config.resolve(eval_tasks=tuple(dict.fromkeys(names)))
 
 
 def refuse(what: object, message: str) -> None:
@@ -395,6 +405,15 @@ def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Con
 
         read_phrasings(config.phrasings)
     refuse(config.llm_bits not in (0, 4, 8), f"llm_bits is {config.llm_bits}, not 0, 4 or 8")
+    idle = config.llm_bits and options.stages == [1]
+    refuse(idle, "llm_bits: stage 1 has no language model")
+    ranks = [config.stages[number].lora_rank for number in options.stages]
+    idle = [name for name in flags if name.startswith("lora_") and not any(ranks)]
+    refuse(idle, f"{', '.join(idle)}: without --lora_rank there are no adapters")
+    refuse(config.held_out == 1, "held_out is 1: nothing is left to train on")
+    names = [name for number in options.stages for name in config.stages[number].datasets]
+    idle = config.held_out and not any(map(is_own, [*names, *config.eval_tasks]))
+    refuse(idle, "held_out is for files of your own, and --datasets has none")
     wrong = config.optimizer_bits not in (8, 32)
     refuse(wrong, f"optimizer_bits is {config.optimizer_bits}, not 8 or 32")
     parts = part_names(config.model, options.stages[-1])
@@ -427,8 +446,9 @@ def _touches(key: str, parts: Iterable[str]) -> bool:
 def check_stage(number: int, config: Config) -> None:
     """Raises ValueError where a stage cannot train as it is configured."""
     stage, where = config.stages[number], f"stage {number}"
-    is_frozen = number == 1 or not stage.learning_rate("llm") or stage.lora_rank
-    refuse(config.llm_bits and not is_frozen, f"{where}: llm_bits is for a frozen llm: --lora_rank")
+    is_whole = any(is_in(each, "llm") for each in stage.lora_whole) or not stage.lora_rank
+    is_trained = number > 1 and is_whole and stage.learning_rate("llm") > 0
+    refuse(config.llm_bits and is_trained, f"{where}: llm_bits is for a frozen llm: --lora_rank")
     refuse(not stage.datasets, f"{where}: datasets names none")
     scales = stage.scale_range
     wrong = scales and not (len(scales) == 2 and 0 < scales[0] <= scales[1] < math.inf)
@@ -511,9 +531,11 @@ def train_command(arguments: list[str] | None = None) -> int:
     options, config = parse(sys.argv[1:] if arguments is None else arguments)
     if options.plan:
         from xsam import plan
+        from xsam.starts import follow_classes
 
         limits = options.gpus or 8, options.gpu_memory or 80.0, options.images_per_second
         try:
+            config = follow_classes(config, options)
             print(plan.report(config, options.stages, *limits, options.data))
         except (ValueError, OSError) as error:
             return complain(str(error))

@@ -36,6 +36,7 @@ from xsam.datasets.sources import (
     SOURCES,
     find_source,
     folder_name,
+    is_own,
     locate,
     scored_sets,
 )
@@ -200,6 +201,7 @@ def evaluate(
     on_scored: Callable[[str, SavedPredictions, dict[int, float]], None] | None = None,
     overwrite: bool = False,
     one_crowd_per_class: bool = False,
+    skip_bad: bool = False,
 ) -> dict[str, dict[str, Figures]]:
     """{task: {figure's name: figure}} of the sets `names`, on all ranks.
 
@@ -207,13 +209,14 @@ def evaluate(
     without a model all have to be there. `num_samples`: only the first ones of each set.
     `class_names`: other names for the classes of open vocabulary (`rename_classes`). `on_scored` is
     called with the task, the predictions and the qualities of each set. `overwrite`: predictions of
-    other weights or settings may be deleted. `embed`, `one_crowd_per_class` and the qualities: see
-    `score_dataset`.
+    other weights or settings may be deleted. `skip_bad`: own files are scored without their bad
+    records. `embed`, `one_crowd_per_class` and the qualities: see `score_dataset`.
     """
     phrasings = read_phrasings(model.config.phrasings if model is not None else "")
 
     def opened(name: str) -> Dataset:
-        dataset = open_dataset(name, data, True, phrasings, is_scored=True)
+        skips = skip_bad and is_own(name)
+        dataset = open_dataset(name, data, True, phrasings, skips, is_scored=True)
         if class_names is not None and task_of(name)[0] == "openvocab":
             rename_classes(dataset, class_names, data)
         return dataset

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from xsam.checkpoints import find_checkpoint, latest_checkpoint, read_header
+from xsam.checkpoints import find_checkpoint, is_on_hub, latest_checkpoint, read_header
 from xsam.cli import Parser
 from xsam.config import ARCHITECTURES, PARTS, Config, Dtype, part_name, stage_folder
 from xsam.datasets.sources import file_name
 from xsam.evaluate import FOLDER, result_notes
 from xsam.evaluation.benchmarks import table
 from xsam.evaluation.prediction_files import ABOUT_FILE
-from xsam.files import read_json
+from xsam.files import check_target, read_json
 from xsam.inference import load_checkpoint, save_pretrained
 from xsam.model import XSAM, Segmentor
 from xsam.weights import CONFIG_FILE, weights_digest
@@ -254,7 +254,7 @@ def check_push(name: str) -> None:
     """Raises ValueError where `push` could not begin; looks at nothing outside of this machine."""
     from huggingface_hub import get_token  # comes with transformers
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not is_on_hub(name):
         raise ValueError(f"{name!r}: a repository of the hub is named OWNER/NAME")
     if get_token() is None:
         raise ValueError(f"{name}: no token of the hub; run `hf auth login`, or set HF_TOKEN")
@@ -311,6 +311,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to write, new or empty")
     add("--tokenizer", type=Path, metavar="DIR", help="the words of a published checkpoint")
     dtypes = typing.get_args(Dtype)
+    add("--base", type=Path, metavar="PATH", help="where the base of adapters is, if it was moved")
     add("--dtype", choices=dtypes, help="of the weights (default: as they are stored)")
     text = "write pytorch_model.bin, which the published code reads too, in place of safetensors"
     add("--bin", action="store_true", help=text)
@@ -336,8 +337,12 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--private is of --push")
     if options.push:
         check_push(options.push)
+    check_target(out, is_folder=True)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: not empty; choose a new folder")
+    rules = {"tokenizer": options.tokenizer, "base": options.base}
     model, _ = load_checkpoint(
-        options.checkpoint, tokenizer=options.tokenizer, report=lambda x: print(x, file=sys.stderr)
+        options.checkpoint, **rules, report=lambda x: print(x, file=sys.stderr)
     )
     record = read_record(options.checkpoint, model)
     if options.dtype:

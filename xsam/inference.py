@@ -507,13 +507,30 @@ def load_checkpoint(
     does not fit.
     """
     path = find_checkpoint(Path(path))
-    if base is not None or find_base(path) is not None:
-        base = find_checkpoint(Path(base)) if base is not None else find_base(path)
-        model, stage = _load_adapters(path, base, dtype, report)
-        model = model.to(device).eval()
-        if llm_bits is not None:
-            quantize(model, llm_bits)
-        return model, stage
+    base = find_checkpoint(Path(base)) if base is not None else find_base(path)
+    rules = {"config": config, "tokenizer": tokenizer, "dtype": dtype, "report": report}
+    if base is not None:
+        if allow_missing:
+            raise ValueError(f"{path}: holds adapters, of which none may be missing")
+        model, stage = _load_adapters(path, base, **rules)
+    else:
+        model, stage = _load_whole(path, device=device, allow_missing=allow_missing, **rules)
+    model = model.to(device).eval()
+    if llm_bits is not None:
+        quantize(model, llm_bits)
+    return model, stage
+
+
+def _load_whole(
+    path: Path,
+    config: Config | None,
+    tokenizer: Path | str | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    allow_missing: tuple[str, ...],
+    report: Callable[[str], None],
+) -> tuple[Segmentor | XSAM, int]:
+    """See `load_checkpoint`."""
     stored = list_tensors(path)
     if (path / CONFIG_FILE).is_file():
         header = read_header(path)
@@ -550,32 +567,39 @@ def load_checkpoint(
                 f"{path} has {table.shape[0]} rows of embeddings: the tokenizer of another model"
             )
         model.set_tokenizer(words)
-    model = model.to(device).eval()
-    if llm_bits is not None:
-        quantize(model, llm_bits)
     return model, stage
 
 
 def _load_adapters(
-    path: Path, base: Path, dtype: torch.dtype | None, report: Callable[[str], None]
+    path: Path,
+    base: Path,
+    config: Config | None,
+    tokenizer: Path | str | None,
+    dtype: torch.dtype | None,
+    report: Callable[[str], None],
 ) -> tuple[Segmentor | XSAM, int]:
     """The model of a checkpoint with adapters and its stage. Raises ValueError where `base` is not
     what they were trained on."""
     header = read_header(path)
     if not header["base"]:
         raise ValueError(f"{path}: holds no adapters, so --base has no use for it")
-    config, stage = header["config"], header["stage"]
-    dtype = dtype or getattr(torch, config.dtype)
-    words = None if stage == 1 else path
-    rules = {"config": config, "tokenizer": words, "dtype": dtype, "report": report}
-    model, _ = load_checkpoint(base, **rules)
+    trained, number = header["config"], header["stage"]
+    model, _ = load_checkpoint(
+        base,
+        config=config or trained,
+        tokenizer=None if number == 1 else tokenizer or path,
+        dtype=getattr(torch, trained.dtype),
+        report=report,
+    )
     if weights_digest(model, torch.bfloat16) != header["base"]["digest"]:
         raise ValueError(f"{path}: its adapters were trained on another base than {base}")
-    freeze(model, config.stages[stage], model.prefix)
-    add_adapters(model, config.stages[stage], model.prefix)
+    freeze(model, trained.stages[number], model.prefix)
+    add_adapters(model, trained.stages[number], model.prefix)
     report(load_trained(model, path))
     merge_adapters(model)
-    return model, stage
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
+    return model, number
 
 
 def load_with_flags(options: argparse.Namespace, **others: Any) -> tuple[Segmentor | XSAM, int]:

@@ -31,7 +31,7 @@ from xsam.config import Config
 from xsam.data import Batch, Processor, repeat_factors, share_batches
 from xsam.datasets.referring import MAX_TURNS
 from xsam.datasets.registry import open_dataset
-from xsam.datasets.sources import find_source, locate
+from xsam.datasets.sources import find_source, locate, recognise
 from xsam.encoders import Block
 from xsam.llm import IGNORE_LABEL, IMAGE_TOKEN, find_runs
 from xsam.lora import add_adapters, has_adapters
@@ -380,7 +380,8 @@ def count_steps(config: Config, stage: int, data: Path | None) -> tuple[int, dic
     batches = share_batches(sizes, factors, settings.global_batch_size)
     shares: dict[str, float] = {}
     for name, count in zip(settings.datasets, batches, strict=True):
-        task = find_source(name).task
+        source = find_source(name)
+        task = source.task or (recognise(source, data).task if data else "generic")
         shares[task] = shares.get(task, 0.0) + count / sum(batches)
     return settings.max_steps or math.ceil(sum(batches) * settings.epochs), shares
 

@@ -5,6 +5,7 @@ import argparse
 import dataclasses
 import shutil
 from collections import Counter
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -37,9 +38,6 @@ from xsam.weights import (
     weights_digest,
 )
 
-# What the names on disk begin with of a segmentor's tensors, and of its class head's among them.
-SEGMENTOR, HEAD = ("segmentor.", "seg_connector."), "segmentor.class_predictor."
-
 
 def outline(number: int, config: Config, options: argparse.Namespace) -> str:
     """A table of the parts that a stage begins with: their size, where they come from, and their
@@ -66,6 +64,11 @@ def outline(number: int, config: Config, options: argparse.Namespace) -> str:
         targets = ", ".join(stage.lora_targets)
         raise ValueError(f"lora_targets {targets}: no linear layer of stage {number} to train")
     parameters = {model.prefix + name: each for name, each in model.named_parameters()}
+    for path in (*stage.lora_targets, *stage.lora_whole) if adapted else ():
+        names = (name.rpartition(".")[0] for name in parameters)
+        is_there = any(is_in(name, path) or fnmatch(name, path) for name in names)
+        if not is_there and number == options.stages[-1]:
+            raise ValueError(f"lora_targets, lora_whole: nothing is called {path!r}")
     found = origins(config, number, options.brought if is_first else {})
     for path in filter(None, stage.learning_rates):
         is_there = any(is_in(name, path) for name in parameters)
@@ -135,9 +138,8 @@ def inspect_init(
 
 
 def follow_classes(config: Config, options: argparse.Namespace) -> Config:
-    """For a stage 1 on a file of one's own: its categories, and as many classes, unless
-    --num_classes says how many. Where the checkpoint of --init has other classes, the class head is
-    not among what that brings."""
+    """For a stage 1 on a file of one's own: its categories, and as many classes. Where the
+    checkpoint of --init has others, the class head is not among what that brings."""
     from xsam.datasets.base import read_categories
     from xsam.datasets.sources import find_source, locate
 
@@ -147,9 +149,10 @@ def follow_classes(config: Config, options: argparse.Namespace) -> Config:
     path = locate(options.data, source.annotations)
     records = read_categories(read_json(path, dict), str(path)).values()
     categories = tuple(category._asdict() for category in records)
-    if "num_classes" not in options.given:
-        config = config.resolve(num_classes=len(categories))
-    config = config.resolve(categories=categories)
+    count, given = len(categories), config.model.num_classes
+    if "num_classes" in options.given and given != count:
+        raise ValueError(f"{path} has {count} categories, --num_classes is {given}: leave it out")
+    config = config.resolve(categories=categories, num_classes=count)
     if options.init and not any(has_head(path, config) for path in options.init):
         options.brought.pop("segmentor.class_head", None)
     return config
@@ -201,21 +204,25 @@ def load_init(model: Segmentor | XSAM, path: Path, allow_missing: tuple[str, ...
         dtype = next(model.parameters()).dtype
         return load_folder(modules[part], part, path, dtype=dtype)
     refuse_adapters(path)
-    stored, note = list_tensors(path), ""
+    stored, is_new = list_tensors(path), False
     if model.stage != 1:
         stored = without_class_head(stored)
     elif is_whole(path) or (model.config.categories and not has_head(path, model.config)):
-        note = f"\n  the class head is new, of {model.config.model.num_classes} classes"
-        on_disk = {name: disk_name(name) for name in stored}
-        others = {name for name, each in on_disk.items() if not each.startswith(SEGMENTOR)}
-        others |= {name for name, each in on_disk.items() if each.startswith(HEAD)}
-        stored = {name: at for name, at in stored.items() if name not in others}
+        is_new, stored = True, {name: at for name, at in stored.items() if is_below_head(name)}
     own = {disk_name(model.prefix + name) for name in model.state_dict()}
+    own = set(filter(is_below_head, own)) if is_new else own
     parts = {part_name(disk_name(name)) for name in stored}
-    skipped = HEAD if note else "none"
-    only = tuple(x for x in own if part_name(x) in parts and not x.startswith(skipped))
+    only = tuple(name for name in own if part_name(name) in parts)
     options = {"only": only, "allow_missing": allow_missing, "short_vocabulary": True}
-    return load_tensors(model, stored, path, model.prefix, **options) + note
+    said = load_tensors(model, stored, path, model.prefix, **options)
+    note = f"\n  the class head is new, of {model.config.model.num_classes} classes"
+    return said + note * is_new
+
+
+def is_below_head(name: str) -> bool:
+    """Whether a tensor is of a segmentor, and not of its class head."""
+    name = disk_name(name)
+    return name.startswith(("segmentor.", "seg_connector.")) and ".class_predictor." not in name
 
 
 def without_class_head(stored: dict[str, Stored]) -> dict[str, Stored]:

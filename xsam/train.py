@@ -42,11 +42,11 @@ from xsam.checkpoints import (
     check_checkpoint,
     check_space,
     fill_states,
+    find_base,
     latest_checkpoint,
     list_states,
     load_trained,
     point_latest,
-    refuse_adapters,
     save_checkpoint,
     state_tensors,
 )
@@ -144,7 +144,14 @@ def load_earlier_stage(model: XSAM, stage: int, out: Path) -> str:
     projectors of stage 2."""
     folder = latest_checkpoint(stage_folder(out, stage))
     check_checkpoint(folder, model.config, stage)
-    refuse_adapters(folder)
+    if find_base(folder) is not None:
+        from xsam.inference import load_checkpoint
+
+        lines: list[str] = []
+        segmentor, _ = load_checkpoint(folder, config=model.config, report=lines.append)
+        segmentor.class_head = model.segmentor.class_head
+        model.segmentor.load_state_dict(segmentor.state_dict())
+        return "\n".join(lines)
     stored = list_tensors(folder)
     if stage == 2:
         return load_tensors(model, stored, folder, only=("visual_projector.", "seg_projector."))
@@ -295,7 +302,7 @@ def train_stage(
             if is_asked:
                 raise Stopped(max(signals, default=signal.SIGTERM), f"saved {saved}")
             if config.validate_every and (step + 1) % config.validate_every == 0 and not is_last:
-                seen.validate(step, model, options.data)
+                seen.validate(step, model, options.data, options.skip_bad)
     return model
 
 
@@ -360,12 +367,11 @@ def load_progress(
     where it was trained from another `base` of adapters."""
     header = check_checkpoint(checkpoint, config, number)
     if header["base"].get("digest") != (base or {}).get("digest"):
-        rank = header["config"].stages[number].lora_rank
-        where = header["base"].get("path", "none")
-        raise ValueError(
-            f"{checkpoint}: trained with lora_rank {rank}, from the base {where}; this run's has "
-            f"lora_rank {config.stages[number].lora_rank}, or another base"
-        )
+        ranks = [each.stages[number].lora_rank for each in (header["config"], config)]
+        then, now = ("adapters" if rank else "no adapters" for rank in ranks)
+        if base and header["base"]:
+            then, now = f"adapters of the base {header['base']['path']}", "those of another"
+        raise ValueError(f"{checkpoint}: has {then}, this run {now}; resume it as it was begun")
     report(load_trained(model, checkpoint))
     if distributed.rank() == 0:
         point_latest(checkpoint)
@@ -407,11 +413,17 @@ def open_mixture(
         without = f"; left out: {', '.join(skipped)}" if skipped else ""
         report(f"{dataset.name}: {len(dataset)} samples x {factor:.2f}{without}")
     generic = [dataset for dataset in datasets if isinstance(dataset, Generic)]
-    if generic:  # the first that has a name says what it is
-        found = (each for dataset in reversed(generic) for each in reversed(dataset.categories))
-        named = {category["name"]: category for category in found}
-        model.config = config.resolve(categories=tuple(reversed(named.values())))
+    if generic:
+        named: dict[str, dict] = {}
+        for category in (each for dataset in generic for each in dataset.categories):
+            named.setdefault(category["name"], category)
+        model.config = config.resolve(categories=tuple(named.values()))
     for dataset in generic if number == 1 else ():
+        if dataset.names != generic[0].names:
+            raise ValueError(
+                f"{dataset.annotations}: has other classes than {generic[0].annotations}, or in "
+                "another order: one head cannot learn both"
+            )
         if len(dataset.names) != config.model.num_classes:
             raise ValueError(
                 f"{dataset.annotations} has {len(dataset.names)} categories, num_classes is "
@@ -547,14 +559,14 @@ def run(options: argparse.Namespace, config: Config) -> None:
             model = pretrained_model(options.stages[-1], config, options.weights, lambda _: None)
         if model.stage == 1:  # its classes are those of its data
             open_mixture(model, 1, options, lambda _: None)
-        monitor.score(column, model.to(device), options.out, options.data)
+        monitor.score(column, model.to(device), options.out, options.data, options.skip_bad)
     for number in options.stages:
         if number != options.stages[0] and distributed.rank() == 0:
             print(outline(number, config, options))
         model = train_stage(number, config, options, device)
         column = f"stage {number}"
         if config.eval_tasks and number != 2 and column not in monitor.read_results(options.out):
-            monitor.score(column, model, options.out, options.data)
+            monitor.score(column, model, options.out, options.data, options.skip_bad)
     if distributed.rank() == 0:
         monitor.draw_metrics(options.out)
         print(f"\nwrote {options.out}")

@@ -10,7 +10,7 @@ import hashlib
 import pickle
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -123,17 +123,25 @@ class Dataset:
 
     def keep_part(self, images: Iterable[str]) -> None:
         """Where a share of a user's own `images` is held out, keeps the records of that share or of
-        the others. Which images, the seed and their names alone say: not what else is read."""
+        the others.
+
+        An image's place is a number from 0 to 1 that its name without folders and the seed give:
+        the same in every file that has the image, whatever else that holds. Held out are those
+        below the share, and of few images, where none is, the first; one at least is left."""
         source = self.source
         if not source.held_out:
             return
-        names = sorted(set(images))
-        names.sort(key=lambda name: hashlib.sha256(f"{source.seed} {name}".encode()).digest())
-        if len(names) < 2:
+
+        def place(name: str) -> float:
+            text = f"{source.seed} {PurePosixPath(name.replace(chr(92), '/')).name}"
+            return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+        places = sorted({place(name) for name in images})
+        if len(places) < 2:
             raise ValueError(f"{self.annotations}: one image, of which no share can be held out")
-        count = min(max(1, round(source.held_out * len(names))), len(names) - 1)
-        kept = {*(names[:count] if source.part == "val" else names[count:])}
-        self.records = [record for record in self.records if self.image_name(record) in kept]
+        last = min(max(source.held_out, places[0]), places[-2])
+        is_val = source.part == "val"
+        self.records = [x for x in self.records if (place(self.image_name(x)) <= last) == is_val]
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:

@@ -265,9 +265,12 @@ def _labelme_mask(shape: dict, box: list, size: tuple[int, int], where: str) -> 
     try:
         content = base64.b64decode(take(shape, "mask", str, where), validate=True)
         patch = foreground(Image.open(io.BytesIO(content)), where)
+    except EmptyMask:
+        return np.zeros(size, bool)
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: its mask is no PNG in base64 ({error})") from error
     mask, (left, top) = np.zeros(size, bool), box[0]
+    patch = patch[max(-top, 0) :, max(-left, 0) :]
     window = mask[max(top, 0) :, max(left, 0) :][: patch.shape[0], : patch.shape[1]]
     if window.shape != patch.shape:
         raise ValueError(f"{where}: its mask of {list(patch.shape)} leads out of the image")

@@ -270,12 +270,19 @@ FOREIGN = {"_via_img_metadata": "VGG Image Annotator", "regions": "VGG Image Ann
 FOREIGN |= {"shapes": "labelme", "data": "Label Studio", "objects": "Supervisely"}
 FOREIGN |= {"data_row": "Labelbox", "Label": "Labelbox", "items": "Datumaro"}
 
-_OWN = re.compile(r"(.+?)(?:@(train|val)(0?\.\d+)(?:/(\d+))?)?")
+_OWN = re.compile(r"(.+?)(?:@(train|val)(0?\.\d*[1-9]\d*(?:/\d+)?))?")
+
+
+def own_parts(name: str) -> tuple[str, str, str]:
+    """FILE.json[:IMAGES[:MASKS]], "train" or "val", and SHARE[/SEED], of a user's own file; all are
+    empty of a known set, and of what is neither."""
+    match = _OWN.fullmatch(name)
+    is_own = match and match[1].split(":")[0].lower().endswith(".json")
+    return match.groups("") if is_own and name not in SOURCES else ("", "", "")
 
 
 def is_own(name: str) -> bool:
-    """Whether a name is of a user's own file, and not of a known set."""
-    return name not in SOURCES and _OWN.fullmatch(name)[1].split(":")[0].lower().endswith(".json")
+    return own_parts(name)[0] != ""
 
 
 def find_source(name: str) -> Source:
@@ -290,9 +297,9 @@ def find_source(name: str) -> Source:
     """
     if name in SOURCES:
         return SOURCES[name]
-    spec, part, share, seed = _OWN.fullmatch(name or " ").groups()
+    spec, part, cut = own_parts(name)
     file, *folders = spec.split(":")
-    if not is_own(name or " ") or len(folders) > 2:
+    if not spec or len(folders) > 2:
         raise ValueError(
             f"unknown dataset {name!r}; known are {', '.join(SOURCES)}, and files of one's own as "
             "FILE.json, FILE.json:IMAGES or FILE.json:IMAGES:MASKS"
@@ -305,18 +312,23 @@ def find_source(name: str) -> Source:
     images, masks = [*folders, "", ""][:2]
     images = images or str(Path(file).parent)
     about = f"a data set of your own: {name}"
-    split = {"held_out": float(share or 0), "part": part or "", "seed": int(seed or 0)}
+    share, _, seed = cut.partition("/")
+    split = {"held_out": float(share or 0), "part": part, "seed": int(seed or 0)}
     return Source("", "own", file, images, masks, **split, about=about)
 
 
-def hold_out(names: Iterable[str], share: float, seed: int, parts: Iterable[str]) -> list[str]:
-    """The names with those `parts` of each user's own file that has no such part yet."""
-    suffix = f"{share:g}" + f"/{seed}" * (seed > 0)
-    return [
-        f"{name}@{part}{suffix}" if part else name
-        for name in names
-        for part in (parts if share and is_own(name) and not find_source(name).part else [""])
-    ]
+def hold_out(name: str, share: float, seed: int) -> str:
+    """A set without the share of its images that is held out, where it is a user's own file, and
+    has not said so itself."""
+    spec, part, _ = own_parts(name)
+    cut = f"{share:.6f}".rstrip("0") + f"/{seed}" * (seed > 0)
+    return f"{spec}@train{cut}" if share and spec and not part else name
+
+
+def with_held_out(name: str) -> list[str]:
+    """A set, and what was held out of it."""
+    spec, part, cut = own_parts(name)
+    return [name, f"{spec}@val{cut}"] if part == "train" else [name]
 
 
 def recognise(source: Source, root: Path) -> Source:
@@ -346,9 +358,12 @@ def recognise(source: Source, root: Path) -> Source:
 
 
 def file_name(name: str) -> str:
-    """A set's name for people: of a user's own file without the folders that it lies in."""
-    spec, at, part = name.partition("@")
-    return f"{Path(spec.partition(':')[0]).name}{at}{part}" if is_own(name) else name
+    """A set's name for people: of a user's own file as it was typed, but without the folders of its
+    images, and of a path from the root the last two names alone."""
+    spec, part, cut = own_parts(name)
+    path = Path(spec.partition(":")[0])
+    short = Path(*path.parts[-2:]) if path.is_absolute() else path
+    return f"{short.as_posix()}{f'@{part}{cut}' * bool(part)}" if spec else name
 
 
 def folder_name(name: str) -> str:
