@@ -408,7 +408,7 @@ def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Con
     idle = config.llm_bits and options.stages == [1]
     refuse(idle, "llm_bits: stage 1 has no language model")
     ranks = [config.stages[number].lora_rank for number in options.stages]
-    idle = [name for name in flags if name.startswith("lora_") and not any(ranks)]
+    idle = [x for x in flags if x.startswith("lora_") and x != "lora_rank" and not any(ranks)]
     refuse(idle, f"{', '.join(idle)}: without --lora_rank there are no adapters")
     refuse(config.held_out == 1, "held_out is 1: nothing is left to train on")
     names = [name for number in options.stages for name in config.stages[number].datasets]
