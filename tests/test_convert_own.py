@@ -119,6 +119,7 @@ def test_labelme_becomes_instances(capsys):
         shape("cat", [33, 39], [12, 30], kind="rectangle"),
         shape("cat", [30, 20], [30, 28], kind="circle"),
         shape("cat", [7, 9], [11, 13], kind="mask", **assisted),
+        shape("cat", [-2, -2], [2, 2], kind="mask", **assisted),  # begins outside
         shape("dog", [3, 3], kind="point"),
         shape("dog", [90, 70], [100, 70], [90, 79]),
         imagePath="..\\labelled\\0.jpg",
@@ -131,16 +132,19 @@ def test_labelme_becomes_instances(capsys):
     assert list(found) == ["../labelled/0.jpg", "../labelled/1.jpg"]
     diagonal = np.zeros(SIZE, bool)
     diagonal[range(9, 14), range(7, 12)] = True
-    dog, *cats, disc, eye = found["../labelled/0.jpg"]
+    dog, *cats, disc, eye, corner = found["../labelled/0.jpg"]
     assert same([dog], [("dog", drawn("polygon", STAR) | drawn("polygon", PART))])
     rectangle = drawn("rectangle", [[12, 30], [33, 39]])
     assert same(cats, [("cat", drawn("polygon", PART)), ("cat", rectangle)])
     assert disc[1].sum() == pytest.approx(drawn("ellipse", [[22, 12], [38, 28]]).sum(), rel=0.05)
     assert same([eye], [("cat", diagonal)])
+    corner_only = np.zeros(SIZE, bool)
+    corner_only[range(3), range(3)] = True
+    assert same([corner], [("cat", corner_only)])
     assert same(found["../labelled/1.jpg"], [("dog", drawn("polygon", STAR))])
     assert open_dataset("made/mine.json", Path()).names == ["cat", "dog"]
-    assert "2 images, 6 objects of 2 classes" in output
-    assert "  cat: 4 objects in 1 images\n  dog: 2 objects in 2 images\n" in output
+    assert "2 images, 7 objects of 2 classes" in output
+    assert "  cat: 5 objects in 1 images\n  dog: 2 objects in 2 images\n" in output
     for reason in (
         "1 images without a JSON file",
         "1 JSON files of something else",
