@@ -79,6 +79,7 @@ def target_layers(model: nn.Module, stage: Stage, prefix: str) -> dict[str, nn.L
 
 
 def is_whole(name: str, stage: Stage) -> bool:
+    """Whether a parameter or module lies under one of `lora_whole`."""
     return any(is_in(name, each) for each in stage.lora_whole)
 
 
