@@ -3,6 +3,7 @@
     python benchmarks/full_model.py plan --out runs/full       # simulated on the CPU
     python benchmarks/full_model.py training --out runs/full   # compared with that plan
     python benchmarks/full_model.py inference --out runs/full
+    python benchmarks/full_model.py adapters --out runs/full
 
 Random weights of the preset's shapes and noise for images: no file is read. A training step is
 forward, criterion, backward and AdamW for the fullest share of the parameters: what one of `--gpus`
@@ -14,10 +15,14 @@ model's, without recomputation, beside the card's published peak and a measured 
 
 An untrained model does not answer with <SEG>. So the answers are scripted: the output head of the
 language model runs, and its logits are replaced by the next token of the script.
+
+`adapters` plans and trains stage 3 on one card of 24 GB: adapters in the large parts, and with
+bitsandbytes installed the language model in 4 bits.
 """
 
 import argparse
 import gc
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -33,7 +38,7 @@ from xsam.cli import CONFIGS, add_device_flag
 from xsam.config import Config
 from xsam.data import Batch
 from xsam.distributed import choose_device
-from xsam.inference import predict
+from xsam.inference import predict, quantize
 from xsam.model import checkpoint_activations, compile_blocks
 from xsam.optimizer import build_optimizer, gradient_norms
 from xsam.plan import (
@@ -49,6 +54,7 @@ from xsam.toy.weights import build_tokenizer
 from xsam.weights import parameters_on_meta
 
 STAGES = (3, 1, 2)  # the one that matters most first
+WHAT = "plan", "training", "inference", "compiled_training", "adapters"
 NUM_THINGS, NUM_STUFF = 80, 53  # COCO's
 ANSWER_TOKENS, BATCH = 64, 8
 
@@ -72,6 +78,8 @@ def random_model(
                 made[old] = nn.Parameter(new, old.requires_grad)
             module._parameters[name] = made.get(old)
     model.to(device)  # its buffers
+    if config.llm_bits and stage > 1:
+        quantize(model, config.llm_bits)
     if backend:
         compile_blocks(model, backend)
     return model
@@ -80,10 +88,12 @@ def random_model(
 # ---- the plan ------------------------------------------------------------------------------------
 
 
-def write_plan(report: Report, config: Config, gpus: int, memory_gb: float) -> None:
+def write_plan(
+    report: Report, config: Config, stages: tuple[int, ...], gpus: int, memory_gb: float
+) -> None:
     """The largest micro-batch of each stage, and for each of its batches the planned GB: of the
     activations, and of the whole GPU."""
-    for stage in STAGES:
+    for stage in stages:
         with report.guard(f"plan of stage {stage}"):
             size = config.stages[stage].global_batch_size // gpus
             plan = Plan(config.resolve(micro_batch_size=size), stage, gpus)
@@ -100,6 +110,17 @@ def write_plan(report: Report, config: Config, gpus: int, memory_gb: float) -> N
                 held_gb=sum(held) / 1e9,
                 planned_gb=planned,
             )
+
+
+def with_adapters(config: Config) -> Config:
+    """Stage 3 with what trains beside a frozen model, which is small."""
+    return config.resolve(
+        (3,),
+        lora_rank=16,
+        lora_targets=("llm", "segmentor", "image_encoder"),
+        lora_whole=("llm_projector", "background_embedding", "segmentor.class_head"),
+        llm_bits=4 if importlib.util.find_spec("bitsandbytes") else 0,
+    )
 
 
 def fullest_share(parameters: Iterable[nn.Parameter], gpus: int) -> list[nn.Parameter]:
@@ -344,7 +365,7 @@ def infer(report: Report, config: Config, device: torch.device, rounds: int) -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("plan", "training", "inference", "compiled_training"))
+    parser.add_argument("what", choices=WHAT)
     parser.add_argument("--out", type=Path, required=True, help="folder for WHAT.jsonl")
     parser.add_argument("--small", action="store_true", help="the toy preset")
     parser.add_argument("--gpus", type=int, default=8, help="that share the optimizer's states")
@@ -355,23 +376,29 @@ def main() -> int:
     options = parser.parse_args()
     config = CONFIGS["toy" if options.small else "xsam"]()
     config = config.resolve(dtype="bfloat16", recompute=True)
+    stages = STAGES[:2] if options.what == "compiled_training" else STAGES
+    plan_path, gpus = options.out / "plan.jsonl", options.gpus
     report = Report(options.out / f"{options.what}.jsonl")
     torch.manual_seed(config.seed)
     if options.what == "plan":
-        write_plan(report, config, options.gpus, options.memory)
+        write_plan(report, config, stages, options.gpus, options.memory)
         return int(report.num_failed > 0)
     device = choose_device(options.device)
     if options.what == "inference":
         infer(report, config, device, rounds=options.steps)
     else:
         is_compiled = options.what == "compiled_training"
+        if options.what == "adapters":
+            config, stages, gpus = with_adapters(config), (3,), 1
+            plan_path = options.out / "adapters_plan.jsonl"
+            write_plan(Report(plan_path), config, stages, gpus, memory_gb=24.0)
         train(
             report,
             config,
-            STAGES[:2] if is_compiled else STAGES,
-            options.gpus,
+            stages,
+            gpus,
             device,
-            options.out / "plan.jsonl",
+            plan_path,
             options.steps,
             options.backend if is_compiled else None,
         )

@@ -14,8 +14,9 @@ come last:
     training           the full preset: steps of all stages, beside the plan (full_model.py)
     compiled_training  `training` with compiled blocks (full_model.py)
     compiled           `times` with compiled blocks (compare.py)
+    adapters           the full preset: steps with adapters on 24 GB, and their plan (full_model.py)
 
-The compiled parts do not fit into 470 s: ask for them with --parts. A further part,
+The last three do not fit into 470 s: ask for them with --parts. A further part,
 `plan`, simulates on the CPU what `training` is compared with; it and `parity`, which times nothing,
 run beside `toy`. OUT/gpu.json holds all records, OUT/PART.jsonl those of one part as they are made,
 OUT/PART.log its output.
@@ -109,6 +110,7 @@ def build_parts(options: argparse.Namespace, memory_gb: float) -> list[Part]:
         part("full_model.py", "training", 240, *small, *steps),
         part("full_model.py", "compiled_training", 180, *small, *steps, *backend),
         part("compare.py", "compiled", 150, *small, *rounds, *backend),
+        part("full_model.py", "adapters", 240, *small, *steps),
     ]
     known = [each.name for each in parts]
     if unknown := set(options.parts or ()) - set(known):

@@ -80,6 +80,7 @@ def test_the_first_shelf_is_what_it_is_called():
     second = {
         *("weights", "checkpoints", "starts", "distributed", "files", "images", "names"),
         *("cli", "inference", "regions", "postprocess", "results", "predict", "evaluate"),
+        *("export", "lora"),
     }
     files = {path.stem for path in (ROOT / "xsam").glob("*.py")} - {"__init__"}
     assert files == FIRST_SHELF | second | {"variants", "plan"}

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from xsam import distributed
 from xsam.config import Config
 from xsam.files import read_json
-from xsam.optimizer import MasterAdamW
+from xsam.lora import has_adapters
+from xsam.optimizer import MasterAdamW, plain_states
 from xsam.weights import (
     CONFIG_FILE,
     Stored,
@@ -57,11 +58,13 @@ def save_checkpoint(
     step: int,
     states: dict[str, Tensor],
     num_skipped: int = 0,
+    base: dict[str, str] | None = None,
 ) -> Path:
     """Writes folder/step_N with what the stage trains, points `latest` at it and keeps the newest
     `config.keep_checkpoints`. All ranks call it; each writes its own optimizer `states`.
 
-    Stage 2 writes the projectors alone: all else is as the folders it began with have it. Raises
+    Stage 2 writes the projectors alone: all else is as the folders it began with have it. A model
+    with adapters writes what is trained, and the `base` that it began with (lora.py). Raises
     OSError on every rank where one could not write; then all is as it was before.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
@@ -87,7 +90,7 @@ def save_checkpoint(
                     path.relative_to(temporary).as_posix(): path.stat().st_size
                     for path in _files(temporary)
                 }
-                write_header(temporary, config, stage, step, num_skipped, files)
+                write_header(temporary, config, stage, step, num_skipped, files, base)
                 for path in (*_files(temporary), temporary):
                     _flush(path)
                 _replace(temporary, target)
@@ -125,9 +128,11 @@ def write_header(
     step: int,
     num_skipped: int = 0,
     files: dict[str, int] | None = None,
+    base: dict[str, str] | None = None,
 ) -> None:
     """config.json of a checkpoint; `files` are the others, with their sizes in bytes."""
     header = {"stage": stage, "step": step, "skipped": num_skipped, "files": files or {}}
+    header |= {"base": base} if base else {}
     text = json.dumps(header | {"config": config.to_dict()}, indent=1)
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
@@ -144,7 +149,7 @@ def point_latest(checkpoint: Path) -> None:
 def _trained(model: nn.Module, stage: int) -> dict[str, Tensor]:
     """What the checkpoint of a stage holds of the model."""
     state = own_tensors(model)
-    if stage != 2:
+    if stage != 2 and not has_adapters(model):
         return state
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     return {name: tensor for name, tensor in state.items() if name in trained}
@@ -215,10 +220,15 @@ def last_stage(path: Path) -> Path:
 def find_checkpoint(path: Path) -> Path:
     """The newest checkpoint of a run's last stage, or of a stage; the copy of a Hugging Face
     repository that OWNER/NAME means, where no such folder is here; of all else, itself."""
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
+    if not path.exists() and is_on_hub(path.as_posix()):
         path = download(path.as_posix())
     path = last_stage(path)
     return latest_checkpoint(path) or path
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a name can be OWNER/NAME of a Hugging Face repository."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 
 
 def download(name: str) -> Path:
@@ -237,10 +247,11 @@ def download(name: str) -> Path:
 
 def load_trained(model: nn.Module, folder: Path) -> str:
     """What `save_checkpoint` wrote, over what the model holds."""
-    only = ()
-    if read_header(folder)["stage"] == 2:
+    header, only = read_header(folder), ()
+    if header["stage"] == 2 or header["base"]:
         parameters = model.named_parameters()
-        only = tuple(disk_name(name) for name, value in parameters if value.requires_grad)
+        trained = (name for name, value in parameters if value.requires_grad)
+        only = tuple(disk_name(model.prefix + name) for name in trained)
     return load_tensors(model, list_tensors(folder), folder, model.prefix, only=only)
 
 
@@ -267,8 +278,8 @@ def list_states(folder: Path) -> dict[str, Stored]:
 
 
 def read_header(folder: Path) -> dict:
-    """{"stage", "step", "skipped", "files", "config"} of a checkpoint. Raises ValueError where it
-    is none."""
+    """{"stage", "step", "skipped", "files", "base", "config"} of a checkpoint; the base {"path",
+    "digest"} of adapters, else {}. Raises ValueError where it is none."""
     header = None
     try:
         header = read_json(folder / CONFIG_FILE)
@@ -277,6 +288,7 @@ def read_header(folder: Path) -> dict:
             "step": int(header["step"]),
             "skipped": int(header.get("skipped", 0)),
             "files": dict(header.get("files", {})),
+            "base": dict(header.get("base", {})),
             "config": Config.from_dict(header["config"]),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -286,6 +298,30 @@ def read_header(folder: Path) -> dict:
         if isinstance(header, dict) and "stages" in header:
             reason = "a run's folder, without a checkpoint; those are in its stageN/step_M"
         raise ValueError(f"{folder}: not a checkpoint of this library ({reason})") from error
+
+
+def find_base(folder: Path) -> Path | None:
+    """The base of a checkpoint with adapters, None of one that is whole. Raises ValueError where it
+    is not where it was."""
+    base = read_header(folder)["base"] if (folder / CONFIG_FILE).is_file() else {}
+    if not base:
+        return None
+    path = folder / base["path"]  # of one that is absolute, itself
+    if path.exists() or is_on_hub(base["path"]):
+        return find_checkpoint(path if path.exists() else Path(base["path"]))
+    raise ValueError(
+        f"{folder}: holds adapters, and their base is not at {base['path']} any more: put it "
+        "there, or tell predict, evaluate or export where it is with --base"
+    )
+
+
+def refuse_adapters(folder: Path) -> None:
+    """Raises ValueError of a checkpoint that is not whole, where a part of one is wanted."""
+    if find_base(folder) is not None:
+        raise ValueError(
+            f"{folder}: holds adapters, whose base has the rest; write the whole of it first: "
+            f"python -m xsam.export {folder} --out DIR"
+        )
 
 
 def check_checkpoint(folder: Path, config: Config, stage: int) -> dict:
@@ -299,7 +335,9 @@ def check_checkpoint(folder: Path, config: Config, stage: int) -> dict:
     different = [
         f"{name} is {value!r}, here {getattr(ours, name)!r}"
         for name, value in vars(theirs).items()
-        if value != getattr(ours, name) and not (stage == 1 and name.startswith(LANGUAGE_FIELDS))
+        if value != getattr(ours, name)
+        and not (stage == 1 and name.startswith(LANGUAGE_FIELDS))
+        and name != "num_classes"  # of a stage 1 that goes on, its own file says it
     ]
     if different:
         raise ValueError(
@@ -326,7 +364,7 @@ def state_tensors(
         f"{disk_name(prefix + name)}:{kind}": state
         for name, parameter in model.named_parameters()
         if parameter in shard.state
-        for kind, state in shard.state[parameter].items()
+        for kind, state in plain_states(shard.state[parameter]).items()
     }
 
 
@@ -343,7 +381,7 @@ def fill_states(
         on_disk = disk_name(prefix + name)
         if parameter not in mine or on_disk not in stepped:
             continue
-        for kind, state in shard.start(parameter).items():
+        for kind, state in plain_states(shard.start(parameter)).items():
             entry = stored.get(f"{on_disk}:{kind}")
             if entry is None or entry.shape != tuple(state.shape):
                 found = "nothing" if entry is None else f"{list(entry.shape)} in {entry.file}"

@@ -34,7 +34,15 @@ from xsam.config import (
     stage_folder,
     xsam,
 )
-from xsam.datasets.sources import SCORED_SETS, find_source, required_paths, scored_tasks
+from xsam.datasets.sources import (
+    SCORED_SETS,
+    find_source,
+    hold_out,
+    is_own,
+    required_paths,
+    run_sets,
+    with_held_out,
+)
 from xsam.files import check_target
 from xsam.toy.preset import toy
 
@@ -43,8 +51,10 @@ DEVICES = ("cpu", "cuda", "mps")
 CONFIGS = {"xsam": xsam, "small": small, "toy": toy}
 
 HELP = {
-    "eval_tasks": f"scored before the first stage and after each, of {', '.join(SCORED_SETS)}; "
+    "eval_tasks": f"scored before the first stage and after each, of {', '.join(SCORED_SETS)}, "
+    "sets of these, and own files (default: the preset's; if own files are trained on, these); "
     "none, or '', for none",
+    "held_out": "share of the images of each own file, chosen by the seed, to train without",
     "learning_rates": 'by part, or by a module in one; "" for all others, 0 freezes; parts: '
     + ", ".join(PARTS),
     "datasets": "names, or files of your own, FILE.json[:IMAGES[:MASKS]]; "
@@ -59,8 +69,8 @@ POSITIVE = {
     *("oversample_ratio", "num_classes", "save_every", "keep_checkpoints", "num_validation"),
     *("eval_batch_size", "max_new_tokens", "seg_heads", "decoder_heads"),
 }
-SHARES = {"warmup_ratio", "flip_probability", "importance_ratio"}
-SHARES |= {"score_threshold", "overlap_threshold", "presence"}
+SHARES = {"warmup_ratio", "lora_dropout", "flip_probability", "importance_ratio"}
+SHARES |= {"score_threshold", "overlap_threshold", "presence", "held_out"}
 
 
 def _parse(kind, text: str):
@@ -159,6 +169,12 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = Tr
         type=int,
         choices=(4, 8),
         help="hold the language model's matrices in so many bits (needs bitsandbytes)",
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="PATH",
+        help="of a checkpoint with adapters: where its base is, if not where it was",
     )
     parser.add_argument(
         "--panoptic-rule",
@@ -289,6 +305,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     flags = {name: vars(options).pop(name) for name in fields & vars(options).keys()}
     if flags.get("eval_tasks") == ("none",):
         flags["eval_tasks"] = ()
+    options.given = set(flags)
     options.stages = [1, 2, 3] if options.stage == "all" else [int(options.stage)]
     options.out = options.out or Path("runs") / options.config
     # The toy preset draws its own world where the user points at none.
@@ -326,10 +343,29 @@ def configure(options: argparse.Namespace, flags: dict[str, Any], preset: Config
     for number in options.stages if first.startswith("+") else ():
         names = *preset.stages[number].datasets, first.removeprefix("+"), *others
         config = config.resolve([number], datasets=tuple(dict.fromkeys(names)))
+    config = share_out(config, options.stages, flags)
     if options.init:  # in place of what the first stage would start from
         config = config.resolve(options.stages[:1], starts_from=())
         config = config.resolve(init=tuple(map(str, options.init)))
     return config
+
+
+def share_out(config: Config, stages: list[int], flags: dict[str, Any]) -> Config:
+    """The configuration with the share of own files that is held out, and with all of these among
+    what is scored, unless --eval_tasks says what that is: in place of the preset's tasks, where
+    they are trained on in place of its sets."""
+    cut, own = (config.held_out, config.seed), []
+    for number in stages:
+        datasets = [hold_out(name, *cut) for name in config.stages[number].datasets]
+        config = config.resolve([number], datasets=tuple(datasets))
+        own += filter(is_own, datasets)
+    names = []
+    for name in config.eval_tasks:  # one of which a share is held out means both
+        names += with_held_out(hold_out(name, *cut)) if hold_out(name, *cut) != name else [name]
+    if own and "eval_tasks" not in flags:
+        is_added = flags["datasets"][0].startswith("+")
+        names = [*names * is_added, *(each for name in own for each in with_held_out(name))]
+    return config.resolve(eval_tasks=tuple(dict.fromkeys(names)))
 
 
 def refuse(what: object, message: str) -> None:
@@ -361,10 +397,7 @@ def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Con
             is_sound = (value > 0 or (value == 0 and name not in POSITIVE)) and value < math.inf
             refuse(not is_sound, f"{name} is {value}; it has to be {least}")
             refuse(name in SHARES and value > 1, f"{name} is {value}; it is 1 at most")
-    unknown = ", ".join(task for task in config.eval_tasks if task not in SCORED_SETS)
-    known = ", ".join(SCORED_SETS)
-    refuse(unknown, f"eval_tasks: unknown task {unknown}; known are {known}, or none")
-    is_idle = flags.get("eval_tasks") and not scored_tasks(config, options.stages)
+    is_idle = flags.get("eval_tasks") and not run_sets(config, options.stages, options.data)
     refuse(is_idle, f"eval_tasks: stage {options.stage} is scored on none of these")
     is_idle = config.validate_every and not config.eval_tasks
     refuse(is_idle, "validate_every: name the tasks to validate with --eval_tasks")
@@ -372,6 +405,18 @@ def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Con
         from xsam.prompts import read_phrasings
 
         read_phrasings(config.phrasings)
+    refuse(config.llm_bits not in (0, 4, 8), f"llm_bits is {config.llm_bits}, not 0, 4 or 8")
+    idle = config.llm_bits and options.stages == [1]
+    refuse(idle, "llm_bits: stage 1 has no language model")
+    ranks = [config.stages[number].lora_rank for number in options.stages]
+    idle = [x for x in flags if x.startswith("lora_") and x != "lora_rank" and not any(ranks)]
+    refuse(idle, f"{', '.join(idle)}: without --lora_rank there are no adapters")
+    refuse(config.held_out == 1, "held_out is 1: nothing is left to train on")
+    names = [name for number in options.stages for name in config.stages[number].datasets]
+    idle = config.held_out and not any(map(is_own, [*names, *config.eval_tasks]))
+    refuse(idle, "held_out is for files of your own, and --datasets has none")
+    wrong = config.optimizer_bits not in (8, 32)
+    refuse(wrong, f"optimizer_bits is {config.optimizer_bits}, not 8 or 32")
     parts = part_names(config.model, options.stages[-1])
     for key in filter(None, flags.get("learning_rates", ())):
         wrong = f"learning_rates: no part {key!r}; parts are {', '.join(parts)}"
@@ -402,6 +447,9 @@ def _touches(key: str, parts: Iterable[str]) -> bool:
 def check_stage(number: int, config: Config) -> None:
     """Raises ValueError where a stage cannot train as it is configured."""
     stage, where = config.stages[number], f"stage {number}"
+    is_whole = any(is_in(each, "llm") for each in stage.lora_whole) or not stage.lora_rank
+    is_trained = number > 1 and is_whole and stage.learning_rate("llm") > 0
+    refuse(config.llm_bits and is_trained, f"{where}: llm_bits is for a frozen llm: --lora_rank")
     refuse(not stage.datasets, f"{where}: datasets names none")
     scales = stage.scale_range
     wrong = scales and not (len(scales) == 2 and 0 < scales[0] <= scales[1] < math.inf)
@@ -484,9 +532,11 @@ def train_command(arguments: list[str] | None = None) -> int:
     options, config = parse(sys.argv[1:] if arguments is None else arguments)
     if options.plan:
         from xsam import plan
+        from xsam.starts import follow_classes
 
         limits = options.gpus or 8, options.gpu_memory or 80.0, options.images_per_second
         try:
+            config = follow_classes(config, options)
             print(plan.report(config, options.stages, *limits, options.data))
         except (ValueError, OSError) as error:
             return complain(str(error))
@@ -500,15 +550,16 @@ def run_training(options: argparse.Namespace, config: Config) -> int:
     """Trains, and turns what ends a run before its time into a message and a status."""
     from xsam import distributed, train
     from xsam.checkpoints import find_checkpoint
-    from xsam.starts import outline
+    from xsam.starts import follow_classes, outline
 
     try:
+        config = follow_classes(config, options)
         outlines = [outline(number, config, options) for number in options.stages]
     except (ValueError, OSError) as error:
         return complain(str(error), is_met_by_all=True)
     if int(os.environ.get("RANK", 0)) == 0:
-        tasks = ", ".join(scored_tasks(config, options.stages)) or "nothing"
-        print("\n".join([*outlines, f"scored on: {tasks}"]), flush=True)
+        sets = ", ".join(run_sets(config, options.stages, options.data)) or "nothing"
+        print("\n".join([*outlines, f"scored on: {sets}"]), flush=True)
         for number in options.stages if options.resume else ():
             last = find_checkpoint(stage_folder(options.out, number)).name
             last = last if last.startswith("step_") else "its beginning: no checkpoint yet"

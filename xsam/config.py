@@ -217,6 +217,13 @@ class Stage:
     scale_range: tuple[float, ...] = ()  # random scale then crop or pad; empty: none
     flip_probability: float = 0.0
     repeat_threshold: float = 0.1  # t of max(1, sqrt(t / share)); 0: no repetition
+    # Low-rank adapters (lora.py). With a rank they are all that is trained, beside `lora_whole`, at
+    # the learning rate of the part that they are in; what has none has no adapters.
+    lora_rank: int = 0  # 0: none
+    lora_alpha: float = 16.0  # an adapter's output is scaled by alpha / rank
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ("llm",)  # parts, modules in them, or patterns of layers
+    lora_whole: tuple[str, ...] = ()  # parts or modules
 
     def learning_rate(self, name: str) -> float:
         """Peak learning rate of a parameter or module: that of the longest path in `learning_rates`
@@ -247,12 +254,15 @@ class Config:
     stages: dict[int, Stage]
     loss: LossConfig = field(default_factory=LossConfig)
     categories: tuple[dict, ...] = ()  # {"name", "is_thing"} of the generic data, from training
+    held_out: float = 0.0  # share of the images of each own file that training leaves out, by seed
     init: tuple[str, ...] = ()  # what --init named, in place of the first stage's earlier ones
     phrasings: str = ""  # a JSON file of questions and answers in place of ours (prompts.py)
     seed: int = 0
     # Of weights and gradients in training. bfloat16 computes under autocast and steps in float32
     # (optimizer.py); float32 is float32 throughout, on a GPU too.
     dtype: Dtype = "bfloat16"
+    llm_bits: int = 0  # 8 or 4: a language model that is frozen is held in so many (bitsandbytes)
+    optimizer_bits: int = 32  # 8: moments of AdamW in blocks of 8 bits (torchao)
     recompute: bool = True  # activation checkpointing: a block keeps its input alone for backward
     compile: bool = False  # torch.compile for each block; off, as no GPU has shown yet that it pays
     num_workers: int = 4  # processes that load data, for each rank
@@ -376,6 +386,11 @@ NEW_PARTS = {  # what a stage may train from nothing (paper table 8 has stage 3 
     2: PARTS[6:8],
     3: (*PARTS[4:5], *PARTS[6:8], *PARTS[9:]),
 }
+
+
+def part_name(name: str) -> str:
+    """The part that a tensor, by our name or that on disk, belongs to: "llm", …"""
+    return ".".join(name.split(".")[: 2 if name.startswith("segmentor.") else 1])
 
 
 def part_names(model: ModelConfig, stage: int) -> list[str]:

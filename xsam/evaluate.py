@@ -31,17 +31,25 @@ from xsam.data import Processor, Sample
 from xsam.datasets.base import Dataset, read_categories
 from xsam.datasets.generic import Generic
 from xsam.datasets.registry import open_dataset
-from xsam.datasets.sources import SCORED_SETS, SEGMENTOR_TASKS, SOURCES, locate
+from xsam.datasets.sources import (
+    SEGMENTOR_TASKS,
+    SOURCES,
+    find_source,
+    folder_name,
+    is_own,
+    locate,
+    scored_sets,
+)
 from xsam.evaluation import metrics
 from xsam.evaluation import prediction_files as files
 from xsam.evaluation.benchmarks import (
-    BENCHMARKS,
     GROUNDED,
     TASKS,
     Figures,
     bert_embedder,
     named,
     score_dataset,
+    scoring_of,
     table,
     task_of,
 )
@@ -52,6 +60,7 @@ from xsam.model import XSAM, Segmentor
 from xsam.names import read_names
 from xsam.prompts import read_phrasings
 from xsam.report.samples import draw_predictions
+from xsam.weights import weights_digest
 
 if __name__ == "__main__":  # a script's own folder must not shadow other packages' modules
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -178,17 +187,6 @@ def made_by(model: Segmentor | XSAM, dataset: Dataset) -> dict[str, str]:
     return {"dataset": dataset.name, "weights": weights_digest(model), "settings": digest}
 
 
-def weights_digest(model: Segmentor | XSAM) -> str:
-    """A digest of the names, shapes and types of the weights, and of some 256 numbers of each."""
-    digest = hashlib.sha256()
-    for name, parameter in model.state_dict().items():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, len(flat) // 256)].float().cpu().numpy()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(some.tobytes())
-    return digest.hexdigest()[:16]
-
-
 # ---- predictions and figures ---------------------------------------------------------------------
 
 
@@ -203,6 +201,7 @@ def evaluate(
     on_scored: Callable[[str, SavedPredictions, dict[int, float]], None] | None = None,
     overwrite: bool = False,
     one_crowd_per_class: bool = False,
+    skip_bad: bool = False,
 ) -> dict[str, dict[str, Figures]]:
     """{task: {figure's name: figure}} of the sets `names`, on all ranks.
 
@@ -210,36 +209,38 @@ def evaluate(
     without a model all have to be there. `num_samples`: only the first ones of each set.
     `class_names`: other names for the classes of open vocabulary (`rename_classes`). `on_scored` is
     called with the task, the predictions and the qualities of each set. `overwrite`: predictions of
-    other weights or settings may be deleted. `embed`, `one_crowd_per_class` and the qualities: see
-    `score_dataset`.
+    other weights or settings may be deleted. `skip_bad`: own files are scored without their bad
+    records. `embed`, `one_crowd_per_class` and the qualities: see `score_dataset`.
     """
     phrasings = read_phrasings(model.config.phrasings if model is not None else "")
 
     def opened(name: str) -> Dataset:
-        dataset = open_dataset(name, data, all_classes=True, phrasings=phrasings)
+        skips = skip_bad and is_own(name)
+        dataset = open_dataset(name, data, True, phrasings, skips, is_scored=True)
         if class_names is not None and task_of(name)[0] == "openvocab":
             rename_classes(dataset, class_names, data)
         return dataset
 
     # All sets are opened first, so that a missing or broken file is reported before hours of
     # prediction. Large ones are opened again then: some tables are gigabytes of images.
-    held = {}
+    held, has_captions = {}, False
     for name in names:
         dataset = opened(name)
+        has_captions |= scoring_of(dataset) is GROUNDED
         if dataset.records.content.nbytes < HELD_BYTES:
             held[name] = dataset
     results: dict[str, dict[str, Figures]] = {}
     # METEOR gets ready while the model predicts.
-    has_captions = any(BENCHMARKS[name].scoring is GROUNDED for name in names)
     is_scorer = has_captions and distributed.rank() == 0 and not metrics.lacks_for_captions()
     with metrics.meteor() if is_scorer else contextlib.nullcontext():
         for number, name in enumerate(names, 1):
             label = f"{name} [{number}/{len(names)}]"
             dataset = held.pop(name) if name in held else opened(name)
             if model is not None:
-                predict_dataset(model, dataset, folder / name, num_samples, label, overwrite)
+                place = folder / folder_name(name)
+                predict_dataset(model, dataset, place, num_samples, label, overwrite)
             task, suffix = task_of(name)
-            predictions = SavedPredictions(folder / name, dataset, num_samples)
+            predictions = SavedPredictions(folder / folder_name(name), dataset, num_samples)
             qualities: dict[int, float] = {}
             figures = score_dataset(predictions, embed, label, one_crowd_per_class, qualities)
             results.setdefault(task, {}).update(named(figures, suffix))
@@ -254,7 +255,7 @@ def draw_errors(
     """The worst `count` of a set's predictions that are not perfect, beside the truth: pictures
     000_INDEX.png and so on in `folder`, the worst first, in place of what an earlier command drew
     there. Every rank gives the qualities (`score_dataset`) that it knows and draws its share."""
-    measure = BENCHMARKS[predictions.dataset.name].scoring.measure
+    measure = scoring_of(predictions.dataset).measure
     pairs = sorted(distributed.gather([(quality, n) for n, quality in qualities.items()]))
     worst = {index: quality for quality, index in pairs[:count] if quality < 1}
     if distributed.rank() == 0:
@@ -284,26 +285,22 @@ def rename_classes(dataset: Generic, names: list[str], data: Path) -> None:
 # ---- command line --------------------------------------------------------------------------------
 
 
-def chosen_sets(tasks: str | None, is_segmentor: bool = False) -> list[str]:
-    """The sets of a comma-separated list of tasks and sets; of "all", or of none, all. Raises
-    ValueError at an unknown one, or one that a stage-1 checkpoint cannot predict."""
-    known = SEGMENTOR_TASKS if is_segmentor else tuple(TASKS)
-    sets = SCORED_SETS | {name: [name] for names in SCORED_SETS.values() for name in names}
-    chosen: list[str] = []
-    for word in known if tasks in (None, "", "all") else tasks.split(","):
-        if word not in sets:
-            raise ValueError(f"unknown task {word}; known are {', '.join(TASKS)}, and their sets")
-        if is_segmentor and task_of(sets[word][0])[0] not in known:
-            raise ValueError(
-                f"stage 1 has no language model; it is scored with --tasks {','.join(known)}"
-            )
-        chosen += sets[word]
-    return list(dict.fromkeys(chosen))
+def chosen_sets(tasks: str | None, data: Path, is_segmentor: bool = False) -> list[str]:
+    """The sets of a comma-separated list of tasks, sets and files of one's own; of "all", or of
+    none, all. Raises ValueError at an unknown one, or one that a stage-1 checkpoint cannot
+    predict."""
+    if tasks in (None, "", "all"):
+        return scored_sets(TASKS, data, is_segmentor)
+    names = scored_sets(tasks.split(","), data)
+    if is_segmentor and len(scored_sets(names, data, is_segmentor)) < len(names):
+        known = ",".join(SEGMENTOR_TASKS)
+        raise ValueError(f"stage 1 has no language model; it is scored with --tasks {known}")
+    return names
 
 
 def check_paths(names: list[str], data: Path) -> None:
     """Raises ValueError that lists what the sets lack on disk."""
-    paths = [locate(data, path) for name in names for path in SOURCES[name].paths()]
+    paths = [locate(data, path) for name in names for path in find_source(name).paths()]
     if missing := sorted({str(path) for path in paths if not path.exists()}):
         raise ValueError(f"missing: {', '.join(missing)}; --tasks says what else to score")
 
@@ -319,7 +316,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_flags(parser, is_required=False)
     add = parser.add_argument
     add("--data", type=Path, default=Path("datas"), help="data root")
-    add("--tasks", help=f"{', '.join(TASKS)}, sets of these, or all (default: all that can be)")
+    text = (
+        f"{', '.join(TASKS)}, sets of these, files of your own, FILE.json[:IMAGES[:MASKS]], or all"
+    )
+    add("--tasks", metavar="NAME,...", help=f"{text} (default: all that can be)")
     add("--out", type=Path, help="where results go (default: the checkpoint)")
     text = "score the predictions in DIR, a folder for each set, without a model"
     add("--from-predictions", type=Path, metavar="DIR", help=text)
@@ -374,7 +374,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         check_target(options.out, is_folder=True)
         read_earlier(options.out)  # an error is told before hours of prediction
         read_phrasings(options.phrasings or "")
-        names = chosen_sets(options.tasks)
+        names = chosen_sets(options.tasks, options.data)
         options.names = read_names(options.names) if options.names else None
         options.bert = bert_embedder(options.bert) if options.bert else None
         chosen, panoptic = {task_of(name)[0] for name in names}, {"panoptic", "openvocab"}
@@ -386,7 +386,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
                 raise ValueError(f"--{flag} is for the sets of {tasks}, none of which is chosen")
         stage = stored_stage(options.checkpoint) if options.checkpoint else None
         if stage is not None or options.tasks:
-            check_paths(chosen_sets(options.tasks, stage == 1), options.data)
+            check_paths(chosen_sets(options.tasks, options.data, stage == 1), options.data)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -418,16 +418,16 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
     if options.from_predictions is not None:
         model, column, folder = None, "predictions", options.from_predictions
         folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
-        names = chosen_sets(options.tasks)
+        names = chosen_sets(options.tasks, options.data)
         if not options.tasks:
-            names = [name for name in names if (folder / name).is_dir()]
+            names = [name for name in names if (folder / folder_name(name)).is_dir()]
         if not names:
             raise ValueError(f"{folder}: has no folder of a set that is scored")
         out = options.out
     else:
         model, stage = load_model(options, device, print if is_first else lambda _: None)
         column, out = f"stage {stage}", options.out
-        names = chosen_sets(options.tasks, is_segmentor=stage == 1)
+        names = chosen_sets(options.tasks, options.data, is_segmentor=stage == 1)
         folder = out / FOLDER
     check_paths(names, options.data)
     sets = {}
@@ -436,7 +436,8 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
         dataset = predictions.dataset
         sets[dataset.name] = {"records": len(predictions.keys), "skipped": dataset.skipped}
         if options.errors:
-            draw_errors(predictions, qualities, options.errors, out / "errors" / dataset.name)
+            place = out / "errors" / folder_name(dataset.name)
+            draw_errors(predictions, qualities, options.errors, place)
 
     results = evaluate(
         model, names, options.data, folder, options.limit, options.names, options.bert,
@@ -479,6 +480,16 @@ def read_earlier(out: Path) -> dict:
     return before
 
 
+def result_notes(about: dict) -> str:
+    """What is to be told above figures, by the "about" of their results.json."""
+    notes = []
+    if limit := about["first_samples"]:
+        notes.append(f"The first {limit} samples of each set alone.")
+    if "one_crowd_per_class" in about:
+        notes.append("PQ: one crowd region of a class and image counts, as in panopticapi.")
+    return " ".join(notes)
+
+
 def write_results(out: Path, results: dict[str, dict[str, Figures]], about: dict) -> None:
     """Writes OUT/results.json and results.md, which is also printed. Figures of other sets that an
     earlier command wrote there for the same weights are kept."""
@@ -487,21 +498,17 @@ def write_results(out: Path, results: dict[str, dict[str, Figures]], about: dict
     if earlier | {"sets": {}} == about | {"sets": {}}:
         about = about | {"sets": earlier["sets"] | sets}
         tasks = [task for task in TASKS if task in before or task in results]
+        tasks += [task for task in {**before, **results} if task not in TASKS]
         results = {task: before.get(task, {}) | results.get(task, {}) for task in tasks}
     write_whole(out / "results.json", json.dumps(results | {"about": about}, indent=1))
-    notes = []
-    if limit := about["first_samples"]:
-        notes.append(f"The first {limit} samples of each set alone.")
-    if "one_crowd_per_class" in about:
-        notes.append("PQ: one crowd region of a class and image counts, as in panopticapi.")
-    text = table({about["column"]: results}, " ".join(notes))
+    text = table({about["column"]: results}, result_notes(about))
     write_whole(out / "results.md", text + "\n")
     print(text)
     for name, each in sets.items():
         reasons = [f"{count} {reason}" for reason, count in each["skipped"].items() if count]
         if reasons:
             print(f"{name}: scored without {', '.join(reasons)}")
-    rows = [(name, task) for task in results for _, name in TASKS[task].datasets]
+    rows = [(name, t) for t in results if t in TASKS for _, name in TASKS[t].datasets]
     if missing := [f"{name} ({task})" for name, task in rows if name not in about["sets"]]:
         print(f"not scored: {', '.join(missing)}")
 

@@ -31,6 +31,10 @@ VOID = (224, 224, 192)  # the colour of 255 in Pascal VOC's palette
 NUM_CLASSES = 32  # where a mask has several levels below this, they are numbers and no shades
 
 
+class EmptyMask(ValueError):
+    """A mask with nothing inside."""
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
@@ -185,7 +189,7 @@ def foreground(picture: Picture, where: str = "region") -> np.ndarray:
     codes = colours @ np.array([1, 256, 65536][: colours.shape[2]], np.int32)
     shades = np.unique(codes[levels > 0])
     if not len(shades):
-        raise ValueError(f"{where}: is all black, a mask with no pixel")
+        raise EmptyMask(f"{where}: is all black, a mask with no pixel")
     if len(shades) == 1:
         return levels > 0
     # Edges are thin. What fills squares of 3x3 pixels is an area, and the largest is meant that is

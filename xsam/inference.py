@@ -19,7 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from xsam.checkpoints import find_checkpoint, read_header, write_header
+from xsam.checkpoints import (
+    find_base,
+    find_checkpoint,
+    load_trained,
+    read_header,
+    write_header,
+)
 from xsam.cli import inference_changes
 from xsam.config import SPECIAL_TOKENS, Config, xsam
 from xsam.data import Batch, Processor, ResizeAndPad, Sample
@@ -27,8 +33,10 @@ from xsam.distributed import choose_device
 from xsam.files import check_target
 from xsam.images import Picture, read_image, viewed
 from xsam.llm import add_special_tokens, unknown_words
+from xsam.lora import add_adapters, attach, merge_adapters
 from xsam.model import XSAM, ImageFeatures, Segmentor
 from xsam.names import read_names
+from xsam.optimizer import freeze
 from xsam.postprocess import (
     Reading,
     instance_inference,
@@ -54,7 +62,9 @@ from xsam.weights import (
     parameters_on_meta,
     read_published,
     read_tokenizer,
+    save_bin,
     save_model,
+    weights_digest,
 )
 
 
@@ -434,16 +444,23 @@ def build_sample(
 
 
 def save_pretrained(
-    model: Segmentor | XSAM, folder: Path, max_shard_bytes: int = SHARD_BYTES
+    model: Segmentor | XSAM,
+    folder: Path,
+    max_shard_bytes: int = SHARD_BYTES,
+    is_bin: bool = False,
 ) -> None:
     """Writes a folder that `load_checkpoint` reads: weights in safetensors, in several files above
-    `max_shard_bytes`, config.json and the tokenizer. Raises ValueError where the folder holds
-    something already."""
+    `max_shard_bytes`, config.json and the tokenizer. `is_bin`: one pickled file in their place
+    (`save_bin`). Raises ValueError where the folder holds something already."""
     check_target(folder, is_folder=True)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not empty; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(folder, own_tensors(model), model.prefix, max_shard_bytes)
+    if is_bin:
+        num_words = None if model.tokenizer is None else add_special_tokens(model.tokenizer)
+        save_bin(folder, model, model.prefix, num_words)
+    else:
+        save_model(folder, own_tensors(model), model.prefix, max_shard_bytes)
     write_header(folder, model.config, model.stage, step=0)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
@@ -472,6 +489,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     allow_missing: tuple[str, ...] = (),
     llm_bits: int | None = None,
+    base: Path | str | None = None,
     report: Callable[[str], None] = print,
 ) -> tuple[Segmentor | XSAM, int]:
     """The model of a checkpoint and its stage (1: a `Segmentor`, 3: an `XSAM`), ready to answer.
@@ -483,11 +501,36 @@ def load_checkpoint(
     stored, and `tokenizer` has the words where `path` has none. `dtype` None keeps
     what is stored. Names that begin with one of `allow_missing` (as on disk, such as "llm.") may be
     absent and start as a new model's, in float32 unless `dtype` says otherwise, as all then is.
-    `llm_bits` holds the matrices of the language model in 4 or 8 bits (`quantize`).
+    `llm_bits` holds the matrices of the language model in 4 or 8 bits (`quantize`). Of a checkpoint
+    with adapters the model is their base, where it was or at `base`, with them merged in.
     `report` is told what was loaded. Raises ValueError that names file and tensor where anything
     does not fit.
     """
     path = find_checkpoint(Path(path))
+    base = find_checkpoint(Path(base)) if base is not None else find_base(path)
+    rules = {"config": config, "tokenizer": tokenizer, "dtype": dtype, "report": report}
+    if base is not None:
+        if allow_missing:
+            raise ValueError(f"{path}: holds adapters, of which none may be missing")
+        model, stage = _load_adapters(path, base, **rules)
+    else:
+        model, stage = _load_whole(path, device=device, allow_missing=allow_missing, **rules)
+    model = model.to(device).eval()
+    if llm_bits is not None:
+        quantize(model, llm_bits)
+    return model, stage
+
+
+def _load_whole(
+    path: Path,
+    config: Config | None,
+    tokenizer: Path | str | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    allow_missing: tuple[str, ...],
+    report: Callable[[str], None],
+) -> tuple[Segmentor | XSAM, int]:
+    """See `load_checkpoint`."""
     stored = list_tensors(path)
     if (path / CONFIG_FILE).is_file():
         header = read_header(path)
@@ -524,10 +567,39 @@ def load_checkpoint(
                 f"{path} has {table.shape[0]} rows of embeddings: the tokenizer of another model"
             )
         model.set_tokenizer(words)
-    model = model.to(device).eval()
-    if llm_bits is not None:
-        quantize(model, llm_bits)
     return model, stage
+
+
+def _load_adapters(
+    path: Path,
+    base: Path,
+    config: Config | None,
+    tokenizer: Path | str | None,
+    dtype: torch.dtype | None,
+    report: Callable[[str], None],
+) -> tuple[Segmentor | XSAM, int]:
+    """The model of a checkpoint with adapters and its stage. Raises ValueError where `base` is not
+    what they were trained on."""
+    header = read_header(path)
+    if not header["base"]:
+        raise ValueError(f"{path}: holds no adapters, so --base has no use for it")
+    trained, number = header["config"], header["stage"]
+    model, _ = load_checkpoint(
+        base,
+        config=config or trained,
+        tokenizer=None if number == 1 else tokenizer or path,
+        dtype=getattr(torch, trained.dtype),
+        report=report,
+    )
+    if weights_digest(model, torch.bfloat16) != header["base"]["digest"]:
+        raise ValueError(f"{path}: its adapters were trained on another base than {base}")
+    freeze(model, trained.stages[number], model.prefix)
+    add_adapters(model, trained.stages[number], model.prefix)
+    report(load_trained(model, path))
+    merge_adapters(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
+    return model, number
 
 
 def load_with_flags(options: argparse.Namespace, **others: Any) -> tuple[Segmentor | XSAM, int]:
@@ -538,6 +610,7 @@ def load_with_flags(options: argparse.Namespace, **others: Any) -> tuple[Segment
         "allow_missing": tuple(options.allow_missing),
         "dtype": options.dtype and getattr(torch, options.dtype),
         "llm_bits": options.llm_bits,
+        "base": options.base,
         "report": lambda line: print(line, file=sys.stderr),
     }
     if "device" not in others:
@@ -550,8 +623,8 @@ def load_with_flags(options: argparse.Namespace, **others: Any) -> tuple[Segment
 def quantize(model: Segmentor | XSAM, bits: int) -> None:
     """From now on the matrices of the language model's layers are held in 8 bits (LLM.int8,
     Dettmers et al. 2022) or in 4 (NF4, Dettmers et al. 2023); embeddings and output head stay as
-    they are. For inference alone. Raises ValueError without bitsandbytes, and for a model without a
-    language model."""
+    they are. They cannot be trained, but gradients pass. Raises ValueError without bitsandbytes,
+    and for a model without a language model."""
     if model.stage == 1:
         raise ValueError("a stage-1 checkpoint has no language model to hold in fewer bits")
     try:
@@ -570,4 +643,6 @@ def quantize(model: Segmentor | XSAM, bits: int) -> None:
                 new = bnb.nn.Linear4bit(*sizes, compute_dtype=weight.dtype, quant_type="nf4")
                 new.weight = bnb.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4")
             new.bias = old.bias
+            if hasattr(old, "lora"):
+                attach(new, old.lora)
             setattr(module, name, new.to(weight.device))  # which rounds it

@@ -256,11 +256,15 @@ class LanguageModel(nn.Module):
     def special_ids(self) -> tuple[int, int, int]:
         return self.seg_id, self.phrase_id, self.phrase_end_id
 
+    @special_ids.setter
+    def special_ids(self, ids: tuple[int, int, int]) -> None:
+        self.seg_id, self.phrase_id, self.phrase_end_id = ids
+
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Learns the ids of the special tokens and grows both tables where the vocabulary outgrew
         them; a new row starts as the mean of the old ones. Returns the number of rows."""
         size = add_special_tokens(tokenizer)
-        self.seg_id, self.phrase_id, self.phrase_end_id = special_ids(tokenizer)
+        self.special_ids = special_ids(tokenizer)
         old_size = self.model.get_input_embeddings().num_embeddings
         if size > old_size:
             self.model.resize_token_embeddings(size, mean_resizing=False)

@@ -422,6 +422,12 @@ class XSAM(nn.Module):
 
         save_pretrained(self, Path(folder), **options)
 
+    def push_to_hub(self, name: str, **options) -> str:
+        """Uploads the model to OWNER/NAME of the Hugging Face hub: see `export.push_to_hub`."""
+        from xsam.export import push_to_hub
+
+        return push_to_hub(self, name, **options)
+
 
 __getattr__ = former_names(load_checkpoint="xsam.inference", save_pretrained="xsam.inference")
 

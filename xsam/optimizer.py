@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 CHUNK = 2**24  # numbers that are updated in one call
 
+MOMENTS, BLOCK = ("exp_avg", "exp_avg_sq"), 256  # numbers of a moment in 8 bits that share a scale
+
 # ---- learning rates ------------------------------------------------------------------------------
 
 
@@ -53,7 +55,11 @@ class MasterAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        bits: int = 32,
     ):
+        """`bits` 8: moments are kept in blocks of 8 bits (Dettmers et al. 2022), the two of a
+        parameter in 2 bytes; the update itself is in float32."""
+        self.bits = bits
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def start(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -61,8 +67,10 @@ class MasterAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if parameter.dtype != torch.float32:
             state["master"] = parameter.detach().float()
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in MOMENTS:
             state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+            if self.bits == 8 and parameter.numel() % BLOCK == 0:
+                state[name] = in_8_bits(state[name], is_signed=name == MOMENTS[0])
         state["step"] = torch.zeros((), device=parameter.device)
         return state
 
@@ -80,12 +88,12 @@ class MasterAdamW(torch.optim.Optimizer):
         states = [self.state[parameter] or self.start(parameter) for parameter in parameters]
         pairs = list(zip(states, parameters, strict=True))
         masters = [state.get("master", parameter) for state, parameter in pairs]
+        moments = [[whole(state[name]) for state in states] for name in MOMENTS]
         beta1, beta2 = group["betas"]
         adamw(
             masters,
             torch._foreach_mul([parameter.grad.float() for parameter in parameters], scale),
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            *moments,
             [],
             [state["step"] for state in states],
             fused=True,
@@ -97,9 +105,36 @@ class MasterAdamW(torch.optim.Optimizer):
             lr=group["lr"],
             weight_decay=group["weight_decay"],
         )
+        for name, values in zip(MOMENTS, moments, strict=True):
+            for state, value in zip(states, values, strict=True):
+                if state[name] is not value:
+                    state[name].copy_(value)
         for master, parameter in zip(masters, parameters, strict=True):
             if master is not parameter:
                 parameter.copy_(master)
+
+
+def in_8_bits(zeros: Tensor, is_signed: bool) -> Tensor:
+    """A moment as torchao keeps it. Raises ValueError without torchao."""
+    try:
+        from torchao.optim.subclass_8bit import OptimState8bit
+    except ImportError as error:
+        raise ValueError("optimizer_bits 8 needs torchao: pip install 'xsam[torchao]'") from error
+    return OptimState8bit.zeros(zeros.shape, is_signed, BLOCK, zeros.device)
+
+
+def whole(moment: Tensor) -> Tensor:
+    """A moment in float32, itself where it is that."""
+    return moment.dequantize() if hasattr(moment, "codes") else moment
+
+
+def plain_states(states: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A parameter's states as tensors that files hold; of a moment in 8 bits, codes and scales."""
+    plain = {}
+    for name, state in states.items():
+        names = ("codes", "scale") if hasattr(state, "codes") else ()
+        plain |= {f"{name}.{part}": getattr(state, part) for part in names} or {name: state}
+    return plain
 
 
 def _chunks(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -137,15 +172,19 @@ def parameter_groups(model: nn.Module, stage: Stage, prefix: str) -> list[dict]:
     ]
 
 
-def build_optimizer(model: nn.Module, stage: Stage, prefix: str) -> torch.optim.Optimizer:
-    """The stage's optimizer; in a process group its states are sharded."""
+def build_optimizer(
+    model: nn.Module, stage: Stage, prefix: str, bits: int = 32
+) -> torch.optim.Optimizer:
+    """The stage's optimizer, its moments in so many bits; in a process group its states are
+    sharded."""
     groups = parameter_groups(model, stage, prefix)
     if not distributed.has_group():
-        return MasterAdamW(groups)
+        return MasterAdamW(groups, bits=bits)
     from torch.distributed.optim import ZeroRedundancyOptimizer  # compiles things for a second
 
     # Parameters become views of one buffer for each rank: a broadcast each, not one a parameter.
-    return ZeroRedundancyOptimizer(groups, MasterAdamW, parameters_as_bucket_view=True)
+    options = {"parameters_as_bucket_view": True, "bits": bits}
+    return ZeroRedundancyOptimizer(groups, MasterAdamW, **options)
 
 
 @torch.no_grad()

@@ -31,16 +31,19 @@ from xsam.config import Config
 from xsam.data import Batch, Processor, repeat_factors, share_batches
 from xsam.datasets.referring import MAX_TURNS
 from xsam.datasets.registry import open_dataset
-from xsam.datasets.sources import find_source, locate
+from xsam.datasets.sources import find_source, locate, recognise
 from xsam.encoders import Block
 from xsam.llm import IGNORE_LABEL, IMAGE_TOKEN, find_runs
+from xsam.lora import add_adapters, has_adapters
 from xsam.losses import Normalisers, Objective, Targets
 from xsam.model import XSAM, Segmentor, checkpoint_activations
-from xsam.optimizer import freeze
+from xsam.optimizer import BLOCK, freeze
 from xsam.prompts import PER_PHRASE_TASKS
 
 CONTEXT_BYTES = 2e9  # assumed: CUDA context, workspaces of its libraries, buffers of NCCL
 FRAGMENTATION = 0.25  # of the activations: what the allocator holds and nothing uses, on an H100
+# Of a number held in 8 bits, and in 4 with the scales of its blocks (bitsandbytes, NF4).
+QUANTIZED_BYTES = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
 ASSUMED_UTILISATION, ASSUMED_TFLOPS = 0.4, 312.0  # of an A100
 # Dense TFLOP/s in bfloat16 (V100: float16) by a part of the GPU's name; the first that fits.
 PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H800": 989, "H200": 989, "A100": 312}
@@ -131,12 +134,19 @@ def planned_samples(config: Config, stage: int) -> dict[str, tuple[str, int, int
     return {name: sample for name, sample in samples.items() if sample[0] in kinds}
 
 
+def quantizable(model: XSAM) -> list[nn.Parameter]:
+    """The matrices that `inference.quantize` holds in fewer bits."""
+    layers = model.llm.model.get_decoder().modules()
+    return [each.weight for each in layers if type(each) is nn.Linear]
+
+
 def build(config: Config, stage: int) -> Segmentor | XSAM:
     """A stage's model as it is trained, with random weights and no tokenizer."""
     model = Segmentor(config) if stage == 1 else XSAM(config)
     if stage > 1:
-        model.llm.seg_id, model.llm.phrase_id, model.llm.phrase_end_id = SEG, PHRASE, PHRASE_END
+        model.llm.special_ids = SEG, PHRASE, PHRASE_END
     freeze(model, config.stages[stage], model.prefix)
+    add_adapters(model, config.stages[stage], model.prefix)
     return model.train()
 
 
@@ -226,10 +236,16 @@ def stand_in_for_repeated(model: nn.Module) -> list[nn.Parameter]:
         is_swin = "Swin" in type(layers[0]).__name__  # its blocks differ, and return two tensors
         if isinstance(layers[0], (Block, GradientCheckpointingLayer)) and not is_swin:
             for block in layers[:-2]:
-                relu = lambda x, *_, **__: x.relu()  # noqa: E731
-                block.forward = functools.partial(checkpoint, relu, use_reentrant=False)
-                trained += [each for each in block.parameters() if each.requires_grad]
+                own = [each for each in block.parameters() if each.requires_grad]
+                stand_in = functools.partial(_stand_in, own[:1])
+                block.forward = functools.partial(checkpoint, stand_in, use_reentrant=False)
+                trained += own
     return trained
+
+
+def _stand_in(own: list[nn.Parameter], x: Tensor, *_, **__) -> Tensor:
+    """A block that trains something has a gradient for its output, whatever its input has."""
+    return sum((parameter.sum() for parameter in own), x.relu())
 
 
 class Simulation:
@@ -364,7 +380,8 @@ def count_steps(config: Config, stage: int, data: Path | None) -> tuple[int, dic
     batches = share_batches(sizes, factors, settings.global_batch_size)
     shares: dict[str, float] = {}
     for name, count in zip(settings.datasets, batches, strict=True):
-        task = find_source(name).task
+        source = find_source(name)
+        task = source.task or (recognise(source, data).task if data else "generic")
         shares[task] = shares.get(task, 0.0) + count / sum(batches)
     return settings.max_steps or math.ceil(sum(batches) * settings.epochs), shares
 
@@ -405,9 +422,15 @@ class Plan:
         parameters, used = list(simulation.model.parameters()), simulation.used
         groups = parameters, [each for each in parameters if each.requires_grad], used
         num_all, num_trained, num_used = (sum(each.numel() for each in group) for group in groups)
+        bits = config.llm_bits if stage > 1 else 0
+        matrices = quantizable(simulation.model) if bits else []
+        num_quantized = sum(each.numel() for each in matrices)
+        num_all -= num_quantized
         # ZeRO divides them, but no parameter.
         num_shared = max(math.ceil(num_used / gpus), *(each.numel() for each in used))
         width, states = (4, 8) if config.dtype == "float32" else (2, 12)  # moments, and a master
+        if config.optimizer_bits == 8:
+            states += 2 * (1 + 4 / BLOCK) - 8
         share = f"{num_used / 1e9:.4f} B used / {gpus}: {num_shared / 1e9:.4f} B"
         self.held = {
             "weights": (width * num_all, f"{num_all / 1e9:.4f} B x {width} bytes"),
@@ -415,7 +438,12 @@ class Plan:
             "optimizer": (states * num_shared, f"{share} x {states} bytes"),
             "context": (CONTEXT_BYTES, "assumed: CUDA, workspaces of its libraries, NCCL"),
         }
-        self.checkpoint = width * (num_trained if stage == 2 else num_all) + states * num_used
+        if bits:
+            size, largest = QUANTIZED_BYTES[bits], 2 * max(each.numel() for each in matrices)
+            about = f"{num_quantized / 1e9:.4f} B x {size:.3f} bytes; the largest matrix whole"
+            self.held["llm in bits"] = size * num_quantized + largest, about
+        is_part = stage == 2 or has_adapters(simulation.model)
+        self.checkpoint = width * (num_trained if is_part else num_all) + states * num_used
 
     def peak(self, activations: float | None = None) -> float:
         """With the largest of the batches, or given activations."""

@@ -3,12 +3,26 @@ starts, and the checkpoints of --init, whole or in part (`train.starting_model` 
 
 import argparse
 import dataclasses
+import shutil
 from collections import Counter
+from fnmatch import fnmatch
 from pathlib import Path
 
-from xsam.checkpoints import find_checkpoint, read_header
-from xsam.config import PARTS, Config, is_in, origins
+import torch
+
+from xsam import distributed
+from xsam.checkpoints import (
+    find_base,
+    find_checkpoint,
+    latest_checkpoint,
+    read_header,
+    refuse_adapters,
+)
+from xsam.config import PARTS, Config, is_in, origins, part_name, stage_folder
+from xsam.files import read_json
+from xsam.lora import add_adapters
 from xsam.model import XSAM, Segmentor
+from xsam.optimizer import freeze
 from xsam.weights import (
     CONFIG_FILE,
     PREFIXES,
@@ -19,9 +33,9 @@ from xsam.weights import (
     load_folder,
     load_tensors,
     parameters_on_meta,
-    part_name,
     part_of_folder,
     read_published,
+    weights_digest,
 )
 
 
@@ -29,8 +43,7 @@ def outline(number: int, config: Config, options: argparse.Namespace) -> str:
     """A table of the parts that a stage begins with: their size, where they come from, and their
     peak learning rate. Raises ValueError where the configuration is of no model, or a file of one's
     own of no data set that the stage can train on."""
-    from xsam.datasets.registry import recognise
-    from xsam.datasets.sources import find_source
+    from xsam.datasets.sources import find_source, recognise
 
     stage, is_first = config.stages[number], number == options.stages[0]
     for source in map(find_source, stage.datasets):
@@ -43,20 +56,60 @@ def outline(number: int, config: Config, options: argparse.Namespace) -> str:
             config = complete_architecture(config, part, folder)
     with parameters_on_meta():
         model = (Segmentor if number == 1 else XSAM)(config)
-    parameters = {model.prefix + name: size.numel() for name, size in model.named_parameters()}
+        if number > 1:
+            model.llm.special_ids = (0, 1, 2)  # no tokenizer is read here
+        freeze(model, stage, model.prefix)
+        adapted = add_adapters(model, stage, model.prefix)
+    if stage.lora_rank and not adapted and number == options.stages[-1]:
+        targets = ", ".join(stage.lora_targets)
+        raise ValueError(f"lora_targets {targets}: no linear layer of stage {number} to train")
+    parameters = {model.prefix + name: each for name, each in model.named_parameters()}
+    for path in (*stage.lora_targets, *stage.lora_whole) if adapted else ():
+        names = (name.rpartition(".")[0] for name in parameters)
+        is_there = any(is_in(name, path) or fnmatch(name, path) for name in names)
+        if not is_there and number == options.stages[-1]:
+            raise ValueError(f"lora_targets, lora_whole: nothing is called {path!r}")
     found = origins(config, number, options.brought if is_first else {})
     for path in filter(None, stage.learning_rates):
         is_there = any(is_in(name, path) for name in parameters)
         if part_name(path) in found and not is_there:
             raise ValueError(f"learning_rates: no module {path!r} in {part_name(path)}")
     sizes = Counter()
-    for name, size in parameters.items():
-        sizes[part_name(name), stage.learning_rate(name)] += size
+    for name, parameter in parameters.items():
+        rate = stage.learning_rate(name) * parameter.requires_grad
+        origin = "adapters" if ".lora." in name else found[part_name(name)] or "from nothing"
+        sizes[part_name(name), rate, origin] += parameter.numel()
+    still = {part_name(name) for name, each in parameters.items() if not each.requires_grad}
+    if adapted and (new := sorted(part for part in still if not found[part])):
+        raise ValueError(f"{', '.join(new)} starts from nothing: name it in lora_whole")
     lines = [f"stage {number} begins with"]
-    for (part, rate), size in sizes.items():
+    for (part, rate, origin), size in sizes.items():
         rate = f"learning rate {rate:g}" if rate else "frozen"
-        lines.append(f"  {part:24}{size / 1e6:9.2f} M  {rate:22}{found[part] or 'from nothing'}")
+        lines.append(f"  {part:24}{size / 1e6:9.2f} M  {rate:22}{origin}")
+    trained, total = sum(n for (_, rate, _), n in sizes.items() if rate), sizes.total()
+    lines.append(f"  trained: {trained / 1e6:.2f} of {total / 1e6:.2f} M ({trained / total:.1%})")
     return "\n".join(lines)
+
+
+def name_base(model: Segmentor | XSAM, number: int, options: argparse.Namespace) -> dict[str, str]:
+    """The base of the adapters that a stage is going to train, as a checkpoint's header has it: the
+    path of the whole model that --init names, else of what the stage begins with, which is written
+    to OUT/stageN/base once; and the digest of its weights."""
+    about = {"digest": weights_digest(model, torch.bfloat16)}
+    inits = options.init if number == options.stages[0] else []
+    if number == 3 and len(inits) == 1 and is_whole(inits[0]) and not options.allow_missing:
+        path = inits[0]  # if it is not here, a Hugging Face repository's name
+        return about | {"path": str(find_checkpoint(path).resolve() if path.exists() else path)}
+    from xsam.inference import save_pretrained
+
+    folder = stage_folder(options.out, number)
+    with distributed.together(f"{folder / 'base'} could not be written", OSError):
+        if distributed.rank() == 0 and latest_checkpoint(folder) is None:
+            for each in (folder / "base", folder / ".base.tmp"):
+                shutil.rmtree(each, ignore_errors=True)
+            save_pretrained(model, folder / ".base.tmp")
+            (folder / ".base.tmp").rename(folder / "base")
+    return about | {"path": "../base"}
 
 
 def inspect_init(
@@ -68,15 +121,50 @@ def inspect_init(
     brought = {part: str(path) for path in paths for part in init_parts(path, stage)}
     whole = [path for path in paths if is_whole(path)]
     if not whole:
+        path = find_checkpoint(paths[0])
+        if not part_of_folder(path) and (path / CONFIG_FILE).is_file():
+            preset = dataclasses.replace(preset, model=read_header(path)["config"].model)
         return preset, brought, {"segmentor.encoder"} & brought.keys()
     if whole != paths[:1]:
         raise ValueError(f"--init {whole[-1]} is a whole model: name it alone, or first and once")
     path = find_checkpoint(whole[0])
+    if stage == 1:  # its segmentor is taken out, without the class head
+        brought = {part: brought[part] for part in PARTS[:4] if part in brought}
     if (path / CONFIG_FILE).is_file():
         preset = dataclasses.replace(preset, model=read_header(path)["config"].model)
     else:
         preset = preset.resolve(**read_published(list_tensors(path), path)[2])
     return preset, brought, brought.keys() - ({"llm"} if not has_tokenizer(path) else set())
+
+
+def follow_classes(config: Config, options: argparse.Namespace) -> Config:
+    """For a stage 1 on a file of one's own: its categories, and as many classes. Where the
+    checkpoint of --init has others, the class head is not among what that brings."""
+    from xsam.datasets.base import read_categories
+    from xsam.datasets.sources import find_source, locate
+
+    source = find_source(config.stages[1].datasets[0])
+    if 1 not in options.stages or source.format != "own":
+        return config
+    path = locate(options.data, source.annotations)
+    records = read_categories(read_json(path, dict), str(path)).values()
+    categories = tuple(category._asdict() for category in records)
+    count, given = len(categories), config.model.num_classes
+    if "num_classes" in options.given and given != count:
+        raise ValueError(f"{path} has {count} categories, --num_classes is {given}: leave it out")
+    config = config.resolve(categories=categories, num_classes=count)
+    if options.init and not any(has_head(path, config) for path in options.init):
+        options.brought.pop("segmentor.class_head", None)
+    return config
+
+
+def has_head(path: Path, config: Config) -> bool:
+    """Whether a checkpoint of --init has the class head for a stage 1 whose classes are known."""
+    path = find_checkpoint(path)
+    if part_of_folder(path) or not (path / CONFIG_FILE).is_file():
+        return False
+    header = read_header(path)
+    return header["stage"] == 1 and header["config"].categories == config.categories
 
 
 def is_whole(path: Path) -> bool:
@@ -89,7 +177,9 @@ def init_parts(path: Path, stage: int) -> set[str]:
     path = find_checkpoint(path)
     if part := part_of_folder(path):
         return {PREFIXES[part].removesuffix(".")}
-    stored = list_tensors(path)
+    stored, base = list_tensors(path), find_base(path)
+    if base is not None:
+        stored = list_tensors(base) | stored
     stored = stored if stage == 1 else without_class_head(stored)
     ours = {part_name(disk_name(f"{part}.model.x")): part for part in PARTS}
     return {ours.get(each, each) for each in (part_name(disk_name(name)) for name in stored)}
@@ -113,14 +203,26 @@ def load_init(model: Segmentor | XSAM, path: Path, allow_missing: tuple[str, ...
             raise ValueError(f"--init {path}: this model has no {part}")
         dtype = next(model.parameters()).dtype
         return load_folder(modules[part], part, path, dtype=dtype)
-    stored = list_tensors(path)
+    refuse_adapters(path)
+    stored, is_new = list_tensors(path), False
     if model.stage != 1:
         stored = without_class_head(stored)
+    elif is_whole(path) or (model.config.categories and not has_head(path, model.config)):
+        is_new, stored = True, {name: at for name, at in stored.items() if is_below_head(name)}
     own = {disk_name(model.prefix + name) for name in model.state_dict()}
+    own = set(filter(is_below_head, own)) if is_new else own
     parts = {part_name(disk_name(name)) for name in stored}
     only = tuple(name for name in own if part_name(name) in parts)
     options = {"only": only, "allow_missing": allow_missing, "short_vocabulary": True}
-    return load_tensors(model, stored, path, model.prefix, **options)
+    said = load_tensors(model, stored, path, model.prefix, **options)
+    note = f"\n  the class head is new, of {model.config.model.num_classes} classes"
+    return said + note * is_new
+
+
+def is_below_head(name: str) -> bool:
+    """Whether a tensor is of a segmentor, and not of its class head."""
+    name = disk_name(name)
+    return name.startswith(("segmentor.", "seg_connector.")) and ".class_predictor." not in name
 
 
 def without_class_head(stored: dict[str, Stored]) -> dict[str, Stored]:

@@ -42,6 +42,7 @@ from xsam.checkpoints import (
     check_checkpoint,
     check_space,
     fill_states,
+    find_base,
     latest_checkpoint,
     list_states,
     load_trained,
@@ -54,6 +55,7 @@ from xsam.data import Batch, Mixture, Processor
 from xsam.encoders import ImageEncoder
 from xsam.files import write_whole
 from xsam.llm import LanguageModel
+from xsam.lora import add_adapters, target_layers
 from xsam.losses import Normalisers, Objective, count_targets
 from xsam.model import XSAM, Segmentor, checkpoint_activations, compile_blocks
 from xsam.optimizer import (
@@ -69,6 +71,7 @@ from xsam.starts import (
     init_parts,
     is_whole,
     load_init,
+    name_base,
     outline,
     without_class_head,
 )
@@ -141,6 +144,14 @@ def load_earlier_stage(model: XSAM, stage: int, out: Path) -> str:
     projectors of stage 2."""
     folder = latest_checkpoint(stage_folder(out, stage))
     check_checkpoint(folder, model.config, stage)
+    if find_base(folder) is not None:
+        from xsam.inference import load_checkpoint
+
+        lines: list[str] = []
+        segmentor, _ = load_checkpoint(folder, config=model.config, report=lines.append)
+        segmentor.class_head = model.segmentor.class_head
+        model.segmentor.load_state_dict(segmentor.state_dict())
+        return "\n".join(lines)
     stored = list_tensors(folder)
     if stage == 2:
         return load_tensors(model, stored, folder, only=("visual_projector.", "seg_projector."))
@@ -212,16 +223,17 @@ def train_stage(
     mixture = open_mixture(model, number, options, say)
     given, config = config, model.config  # with what folders, tokenizer and data say
     checkpoint = latest_checkpoint(out) if options.resume else None
+    base = begin_adapters(model, number, options, device)
     first_step = num_skipped = 0
     if checkpoint is not None:
-        first_step, num_skipped = load_progress(model, checkpoint, config, number, say)
+        first_step, num_skipped = load_progress(model, checkpoint, config, number, say, base)
     model.to(device)
     if config.compile:
         compile_blocks(model)
     if config.recompute:
         checkpoint_activations(model)
     objective = distribute(Objective(model, config))
-    optimizer = build_optimizer(model, stage, model.prefix)
+    optimizer = build_optimizer(model, stage, model.prefix, config.optimizer_bits)
     if checkpoint is not None:
         fill_states(optimizer, model, model.prefix, list_states(checkpoint))
         say(f"resumed from {checkpoint}")
@@ -286,11 +298,11 @@ def train_stage(
             if is_last or is_asked or (step + 1) % config.save_every == 0:
                 states = state_tensors(optimizer, model, model.prefix)
                 about = config, model.tokenizer, number, step + 1
-                saved = save_checkpoint(out, model, *about, states, num_skipped)
+                saved = save_checkpoint(out, model, *about, states, num_skipped, base)
             if is_asked:
                 raise Stopped(max(signals, default=signal.SIGTERM), f"saved {saved}")
             if config.validate_every and (step + 1) % config.validate_every == 0 and not is_last:
-                seen.validate(step, model, options.data)
+                seen.validate(step, model, options.data, options.skip_bad)
     return model
 
 
@@ -305,7 +317,7 @@ def starting_model(
     rules = {"allow_missing": tuple(options.allow_missing)}
     has_encoder = 1 in earlier_stages
     has_encoder |= any("segmentor.encoder" in init_parts(path, number) for path in inits)
-    if inits and is_whole(inits[0]):
+    if number > 1 and inits and is_whole(inits[0]):
         from xsam.inference import load_checkpoint
 
         path, folder = inits.pop(0), options.weights / config.model.llm
@@ -326,15 +338,40 @@ def starting_model(
     return model
 
 
+def begin_adapters(
+    model: Segmentor | XSAM, number: int, options: argparse.Namespace, device: torch.device
+) -> dict[str, str] | None:
+    """Gives the model the adapters of its stage, and the frozen language model fewer bits; the base
+    of the adapters, None where the stage has none (lora.py)."""
+    stage, bits = model.config.stages[number], model.config.llm_bits
+    base = None
+    if stage.lora_rank and target_layers(model, stage, model.prefix):
+        base = name_base(model, number, options)
+    if bits and number > 1:
+        from xsam.inference import quantize
+
+        quantize(model.to(device), bits)
+    add_adapters(model, stage, model.prefix)
+    return base
+
+
 def load_progress(
     model: Segmentor | XSAM,
     checkpoint: Path,
     config: Config,
     number: int,
     report: Callable[[str], None],
+    base: dict[str, str] | None = None,
 ) -> tuple[int, int]:
-    """The weights of a checkpoint; its step, and how many before it were skipped."""
+    """The weights of a checkpoint; its step, and how many before it were skipped. Raises ValueError
+    where it was trained from another `base` of adapters."""
     header = check_checkpoint(checkpoint, config, number)
+    if header["base"].get("digest") != (base or {}).get("digest"):
+        ranks = [each.stages[number].lora_rank for each in (header["config"], config)]
+        then, now = ("adapters" if rank else "no adapters" for rank in ranks)
+        if base and header["base"]:
+            then, now = f"adapters of the base {header['base']['path']}", "those of another"
+        raise ValueError(f"{checkpoint}: has {then}, this run {now}; resume it as it was begun")
     report(load_trained(model, checkpoint))
     if distributed.rank() == 0:
         point_latest(checkpoint)
@@ -377,8 +414,16 @@ def open_mixture(
         report(f"{dataset.name}: {len(dataset)} samples x {factor:.2f}{without}")
     generic = [dataset for dataset in datasets if isinstance(dataset, Generic)]
     if generic:
-        model.config = config.resolve(categories=generic[0].categories)
+        named: dict[str, dict] = {}
+        for category in (each for dataset in generic for each in dataset.categories):
+            named.setdefault(category["name"], category)
+        model.config = config.resolve(categories=tuple(named.values()))
     for dataset in generic if number == 1 else ():
+        if dataset.names != generic[0].names:
+            raise ValueError(
+                f"{dataset.annotations}: has other classes than {generic[0].annotations}, or in "
+                "another order: one head cannot learn both"
+            )
         if len(dataset.names) != config.model.num_classes:
             raise ValueError(
                 f"{dataset.annotations} has {len(dataset.names)} categories, num_classes is "
@@ -490,7 +535,7 @@ def ignore_signals(_: int) -> None:
 
 
 def run(options: argparse.Namespace, config: Config) -> None:
-    from xsam.datasets.sources import scored_tasks
+    from xsam.datasets.sources import run_sets
     from xsam.report import monitor
     from xsam.toy.weights import write_weights
     from xsam.toy.world import write_world
@@ -505,7 +550,8 @@ def run(options: argparse.Namespace, config: Config) -> None:
     distributed.barrier()
 
     column = monitor.INIT if options.init else monitor.UNTRAINED
-    if scored_tasks(config, options.stages) and column not in monitor.read_results(options.out):
+    sets = run_sets(config, options.stages, options.data)
+    if sets and column not in monitor.read_results(options.out):
         torch.manual_seed(config.seed)
         if options.init:
             model = starting_model(options.stages[0], config, options, lambda _: None)
@@ -513,14 +559,14 @@ def run(options: argparse.Namespace, config: Config) -> None:
             model = pretrained_model(options.stages[-1], config, options.weights, lambda _: None)
         if model.stage == 1:  # its classes are those of its data
             open_mixture(model, 1, options, lambda _: None)
-        monitor.score(column, model.to(device), options.out, options.data)
+        monitor.score(column, model.to(device), options.out, options.data, options.skip_bad)
     for number in options.stages:
         if number != options.stages[0] and distributed.rank() == 0:
             print(outline(number, config, options))
         model = train_stage(number, config, options, device)
         column = f"stage {number}"
         if config.eval_tasks and number != 2 and column not in monitor.read_results(options.out):
-            monitor.score(column, model, options.out, options.data)
+            monitor.score(column, model, options.out, options.data, options.skip_bad)
     if distributed.rank() == 0:
         monitor.draw_metrics(options.out)
         print(f"\nwrote {options.out}")

@@ -7,6 +7,7 @@ parameters that may still be on the meta device: the host never holds the weight
 """
 
 import contextlib
+import hashlib
 import json
 import pickle
 import re
@@ -22,12 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from xsam.config import Config
+from xsam.config import Config, part_name
 from xsam.encoders import resize_positions, transformers_config
 from xsam.files import cause_of, give_rights, read_json
 from xsam.llm import render_conversation
 
-MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+MODEL_FILE, BIN_FILE, CONFIG_FILE = "model.safetensors", "pytorch_model.bin", "config.json"
 
 SHARD_BYTES = 5 * 10**9  # largest file written
 
@@ -106,11 +107,6 @@ def disk_name(name: str) -> str:
     return name
 
 
-def part_name(name: str) -> str:
-    """The part that a tensor, by our name or that on disk, belongs to: "llm", …"""
-    return ".".join(name.split(".")[: 2 if name.startswith("segmentor.") else 1])
-
-
 # ---- files ---------------------------------------------------------------------------------------
 
 
@@ -179,7 +175,7 @@ def list_tensors(path: Path) -> dict[str, Stored]:
         raise ValueError(f"{path}: no such file or folder")
     files, placed = [path], {}
     if path.is_dir():
-        candidates = [path / MODEL_FILE, path / "pytorch_model.bin"]
+        candidates = [path / MODEL_FILE, path / BIN_FILE]
         indices = [file.with_name(f"{file.name}.index.json") for file in candidates]
         files = [file for file in candidates if file.is_file()][:1]
         index = next((index for index in indices if index.is_file()), None)
@@ -577,9 +573,33 @@ def save_model(
         (folder / f"{MODEL_FILE}.index.json").write_text(text, encoding="utf-8")
 
 
+def save_bin(
+    folder: Path, model: nn.Module, prefix: str = "", num_words: int | None = None
+) -> None:
+    """A model's tensors as pytorch_model.bin, which the published code reads: one pickled dict,
+    tied weights under both names. The tables of words are cut to `num_words` rows: that code passes
+    over tables of another length than its tokenizer."""
+    state = {disk_name(prefix + name): value.cpu() for name, value in model.state_dict().items()}
+    for name in state.keys() & {EMBEDDING, OUTPUT}:
+        state[name] = state[name][:num_words].clone()  # a view would bring all rows
+    torch.save(state, folder / BIN_FILE)
+
+
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint holds: parameters, those with two names once, and lasting buffers."""
     state = model.state_dict()
     twice = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     twice -= {name for name, _ in model.named_parameters()}
     return {name: tensor for name, tensor in state.items() if name not in twice}
+
+
+def weights_digest(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """A digest of the names, shapes and types of the weights, and of some 256 numbers of each. With
+    a `dtype` numbers are rounded to it first, and copies in other types have the same digest."""
+    digest = hashlib.sha256()
+    for name, parameter in model.state_dict().items():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // 256)].to(dtype or flat.dtype).float().cpu().numpy()
+        digest.update(f"{name} {list(parameter.shape)} {dtype or parameter.dtype}".encode())
+        digest.update(some.tobytes())
+    return digest.hexdigest()[:16]

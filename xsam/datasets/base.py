@@ -6,10 +6,11 @@ in. The records stay packed in one array until they are asked for.
 """
 
 import contextlib
+import hashlib
 import pickle
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -115,6 +116,32 @@ class Dataset:
         sample = self.sample(index, np.random.default_rng([0, index]))
         sample.turns = [(question, None) for question, _ in sample.turns]
         return sample
+
+    def image_name(self, record: tuple) -> str:
+        """Of a user's own set: the image of an entry of `records`."""
+        raise NotImplementedError
+
+    def keep_part(self, images: Iterable[str]) -> None:
+        """Where a share of a user's own `images` is held out, keeps the records of that share or of
+        the others.
+
+        An image's place is a number from 0 to 1 that its name without folders and the seed give:
+        the same in every file that has the image, whatever else that holds. Held out are those
+        below the share, and of few images, where none is, the first; one at least is left."""
+        source = self.source
+        if not source.held_out:
+            return
+
+        def place(name: str) -> float:
+            text = f"{source.seed} {PurePosixPath(name.replace(chr(92), '/')).name}"
+            return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+        places = sorted({place(name) for name in images})
+        if len(places) < 2:
+            raise ValueError(f"{self.annotations}: one image, of which no share can be held out")
+        last = min(max(source.held_out, places[0]), places[-2])
+        is_val = source.part == "val"
+        self.records = [x for x in self.records if (place(self.image_name(x)) <= last) == is_val]
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:

@@ -141,7 +141,7 @@ def _unite(prompt: np.ndarray, patch: np.ndarray, corner: np.ndarray) -> None:
 # ---- reading and writing -------------------------------------------------------------------------
 
 
-def _each(function: Callable, jobs: list, num_workers: int | None) -> Iterator:
+def run_each(function: Callable, jobs: list, num_workers: int | None) -> Iterator:
     """`function` of all jobs, in their order, behind a progress bar: by `num_workers` processes, as
     many as there are cores where it is None, in this one at 0 or 1."""
     num_workers = min(os.cpu_count() or 1 if num_workers is None else num_workers, len(jobs))
@@ -200,7 +200,7 @@ def build_vgd(
         jobs, categories = _read_coco(Path(instances))
         make = functools.partial(_vgd_record, seed=seed, categories=set(categories))
         file.write("[")  # record by record: all of them need more memory than a laptop has
-        for text, found in _each(make, jobs, num_workers):
+        for text, found in run_each(make, jobs, num_workers):
             file.write(f",\n{text}" if text and counts["images"] else text)
             counts.update(found)
         file.write("]")
@@ -261,7 +261,7 @@ def build_coco_semantic(
         partial.mkdir()
         indices = {category: index for index, category in enumerate(categories)}
         make = functools.partial(_semantic_map, masks=Path(masks), out=partial, indices=indices)
-        for num_segments in _each(make, labelled, num_workers):
+        for num_segments in run_each(make, labelled, num_workers):
             counts.update(images=1, segments=num_segments)
     return _report(out, counts)
 
@@ -395,7 +395,7 @@ def _convert_split(
         ]
         paths = (*inputs, *folders)
         make = functools.partial(_ade_image, folders=paths, categories=categories, things=things)
-        for image, segments, objects in _each(make, stems, num_workers):
+        for image, segments, objects in run_each(make, stems, num_workers):
             images.append(image)
             name = f"{image['id']}.png"
             annotations.append(dict(image_id=image["id"], file_name=name, segments_info=segments))
@@ -466,7 +466,7 @@ def add_commands(subparsers: Any) -> None:
     path = dict(type=Path, required=True)
     about = "COCO instances to COCO-VGD: four visual prompts for every object"
     example = "--instances instances_val2017.json --out img_vgdseg_coco_val.json"
-    add = _add_command(subparsers, "vgd", build_vgd, about, example)
+    add = add_command(subparsers, "vgd", build_vgd, about, example)
     add("--instances", metavar="FILE", help="COCO instances", **path)
     add("--out", metavar="FILE", help="JSON to write", **path)
     add("--seed", type=count, default=0, help="of the prompts; default: %(default)s")
@@ -474,20 +474,20 @@ def add_commands(subparsers: Any) -> None:
     example = (
         "--panoptic panoptic_val2017.json --masks panoptic_val2017 --out panoptic_semseg_val2017"
     )
-    add = _add_command(subparsers, "coco-semantic", build_coco_semantic, about, example)
+    add = add_command(subparsers, "coco-semantic", build_coco_semantic, about, example)
     add("--panoptic", metavar="FILE", help="COCO panoptic", **path)
     add("--masks", metavar="DIR", help="the folder of its PNGs", **path)
     add("--out", metavar="DIR", help="folder to write", **path)
     about = "ADE20K-150 as downloaded to semantic, panoptic and instance annotations beside it"
     example, splits = "--folder img_ovseg/ade20k --splits validation", ",".join(_ADE_SPLITS)
-    add = _add_command(subparsers, "ade20k", convert_ade20k, about, example)
+    add = add_command(subparsers, "ade20k", convert_ade20k, about, example)
     add("--folder", metavar="DIR", help="holds images, annotations, ...", **path)
     about = "name classes by the alias lists of objectInfo150.txt, not as the public files do"
     add("--aliases", action="store_true", help=about)
     add("--splits", type=lambda text: text.split(","), default=splits, help="default: %(default)s")
 
 
-def _add_command(subparsers: Any, name: str, build: Callable, about: str, example: str) -> Callable:
+def add_command(subparsers: Any, name: str, build: Callable, about: str, example: str) -> Callable:
     """A sub-command that calls `build` with its options; returns what adds options to it."""
     example = f"example: python -m xsam.data {name} {example}"
     parser = subparsers.add_parser(name, help=about, description=about, epilog=example)

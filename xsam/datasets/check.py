@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from xsam.cli import count
 from xsam.config import xsam
 from xsam.datasets.base import Dataset
+from xsam.datasets.referring import OwnReferring
 from xsam.datasets.registry import read_dataset
 from xsam.datasets.sources import SOURCES, find_source, locate
 from xsam.files import check_target
@@ -34,6 +35,8 @@ from xsam.report.samples import draw_sample
 from xsam.weights import read_tokenizer
 
 MOST_SHOWN = 5  # bad records of a set in the report, unless --all
+
+MOST_CLASSES = 20  # of a user's own file in the report
 
 MOST_WORDS = 20  # that the tokenizer lacks, of a set, in the report, unless --all
 
@@ -49,6 +52,8 @@ class Report:
     skipped: Counter = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     unknown: Counter = field(default_factory=Counter)  # words that the tokenizer lacks
+    task: str = ""  # that a user's own file was recognised for
+    contents: str = ""  # of such a file
 
     @property
     def state(self) -> str:
@@ -98,6 +103,8 @@ def check_dataset(
         report.problems.append(str(error))
         return report, None
     report.num_samples, report.skipped = len(dataset), +dataset.skipped
+    if name not in SOURCES:
+        report.task, report.contents = dataset.source.task, f"\n{contents_text(dataset)}"
     indices = evenly(len(dataset), limit or len(dataset))
     report.num_read = len(indices)
     with contextlib.ExitStack() as stack:
@@ -133,7 +140,7 @@ def table(reports: list[Report]) -> str:
         used_for = ", ".join(users.get(report.name, [default]))
         counts = [str(count or "") for count in (report.num_samples, report.num_read)]
         skipped = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
-        task = find_source(report.name).task or "own"
+        task = report.task or find_source(report.name).task or "own"
         rows.append((report.name, task, used_for, report.state, *counts, skipped))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
@@ -143,6 +150,32 @@ def table(reports: list[Report]) -> str:
 def _is_scored(name: str) -> bool:
     is_split = "_val" in name or "_test" in name
     return name in SOURCES and (is_split or SOURCES[name].format == "tsv")
+
+
+def contents_text(dataset: Dataset) -> str:
+    """What a user's own file trains on: objects and images of every class, or expressions."""
+    records = [dataset.records[index] for index in range(len(dataset))]
+    if isinstance(dataset, OwnReferring):
+        asked = [(dataset.groups[group], start, stop) for group, start, stop in records]
+        masks = [mask for (_, _, pairs), start, stop in asked for mask, _ in pairs[start:stop]]
+        what = f"{len(masks)} expressions, {masks.count(None)} that nothing fits"
+        return f"{dataset.name}: {len({image for (_, image, _), *_ in asked})} images, {what}"
+    objects, images, index = Counter(), Counter(), dataset.category_index
+    for _, annotated, *_ in records:
+        found = [index[each.category_id] for each in annotated if not each.iscrowd]
+        objects.update(found)
+        images.update(set(found))
+    names, total = dataset.names, objects.total()
+    lines = [f"{dataset.name}: {len(records)} images, {total} objects of {len(names)} classes"]
+    for number, _ in objects.most_common(MOST_CLASSES):
+        counts = f"{objects[number]} objects in {images[number]} images"
+        lines.append(f"  {names[number]}: {counts}")
+    if len(objects) > MOST_CLASSES:
+        lines.append(f"  … and {len(objects) - MOST_CLASSES} more")
+    if without := [name for number, name in enumerate(names) if number not in objects]:
+        more = f", … and {len(without) - MOST_CLASSES} more" * (len(without) > MOST_CLASSES)
+        lines.append(f"  without an object: {', '.join(without[:MOST_CLASSES])}{more}")
+    return "\n".join(lines)
 
 
 def missing_text(reports: list[Report], data: Path) -> str:
@@ -208,7 +241,8 @@ def run(options: argparse.Namespace) -> int:
         if options.show and dataset is not None:
             show(dataset, options.show, options.out, options.seed)
     most = sys.maxsize if options.all else MOST_SHOWN
-    texts = [table(reports), missing_text(reports, options.data), problems_text(reports, most)]
+    texts = [table(reports), *(report.contents for report in reports)]
+    texts += [missing_text(reports, options.data), problems_text(reports, most)]
     texts.append(unknown_text(reports, most if options.all else MOST_WORDS))
     print("\n".join(filter(None, texts)))
     if options.show:

@@ -1,18 +1,21 @@
-"""The command `python -m xsam.data`: checks a data root, and builds sets that have to be built."""
+"""The command `python -m xsam.data`: checks a data root, converts annotations of a user's own, and
+builds sets that have to be built."""
 
 import sys
 
 from xsam.cli import Parser
-from xsam.datasets import build, check
+from xsam.datasets import build, check, convert
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m xsam.data",
-        description="Checks the datasets of a data root, and builds those that have to be built.",
+        description="Checks the datasets of a data root, converts annotations of your own, and "
+        "builds the sets that have to be built.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     check.add_command(commands)
+    convert.add_commands(commands)
     build.add_commands(commands)
     options = parser.parse_args(arguments)
     try:

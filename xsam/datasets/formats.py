@@ -46,10 +46,14 @@ def read_refs(path: Path) -> list[dict]:
 
 
 def read_tsv(path: Path) -> list[dict[str, str]]:
-    """A VLMEvalKit table as a record a row; images are base64 in a column."""
+    """A table as a record a row; VLMEvalKit's have images as base64 in a column. Cells of a .csv
+    are parted by what its head has most of."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    lines = io.StringIO(read_text(path), newline="")
-    rows = csv.DictReader(lines, delimiter="\t", strict=True)
+    text = read_text(path)
+    marks = ",;\t" if path.suffix.lower() == ".csv" else "\t"
+    delimiter = max(marks, key=text.partition("\n")[0].count)
+    lines = io.StringIO(text, newline="")
+    rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     table = []
     try:
         for row in rows:
@@ -60,7 +64,7 @@ def read_tsv(path: Path) -> list[dict[str, str]]:
         return table
     except csv.Error as error:
         raise ValueError(
-            f"{path}: line {rows.reader.line_num}: not a row of tab-separated values ({error}); "
+            f"{path}: line {rows.reader.line_num}: not a row of a table ({error}); "
             'a value that begins with a quote is quoted as a whole, with "" for a quote inside'
         ) from error
 

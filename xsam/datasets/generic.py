@@ -33,6 +33,7 @@ class Generic(Dataset):
         self.is_thing = [category.is_thing for category in categories.values()]
         images = records.by_id(content, "images", where)
         self.index_images(images, take(content, "annotations", list, where))
+        self.keep_part(str(image.get("file_name")) for image in images.values())
 
     @property
     def categories(self) -> tuple[dict, ...]:
@@ -45,6 +46,9 @@ class Generic(Dataset):
 
     def key(self, index: int) -> Id:
         return self.records[index][0].id
+
+    def image_name(self, record: tuple) -> str:
+        return record[0].file_name
 
     def image(self, record: dict) -> CocoImage:
         return parse(CocoImage, record, f"{self.annotations}: image {record['id']}")
@@ -252,3 +256,17 @@ class Semantic(Generic):
         present = np.unique(classes[classes != 255]).tolist()
         masks = classes == np.array(present, np.uint8)[:, None, None]
         return self.make(self.records[index][0], picture, masks, present, classes == 255, rng)
+
+
+class Regions(Panoptic):
+    """A user's own panoptic file without things: a region for each class, read as such, and as a
+    class map like that of `Semantic` for scoring."""
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        picture, segment_index, segments = super().read(index)
+        if len(self.names) > 255:
+            raise ValueError(f"{self.annotations}: {len(self.names)} classes, a map holds 255")
+        classes = [255] + [255 if each["iscrowd"] else each["class"] for each in segments]
+        return picture, np.array(classes, np.uint8)[segment_index]
+
+    sample = Semantic.sample

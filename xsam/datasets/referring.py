@@ -207,10 +207,33 @@ class OwnReferring(Referring):
                 image, masks, texts = unpack(record, where, image=str, masks=list, texts=list)
                 if not masks or len(masks) != len(texts):
                     raise ValueError(f"{where}: {len(masks)} masks but {len(texts)} texts")
-                groups.append(pack((where, image, list(zip(masks, texts, strict=True))), where))
-                starts = range(0, len(masks), MAX_TURNS)
-                self.records += [(len(groups) - 1, start, start + MAX_TURNS) for start in starts]
+                phrases = list(zip(masks, texts, strict=True))
+                if not self.is_training:  # a record for each text
+                    phrases = [
+                        (m, t) for m, t in phrases for t in (t if isinstance(t, list) else [t])
+                    ]
+                groups.append(pack((where, image, phrases), where))
+                size = MAX_TURNS if self.is_training else 1
+                starts = range(0, len(phrases), size)
+                self.records += [(len(groups) - 1, start, start + size) for start in starts]
         self.groups = Packed(groups)
+        self.keep_part(image for _, image, _ in map(self.groups.__getitem__, range(len(groups))))
+
+    def image_name(self, record: tuple) -> str:
+        return self.groups[record[0]][1]
+
+    def key(self, index: int) -> str:
+        return f"{self.image_name(self.records[index])}/{index}"
+
+    def is_present(self, index: int) -> bool:
+        """Of a set that is scored: whether anything in the image fits the expression."""
+        group, start, _ = self.records[index]
+        return self.groups[group][2][start][0] is not None
+
+    def num_words(self, index: int) -> int:
+        """Of a set that is scored."""
+        group, start, _ = self.records[index]
+        return len(str(self.groups[group][2][start][1]).split())
 
     def build(
         self, index: int, group: tuple, phrases: list[tuple], rng: np.random.Generator
@@ -277,10 +300,8 @@ class Reason(Dataset):
 
     def index_file(self, path: Path) -> None:
         content = read_json(path, last_resort="cp1252")  # some of the files are
-        names = [f"{path.stem}{suffix}" for suffix in IMAGE_SUFFIXES]
         about = content if isinstance(content, dict) else {}
-        if isinstance(about.get("imagePath"), str):
-            names.insert(0, about["imagePath"])
+        names, size = labelme_image(path, about)
         image = find_file(self.annotations, *names)
         if not is_file(image):
             if "shapes" not in about:
@@ -299,8 +320,6 @@ class Reason(Dataset):
             if name.lower() != "flag":
                 outline = corners(whole_pixels(points, where), record.get("shape_type"), where)
                 shapes.append(("ignore" in name.lower(), outline))
-        size = records.whole(about.get("imageHeight")), records.whole(about.get("imageWidth"))
-        size = size if all(isinstance(side, int) and side > 0 for side in size) else None
         if not self.has_target(shapes, path, image, size):
             self.skipped["images without a target"] += 1
             return
@@ -345,6 +364,15 @@ class Reason(Dataset):
         return self.records[index][4]
 
 
+def labelme_image(path: Path, content: dict) -> tuple[list[str], tuple[int, int] | None]:
+    """What the image of a labelme file may be called, and its size, where that is told."""
+    names = [f"{path.stem}{suffix}" for suffix in IMAGE_SUFFIXES]
+    if isinstance(content.get("imagePath"), str):
+        names.insert(0, content["imagePath"])
+    size = tuple(records.whole(content.get(key)) for key in ("imageHeight", "imageWidth"))
+    return names, size if all(isinstance(side, int) and side > 0 for side in size) else None
+
+
 def whole_pixels(points: list, where: str) -> list[tuple[int, int]]:
     """The corners of a polygon, cut to whole pixels as in LISA."""
     for point in points:
@@ -365,7 +393,7 @@ def corners(points: list, kind: str | None, where: str) -> list[tuple[int, int]]
     if kind == "rectangle" and len(points) == 2:
         (left, top), (right, bottom) = points
         return [(left, top), (right, top), (right, bottom), (left, bottom)]
-    if kind in (None, "polygon", "rectangle"):
+    if kind in (None, "polygon", "rectangle", "oriented_rectangle"):
         return points
     raise ValueError(f"{where}: is a {kind} of {len(points)} points; draw it as a polygon")
 

@@ -8,19 +8,18 @@ from pathlib import Path
 
 from xsam.datasets.base import Dataset
 from xsam.datasets.chat import Benchmark, Llava
-from xsam.datasets.generic import Instances, Panoptic, Semantic
+from xsam.datasets.generic import Instances, Panoptic, Regions, Semantic
 from xsam.datasets.grounded import GcgFlickr, GcgGrounded, GcgRefs, GcgScored
 from xsam.datasets.prompted import VisualPrompts
-from xsam.datasets.records import take
 from xsam.datasets.referring import OwnReferring, Reason, RefCoco
-from xsam.datasets.sources import Source, find_source, locate
-from xsam.files import read_json
+from xsam.datasets.sources import find_source, recognise
 from xsam.prompts import PHRASINGS
 
 READERS: dict[str, type[Dataset]] = {
     "panoptic": Panoptic,
     "instance": Instances,
     "semantic": Semantic,
+    "regions": Regions,
     "refs": RefCoco,
     "own_refs": OwnReferring,
     "reason": Reason,
@@ -33,20 +32,21 @@ READERS: dict[str, type[Dataset]] = {
     "tsv": Benchmark,
 }
 
-# What other programs' own files have, of the whole or of the first record.
-FOREIGN = {"_via_img_metadata": "VGG Image Annotator", "regions": "VGG Image Annotator"}
-FOREIGN |= {"shapes": "labelme", "data": "Label Studio", "objects": "Supervisely"}
-FOREIGN |= {"data_row": "Labelbox", "Label": "Labelbox", "items": "Datumaro"}
-
 
 def read_dataset(
-    name: str, root: Path, all_classes: bool = False, phrasings: dict = PHRASINGS
+    name: str,
+    root: Path,
+    all_classes: bool = False,
+    phrasings: dict = PHRASINGS,
+    is_scored: bool = False,
 ) -> Dataset:
     """The dataset that SOURCES calls `name`, or a user's own file (`find_source`), even if records
-    of it are wrong. Raises ValueError where a file cannot be read."""
+    of it are wrong. `is_scored`: of an own one the records to be scored, not those to train on.
+    Raises ValueError where a file cannot be read."""
     source = find_source(name)
     if source.format == "own":
         source = recognise(source, Path(root))
+        source = dataclasses.replace(source, split="val" if is_scored else "")
     return READERS[source.format](name, source, Path(root), all_classes, phrasings)
 
 
@@ -56,10 +56,11 @@ def open_dataset(
     all_classes: bool = False,
     phrasings: dict = PHRASINGS,
     skip_bad: bool = False,
+    is_scored: bool = False,
 ) -> Dataset:
     """The dataset of that name, for use. Raises ValueError also where nothing is in it, or, without
     `skip_bad`, where a record breaks the format's rules."""
-    dataset = read_dataset(name, root, all_classes, phrasings)
+    dataset = read_dataset(name, root, all_classes, phrasings, is_scored)
     if dataset.problems and not skip_bad:
         more = f" (and {len(dataset.problems) - 1} more)" if len(dataset.problems) > 1 else ""
         raise ValueError(
@@ -71,21 +72,3 @@ def open_dataset(
         reasons += [f"{count} {what}" for what, count in (+dataset.skipped).items()]
         raise ValueError(", ".join([f"{dataset.annotations}: no sample of {name} in it", *reasons]))
     return dataset
-
-
-def recognise(source: Source, root: Path) -> Source:
-    """A user's own file: a list is referring, a dict COCO's panoptic or instance layout."""
-    path = locate(root, source.annotations)
-    content = read_json(path)
-    parts = list(content.values()) if isinstance(content, dict) else content
-    keys = [key for part in (content, *parts[:1]) if isinstance(part, dict) for key in part]
-    if programs := [program for sign, program in FOREIGN.items() if sign in keys]:
-        raise ValueError(f"{path}: is a file of {programs[0]}; export it in the COCO format")
-    if isinstance(content, list):
-        return dataclasses.replace(source, task="refer", format="own_refs")
-    annotations = take(content, "annotations", list, str(path))
-    if annotations and isinstance(annotations[0], dict) and "segments_info" in annotations[0]:
-        if not source.masks:
-            raise ValueError(f"{path}: panoptic, so name its PNGs: FILE.json:IMAGES:MASKS")
-        return dataclasses.replace(source, task="generic", format="panoptic")
-    return dataclasses.replace(source, task="generic", format="instance")

@@ -5,11 +5,14 @@ knows paths, the readers know what is in the files. Paths follow the published f
 names that the same files go by are in `ALIASES`.
 """
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xsam.config import Config, stage_folder
+from xsam.datasets.records import Flag, take
+from xsam.files import read_json
 
 PROMPT_TYPES = ("point", "scribble", "box", "mask")  # of visual prompts
 
@@ -29,6 +32,9 @@ class Source:
     split: str = ""  # where one file holds several
     prompt: str = ""  # the visual prompt that is asked with; empty: a random one
     is_cross: bool = False  # the visual prompts are shown in other images of the set
+    held_out: float = 0.0  # of a user's own: the share of its images that training leaves out
+    part: str = ""  # "val": that share; "train": the other images; "": all
+    seed: int = 0  # says which images
     about: str = ""
 
     def paths(self) -> list[str]:
@@ -257,17 +263,43 @@ SCORED_SETS = {
 SEGMENTOR_TASKS = ("panoptic", "instance", "semantic")  # that the model of stage 1 can do
 
 
+# ---- a user's own --------------------------------------------------------------------------------
+
+# What other programs' own files have, of the whole or of the first record.
+FOREIGN = {"_via_img_metadata": "VGG Image Annotator", "regions": "VGG Image Annotator"}
+FOREIGN |= {"shapes": "labelme", "data": "Label Studio", "objects": "Supervisely"}
+FOREIGN |= {"data_row": "Labelbox", "Label": "Labelbox", "items": "Datumaro"}
+
+_OWN = re.compile(r"(.+?)(?:@(train|val)(0?\.\d*[1-9]\d*(?:/\d+)?))?")
+
+
+def own_parts(name: str) -> tuple[str, str, str]:
+    """FILE.json[:IMAGES[:MASKS]], "train" or "val", and SHARE[/SEED], of a user's own file; all are
+    empty of a known set, and of what is neither."""
+    match = _OWN.fullmatch(name)
+    is_own = match and match[1].split(":")[0].lower().endswith(".json")
+    return match.groups("") if is_own and name not in SOURCES else ("", "", "")
+
+
+def is_own(name: str) -> bool:
+    return own_parts(name)[0] != ""
+
+
 def find_source(name: str) -> Source:
     """The set of that name, or a user's own: FILE.json, FILE.json:IMAGES or FILE.json:IMAGES:MASKS,
     whose images lie beside the file unless IMAGES says where. Paths are as the user typed them, or
     where there is no such FILE, relative to the data root, as is a folder that is not there.
 
+    A share of the images is held out from training where @train0.2 follows, with a seed other than
+    0 @train0.2/SEED; @val0.2 means that share.
+
     Raises ValueError at a name that is neither.
     """
     if name in SOURCES:
         return SOURCES[name]
-    file, *folders = name.split(":")
-    if not file.lower().endswith(".json") or len(folders) > 2:
+    spec, part, cut = own_parts(name)
+    file, *folders = spec.split(":")
+    if not spec or len(folders) > 2:
         raise ValueError(
             f"unknown dataset {name!r}; known are {', '.join(SOURCES)}, and files of one's own as "
             "FILE.json, FILE.json:IMAGES or FILE.json:IMAGES:MASKS"
@@ -279,18 +311,94 @@ def find_source(name: str) -> Source:
         )
     images, masks = [*folders, "", ""][:2]
     images = images or str(Path(file).parent)
-    return Source("", "own", file, images, masks, about=f"a data set of your own: {name}")
+    about = f"a data set of your own: {name}"
+    share, _, seed = cut.partition("/")
+    split = {"held_out": float(share or 0), "part": part, "seed": int(seed or 0)}
+    return Source("", "own", file, images, masks, **split, about=about)
+
+
+def hold_out(name: str, share: float, seed: int) -> str:
+    """A set without the share of its images that is held out, where it is a user's own file, and
+    has not said so itself."""
+    spec, part, _ = own_parts(name)
+    cut = f"{share:.6f}".rstrip("0") + f"/{seed}" * (seed > 0)
+    return f"{spec}@train{cut}" if share and spec and not part else name
+
+
+def with_held_out(name: str) -> list[str]:
+    """A set, and what was held out of it."""
+    spec, part, cut = own_parts(name)
+    return [name, f"{spec}@val{cut}"] if part == "train" else [name]
+
+
+def recognise(source: Source, root: Path) -> Source:
+    """What a user's own file is: a list is referring, a dict COCO's panoptic or instance layout; a
+    panoptic file without a thing is of regions, one for each class."""
+    path = locate(root, source.annotations)
+    content = read_json(path)
+    parts = list(content.values()) if isinstance(content, dict) else content
+    keys = [key for part in (content, *parts[:1]) if isinstance(part, dict) for key in part]
+    if programs := [program for sign, program in FOREIGN.items() if sign in keys]:
+        mend = "export it in the COCO format"
+        if programs[0] == "labelme":
+            mend += f" (python -m xsam.data convert {path.parent} --out FILE.json does)"
+        raise ValueError(f"{path}: is a file of {programs[0]}; {mend}")
+    if isinstance(content, list):
+        return replace(source, task="refer", format="own_refs")
+    annotations = take(content, "annotations", list, str(path))
+    if annotations and isinstance(annotations[0], dict) and "segments_info" in annotations[0]:
+        if not source.masks:
+            raise ValueError(f"{path}: panoptic, so name its PNGs: FILE.json:IMAGES:MASKS")
+        categories = take(content, "categories", list, str(path))
+        has_thing = any(
+            take({"isthing": 1} | each, "isthing", Flag, str(path)) for each in categories
+        )
+        return replace(source, task="generic", format="panoptic" if has_thing else "regions")
+    return replace(source, task="generic", format="instance")
+
+
+def file_name(name: str) -> str:
+    """A set's name for people: of a user's own file as it was typed, but without the folders of its
+    images, and of a path from the root the last two names alone."""
+    spec, part, cut = own_parts(name)
+    path = Path(spec.partition(":")[0])
+    short = Path(*path.parts[-2:]) if path.is_absolute() else path
+    return f"{short.as_posix()}{f'@{part}{cut}' * bool(part)}" if spec else name
+
+
+def folder_name(name: str) -> str:
+    """A set's name as that of a folder or file."""
+    return name if name in SOURCES else re.sub(r"[^\w.@+-]+", "_", name).strip("._")
 
 
 # ---- what a run needs ----------------------------------------------------------------------------
 
 
-def scored_tasks(config: Config, stages: list[int]) -> list[str]:
-    """The tasks of `eval_tasks` that a run of these stages scores: the model of stage 1 can do some
-    of them alone, and after stage 2 nothing is scored."""
+def scored_sets(words: Iterable[str], data: Path, is_segmentor: bool = False) -> list[str]:
+    """The sets that `words` name, each once: tasks, sets that score one, files of a user's own. Of
+    a segmentor, the model of stage 1, those that it can predict. Raises ValueError at an unknown
+    word."""
+    tasks = {name: task for task, names in SCORED_SETS.items() for name in names}
+    found = []
+    for word in words:
+        if word not in SCORED_SETS and word not in tasks and not is_own(word):
+            known = ", ".join(SCORED_SETS)
+            raise ValueError(f"unknown task {word}; known are {known}, their sets, and own files")
+        found += SCORED_SETS.get(word, [word])
+
+    def is_generic(name: str) -> bool:
+        source = find_source(name)
+        if name in tasks or not locate(data, source.annotations).is_file():
+            return tasks.get(name, "panoptic") in SEGMENTOR_TASKS
+        return recognise(source, data).task == "generic"
+
+    return [name for name in dict.fromkeys(found) if not is_segmentor or is_generic(name)]
+
+
+def run_sets(config: Config, stages: Iterable[int], data: Path) -> list[str]:
+    """The sets of `eval_tasks` that a run of these stages scores; after stage 2 there are none."""
     stages = {number for number in stages if number != 2 or config.validate_every}
-    known = SCORED_SETS if stages - {1} else SEGMENTOR_TASKS if stages else ()
-    return [task for task in config.eval_tasks if task in known]
+    return scored_sets(config.eval_tasks, data, stages == {1}) if stages else []
 
 
 def required_paths(
@@ -305,7 +413,7 @@ def required_paths(
     earlier one of them makes. `brought`: the parts that --init gives to the first of them."""
     required: dict[Path, str] = {}
     names = [name for number in stages for name in config.stages[number].datasets]
-    names += [name for task in scored_tasks(config, stages) for name in SCORED_SETS[task]]
+    names += run_sets(config, stages, data)
     for source in map(find_source, names):
         required |= {locate(data, path): source.about for path in source.paths()}
     for number in stages:

@@ -19,10 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 from xsam import distributed
+from xsam.datasets.base import Dataset
 from xsam.datasets.formats import encode_mask
+from xsam.datasets.sources import file_name, is_own
 from xsam.evaluation import metrics
 from xsam.evaluation.metrics import Embed, Figures
-from xsam.evaluation.prediction_files import SavedPredictions
+from xsam.evaluation.prediction_files import SavedPredictions, kind_of
 from xsam.results import SHOWN_SCORE
 
 # ---- the record of one sample --------------------------------------------------------------------
@@ -364,11 +366,30 @@ SEGMENTOR_PAPER = {
 
 
 def task_of(name: str) -> tuple[str, str]:
-    """The task that scores a set, and the suffix of its figures. Raises ValueError where none
-    does."""
+    """The task that scores a set, and the suffix of its figures; of a user's own file itself.
+    Raises ValueError where none does."""
+    if is_own(name):
+        return name, ""
     if name not in BENCHMARKS:
         raise ValueError(f"{name}: no task scores this set")
     return BENCHMARKS[name].task, BENCHMARKS[name].suffix
+
+
+# A user's own files, by the kind of their predictions.
+OWN = {"panoptic": PANOPTIC, "instances": INSTANCES, "semantic": SEMANTIC, "mask": NO_TARGET}
+
+OWN_PROTOCOLS = PROTOCOLS["grefer"] | _PQ | _AP | _MIOU
+
+
+def scoring_of(dataset: Dataset) -> Scoring:
+    """How predictions for a set become figures: those of own expressions, all of which fit
+    something, without the figures for others."""
+    if dataset.name in BENCHMARKS:
+        return BENCHMARKS[dataset.name].scoring
+    scoring = OWN[kind_of(dataset)]
+    if scoring is NO_TARGET and all(map(dataset.is_present, range(len(dataset)))):
+        return MASK
+    return scoring
 
 
 # ---- scoring a set -------------------------------------------------------------------------------
@@ -386,7 +407,7 @@ def score_dataset(
     crowd regions (`metrics.match_segments`). `qualities`, if given, is filled with the quality
     (`Scoring.quality`) of each sample that this rank measures, by its index."""
     name, rank = predictions.dataset.name, distributed.rank()
-    scoring = BENCHMARKS[name].scoring
+    scoring = scoring_of(predictions.dataset)
     record, figures = scoring.record, scoring.figures
     if scoring is PANOPTIC:
         record = partial(record, one_crowd_per_class=one_crowd_per_class)
@@ -432,17 +453,21 @@ def bert_embedder(folder: Path) -> Embed:
 # ---- the table that is printed -------------------------------------------------------------------
 
 
-def table(results: dict[str, dict[str, Figures]], note: str = "") -> str:
+def table(results: dict[str, dict[str, Figures]], note: str = "", with_paper: bool = True) -> str:
     """Markdown table of {column: {task: {figure's name: figure}}}: each figure beside the paper's
     and how it is counted. `note` stands above it."""
     rows = dict.fromkeys((t, n) for scores in results.values() for t in scores for n in scores[t])
-    lines = ["| task | metric | " + " | ".join(results) + " | paper | protocol |"]
-    lines.append("|" + "---|" * (len(results) + 4))
+    heads = ["task", "metric", *results, *(["paper"] if with_paper else []), "protocol"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for task, name in rows:
         figures = [scores.get(task, {}).get(name) for scores in results.values()]
         cells = [_cell(figure) for figure in figures]
-        cells += [_paper(task, name, list(results)), TASKS[task].protocols[name.split()[0]]]
-        lines.append(f"| {task} | {name} | {' | '.join(cells)} |")
+        is_some_absent = any("N_acc" in scores.get(task, {}) for scores in results.values())
+        own = OWN_PROTOCOLS | ({} if is_some_absent else PROTOCOLS["refer"])
+        protocols = own if is_own(task) else TASKS[task].protocols
+        cells += [_paper(task, name, list(results))] if with_paper else []
+        cells.append(protocols[name.split()[0]])
+        lines.append(f"| {file_name(task)} | {name} | {' | '.join(cells)} |")
     return "\n".join([*([note, ""] if note else []), *lines])
 
 
@@ -452,7 +477,8 @@ def _cell(figure: float | None) -> str:
 
 def _paper(task: str, name: str, columns: list[str]) -> str:
     """The paper's figure; that of the segmentor alone where a column is of stage 1."""
-    figure, alone = TASKS[task].paper.get(name), SEGMENTOR_PAPER.get(task, {}).get(name)
+    paper = TASKS[task].paper if task in TASKS else {}
+    figure, alone = paper.get(name), SEGMENTOR_PAPER.get(task, {}).get(name)
     if columns == ["stage 1"]:
         return _cell(alone)
     both = [str(figure)] if figure is not None else []

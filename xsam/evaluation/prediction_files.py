@@ -59,12 +59,14 @@ LAYOUTS = {  # by the kind of prediction
     "panoptic": Layout(("panoptic",), "image_id", True, _SEGMENTS),
     "instances": Layout(("instance", "visual_prompts"), "image_id", False, _INSTANCE),
     "semantic": Layout(
-        ("semantic",), "image_id", False, {"segmentation": _SHAPE, "category_id": int}
+        ("semantic", "regions"), "image_id", False, {"segmentation": _SHAPE, "category_id": int}
     ),
     # Instances of category 1, each with its "phrase"; one that has none is scored without.
     "grounded": Layout(("gcg_scored",), "image_id", False, _INSTANCE),
     # null where nothing was found; "image_id", "score" and "answer" are written, but not needed.
-    "mask": Layout(("refs", "reason"), "id", True, {"segmentation": (*_SHAPE, type(None))}),
+    "mask": Layout(
+        ("refs", "own_refs", "reason"), "id", True, {"segmentation": (*_SHAPE, type(None))}
+    ),
     "answer": Layout(("tsv",), "question_id", True, {"answer": str}),
 }
 

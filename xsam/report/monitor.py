@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from xsam import distributed
 from xsam.data import Batch
-from xsam.datasets.sources import scored_tasks
+from xsam.datasets.sources import folder_name, run_sets
 from xsam.evaluate import FOLDER, evaluate
-from xsam.evaluation.benchmarks import TASKS, Figures, table
+from xsam.evaluation.benchmarks import Figures, table
 from xsam.evaluation.prediction_files import SavedPredictions
 from xsam.files import write_whole
 from xsam.model import XSAM, Segmentor
@@ -114,11 +114,14 @@ class Monitor:
             )
             self.recent.clear()
 
-    def validate(self, step: int, model: Segmentor | XSAM, data: Path) -> None:
+    def validate(
+        self, step: int, model: Segmentor | XSAM, data: Path, skip_bad: bool = False
+    ) -> None:
         """Scores the first samples of every set of the tasks; every rank takes part."""
         count = model.config.num_validation
         prefix = f"stage{self.stage}_step{step + 1}"
-        scores = score_tasks(model, self.out, data, prefix, model.config.num_pictures, count)
+        count_pictures = model.config.num_pictures
+        scores = score_tasks(model, self.out, data, prefix, count_pictures, count, skip_bad)
         model.train()
         figures = {f"{task} {name}": x for task, row in scores.items() for name, x in row.items()}
         self._write({"stage": self.stage, "step": step, "validation": figures})
@@ -189,12 +192,15 @@ def drop_metrics(path: Path, stage: int, step: int) -> None:
 # ---- scores --------------------------------------------------------------------------------------
 
 
-def score(column: str, model: Segmentor | XSAM, out: Path, data: Path) -> None:
+def score(
+    column: str, model: Segmentor | XSAM, out: Path, data: Path, skip_bad: bool = False
+) -> None:
     """Evaluates `model`, adds the column to OUT/results.json and results.md, draws pictures."""
     results = read_results(out)
     num_pictures = 0 if column in (UNTRAINED, INIT) else model.config.num_pictures
     count = UNTRAINED_SAMPLES if column == UNTRAINED else None
-    results[column] = score_tasks(model, out, data, column.replace(" ", ""), num_pictures, count)
+    prefix = column.replace(" ", "")
+    results[column] = score_tasks(model, out, data, prefix, num_pictures, count, skip_bad)
     if distributed.rank() == 0:
         # The last column's figures stand at the top level: {"panoptic": {"PQ": …}, …}.
         document = results[column] | {"columns": results}
@@ -213,25 +219,26 @@ def score_tasks(
     prefix: str,
     num_pictures: int,
     num_samples: int | None = None,
+    skip_bad: bool = False,
 ) -> dict[str, dict[str, Figures]]:
     """Figures of the tasks that the configuration names, and pictures of a task's first set, whose
     names begin with `prefix`. Predictions stay in OUT/predictions/PREFIX, but not where only the
-    first `num_samples` are asked for."""
-    tasks = scored_tasks(model.config, [model.stage])
+    first `num_samples` are asked for. `skip_bad`: see `evaluate`."""
+    names = run_sets(model.config, [model.stage], data)
     folder, drawn = out / FOLDER / prefix, set()
 
     def draw_first(task: str, predictions: SavedPredictions, _: dict[int, float]) -> None:
         if task not in drawn:
             drawn.add(task)
             count = min(num_pictures, len(predictions.keys))
-            path = out / "pictures" / f"{prefix}_{task}"
+            path = out / "pictures" / f"{prefix}_{folder_name(task)}"
             paths = {n: path.with_name(f"{path.name}_{n:05d}.png") for n in range(count)}
             draw_predictions(predictions, paths)
 
-    names = [name for task in tasks for _, name in TASKS[task].datasets]
     figures = evaluate(
-        model, names, data, folder, num_samples, on_scored=draw_first, overwrite=True
-    )
+        model, names, data, folder, num_samples, on_scored=draw_first, overwrite=True,
+        skip_bad=skip_bad,
+    )  # fmt: skip
     distributed.barrier()
     if num_samples is not None and distributed.rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)  # without a task it is not there
