@@ -558,8 +558,9 @@ def run_training(options: argparse.Namespace, config: Config) -> int:
     except (ValueError, OSError) as error:
         return complain(str(error), is_met_by_all=True)
     if int(os.environ.get("RANK", 0)) == 0:
-        sets = ", ".join(run_sets(config, options.stages, options.data)) or "nothing"
-        print("\n".join([*outlines, f"scored on: {sets}"]), flush=True)
+        one = (config.resolve(eval_tasks=(word,)) for word in config.eval_tasks)
+        words = [x.eval_tasks[0] for x in one if run_sets(x, options.stages, options.data)]
+        print("\n".join([*outlines, f"scored on: {', '.join(words) or 'nothing'}"]), flush=True)
         for number in options.stages if options.resume else ():
             last = find_checkpoint(stage_folder(options.out, number)).name
             last = last if last.startswith("step_") else "its beginning: no checkpoint yet"

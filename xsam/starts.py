@@ -141,11 +141,13 @@ def follow_classes(config: Config, options: argparse.Namespace) -> Config:
     """For a stage 1 on a file of one's own: its categories, and as many classes. Where the
     checkpoint of --init has others, the class head is not among what that brings."""
     from xsam.datasets.base import read_categories
-    from xsam.datasets.sources import find_source, locate
+    from xsam.datasets.sources import find_source, locate, recognise
 
     source = find_source(config.stages[1].datasets[0])
     if 1 not in options.stages or source.format != "own":
         return config
+    if recognise(source, options.data).task != "generic":
+        return config  # `outline` says that it is of no use
     path = locate(options.data, source.annotations)
     records = read_categories(read_json(path, dict), str(path)).values()
     categories = tuple(category._asdict() for category in records)

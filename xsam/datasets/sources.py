@@ -359,11 +359,11 @@ def recognise(source: Source, root: Path) -> Source:
 
 def file_name(name: str) -> str:
     """A set's name for people: of a user's own file as it was typed, but without the folders of its
-    images, and of a path from the root the last two names alone."""
+    images, and of a path from the root the last name alone."""
     spec, part, cut = own_parts(name)
     path = Path(spec.partition(":")[0])
-    short = Path(*path.parts[-2:]) if path.is_absolute() else path
-    return f"{short.as_posix()}{f'@{part}{cut}' * bool(part)}" if spec else name
+    short = path.name if path.is_absolute() else path.as_posix()
+    return f"{short}{f'@{part}{cut}' * bool(part)}" if spec else name
 
 
 def folder_name(name: str) -> str:

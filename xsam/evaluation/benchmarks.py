@@ -457,8 +457,12 @@ def table(results: dict[str, dict[str, Figures]], note: str = "", with_paper: bo
     """Markdown table of {column: {task: {figure's name: figure}}}: each figure beside the paper's
     and how it is counted. `note` stands above it."""
     rows = dict.fromkeys((t, n) for scores in results.values() for t in scores for n in scores[t])
+    with_paper &= not all(is_own(task) for task, _ in rows)
     heads = ["task", "metric", *results, *(["paper"] if with_paper else []), "protocol"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    labels = {task: file_name(task) for task, _ in rows}
+    if len(set(labels.values())) < len(labels):  # files of one name in several folders
+        labels = {task: task for task in labels}
     for task, name in rows:
         figures = [scores.get(task, {}).get(name) for scores in results.values()]
         cells = [_cell(figure) for figure in figures]
@@ -467,7 +471,7 @@ def table(results: dict[str, dict[str, Figures]], note: str = "", with_paper: bo
         protocols = own if is_own(task) else TASKS[task].protocols
         cells += [_paper(task, name, list(results))] if with_paper else []
         cells.append(protocols[name.split()[0]])
-        lines.append(f"| {file_name(task)} | {name} | {' | '.join(cells)} |")
+        lines.append(f"| {labels[task]} | {name} | {' | '.join(cells)} |")
     return "\n".join([*([note, ""] if note else []), *lines])
 
 
