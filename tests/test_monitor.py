@@ -471,7 +471,7 @@ def test_the_tasks_are_those_of_the_configuration(model, tmp_path, monkeypatch):
     seen = {}
 
     def pretended(
-        _, names: list[str], data: Path, folder: Path, count: int, on_scored, overwrite
+        _, names: list[str], data: Path, folder: Path, count: int, on_scored, overwrite, **others
     ) -> dict:
         assert overwrite
         seen["asked"] = names, data, folder, count

@@ -750,11 +750,13 @@ SIZES = {
     "mask2former-swin-large-coco-panoptic": 195_201_204,
     "siglip2-so400m-patch14-384": 428_225_600,
     "siglip-so400m-patch14-384": 428_225_600,
+    "siglip2-base-patch16-224": 92_884_224,
     "clip-vit-large-patch14-336": 303_507_456,
     "Phi-3-mini-4k-instruct": 3_821_079_552,
     "Qwen3-1.7B": 1_720_574_976,
     "Qwen3-4B-Instruct-2507": 4_022_468_096,
     "vicuna-7b-v1.5": 6_738_415_616,
+    "SmolLM2-135M-Instruct": 134_515_008,
 }
 
 

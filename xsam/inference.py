@@ -620,11 +620,14 @@ def load_with_flags(options: argparse.Namespace, **others: Any) -> tuple[Segment
     return model, stage
 
 
+BLOCK_4_BITS = 64  # numbers of a row that share a scale
+
+
 def quantize(model: Segmentor | XSAM, bits: int) -> None:
     """From now on the matrices of the language model's layers are held in 8 bits (LLM.int8,
-    Dettmers et al. 2022) or in 4 (NF4, Dettmers et al. 2023); embeddings and output head stay as
-    they are. They cannot be trained, but gradients pass. Raises ValueError without bitsandbytes,
-    and for a model without a language model."""
+    Dettmers et al. 2022) or in 4 (NF4, Dettmers et al. 2023), if its blocks fit their rows;
+    embeddings and output head stay as they are. They cannot be trained, but gradients pass. Raises
+    ValueError without bitsandbytes, and for a model without a language model."""
     if model.stage == 1:
         raise ValueError("a stage-1 checkpoint has no language model to hold in fewer bits")
     try:
@@ -633,7 +636,7 @@ def quantize(model: Segmentor | XSAM, bits: int) -> None:
         raise ValueError("fewer bits need bitsandbytes: pip install 'xsam[quantize]'") from error
     for module in list(model.llm.model.get_decoder().modules()):
         for name, old in list(module.named_children()):
-            if type(old) is not nn.Linear:
+            if type(old) is not nn.Linear or (bits == 4 and old.in_features % BLOCK_4_BITS):
                 continue
             sizes, weight = (old.in_features, old.out_features, old.bias is not None), old.weight
             if bits == 8:

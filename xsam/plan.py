@@ -33,6 +33,7 @@ from xsam.datasets.referring import MAX_TURNS
 from xsam.datasets.registry import open_dataset
 from xsam.datasets.sources import find_source, locate, recognise
 from xsam.encoders import Block
+from xsam.inference import BLOCK_4_BITS
 from xsam.llm import IGNORE_LABEL, IMAGE_TOKEN, find_runs
 from xsam.lora import add_adapters, has_adapters
 from xsam.losses import Normalisers, Objective, Targets
@@ -134,10 +135,10 @@ def planned_samples(config: Config, stage: int) -> dict[str, tuple[str, int, int
     return {name: sample for name, sample in samples.items() if sample[0] in kinds}
 
 
-def quantizable(model: XSAM) -> list[nn.Parameter]:
+def quantizable(model: XSAM, bits: int) -> list[nn.Parameter]:
     """The matrices that `inference.quantize` holds in fewer bits."""
-    layers = model.llm.model.get_decoder().modules()
-    return [each.weight for each in layers if type(each) is nn.Linear]
+    layers = [x for x in model.llm.model.get_decoder().modules() if type(x) is nn.Linear]
+    return [x.weight for x in layers if bits == 8 or x.in_features % BLOCK_4_BITS == 0]
 
 
 def build(config: Config, stage: int) -> Segmentor | XSAM:
@@ -423,7 +424,7 @@ class Plan:
         groups = parameters, [each for each in parameters if each.requires_grad], used
         num_all, num_trained, num_used = (sum(each.numel() for each in group) for group in groups)
         bits = config.llm_bits if stage > 1 else 0
-        matrices = quantizable(simulation.model) if bits else []
+        matrices = quantizable(simulation.model, bits) if bits else []
         num_quantized = sum(each.numel() for each in matrices)
         num_all -= num_quantized
         # ZeRO divides them, but no parameter.

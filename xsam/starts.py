@@ -121,9 +121,9 @@ def inspect_init(
     brought = {part: str(path) for path in paths for part in init_parts(path, stage)}
     whole = [path for path in paths if is_whole(path)]
     if not whole:
-        path = find_checkpoint(paths[0])
-        if not part_of_folder(path) and (path / CONFIG_FILE).is_file():
-            preset = dataclasses.replace(preset, model=read_header(path)["config"].model)
+        for path in map(find_checkpoint, paths[:1]):
+            if not part_of_folder(path) and (path / CONFIG_FILE).is_file():
+                preset = dataclasses.replace(preset, model=read_header(path)["config"].model)
         return preset, brought, {"segmentor.encoder"} & brought.keys()
     if whole != paths[:1]:
         raise ValueError(f"--init {whole[-1]} is a whole model: name it alone, or first and once")
