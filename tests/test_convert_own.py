@@ -356,10 +356,10 @@ def test_what_is_wrong_is_told_and_leaves_nothing(capsys, case):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("image,text\na.jpg,cat\n", "row 1: has no 'mask'"),
-        ("image,mask,text\na.jpg,,cat\na.jpg,,\n", "row 2: text: is empty"),
-        ("image,mask,text\nb.jpg,,cat\n", r"row 1: 'b\.jpg' is not in photos"),
-        ("image,mask,text\na.jpg,m.png,cat\n", r"row 1: 'm\.png' is not in \."),
+        ("image,text\na.jpg,cat\n", "row 2: has no 'mask'"),
+        ("image,mask,text\na.jpg,,cat\na.jpg,,\n", "row 3: text: is empty"),
+        ("image,mask,text\nb.jpg,,cat\n", r"row 2: 'b\.jpg' is not in photos"),
+        ("image,mask,text\na.jpg,m.png,cat\n", r"row 2: its mask: 'm\.png' is not in \."),
     ],
 )
 def test_what_is_wrong_in_a_table_is_told_with_its_row(capsys, rows, message):

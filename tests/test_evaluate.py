@@ -519,7 +519,7 @@ def test_the_first_samples_are_marked_as_such_and_not_taken_for_all(
     assert [each["records"] for each in about["sets"].values()] == [2, 2]
 
     assert run(*flags) == 2
-    assert "coco_panoptic_val: holds predictions made with another set" in capsys.readouterr().err
+    assert "coco_panoptic_val: holds predictions made with other records" in capsys.readouterr().err
     scored = ["--from-predictions", out, "--data", world / "data"]
     assert run(*scored) == 2
     assert "4 of the 6 records of coco_panoptic_val have no prediction" in capsys.readouterr().err
@@ -543,17 +543,17 @@ def test_predictions_of_other_weights_or_settings_are_not_mixed(
     assert contents(out) == before
     capsys.readouterr()
     assert run("--checkpoint", checkpoint, *data, "--batch-size", 3) == 2
-    assert "pope: holds predictions made with another settings" in capsys.readouterr().err
+    assert "pope: holds predictions made with other settings" in capsys.readouterr().err
     phrasings = tmp_path / "mine.json"
     phrasings.write_text(json.dumps({"refer": {"questions": ["{phrases}?"]}}))
     assert run("--checkpoint", checkpoint, *data, "--phrasings", phrasings) == 2
-    assert "pope: holds predictions made with another settings" in capsys.readouterr().err
+    assert "pope: holds predictions made with other settings" in capsys.readouterr().err
 
     model = copy.deepcopy(speaking_model)
     model.background_embedding.weight.data[0, 0] += 1
     other = save_checkpoint(tmp_path, model, model.config, model.tokenizer, 3, 6, {})
     assert run("--checkpoint", other, *data) == 2
-    assert "pope: holds predictions made with another weights" in capsys.readouterr().err
+    assert "pope: holds predictions made with other weights" in capsys.readouterr().err
     assert contents(out) == before
     assert run("--checkpoint", other, *data, "--overwrite") == 0
     assert contents(out / "predictions/pope") != before
@@ -712,7 +712,7 @@ def test_other_names_for_the_classes_of_open_vocabulary(
     assert other.names == open_dataset("coco_semantic_val", world / "data").names
     capsys.readouterr()
     assert run(*flags) == 2  # with its own names it is another question
-    assert "ade20k_semantic_val: holds predictions made with another" in capsys.readouterr().err
+    assert "ade20k_semantic_val: holds predictions made with other" in capsys.readouterr().err
     assert run(*flags, "--names", "cup,cat") == 2
     message = f"2 names for the {len(names)} classes of ade20k_semantic_val"
     assert message in capsys.readouterr().err

@@ -277,7 +277,7 @@ def test_folders_of_the_machine_are_not_told(model, tmp_path):
     config = config.resolve([3], starts_from=()).resolve(init=("/home/me/runs/old",))
     header = {"stage": 3, "step": 0, "config": config}
     card = model_card(model, "x", headers=[header])
-    assert "| 3 | old | a.json, refcoco | – |" in card and "/home" not in card
+    assert "| 3 | old | a.json:b, refcoco | – |" in card and "/home" not in card
 
 
 def test_results_of_other_weights_are_not_taken(model, tmp_path):

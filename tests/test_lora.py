@@ -254,7 +254,9 @@ def test_another_base_is_refused_and_a_moved_one_found(
     header = json.loads((here / "step_1/config.json").read_text())
     header["base"]["path"] = str(tmp_path / "gone/away")
     (here / "step_1/config.json").write_text(json.dumps(header))
-    with pytest.raises(ValueError, match="gone/away any more: put it there, or tell"):
+    with pytest.raises(
+        ValueError, match="gone/away any more: put it there, or say where it is: --base"
+    ):
         load_checkpoint(here, report=lambda _: None)
     load_checkpoint(here, base=moved, report=lambda _: None)
 
@@ -269,10 +271,13 @@ def test_another_base_is_refused_and_a_moved_one_found(
     # A run does not go on with another, either, nor without a rank.
     out = shutil.copytree(trained.parent, tmp_path / "run")
     flags = lora_flags(world, out, "--init", tmp_path / "other", "--max_steps", 2, "--resume")
-    assert run(*flags) == 2 and "this run those of another" in capsys.readouterr().err
+    assert run(*flags) == 2 and "which is another base than --init's" in capsys.readouterr().err
     flags[flags.index("--init") + 1] = whole
     flags[flags.index("--lora_rank") + 1] = 0
-    assert run(*flags) == 2 and "has adapters, this run no adapters" in capsys.readouterr().err
+    assert (
+        run(*flags) == 2
+        and "was trained with lora_rank 4, this run has 0" in capsys.readouterr().err
+    )
 
 
 def test_training_goes_on_from_merged_adapters_as_it_is_told(trained, world, tmp_path):

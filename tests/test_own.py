@@ -14,7 +14,7 @@ from PIL import Image
 from processes import ROOT
 
 from xsam.checkpoints import read_header
-from xsam.cli import parse, train_command
+from xsam.cli import parse, preflight, train_command
 from xsam.datasets.formats import encode_mask, segment_colours
 from xsam.datasets.registry import open_dataset
 from xsam.datasets.sources import (
@@ -22,12 +22,14 @@ from xsam.datasets.sources import (
     find_source,
     folder_name,
     hold_out,
+    own_parts,
     scored_sets,
     with_held_out,
 )
 from xsam.evaluate import evaluate
 from xsam.inference import load_checkpoint, predict, save_pretrained
 from xsam.toy.preset import toy
+from xsam.weights import weights_digest
 
 CLASSES = [{"id": 3, "name": "disc"}, {"id": 5, "name": "bar"}, {"id": 9, "name": "dot"}]
 
@@ -146,8 +148,8 @@ def test_names_of_own_files():
     assert (source.images, source.masks) == ("photos", "maps")
     assert find_source("b.json").held_out == 0
     assert folder_name("/home/x/b.json:y@val0.2/3") == "home_x_b.json_y@val0.2_3"
-    assert file_name("/home/x/b.json:y@val0.2/3") == "b.json@val0.2/3"
-    assert file_name("x/a@home/b.json:y") == "x/a@home/b.json"
+    assert file_name("/home/x/b.json:y@val0.2/3") == "b.json:y@val0.2/3"
+    assert file_name("x/a@home/b.json:/home/me/y") == "x/a@home/b.json:y"
     assert hold_out("refcoco", 0.2, 0) == "refcoco" == with_held_out("refcoco")[0]
     assert hold_out("b.json", 0.2, 0) == "b.json@train0.2"
     assert hold_out("b.json:x", 0.00001, 3) == "b.json:x@train0.00001/3"
@@ -234,7 +236,8 @@ def test_stage_1_takes_over_the_classes_of_its_file(
     assert set(found.labels) <= {"disc", "bar", "dot"} and found.names == ["disc", "bar", "dot"]
     results = json.loads((tmp_path / "results.json").read_text())
     parts = [f"{own / 'things.json'}@{part}0.2" for part in ("train", "val")]
-    assert [name for name in results if name != "columns"] == parts
+    assert [name for name in results if name not in ("columns", "steps")] == parts
+    assert set(results["steps"].values()) == {0, 1}
     assert set(results["columns"]) == {"untrained" if start is None else "init", "stage 1"}
     assert set(results[parts[0]]) == {"AP", "AP50"}
 
@@ -265,13 +268,46 @@ def test_one_head_has_one_list_of_classes(world, own, tmp_path, capsys):
     assert "one head cannot learn both" in capsys.readouterr().err
 
 
-def test_bad_records_of_own_files_are_left_out_of_scoring_too(world, own, checkpoints, tmp_path):
+def test_bad_records_of_own_files_are_left_out_of_scoring_too(
+    world, own, checkpoints, tmp_path, capsys
+):
     records = json.loads((own / "refs.json").read_text())
     records[1]["masks"] = records[1]["masks"][:1]
     (own / "bad.json").write_text(json.dumps(records))
     flags = flags_of(world, tmp_path, 3, own / "bad.json", "--init", checkpoints[3])
     assert run(*flags) == 2
     assert run(*flags, "--skip-bad") == 0 and (tmp_path / "results.json").is_file()
+    records = json.loads((own / "refs.json").read_text())
+    records[3]["masks"][0] = "absent.png"  # found when it is read
+    (own / "bad.json").write_text(json.dumps(records))
+    flags = flags_of(world, tmp_path / "b", 3, own / "bad.json", "--init", checkpoints[3])
+    capsys.readouterr()
+    assert run(*flags) == 2
+    message = capsys.readouterr().err
+    assert "bad.json: record 3: " in message and "absent.png" in message
+    assert run(*flags, "--skip-bad") == 0 and (tmp_path / "b/results.json").is_file()
+
+
+def test_a_stage_that_goes_on_is_scored_again(world, own, checkpoints, tmp_path):
+    flags = flags_of(world, tmp_path, 3, own / "refs.json", "--init", checkpoints[3])
+    assert run(*flags) == 0
+    before = json.loads((tmp_path / "results.json").read_text())
+    flags[flags.index("--max_steps") + 1] = 2
+    assert run(*flags, "--resume") == 0
+    after = json.loads((tmp_path / "results.json").read_text())
+    assert (before["steps"]["stage 3"], after["steps"]["stage 3"]) == (1, 2)
+    weights = tmp_path / "predictions/stage3" / folder_name(str(own / "refs.json")) / "about.json"
+    model, _ = load_checkpoint(tmp_path, report=lambda _: None)
+    assert json.loads(weights.read_text())["made_by"]["weights"] == weights_digest(model)
+
+
+def test_a_path_that_is_nowhere_is_told_as_it_was_typed(own, tmp_path, capsys):
+    flags = ["--config", "toy", "--stage", "3", "--out", str(tmp_path), "--datasets"]
+    for name, missing in (("phots/b.json", "phots/b.json"), (f"{own}/refs.json:fotos", "fotos")):
+        message = preflight(*parse([*flags, name]))
+        assert f"\n  {missing}\n" in message and message.count("a data set of your own") == 1
+    with pytest.raises(ValueError, match=r"name the folder of its images.*FILE\.json:FOLDER"):
+        open_dataset(f"{own}/things.json:{tmp_path}", own, is_scored=True).inputs(0)
 
 
 def test_a_plan_of_own_files(world, own, capsys):
@@ -285,14 +321,19 @@ def test_stage_3_scores_what_it_learns(world, own, checkpoints, tmp_path):
     flags = flags_of(world, tmp_path, 3, files, "--init", checkpoints[3], "--held_out", 0.3)
     assert run(*flags) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    figures = {Path(file_name(k)).name: set(row) for k, row in results.items() if k != "columns"}
+    results = {k: set(x) for k, x in results.items() if k not in ("columns", "steps")}
+    names = (own_parts(name) for name in results)
+    figures = {
+        f"{Path(spec.split(':')[0]).name}@{part}{cut}": row
+        for (spec, part, cut), row in zip(names, results.values(), strict=True)
+    }
     files, parts = ("refs.json", "areas.json"), ("train", "val")
     assert list(figures) == [f"{file}@{part}0.3" for file in files for part in parts]
     refs, areas = list(figures.values())[:2], list(figures.values())[2:]
     assert areas == [{"mIoU"}, {"mIoU"}] and all({"cIoU", "gIoU"} <= each for each in refs)
     assert sorted("N_acc" in each for each in refs) == [False, True]  # a phrase that nothing fits
     table = (tmp_path / "results.md").read_text()
-    assert str(own) not in table and "| areas.json@val0.3 |" in table
+    assert str(own) not in table and f"| areas.json:{own.name}:maps@val0.3 |" in table
     config = read_header(tmp_path / "stage3/step_1")["config"]
     assert [each["name"] for each in config.categories] == ["disc", "bar", "dot"]
     assert not any(each["is_thing"] for each in config.categories)

@@ -305,10 +305,10 @@ def test_ranks_write_files_of_their_own_and_are_joined_in_the_sets_order(sets, t
 @pytest.mark.parametrize(
     ("keys", "made_by", "message"),
     [
-        ([1, 2], MADE_BY | {"weights": "x"}, "made with another weights; give another --out, or"),
-        ([1, 2], MADE_BY | {"settings": "x"}, "made with another settings"),
-        ([1, 2], {"weights": "x", "settings": "x"}, "made with another weights, settings"),
-        ([1], MADE_BY, "made with another set;"),
+        ([1, 2], MADE_BY | {"weights": "x"}, "made with other weights; give another --out, or"),
+        ([1, 2], MADE_BY | {"settings": "x"}, "made with other settings"),
+        ([1, 2], {"weights": "x", "settings": "x"}, "made with other weights, settings"),
+        ([1], MADE_BY, "made with other records;"),
     ],
 )
 def test_predictions_that_were_made_in_another_way_are_not_gone_on_with(
@@ -602,7 +602,7 @@ def test_predictions_of_the_first_records_are_not_whole(sets, tmp_path):
     with pytest.raises(ValueError, match="2 of the 6 records of coco_panoptic_val"):
         score(folder, dataset)
     assert score(folder, dataset, count=3)["PQ"] == 100
-    with pytest.raises(ValueError, match="made with another set"):
+    with pytest.raises(ValueError, match="made with other records"):
         begin(folder, "panoptic", keys_of(dataset), MADE_BY)
 
 

@@ -311,7 +311,7 @@ def find_base(folder: Path) -> Path | None:
         return find_checkpoint(path if path.exists() else Path(base["path"]))
     raise ValueError(
         f"{folder}: holds adapters, and their base is not at {base['path']} any more: put it "
-        "there, or tell predict, evaluate or export where it is with --base"
+        "there, or say where it is: --base of predict, evaluate and export, base= in Python"
     )
 
 

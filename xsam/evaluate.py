@@ -38,6 +38,7 @@ from xsam.datasets.sources import (
     folder_name,
     is_own,
     locate,
+    paths_of,
     scored_sets,
 )
 from xsam.evaluation import metrics
@@ -217,6 +218,8 @@ def evaluate(
     def opened(name: str) -> Dataset:
         skips = skip_bad and is_own(name)
         dataset = open_dataset(name, data, True, phrasings, skips, is_scored=True)
+        if skips:
+            dataset.leave_out_bad()
         if class_names is not None and task_of(name)[0] == "openvocab":
             rename_classes(dataset, class_names, data)
         return dataset
@@ -300,7 +303,7 @@ def chosen_sets(tasks: str | None, data: Path, is_segmentor: bool = False) -> li
 
 def check_paths(names: list[str], data: Path) -> None:
     """Raises ValueError that lists what the sets lack on disk."""
-    paths = [locate(data, path) for name in names for path in find_source(name).paths()]
+    paths = [path for name in names for path in paths_of(find_source(name), data)]
     if missing := sorted({str(path) for path in paths if not path.exists()}):
         raise ValueError(f"missing: {', '.join(missing)}; --tasks says what else to score")
 

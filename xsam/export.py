@@ -84,14 +84,15 @@ def read_record(checkpoint: Path | str, model: Segmentor | XSAM) -> dict[str, An
                 headers.append(read_header(earlier))
     for path in (folder / "results.json" for folder in folders):
         if path.is_file() and not results:
-            is_merged = bool(headers and headers[0]["base"])
-            results = _read_results(path, model, is_newest, is_merged)
+            merged = headers[0]["step"] if headers and headers[0]["base"] else None
+            results = _read_results(path, model, is_newest, merged)
     return {"headers": headers, "results": results}
 
 
-def _read_results(path: Path, model: Segmentor | XSAM, is_newest: bool, is_merged: bool) -> str:
-    """The table of a results.json, "" where it has no figures of these weights; training scores
-    adapters that are not merged yet, whose predictions have another digest."""
+def _read_results(path: Path, model: Segmentor | XSAM, is_newest: bool, merged: int | None) -> str:
+    """The table of a results.json, "" where it has no figures of these weights. Training scores
+    adapters that are not merged yet, whose predictions have another digest: of a model with
+    `merged` ones their step tells."""
     found, column, digest = read_json(path, dict), f"stage {model.stage}", weights_digest(model)
     scored = path.parent.glob(f"{FOLDER}/stage{model.stage}/*/{ABOUT_FILE}")
     try:
@@ -99,7 +100,8 @@ def _read_results(path: Path, model: Segmentor | XSAM, is_newest: bool, is_merge
         if about.get("weights") == digest:
             return table({about["column"]: found}, result_notes(about), with_paper=False)
         weights = {read_json(each, dict)["made_by"]["weights"] for each in scored}
-        if is_newest and column in columns and (is_merged or weights <= {digest}):
+        is_same = weights <= {digest} if merged is None else found["steps"].get(column) == merged
+        if is_newest and column in columns and is_same:
             return table({column: columns[column]}, with_paper=False)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no results of this library ({error!r}); move it away") from error

@@ -18,7 +18,7 @@ from xsam.checkpoints import (
     read_header,
     refuse_adapters,
 )
-from xsam.config import PARTS, Config, is_in, origins, part_name, stage_folder
+from xsam.config import PARTS, Config, is_in, origins, part_name, part_names, stage_folder
 from xsam.files import read_json
 from xsam.lora import add_adapters
 from xsam.model import XSAM, Segmentor
@@ -68,7 +68,9 @@ def outline(number: int, config: Config, options: argparse.Namespace) -> str:
         names = (name.rpartition(".")[0] for name in parameters)
         is_there = any(is_in(name, path) or fnmatch(name, path) for name in names)
         if not is_there and number == options.stages[-1]:
-            raise ValueError(f"lora_targets, lora_whole: nothing is called {path!r}")
+            parts = ", ".join(part_names(config.model, number))
+            message = f"lora_targets, lora_whole: nothing is called {path!r}; parts are {parts}"
+            raise ValueError(message)
     found = origins(config, number, options.brought if is_first else {})
     for path in filter(None, stage.learning_rates):
         is_there = any(is_in(name, path) for name in parameters)

@@ -47,6 +47,7 @@ from xsam.checkpoints import (
     list_states,
     load_trained,
     point_latest,
+    read_header,
     save_checkpoint,
     state_tensors,
 )
@@ -366,16 +367,21 @@ def load_progress(
     """The weights of a checkpoint; its step, and how many before it were skipped. Raises ValueError
     where it was trained from another `base` of adapters."""
     header = check_checkpoint(checkpoint, config, number)
+    then, now = header["config"].stages[number], config.stages[number]
+    for name in ("lora_rank", "lora_targets", "lora_whole"):
+        if getattr(then, name) != getattr(now, name):
+            raise ValueError(
+                f"{checkpoint}: was trained with {name} {getattr(then, name)}, this run has "
+                f"{getattr(now, name)}: resume it as it was begun, or choose another --out"
+            )
     if header["base"].get("digest") != (base or {}).get("digest"):
-        ranks = [each.stages[number].lora_rank for each in (header["config"], config)]
-        then, now = ("adapters" if rank else "no adapters" for rank in ranks)
-        if base and header["base"]:
-            then, now = f"adapters of the base {header['base']['path']}", "those of another"
-        raise ValueError(f"{checkpoint}: has {then}, this run {now}; resume it as it was begun")
+        was = header["base"].get("path")
+        raise ValueError(
+            f"{checkpoint}: has adapters of {was}, which is another base than --init's"
+        )
     report(load_trained(model, checkpoint))
     if distributed.rank() == 0:
         point_latest(checkpoint)
-    then, now = header["config"].stages[number], config.stages[number]
     changed = [
         f"{name} was {value!r}, is {getattr(now, name)!r}"
         for name, value in vars(then).items()
@@ -551,7 +557,7 @@ def run(options: argparse.Namespace, config: Config) -> None:
 
     column = monitor.INIT if options.init else monitor.UNTRAINED
     sets = run_sets(config, options.stages, options.data)
-    if sets and column not in monitor.read_results(options.out):
+    if sets and not monitor.is_scored(column, options.out):
         torch.manual_seed(config.seed)
         if options.init:
             model = starting_model(options.stages[0], config, options, lambda _: None)
@@ -564,9 +570,10 @@ def run(options: argparse.Namespace, config: Config) -> None:
         if number != options.stages[0] and distributed.rank() == 0:
             print(outline(number, config, options))
         model = train_stage(number, config, options, device)
-        column = f"stage {number}"
-        if config.eval_tasks and number != 2 and column not in monitor.read_results(options.out):
-            monitor.score(column, model, options.out, options.data, options.skip_bad)
+        column, last = f"stage {number}", latest_checkpoint(stage_folder(options.out, number))
+        step = read_header(last)["step"]
+        if config.eval_tasks and number != 2 and not monitor.is_scored(column, options.out, step):
+            monitor.score(column, model, options.out, options.data, options.skip_bad, step)
     if distributed.rank() == 0:
         monitor.draw_metrics(options.out)
         print(f"\nwrote {options.out}")

@@ -117,6 +117,16 @@ class Dataset:
         sample.turns = [(question, None) for question, _ in sample.turns]
         return sample
 
+    def leave_out_bad(self) -> None:
+        """Keeps the records whose images and masks can be read, and counts the others."""
+        kept = []
+        for index in range(len(self)):
+            with self.record():
+                self.inputs(index)
+                kept.append(pack(self.records[index], ""))
+        self.skipped["bad records"] += len(self) - len(kept)
+        self.records = Packed(kept)
+
     def image_name(self, record: tuple) -> str:
         """Of a user's own set: the image of an entry of `records`."""
         raise NotImplementedError

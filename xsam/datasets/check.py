@@ -27,7 +27,7 @@ from xsam.config import xsam
 from xsam.datasets.base import Dataset
 from xsam.datasets.referring import OwnReferring
 from xsam.datasets.registry import read_dataset
-from xsam.datasets.sources import SOURCES, find_source, locate
+from xsam.datasets.sources import SOURCES, find_source, paths_of
 from xsam.files import check_target
 from xsam.llm import unknown_words
 from xsam.prompts import PHRASINGS, read_phrasings
@@ -94,7 +94,7 @@ def check_dataset(
 ) -> tuple[Report, Dataset | None]:
     """The report on a set and, where it can be opened, the set. `limit` 0 reads every sample."""
     source, report = find_source(name), Report(name)
-    report.missing = [path for path in source.paths() if not locate(data, path).exists()]
+    report.missing = [str(path) for path in paths_of(source, data) if not path.exists()]
     if report.missing:
         return report, None
     try:
@@ -178,10 +178,10 @@ def contents_text(dataset: Dataset) -> str:
     return "\n".join(lines)
 
 
-def missing_text(reports: list[Report], data: Path) -> str:
+def missing_text(reports: list[Report]) -> str:
     """What is missing and where it goes, every path once."""
     about = {path: find_source(report.name).about for report in reports for path in report.missing}
-    lines = [f"  {data / path}\n      {text}" for path, text in about.items()]
+    lines = [f"  {path}\n      {text}" for path, text in about.items()]
     return "\n".join([f"\n{len(lines)} paths are missing:", *lines]) if lines else ""
 
 
@@ -242,10 +242,10 @@ def run(options: argparse.Namespace) -> int:
             show(dataset, options.show, options.out, options.seed)
     most = sys.maxsize if options.all else MOST_SHOWN
     texts = [table(reports), *(report.contents for report in reports)]
-    texts += [missing_text(reports, options.data), problems_text(reports, most)]
+    texts += [missing_text(reports), problems_text(reports, most)]
     texts.append(unknown_text(reports, most if options.all else MOST_WORDS))
     print("\n".join(filter(None, texts)))
-    if options.show:
+    if options.show and any(report.num_samples for report in reports):
         print(f"\npictures are in {options.out}")
     bad = [r for r in reports if r.problems or (options.datasets and not r.num_samples)]
     return int(bool(bad))

@@ -230,10 +230,13 @@ def _labelme_jobs(folder: Path, images: Path | None, counts: Counter) -> list[Jo
     return list(jobs.values())
 
 
-def _existing(folder: Path, where: str, *names: str) -> Path:
+IMAGES_HINT = "; --images says where images are"
+
+
+def _existing(folder: Path, where: str, *names: str, hint: str = IMAGES_HINT) -> Path:
     path = find_file(folder, *names)
     if not is_file(path):
-        raise ValueError(f"{where}: {names[0]!r} is not in {folder} (for images: --images)")
+        raise ValueError(f"{where}: {names[0]!r} is not in {folder}{hint}")
     return path.parent.resolve() / path.name  # one path for one image, where "../" leads to it, too
 
 
@@ -352,12 +355,12 @@ def _table_jobs(path: Path, images: Path | None, counts: Counter) -> list[Job]:
     """Rows of one image are one job. Masks count from the table's folder, images too or else from
     `images`; a mask that is left out says that the image has no such thing."""
     jobs: dict[Path, Job] = {}
-    for number, row in enumerate(read_tsv(path), 1):
+    for number, row in enumerate(read_tsv(path), 2):  # the head is row 1
         where, row = f"{path}: row {number}", {key.strip().lower(): row[key] for key in row}
         image, mask, text = map(str.strip, unpack(row, where, image=str, mask=str, text=str))
         check_words(text, f"{where}: text")
         image = _existing(images or path.parent, where, image)
-        mask = _existing(path.parent, where, mask) if mask else None
+        mask = _existing(path.parent, f"{where}: its mask", mask, hint="") if mask else None
         jobs.setdefault(image, Job(image, where, [])).marks.append((text, mask))
     return list(jobs.values())
 

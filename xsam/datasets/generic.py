@@ -14,7 +14,8 @@ from xsam.data import Sample
 from xsam.datasets import formats, records
 from xsam.datasets.base import Dataset, read_categories
 from xsam.datasets.records import CocoImage, CocoInstance, CocoSegment, Id, label, parse, take
-from xsam.files import find_file, read_json
+from xsam.datasets.sources import is_own
+from xsam.files import find_file, is_file, read_json
 from xsam.images import read_image
 
 
@@ -54,7 +55,13 @@ class Generic(Dataset):
         return parse(CocoImage, record, f"{self.annotations}: image {record['id']}")
 
     def open_image(self, image: CocoImage) -> Image.Image:
-        return read_image(find_file(self.images, image.file_name), image.size)
+        path = find_file(self.images, image.file_name)
+        if is_own(self.name) and not is_file(path):
+            raise ValueError(
+                f"{self.annotations}: image {image.id}: {path} is not there; name the folder of "
+                "its images after a colon, FILE.json:FOLDER"
+            )
+        return read_image(path, image.size)
 
     def make(
         self,

@@ -238,6 +238,16 @@ class OwnReferring(Referring):
     def build(
         self, index: int, group: tuple, phrases: list[tuple], rng: np.random.Generator
     ) -> Sample:
+        try:
+            return self.read(index, group, phrases, rng)
+        except ValueError as error:
+            where = "" if str(self.annotations) in str(error) else f"{group[0]}: "
+            raise ValueError(f"{where}{error}") from error
+
+    def read(
+        self, index: int, group: tuple, phrases: list[tuple], rng: np.random.Generator
+    ) -> Sample:
+        """See `build`."""
         where, name, every = group
         told = (self.told_size(mask) for mask, _ in every)  # by those that are not asked for, too
         picture = read_image(find_file(self.images, name), next(filter(None, told), None))

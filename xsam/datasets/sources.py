@@ -87,6 +87,16 @@ def locate(root: Path, path: str) -> Path:
     return next((root / name for name in names if (root / name).exists()), root / path)
 
 
+def paths_of(source: Source, root: Path) -> list[Path]:
+    """Where the files of a set lie, or should; of a user's own that are nowhere, as was typed."""
+    found = [(Path(path), locate(root, path)) for path in source.paths()]
+    if source.format == "own":
+        found = [(typed, at if at.exists() else typed) for typed, at in found]
+        if not found[0][1].exists():
+            found = found[:1]  # its folders follow from it
+    return [path for _, path in found]
+
+
 # ---- the sets ------------------------------------------------------------------------------------
 
 
@@ -311,7 +321,7 @@ def find_source(name: str) -> Source:
         )
     images, masks = [*folders, "", ""][:2]
     images = images or str(Path(file).parent)
-    about = f"a data set of your own: {name}"
+    about = f"a data set of your own, {name}: neither here nor under --data"
     share, _, seed = cut.partition("/")
     split = {"held_out": float(share or 0), "part": part, "seed": int(seed or 0)}
     return Source("", "own", file, images, masks, **split, about=about)
@@ -358,11 +368,11 @@ def recognise(source: Source, root: Path) -> Source:
 
 
 def file_name(name: str) -> str:
-    """A set's name for people: of a user's own file as it was typed, but without the folders of its
-    images, and of a path from the root the last name alone."""
+    """A set's name for people: of a user's own file as it was typed, but of paths from the root the
+    last names alone."""
     spec, part, cut = own_parts(name)
-    path = Path(spec.partition(":")[0])
-    short = path.name if path.is_absolute() else path.as_posix()
+    paths = map(Path, spec.split(":"))
+    short = ":".join(x.name if x.is_absolute() else str(x) * (x != Path()) for x in paths)
     return f"{short}{f'@{part}{cut}' * bool(part)}" if spec else name
 
 
@@ -415,7 +425,7 @@ def required_paths(
     names = [name for number in stages for name in config.stages[number].datasets]
     names += run_sets(config, stages, data)
     for source in map(find_source, names):
-        required |= {locate(data, path): source.about for path in source.paths()}
+        required |= dict.fromkeys(paths_of(source, data), source.about)
     for number in stages:
         stage, model = config.stages[number], config.model
         here = set(brought) if number == stages[0] else set()

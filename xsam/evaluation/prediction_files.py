@@ -188,7 +188,7 @@ def begin(folder: Path, kind: str, keys: list, made_by: dict, overwrite: bool = 
             old, new = before.get("made_by", {}), about["made_by"]
             names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
             raise ValueError(
-                f"{folder}: holds predictions made with another {', '.join(names) or 'set'}; "
+                f"{folder}: holds predictions made with other {', '.join(names) or 'records'}; "
                 "give another --out, or --overwrite"
             )
         if before != about:

@@ -193,7 +193,12 @@ def drop_metrics(path: Path, stage: int, step: int) -> None:
 
 
 def score(
-    column: str, model: Segmentor | XSAM, out: Path, data: Path, skip_bad: bool = False
+    column: str,
+    model: Segmentor | XSAM,
+    out: Path,
+    data: Path,
+    skip_bad: bool = False,
+    step: int = 0,
 ) -> None:
     """Evaluates `model`, adds the column to OUT/results.json and results.md, draws pictures."""
     results = read_results(out)
@@ -203,7 +208,8 @@ def score(
     results[column] = score_tasks(model, out, data, prefix, num_pictures, count, skip_bad)
     if distributed.rank() == 0:
         # The last column's figures stand at the top level: {"panoptic": {"PQ": …}, …}.
-        document = results[column] | {"columns": results}
+        steps = _read_document(out).get("steps", {}) | {column: step}
+        document = results[column] | {"columns": results, "steps": steps}
         write_whole(out / RESULTS_FILE, json.dumps(document, indent=1))
         note = f"{UNTRAINED}: the first {UNTRAINED_SAMPLES} samples of each set"
         text = table(results, note if UNTRAINED in results else "")
@@ -247,5 +253,16 @@ def score_tasks(
 
 def read_results(out: Path) -> dict:
     """{column: {task: {metric: figure}}} of OUT/results.json; empty where there is none."""
+    return _read_document(out).get("columns", {})
+
+
+def is_scored(column: str, out: Path, step: int = 0) -> bool:
+    """Whether OUT/results.json has a column, of this step."""
+    document = _read_document(out)
+    is_there = column in document.get("columns", {})
+    return is_there and document.get("steps", {}).get(column, step) == step
+
+
+def _read_document(out: Path) -> dict:
     path = out / RESULTS_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["columns"] if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
