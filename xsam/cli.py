@@ -343,6 +343,8 @@ def configure(options: argparse.Namespace, flags: dict[str, Any], preset: Config
     for number in options.stages if first.startswith("+") else ():
         names = *preset.stages[number].datasets, first.removeprefix("+"), *others
         config = config.resolve([number], datasets=tuple(dict.fromkeys(names)))
+    if 2 in options.stages:  # it trains two small projectors, whole
+        config = config.resolve([2], lora_rank=0)
     config = share_out(config, options.stages, flags)
     if options.init:  # in place of what the first stage would start from
         config = config.resolve(options.stages[:1], starts_from=())
@@ -411,6 +413,8 @@ def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Con
     ranks = [config.stages[number].lora_rank for number in options.stages]
     idle = [x for x in flags if x.startswith("lora_") and x != "lora_rank" and not any(ranks)]
     refuse(idle, f"{', '.join(idle)}: without --lora_rank there are no adapters")
+    idle = flags.get("lora_rank") and not any(ranks)
+    refuse(idle, "lora_rank: stage 2 trains its projectors whole")
     refuse(config.held_out == 1, "held_out is 1: nothing is left to train on")
     names = [name for number in options.stages for name in config.stages[number].datasets]
     idle = config.held_out and not any(map(is_own, [*names, *config.eval_tasks]))

@@ -27,8 +27,8 @@ from xsam.datasets.sources import file_name
 from xsam.evaluate import FOLDER, result_notes
 from xsam.evaluation.benchmarks import table
 from xsam.evaluation.prediction_files import ABOUT_FILE
-from xsam.files import check_target, read_json
-from xsam.inference import load_checkpoint, save_pretrained
+from xsam.files import read_json
+from xsam.inference import check_new_folder, load_checkpoint, save_pretrained
 from xsam.model import XSAM, Segmentor
 from xsam.weights import CONFIG_FILE, weights_digest
 
@@ -339,9 +339,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--private is of --push")
     if options.push:
         check_push(options.push)
-    check_target(out, is_folder=True)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: not empty; choose a new folder")
+    check_new_folder(out)
     rules = {"tokenizer": options.tokenizer, "base": options.base}
     model, _ = load_checkpoint(
         options.checkpoint, **rules, report=lambda x: print(x, file=sys.stderr)

@@ -443,6 +443,13 @@ def build_sample(
 # ---- models from disk ----------------------------------------------------------------------------
 
 
+def check_new_folder(folder: Path) -> None:
+    """Raises ValueError where a folder cannot be written, or holds something already."""
+    check_target(folder, is_folder=True)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: not empty; choose a new folder")
+
+
 def save_pretrained(
     model: Segmentor | XSAM,
     folder: Path,
@@ -452,9 +459,7 @@ def save_pretrained(
     """Writes a folder that `load_checkpoint` reads: weights in safetensors, in several files above
     `max_shard_bytes`, config.json and the tokenizer. `is_bin`: one pickled file in their place
     (`save_bin`). Raises ValueError where the folder holds something already."""
-    check_target(folder, is_folder=True)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: not empty; choose a new folder")
+    check_new_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if is_bin:
         num_words = None if model.tokenizer is None else add_special_tokens(model.tokenizer)
@@ -623,6 +628,11 @@ def load_with_flags(options: argparse.Namespace, **others: Any) -> tuple[Segment
 BLOCK_4_BITS = 64  # numbers of a row that share a scale
 
 
+def is_quantizable(layer: nn.Module, bits: int) -> bool:
+    """Whether `quantize` holds a layer of the language model in fewer bits."""
+    return type(layer) is nn.Linear and (bits == 8 or layer.in_features % BLOCK_4_BITS == 0)
+
+
 def quantize(model: Segmentor | XSAM, bits: int) -> None:
     """From now on the matrices of the language model's layers are held in 8 bits (LLM.int8,
     Dettmers et al. 2022) or in 4 (NF4, Dettmers et al. 2023), if its blocks fit their rows;
@@ -636,7 +646,7 @@ def quantize(model: Segmentor | XSAM, bits: int) -> None:
         raise ValueError("fewer bits need bitsandbytes: pip install 'xsam[quantize]'") from error
     for module in list(model.llm.model.get_decoder().modules()):
         for name, old in list(module.named_children()):
-            if type(old) is not nn.Linear or (bits == 4 and old.in_features % BLOCK_4_BITS):
+            if not is_quantizable(old, bits):
                 continue
             sizes, weight = (old.in_features, old.out_features, old.bias is not None), old.weight
             if bits == 8:

@@ -33,7 +33,7 @@ from xsam.datasets.referring import MAX_TURNS
 from xsam.datasets.registry import open_dataset
 from xsam.datasets.sources import find_source, locate, recognise
 from xsam.encoders import Block
-from xsam.inference import BLOCK_4_BITS
+from xsam.inference import is_quantizable
 from xsam.llm import IGNORE_LABEL, IMAGE_TOKEN, find_runs
 from xsam.lora import add_adapters, has_adapters
 from xsam.losses import Normalisers, Objective, Targets
@@ -137,8 +137,8 @@ def planned_samples(config: Config, stage: int) -> dict[str, tuple[str, int, int
 
 def quantizable(model: XSAM, bits: int) -> list[nn.Parameter]:
     """The matrices that `inference.quantize` holds in fewer bits."""
-    layers = [x for x in model.llm.model.get_decoder().modules() if type(x) is nn.Linear]
-    return [x.weight for x in layers if bits == 8 or x.in_features % BLOCK_4_BITS == 0]
+    layers = model.llm.model.get_decoder().modules()
+    return [each.weight for each in layers if is_quantizable(each, bits)]
 
 
 def build(config: Config, stage: int) -> Segmentor | XSAM:
