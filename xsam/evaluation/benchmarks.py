@@ -434,8 +434,9 @@ def bert_embedder(folder: Path) -> Embed:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        own = dict(local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **own)
+        model = AutoModel.from_pretrained(folder, **own).eval()
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no BERT in it ({error})") from error
 
