@@ -131,10 +131,10 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture (paper section 3 and figure 2). Lengths are pixels of the padded input.
+    """Architecture (paper section 3.2 and figure 3). Lengths are pixels of the padded input.
 
-    Every alternative of the paper's ablations is a value here; `ARCHITECTURES` says what a name
-    brings with it.
+    Every alternative of paper tables 7, 9, 20 and 21 is a value here; `ARCHITECTURES` says what a
+    name brings with it.
     """
 
     # Segmentation encoder: the ViT of SAM, or with `seg_backbone_config` a Swin of transformers,
@@ -201,8 +201,8 @@ def is_in(name: str, path: str) -> bool:
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the recipe (paper tables 10 and 11). `learning_rates` goes by the longest matching
-    prefix; 0 is frozen."""
+    """One row of the recipe (paper figure 5, tables 10 and 11; ablations: tables 6, 8, 19 and 22).
+    `learning_rates` goes by the longest matching prefix; 0 is frozen."""
 
     learning_rates: dict[str, float]
     datasets: tuple[str, ...]  # names of datasets.sources.SOURCES, or files of one's own

@@ -1,7 +1,7 @@
 """Between the encoders, the language model and the decoder: pixel shuffle, projectors, connector,
 region sampler.
 
-Paper section 3 ("Dual Projectors", "Segmentation Connector") and figure 4.
+Paper section 3.2 ("Dual Projectors", "Segmentation Connector"), figure 4, and appendix A.
 Legend: B batch, H W grid, C channels, N tokens, R regions, P points, s scale.
 """
 
@@ -42,8 +42,8 @@ class Projector(nn.Module):
 
 
 class ConvBranch(nn.Module):
-    """One scale: three convolutions, a LayerNorm after each and no activation, then pixel
-    shuffle."""
+    """One scale: three convolutions, a LayerNorm after each and no activation, then pixel shuffle
+    (paper appendix A, "Model Framework")."""
 
     def __init__(self, in_dim: int, hidden_dim: int, scale: float):
         super().__init__()
@@ -103,8 +103,8 @@ def sample_regions(
     pooling: str = "mean",
     num_vectors: int = 1,
 ) -> Tensor:
-    """Region sampler: `num_vectors` for each visual prompt, the mean (or, channel by channel, the
-    maximum) of the tokens read bilinearly at as many of its points each.
+    """Region sampler (paper appendix A): `num_vectors` for each visual prompt, the mean (or, by
+    channel, the maximum) of the tokens read bilinearly at as many of its points each.
 
     tokens [B, H, W, C] are projected visual tokens; points [R, P, 2] are (row, column) in 0..1
     where 0 and 1 are the centres of the outermost tokens; image_index [R] names each prompt's

@@ -619,7 +619,8 @@ def share_batches(sizes: list[int], factors: list[float], batch_size: int) -> li
 
 
 class Mixture(torch.utils.data.Dataset):
-    """The datasets of a stage, resampled; every global batch comes from one of them.
+    """The datasets of a stage, resampled; every global batch comes from one of them (paper appendix
+    A, "Stage 3: Mixed Fine-tuning").
 
     A dataset of n samples and factor r fills about n·r / batch batches of an epoch, at least one:
     all of it floor(r) times, then a random part. What is short of a whole batch is left for another

@@ -1,7 +1,7 @@
 """The language model: special tokens, chat rendering, splicing visual tokens in, gathering states
 out, generation.
 
-Middle box of the diagram (paper section 3). Any causal model of transformers; the chat template and
+Middle box of the diagram (paper figure 3). Any causal model of transformers; the chat template and
 the vocabulary come from its tokenizer.
 Legend: B samples, N positions, C width, V visual tokens of a sample, R regions, P phrases.
 """
@@ -294,7 +294,8 @@ class LanguageModel(nn.Module):
         return output.last_hidden_state
 
     def token_loss(self, states: Tensor, labels: Tensor) -> Tensor:
-        """Summed cross-entropy of the labelled tokens; logits are made for those alone."""
+        """Summed cross-entropy of the labelled tokens (paper equation 2); logits are made for those
+        alone."""
         is_labelled = labels[:, 1:] != IGNORE_LABEL
         logits = self.model.get_output_embeddings()(states[:, :-1][is_labelled])
         return F.cross_entropy(logits.float(), labels[:, 1:][is_labelled], reduction="sum")

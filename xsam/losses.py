@@ -172,7 +172,8 @@ def segmentation_losses(
     normalisers: Normalisers,
     config: LossConfig,
 ) -> dict[str, Tensor]:
-    """Unweighted "class", "mask" and "dice" losses, summed over the decoder outputs.
+    """Unweighted "class", "mask" and "dice" losses, the terms of paper equation 1, summed over the
+    decoder outputs.
 
     One entry of `targets` and `generators` a run; the points drawn depend on the run's generator
     alone. A run without targets gives class loss only.
@@ -252,7 +253,10 @@ class Objective(nn.Module):
         self.model, self.config = model, config
 
     def forward(self, batch: Batch, normalisers: Normalisers) -> dict[str, Tensor]:
-        """Weighted losses of one micro-batch; over a step's micro-batches and ranks they add up."""
+        """Weighted losses of one micro-batch; over a step's micro-batches and ranks they add up.
+
+        The terms of paper equation 1 in stage 1, of equation 2 ("text") in stage 2 and of chat, of
+        equation 3 elsewhere, which is both."""
         device, weights = batch.seg_pixels.device, self.config.loss
         is_mixed = self.config.dtype != "float32"
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):

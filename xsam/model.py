@@ -1,6 +1,6 @@
 """X-SAM: the parts joined, to be trained (`forward`) and asked (`infer`).
 
-The whole diagram (paper section 3, figure 2). `Segmentor` alone is the model of stage 1; `XSAM`
+The whole diagram (paper section 3.2, figure 3). `Segmentor` alone is the model of stage 1; `XSAM`
 adds the image encoder and the language model, whose condition and <SEG> states steer the segmentor.
 Legend: B images, R decoder runs, P phrases, Q queries, K classes, C channels, V visual tokens.
 """
@@ -343,7 +343,7 @@ class XSAM(nn.Module):
     def gather_condition_embeddings(self, states: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
         """The classes of each run, the background last, [R, K + 1, C], and which of them are
         padding, bool [R, K + 1]. A class is the mean of the projected states of its phrase's
-        tokens, <p> and </p> included."""
+        tokens, <p> and </p> included (paper section 3.1, "Unified Formulation")."""
         inside = runs.phrase_number >= 0
         projected = self.llm_projector(states[inside])
         index = runs.phrase_number[inside]

@@ -31,7 +31,7 @@ MOMENTS, BLOCK = ("exp_avg", "exp_avg_sq"), 256  # numbers of a moment in 8 bits
 
 
 def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate: a linear rise, then half a cosine down to zero."""
+    """Share of the peak learning rate (paper table 11): a linear rise, half a cosine to zero."""
     warmup = max(1, round(num_steps * warmup_ratio))
     if step < warmup:
         return (step + 1) / warmup

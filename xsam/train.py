@@ -1,4 +1,4 @@
-"""Trains stages 1, 2 and 3, one after another with `--stage all`.
+"""Trains stages 1, 2 and 3 (paper section 3.3), one after another with `--stage all`.
 
     torchrun --nproc_per_node 2 xsam/train.py --config toy --stage all --out runs/toy
     torchrun --nproc_per_node 8 xsam/train.py --stage 3 --data datas --weights weights
@@ -6,8 +6,8 @@
 Works without torchrun as one process. Writes OUT/stageN/step_M checkpoints, OUT/metrics.jsonl with
 a line a step, OUT/curves.png where matplotlib is installed, and for a configuration with validation
 data OUT/results.json, OUT/results.md and OUT/pictures. SIGTERM and Ctrl-C save before they end it;
-`--resume` goes on from the last checkpoint, on any number of processes (paper section 4). `--plan`
-says what a run needs.
+`--resume` goes on from the last checkpoint, on any number of processes. `--plan` says what a run
+needs.
 """
 
 import sys
