@@ -34,7 +34,7 @@ NEIGHBOURS = {
     "encoders": set(),
     "connector": {"encoders"},
     "decoder": set(),
-    "losses": {"config"},
+    "losses": set(),
     "optimizer": {"distributed"},
 }
 

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from xsam.config import Config, LossConfig
-
 if TYPE_CHECKING:
+    from xsam.config import Config, LossConfig
     from xsam.data import Batch
     from xsam.decoder import DecoderOutput
     from xsam.model import XSAM, Segmentor
@@ -155,14 +154,21 @@ def uncertain_points(
     return torch.cat([uncertain, scattered], dim=1)
 
 
-def mask_losses(mask_logits: Tensor, target_values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and dice of point values [N, P] where `valid`, each summed over the pairs."""
-    bce = F.binary_cross_entropy_with_logits(mask_logits, target_values, reduction="none")
-    bce = (bce * valid).sum(-1) / valid.sum(-1).clamp(min=1)
+def cross_entropy(mask_logits: Tensor, target_values: Tensor, valid: Tensor) -> Tensor:
+    """Mean cross-entropy [N] of point values [N, P] where `valid` [N, P] is one."""
+    losses = F.binary_cross_entropy_with_logits(mask_logits, target_values, reduction="none")
+    return (losses * valid).sum(-1) / valid.sum(-1).clamp(min=1)
+
+
+def dice(mask_logits: Tensor, target_values: Tensor, valid: Tensor) -> Tensor:
+    """Dice loss [N] of point values [N, P] where `valid` [N, P] is one."""
     probabilities, target_values = mask_logits.sigmoid() * valid, target_values * valid
     size = probabilities.sum(-1) + target_values.sum(-1)
-    dice = 1 - (2 * (probabilities * target_values).sum(-1) + 1) / (size + 1)
-    return bce.sum(), dice.sum()
+    return 1 - (2 * (probabilities * target_values).sum(-1) + 1) / (size + 1)
+
+
+# What a matched mask is trained with; the weight of each is LossConfig.NAME_weight.
+MASK_LOSSES = {"mask": cross_entropy, "dice": dice}
 
 
 def segmentation_losses(
@@ -172,8 +178,8 @@ def segmentation_losses(
     normalisers: Normalisers,
     config: LossConfig,
 ) -> dict[str, Tensor]:
-    """Unweighted "class", "mask" and "dice" losses, the terms of paper equation 1, summed over the
-    decoder outputs.
+    """Unweighted losses, "class" and those of MASK_LOSSES (the terms of paper equation 1), summed
+    over the decoder outputs.
 
     One entry of `targets` and `generators` a run; the points drawn depend on the run's generator
     alone. A run without targets gives class loss only.
@@ -184,7 +190,8 @@ def segmentation_losses(
     device = class_logits.device
     classes = torch.full((L, R, Q), num_classes - 1, device=device)  # background
     # Zero, but in the graph: every parameter gets a gradient on every rank, targets or not.
-    bce_sum = dice_sum = mask_embeddings.sum() * 0 + predictions.mask_features.sum() * 0
+    zero = mask_embeddings.sum() * 0 + predictions.mask_features.sum() * 0
+    mask_sums = dict.fromkeys(MASK_LOSSES, zero)
 
     ignores = [target.ignore if config.ignore_unlabelled else None for target in targets]
     runs = [run for run, target in enumerate(targets) if len(target.labels) > 0]
@@ -220,19 +227,16 @@ def segmentation_losses(
         mask_logits = sample_features(masks[:, None], points)[:, 0]
         target_values = sample_masks(target.masks, matched.flatten(), points)
         valid = (~is_ignored(ignores[run], points)).float()
-        bce, dice = mask_losses(mask_logits, target_values, valid)
-        bce_sum, dice_sum = bce_sum + bce, dice_sum + dice
+        for name, loss in MASK_LOSSES.items():
+            mask_sums[name] = mask_sums[name] + loss(mask_logits, target_values, valid).sum()
 
     weights = torch.ones(num_classes, device=device)
     weights[-1] = config.background_weight
     class_sum = F.cross_entropy(
         class_logits.flatten(0, 2), classes.flatten(), weights, reduction="sum"
     )
-    return {
-        "class": class_sum / normalisers.class_weight,
-        "mask": bce_sum / normalisers.masks,
-        "dice": dice_sum / normalisers.masks,
-    }
+    losses = {name: total / normalisers.masks for name, total in mask_sums.items()}
+    return {"class": class_sum / normalisers.class_weight} | losses
 
 
 def count_targets(num_targets: list[int], num_queries: int, config: LossConfig) -> dict[str, float]:
@@ -263,7 +267,7 @@ class Objective(nn.Module):
             outputs = self.model(batch)
         losses = {}
         if batch.task != "chat":  # every rank has the same names, also where nothing is found
-            losses = {name: torch.zeros((), device=device) for name in ("class", "mask", "dice")}
+            losses = {name: torch.zeros((), device=device) for name in ("class", *MASK_LOSSES)}
         num_runs = 0 if outputs.predictions is None else len(outputs.predictions.image_index)
         if num_runs != len(batch.targets):
             raise ValueError(f"{num_runs} decoder runs for {len(batch.targets)} sets of targets")
