@@ -39,11 +39,12 @@ from xsam.datasets.formats import encode_mask
 from xsam.datasets.registry import READERS
 from xsam.datasets.sources import PROMPT_TYPES, Source
 from xsam.llm import add_special_tokens
-from xsam.prompts import PHRASINGS, join_phrases
+from xsam.prompts import join_phrases, read_phrasings
 
 HEIGHT, WIDTH, NUM_SEGMENTS, NUM_CLASSES = 480, 640, 12, 133
 SEG_SIZE, IMAGE_SIZE, NUM_POINTS = 1024, 384, 256  # of the full preset
 NUM_IMAGE_TOKENS = 27**2 + 32**2
+PHRASINGS = read_phrasings("")
 SCALES = np.linspace(*xsam().stages[1].scale_range, 12)  # in place of random ones, for both
 
 

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from xsam.datasets.registry import open_dataset
-from xsam.datasets.sources import SCORED_SETS
+from xsam.datasets.sources import sets_by_task
 from xsam.evaluation.metrics import presence_curve
 from xsam.evaluation.prediction_files import SavedPredictions
 
@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.predictions
     folder = folder / "predictions" if (folder / "predictions").is_dir() else folder
-    known = SCORED_SETS["grefer"]
+    known = sets_by_task()["grefer"]
     sets = [each for each in known if (folder / each).is_dir()]
     sets = options.sets.split(",") if options.sets else sets
     if not sets or not set(sets) <= set(known):

@@ -21,9 +21,9 @@ from measure import Report
 from PIL import Image
 
 from xsam.cli import add_device_flag
-from xsam.evaluation.benchmarks import TASKS
-from xsam.inference import REQUESTS
+from xsam.datasets.sources import sets_by_task
 from xsam.predict import main as predict
+from xsam.tasks import requests
 from xsam.toy import weights as toy
 from xsam.toy.preset import toy as toy_config
 from xsam.toy.world import write_world
@@ -109,7 +109,7 @@ def check_evaluation(report: Report, runs: Runs) -> None:
     status = subprocess.run(command_line("evaluate.py", *flags), env=environment).returncode
     path = runs.folder / "scores" / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    missing = [task for task in TASKS if task not in results]
+    missing = [task for task in sets_by_task() if task not in results]
     report.add("toy: evaluation", status == 0 and not missing, status=status, missing=missing)
 
 
@@ -125,14 +125,14 @@ def check_predictions(report: Report, runs: Runs) -> None:
     own |= {task: ["--region", drawn] for task in ("interactive", "vgd")}
     (runs.folder / "answers").mkdir()
     wrong = []
-    for task in REQUESTS:
+    for task in requests():
         stem = runs.folder / "answers" / task
         flags = [*own.get(task, []), "--checkpoint", runs.folder / "whole" / "stage3"]
         flags += ["--image", image, "--out", stem, *runs.on_device]
         status = predict([task, *map(str, flags)])
         if status or (task != "chat" and not stem.with_suffix(".png").is_file()):
             wrong.append(task)
-    report.add("toy: predict", not wrong, tasks=len(REQUESTS), wrong=wrong)
+    report.add("toy: predict", not wrong, tasks=len(requests()), wrong=wrong)
 
 
 def main() -> int:

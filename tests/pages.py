@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from xsam.demo.server import DemoServer, Question, pack_result
-from xsam.inference import REQUESTS
 from xsam.regions import draw_region
+from xsam.tasks import TASKS
 
 SAID = "an <i>ugly</i> disc and 𝒂 square"  # with a letter that JavaScript counts as two
 
@@ -28,8 +28,9 @@ class StubEngine:
 
     def describe(self) -> dict:
         tasks = {
-            name: {"needs": request.needs, "is_available": True}
-            for name, request in REQUESTS.items()
+            word: {"needs": task.needs, "is_available": True}
+            for task in TASKS.values()
+            for word in task.requests
         }
         return {"tasks": tasks, "categories": ["ring", "</script><b>star</b>"], "stage": 3}
 

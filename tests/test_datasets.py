@@ -27,9 +27,10 @@ from xsam.datasets.base import Dataset, Packed
 from xsam.datasets.referring import MAX_TURNS
 from xsam.datasets.registry import READERS, open_dataset
 from xsam.datasets.sources import PROMPT_TYPES, SOURCES
-from xsam.prompts import PHRASINGS
+from xsam.prompts import read_phrasings
 
 SIZE = (24, 32)
+PHRASINGS = read_phrasings("")
 
 
 def rng(*seed: int) -> np.random.Generator:

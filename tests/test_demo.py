@@ -27,7 +27,8 @@ from xsam.checkpoints import save_checkpoint
 from xsam.demo import __main__ as command
 from xsam.demo import server as demo
 from xsam.demo.server import DemoServer, Engine
-from xsam.inference import REQUESTS, predict
+from xsam.inference import predict
+from xsam.tasks import TASKS, requested_task, requests
 
 EXAMPLE = f"{0:032x}"  # the key of the first example
 
@@ -126,11 +127,11 @@ def until(is_so, seconds: float = 5) -> None:
 # ---- the model -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", REQUESTS)
+@pytest.mark.parametrize("task", requests())
 def test_a_task_is_answered_as_from_python(speaking_model, world, task):
     path = sorted((world / "data/img_genseg/coco2017/val2017").glob("*.jpg"))[0]
     image = Image.open(path).convert("RGB")
-    needs = REQUESTS[task].needs
+    needs = TASKS[requested_task(task)].needs
     request, options = {}, {}
     if needs == "text":
         request["text"] = options["text"] = "the red circle"
@@ -276,7 +277,7 @@ def test_the_page_loads_nothing_else_and_holds_no_foreign_markup(server, client)
     facts = page.partition('id="facts"')[2].partition(">")[2].partition("</script>")[0]
     facts = json.loads(facts)
     assert facts["title"] == "a <b>model</b>" and facts["token"] == server.token
-    for task in REQUESTS:
+    for task in requests():
         assert f"\n  {task}: [" in page
     for kind in demo.KINDS:
         assert f'name="tool" value="{kind}"' in page

@@ -30,7 +30,7 @@ from xsam.datasets.base import Dataset
 from xsam.datasets.registry import open_dataset
 from xsam.datasets.sources import SOURCES, locate
 from xsam.evaluate import main, predict_dataset
-from xsam.evaluation.benchmarks import TASKS
+from xsam.evaluation.benchmarks import scored_tasks
 from xsam.evaluation.metrics import presence_curve
 from xsam.evaluation.prediction_files import (
     ABOUT_FILE,
@@ -45,6 +45,7 @@ from xsam.model import XSAM
 from xsam.report import samples
 from xsam.results import SegmentationResult
 
+TASKS = scored_tasks()
 HAS_METEOR = bool(importlib.util.find_spec("pycocoevalcap") and shutil.which("java"))
 
 

@@ -21,7 +21,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from xsam.checkpoints import save_checkpoint
 from xsam.config import stage_folder, xsam
 from xsam.evaluate import FOLDER
-from xsam.evaluation.benchmarks import SEGMENTOR_PAPER, TASKS
+from xsam.evaluation.benchmarks import SEGMENTOR_PAPER, scored_tasks
 from xsam.export import main, model_card, read_record
 from xsam.inference import load_checkpoint, save_pretrained
 from xsam.model import XSAM, Segmentor
@@ -246,7 +246,7 @@ def test_figures_are_those_of_results_json(exported):
 def test_no_figure_of_the_paper_is_in_a_card(model, segmentor, exported):
     cards = [(exported / "README.md").read_text(), model_card(segmentor, "x")]
     cards.append(model_card(model, "x"))
-    papers = [task.paper for task in TASKS.values()] + list(SEGMENTOR_PAPER.values())
+    papers = [task.paper for task in scored_tasks().values()] + list(SEGMENTOR_PAPER.values())
     known = {str(figure) for paper in papers for figure in paper.values()}
     for card in cards:
         assert not known & set(re.findall(r"\d+\.\d+", card)) and "| paper |" not in card

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FORKS = ROOT / "docs/forks"
 PAGE = (FORKS / "README.md").read_text(encoding="utf-8")
 FILES = sorted(FORKS.glob("*.py"))
+RUN = [file for file in FILES if not file.stem.startswith("new_")]  # those test_tasks.py runs
 FLAGS = re.findall(r"`(--[^`]*)`", PAGE)
 
 
@@ -43,7 +44,7 @@ def count_lines(text: str) -> int:
     return sum(not re.match(r"\s*(#|$)", line) for part in parts for line in part.splitlines())
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", RUN, ids=lambda file: file.stem)
 def test_an_example_runs(file):
     assert run(file)
 

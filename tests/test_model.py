@@ -19,7 +19,6 @@ from xsam.connector import pixel_shuffle
 from xsam.data import Batch, Processor, Sample
 from xsam.datasets.registry import open_dataset
 from xsam.inference import (
-    REQUESTS,
     build_inputs,
     encode_image,
     predict,
@@ -31,6 +30,7 @@ from xsam.losses import Normalisers, Objective
 from xsam.model import XSAM, Segmentor, checkpoint_activations, compile_blocks
 from xsam.regions import draw_region
 from xsam.results import SegmentationResult
+from xsam.tasks import requests
 from xsam.train import pretrained_model
 
 DATASETS = {
@@ -493,7 +493,7 @@ REQUESTS_OF_ONE_IMAGE = (
 
 
 def test_an_image_is_encoded_once_for_several_requests(speaking_model, segmentor):
-    for model, requests in (
+    for model, asked in (
         (speaking_model, REQUESTS_OF_ONE_IMAGE),
         (segmentor, [dict(task="panoptic"), dict(task="instance")]),
     ):
@@ -501,10 +501,10 @@ def test_an_image_is_encoded_once_for_several_requests(speaking_model, segmentor
         encoded = encoded or encode_image(model, picture())
         encoder = model.encoder if model.stage == 1 else model.segmentor.encoder
         hook = encoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        found = [predict(model, encoded, **request) for request in requests]
-        assert len(calls) == sum("region_image" in request for request in requests)
+        found = [predict(model, encoded, **request) for request in asked]
+        assert len(calls) == sum("region_image" in request for request in asked)
         hook.remove()
-        for prediction, request in zip(found, requests, strict=True):
+        for prediction, request in zip(found, asked, strict=True):
             expected = predict(model, picture(), **request)
             assert same_answers(prediction, expected) and prediction.answer == expected.answer
 
@@ -623,7 +623,7 @@ def test_a_request_at_any_size_and_of_many_images(speaking_model):
     assert model.predict(images[0], "chat", "Hello").masks.shape == (0, 60, 100)
 
 
-@pytest.mark.parametrize("task", REQUESTS)
+@pytest.mark.parametrize("task", requests())
 def test_every_request_is_answered_at_the_images_size(speaking_model, task):
     region, reference_image = np.zeros((60, 100), bool), picture(80, 50)
     region[10:30, 20:50] = True

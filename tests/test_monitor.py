@@ -18,7 +18,7 @@ from PIL import Image
 from processes import finish, start_ranks
 
 from xsam.datasets.registry import open_dataset
-from xsam.evaluation.benchmarks import TASKS, task_of
+from xsam.evaluation.benchmarks import scored_tasks, task_of
 from xsam.evaluation.prediction_files import SavedPredictions
 from xsam.report import curves, monitor, samples
 from xsam.report import pictures as draw
@@ -493,7 +493,7 @@ def test_the_tasks_are_those_of_the_configuration(model, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     scores = monitor.score_tasks(model, tmp_path, tmp_path / "data", "x", 3, 5)
     assert scores == {"refer": {"score": 1.0}}
-    names = [name for task in ("refer", "chat") for _, name in TASKS[task].datasets]
+    names = [name for task in ("refer", "chat") for _, name in scored_tasks()[task].datasets]
     assert seen["asked"] == (names, tmp_path / "data", tmp_path / "predictions/x", 5)
     assert drawn == [(name, n, f"question {n}") for name in ("refcoco_val", "mme") for n in (0, 2)]
     pictures = {path.name for path in (tmp_path / "pictures").iterdir()}

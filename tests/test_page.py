@@ -19,7 +19,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from xsam.demo.server import DemoServer
-from xsam.inference import REQUESTS
+from xsam.tasks import TASKS, requested_task, requests
 
 playwright_api = pytest.importorskip(
     "playwright.sync_api", reason="the extra `browser` is not installed"
@@ -159,7 +159,7 @@ def test_the_page_loads_and_says_what_is_missing(visit):
 
 
 def test_each_task_is_asked_and_answered(visitor, server):
-    for task in REQUESTS:
+    for task in requests():
         ask_and_check(visitor, server, task)
 
 
@@ -167,7 +167,7 @@ COUNTS = {"chat": 0, "panoptic": 1, "instance": 1, "vgd": 1, "interactive": 1}  
 
 
 def ask_and_check(visitor: Visitor, server: DemoServer, task: str) -> None:
-    page, needs = visitor.page, REQUESTS[task].needs
+    page, needs = visitor.page, TASKS[requested_task(task)].needs
     visitor.choose("task", task)
     assert len(page.inner_text("#task-help")) > 20
     if needs == "text":
@@ -452,7 +452,7 @@ def test_it_fits_a_phone(visit, picture, scheme):
     visitor = visit(viewport=phone, is_mobile=True, has_touch=True, color_scheme=scheme)
     visitor.open(picture)
     page = visitor.page
-    for task in REQUESTS:
+    for task in requests():
         page.locator(f"label:has(input[value={task}])").tap()
         widths = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         assert widths == [360, 360], task

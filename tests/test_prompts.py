@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from xsam import tasks
 from xsam.config import SPECIAL_TOKENS
 from xsam.datasets.sources import SOURCES
 from xsam.prompts import (
-    PER_PHRASE_TASKS,
-    PHRASINGS,
     PLACEHOLDERS,
     ask,
     check_words,
@@ -31,6 +30,7 @@ from xsam.prompts import (
 )
 
 TASKS = ("generic", "refer", "reason", "gcg", "interactive", "vgd")
+PHRASINGS = read_phrasings("")
 OPTION_REQUEST = "Answer with the letter of the right option."
 TOKENS = ("<image>", "<region>", "<SEG>", "<p>", "</p>")
 
@@ -43,7 +43,7 @@ def rng(*seed: int) -> np.random.Generator:
 
 
 def test_every_task_of_the_sources_has_phrasings():
-    assert tuple(PHRASINGS) == (*TASKS, "chat")
+    assert tuple(PHRASINGS) == ("chat", *TASKS)
     assert {source.task for source in SOURCES.values()} == {*PHRASINGS}
     assert (*SPECIAL_TOKENS, *PLACEHOLDERS) == ("<SEG>", "<p>", "</p>", "<image>", "<region>")
 
@@ -102,7 +102,10 @@ def test_a_file_replaces_only_what_it_names(tmp_path):
     ("content", "message"),
     [
         ([], "holds a list, expected a dict"),
-        ({"refering": {"questions": ["{phrases}"]}}, "unknown task 'refering'; known are generic,"),
+        (
+            {"refering": {"questions": ["{phrases}"]}},
+            "unknown task 'refering'; known are chat, generic,",
+        ),
         ({"chat": {"questions": ["?"]}}, "chat: questions: unknown; known .* are choices"),
         (
             {"chat": {"choices": ["{question} A or B?"]}},
@@ -272,7 +275,7 @@ def test_clean_name(name, clean):
 
 
 def test_the_tasks_with_a_seg_for_each_phrase():
-    assert PER_PHRASE_TASKS == ("refer", "reason")
+    assert [name for name, task in tasks.TASKS.items() if task.is_per_phrase] == ["refer", "reason"]
 
 
 # ---- lists of names ------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ WALK, READING, ABLATIONS = (
 PAPER = ROOT.parent / "shared/paper/x-sam.txt"
 FIRST_SHELF = {
     *("config", "encoders", "connector", "llm", "decoder", "losses"),
-    *("model", "prompts", "data", "optimizer", "train"),
+    *("model", "tasks", "prompts", "data", "optimizer", "train"),
 }
 ROOMS = ("variants", "datasets", "evaluation", "report", "plan", "toy")
 # What comes with a file that is imported alone: of ours, these and no others.

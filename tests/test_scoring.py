@@ -23,14 +23,15 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from xsam.datasets.base import Dataset
 from xsam.datasets.formats import encode_mask
 from xsam.datasets.registry import open_dataset
-from xsam.datasets.sources import PROMPT_TYPES, SCORED_SETS, SEGMENTOR_TASKS, SOURCES
+from xsam.datasets.sources import PROMPT_TYPES, SEGMENTOR_TASKS, SOURCES, sets_by_task
 from xsam.evaluation import metrics
 from xsam.evaluation.benchmarks import (
+    BENCHMARKS,
     SEGMENTOR_PAPER,
-    TASKS,
     bert_embedder,
     named,
     score_dataset,
+    scored_tasks,
     table,
     task_of,
 )
@@ -38,6 +39,7 @@ from xsam.evaluation.metrics import phrase_similarity
 from xsam.evaluation.prediction_files import SavedPredictions
 from xsam.results import SegmentationResult
 
+TASKS = scored_tasks()
 SIZE = HEIGHT, WIDTH = 20, 30
 # A square of 10 x 10 moved by 2 columns: 8 of the 12 columns that either covers are in both.
 MOVED = 80 / 120
@@ -510,7 +512,7 @@ def test_every_set_is_one_of_a_single_task():
     with pytest.raises(ValueError, match="coco_vgd: no task scores this set"):
         task_of("coco_vgd")
     scored = {task: [name for _, name in each.datasets] for task, each in TASKS.items()}
-    assert scored == SCORED_SETS
+    assert scored == sets_by_task() and set(names) == set(BENCHMARKS)
     assert tuple(SEGMENTOR_PAPER) == SEGMENTOR_TASKS
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from xsam.prompts import PHRASINGS, clean_name
+from xsam.prompts import clean_name, read_phrasings
 from xsam.toy import weights as toy
 from xsam.toy.preset import toy as toy_config
 
@@ -32,7 +32,9 @@ TEXT_KEYS = {"name", "sent", "text", "caption", "labels", "sentence", "query", "
 def said(world: Path) -> list[str]:
     """Every text of every file of the world, and all phrasings, without placeholders."""
     csv.field_size_limit(2**24)
-    texts = [text for task in PHRASINGS.values() for kind in task.values() for text in kind]
+    texts = [
+        text for task in read_phrasings("").values() for kind in task.values() for text in kind
+    ]
     for path in world.rglob("*"):
         if path.suffix == ".tsv":
             with path.open(newline="") as file:

@@ -35,15 +35,16 @@ from xsam.config import (
     xsam,
 )
 from xsam.datasets.sources import (
-    SCORED_SETS,
     find_source,
     hold_out,
     is_own,
     required_paths,
     run_sets,
+    sets_by_task,
     with_held_out,
 )
 from xsam.files import check_target
+from xsam.tasks import TASKS
 from xsam.toy.preset import toy
 
 DEVICES = ("cpu", "cuda", "mps")
@@ -51,7 +52,7 @@ DEVICES = ("cpu", "cuda", "mps")
 CONFIGS = {"xsam": xsam, "small": small, "toy": toy}
 
 HELP = {
-    "eval_tasks": f"scored before the first stage and after each, of {', '.join(SCORED_SETS)}, "
+    "eval_tasks": f"scored before the first stage and after each, of {', '.join(sets_by_task())}, "
     "sets of these, and own files (default: the preset's; if own files are trained on, these); "
     "none, or '', for none",
     "held_out": "share of the images of each own file, chosen by the seed, to train without",
@@ -460,7 +461,7 @@ def check_stage(number: int, config: Config) -> None:
     refuse(wrong, f"{where}: scale_range is {scales}, not a least and a largest scale, or empty")
     for name in stage.datasets:
         task = find_source(name).task  # of a file of one's own it is in the file
-        is_other = number == 1 and task not in ("generic", "")
+        is_other = number == 1 and task and TASKS[task].needs != "categories"
         refuse(is_other, f"{where} learns classes from generic sets alone; {name} is of {task}")
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     refuse(
@@ -486,7 +487,8 @@ def check_beginnings(options: argparse.Namespace, flags: dict[str, Any], config:
     for number in options.stages:
         stage, brought = config.stages[number], options.brought if number == first else {}
         new = [part for part, origin in origins(config, number, brought).items() if not origin]
-        if number == 2 and {find_source(name).task for name in stage.datasets} == {"chat"}:
+        texts = {name for name, task in TASKS.items() if not task.has_masks}
+        if number == 2 and {find_source(name).task for name in stage.datasets} <= texts:
             new = []  # chat has no use for them, and a checkpoint of stage 2 does not hold them
         is_meant = flags.get("starts_from") == () and options.stage == "3"  # table 8, row "S3"
         allowed = new if is_meant else NEW_PARTS[number]

@@ -256,7 +256,7 @@ class Config:
     categories: tuple[dict, ...] = ()  # {"name", "is_thing"} of the generic data, from training
     held_out: float = 0.0  # share of the images of each own file that training leaves out, by seed
     init: tuple[str, ...] = ()  # what --init named, in place of the first stage's earlier ones
-    phrasings: str = ""  # a JSON file of questions and answers in place of ours (prompts.py)
+    phrasings: str = ""  # a JSON file of questions and answers in place of ours (tasks.py)
     seed: int = 0
     # Of weights and gradients in training. bfloat16 computes under autocast and steps in float32
     # (optimizer.py); float32 is float32 throughout, on a GPU too.

@@ -44,7 +44,8 @@ from xsam.llm import (
     without_marks,
 )
 from xsam.losses import Targets
-from xsam.prompts import PER_PHRASE_TASKS, Phrased
+from xsam.prompts import Phrased
+from xsam.tasks import TASKS
 
 if TYPE_CHECKING:
     from xsam.datasets.base import Dataset
@@ -237,6 +238,10 @@ class Batch:
     # Words that the tokenizer lacks, and the sample that has each; of training alone.
     unknown: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def has_masks(self) -> bool:
+        return TASKS[self.task].has_masks
+
     def to(self, device: torch.device) -> Batch:
         return self._change(lambda tensor: tensor.to(device, non_blocking=True))
 
@@ -312,7 +317,7 @@ class Processor:
             except SampleTooLong:
                 absent = np.setdiff1d(np.arange(len(sample.names)), sample.labels)
                 least = int(len(absent) == len(sample.names))  # one name has to stay
-                if sample.task != "generic" or len(absent) <= least:
+                if TASKS[sample.task].needs != "categories" or len(absent) <= least:
                     raise
                 goes = absent[len(absent) // 2 :]
                 sample = keep_names(sample, np.setdiff1d(np.arange(len(sample.names)), goes))
@@ -332,7 +337,7 @@ class Processor:
                     self.tokenize(piece)
                 break
             except SampleTooLong:
-                if sample.task != "generic" or count == len(indices):
+                if TASKS[sample.task].needs != "categories" or count == len(indices):
                     raise
         return pieces
 
@@ -344,7 +349,7 @@ class Processor:
         if sample.ignore is not None:
             ignore = torch.from_numpy(transform.map_to_canvas(sample.ignore))
         labels = sample.labels
-        if sample.task not in PER_PHRASE_TASKS:
+        if not TASKS[sample.task].is_per_phrase:
             is_kept = masks.any(axis=(1, 2))
             if not is_kept.all():
                 masks, labels = masks[is_kept], labels[is_kept]
@@ -463,7 +468,8 @@ class Processor:
 
     def collate(self, encoded: list[dict], pad_left: bool = False) -> Batch:
         """Encoded samples of one task to a batch. Generation wants its padding at the left."""
-        task = encoded[0]["sample"].task
+        name = encoded[0]["sample"].task
+        task = TASKS[name]
         ids = attention_mask = labels = images = points = region_index = runs = None
         pixels = [item["seg_pixels"] for item in encoded]
         if self.tokenizer is not None:
@@ -481,9 +487,9 @@ class Processor:
             labels = _pad([item["labels"] for item in encoded], IGNORE_LABEL, pad_left)
             attention_mask = _pad([[1] * len(item["ids"]) for item in encoded], 0, pad_left)
             is_open = any(item["sample"].turns[-1][1] is None for item in encoded)
-            if task != "chat" and not is_open:
-                is_per_phrase, special = task in PER_PHRASE_TASKS, special_ids(self.tokenizer)
-                words = ids if task == "gcg" else without_marks(ids, special)  # of answers
+            if task.has_masks and not is_open:
+                is_per_phrase, special = task.is_per_phrase, special_ids(self.tokenizer)
+                words = ids if task.is_grounded else without_marks(ids, special)  # of answers
                 asked = torch.where(labels == IGNORE_LABEL, ids, words)
                 runs = find_runs(asked, special, is_per_phrase, is_per_phrase)
         targets, run_seeds = run_targets(encoded)
@@ -491,7 +497,7 @@ class Processor:
         if runs is not None:
             check_runs(runs, samples)
         return Batch(
-            task=task,
+            task=name,
             seg_pixels=torch.stack(pixels),
             image_pixels=torch.stack(images) if images else None,
             input_ids=ids,
@@ -515,10 +521,11 @@ def run_targets(encoded: list[dict]) -> tuple[list[Targets], list[int]]:
     number of its phrase among those of the whole batch, or none, where nothing fits the phrase;
     else an image is one run. Chat has none."""
     targets, run_seeds, num_phrases = [], [], 0
-    for item in encoded if encoded[0]["sample"].task != "chat" else ():
+    task = TASKS[encoded[0]["sample"].task]
+    for item in encoded if task.has_masks else ():
         of_image: Targets = item["targets"]
         of_runs = [of_image]
-        if item["sample"].task in PER_PHRASE_TASKS:
+        if task.is_per_phrase:
             masks, labels = of_image.masks, of_image.labels
             is_own = [labels == number for number in answered_phrases(item["sample"])]
             of_runs = [
@@ -543,7 +550,7 @@ def check_runs(runs: Runs, samples: list[Sample]) -> None:
     num_phrases = 0
     for image, sample in enumerate(samples):
         found, needed = [phrase for i, phrase in asked if i == image], [-1]
-        if sample.task in PER_PHRASE_TASKS:
+        if TASKS[sample.task].is_per_phrase:
             labels = sample.labels.tolist()
             without_mask = set(answered_phrases(sample)).difference(labels)
             needed = [num_phrases + number for number in sorted([*labels, *without_mask])]

@@ -40,12 +40,12 @@ from xsam.datasets.sources import (
     locate,
     paths_of,
     scored_sets,
+    sets_by_task,
 )
 from xsam.evaluation import metrics
 from xsam.evaluation import prediction_files as files
 from xsam.evaluation.benchmarks import (
     GROUNDED,
-    TASKS,
     Figures,
     bert_embedder,
     named,
@@ -61,6 +61,7 @@ from xsam.model import XSAM, Segmentor
 from xsam.names import read_names
 from xsam.prompts import read_phrasings
 from xsam.report.samples import draw_predictions
+from xsam.tasks import TASKS
 from xsam.weights import weights_digest
 
 if __name__ == "__main__":  # a script's own folder must not shadow other packages' modules
@@ -79,12 +80,9 @@ SIMILAR_WORDS = 16  # prompts that differ in fewer may share a batch
 
 def post_processing_of(dataset: Dataset) -> str:
     """How masks are made of the decoder's outputs for a dataset (`inference.predict_inputs`)."""
-    if dataset.source.task == "interactive":
-        return "interactive"
-    if dataset.name.startswith("grefcoco"):
-        return "union"
-    kind = kind_of(dataset)
-    return {"mask": "phrases", "grounded": "phrases", "answer": "none"}.get(kind, kind)
+    source, kind = dataset.source, kind_of(dataset)
+    ways = [each.post_processing for each in TASKS[source.task].requests.values()]
+    return source.post_processing or (kind if kind in ways else ways[0])
 
 
 class _Inputs(torch.utils.data.Dataset):
@@ -293,7 +291,7 @@ def chosen_sets(tasks: str | None, data: Path, is_segmentor: bool = False) -> li
     none, all. Raises ValueError at an unknown one, or one that a stage-1 checkpoint cannot
     predict."""
     if tasks in (None, "", "all"):
-        return scored_sets(TASKS, data, is_segmentor)
+        return scored_sets(sets_by_task(), data, is_segmentor)
     names = scored_sets(tasks.split(","), data)
     if is_segmentor and len(scored_sets(names, data, is_segmentor)) < len(names):
         known = ",".join(SEGMENTOR_TASKS)
@@ -320,7 +318,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", type=Path, default=Path("datas"), help="data root")
     text = (
-        f"{', '.join(TASKS)}, sets of these, files of your own, FILE.json[:IMAGES[:MASKS]], or all"
+        f"{', '.join(sets_by_task())}, sets of these, files of your own, "
+        "FILE.json[:IMAGES[:MASKS]], or all"
     )
     add("--tasks", metavar="NAME,...", help=f"{text} (default: all that can be)")
     add("--out", type=Path, help="where results go (default: the checkpoint)")
@@ -380,9 +379,11 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         names = chosen_sets(options.tasks, options.data)
         options.names = read_names(options.names) if options.names else None
         options.bert = bert_embedder(options.bert) if options.bert else None
-        chosen, panoptic = {task_of(name)[0] for name in names}, {"panoptic", "openvocab"}
+        chosen = {task_of(name)[0] for name in names}
+        scored = [source for source in SOURCES.values() if source.scores]
+        panoptic = {each.scores for each in scored if each.format == "panoptic"}
         users = {"names": {"openvocab"}, "panoptic_rule": panoptic, "one_crowd_per_class": panoptic}
-        users["presence"] = {"refer", "grefer", "reason"}
+        users["presence"] = {each.scores for each in scored if TASKS[each.task].is_per_phrase}
         for flag, tasks in users.items():
             if getattr(options, flag) and not tasks & chosen:
                 flag, tasks = flag.replace("_", "-"), " and ".join(sorted(tasks))
@@ -500,8 +501,8 @@ def write_results(out: Path, results: dict[str, dict[str, Figures]], about: dict
     earlier = before.pop("about", {})
     if earlier | {"sets": {}} == about | {"sets": {}}:
         about = about | {"sets": earlier["sets"] | sets}
-        tasks = [task for task in TASKS if task in before or task in results]
-        tasks += [task for task in {**before, **results} if task not in TASKS]
+        tasks = [task for task in sets_by_task() if task in before or task in results]
+        tasks += [task for task in {**before, **results} if task not in tasks]
         results = {task: before.get(task, {}) | results.get(task, {}) for task in tasks}
     write_whole(out / "results.json", json.dumps(results | {"about": about}, indent=1))
     text = table({about["column"]: results}, result_notes(about))
@@ -511,7 +512,7 @@ def write_results(out: Path, results: dict[str, dict[str, Figures]], about: dict
         reasons = [f"{count} {reason}" for reason, count in each["skipped"].items() if count]
         if reasons:
             print(f"{name}: scored without {', '.join(reasons)}")
-    rows = [(name, t) for t in results if t in TASKS for _, name in TASKS[t].datasets]
+    rows = [(name, task) for task in results for name in sets_by_task().get(task, [])]
     if missing := [f"{name} ({task})" for name, task in rows if name not in about["sets"]]:
         print(f"not scored: {', '.join(missing)}")
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,9 +47,10 @@ from xsam.postprocess import (
     semantic_inference,
     union_inference,
 )
-from xsam.prompts import PER_PHRASE_TASKS, ask, check_words, find_phrases, read_answer
+from xsam.prompts import ask, check_words, find_phrases, read_answer
 from xsam.regions import Mark, Region, draw_region, read_region
 from xsam.results import SHOWN_SCORE, SegmentationResult
+from xsam.tasks import TASKS, Request, requested_task, requests
 from xsam.weights import (
     CONFIG_FILE,
     EMBEDDING,
@@ -67,29 +68,6 @@ from xsam.weights import (
     weights_digest,
 )
 
-
-@dataclass(frozen=True)
-class Request:
-    """What a word of the command line asks for."""
-
-    task: str  # whose questions ask for it (prompts.PHRASINGS)
-    needs: Literal["categories", "text", "regions", "image"]  # what the question is about
-    post_processing: str  # a key of POST_PROCESSING; "none": the answer alone
-    threshold: str = ""  # what a threshold is of: a field of Config, or "shown"; "": there is none
-
-
-REQUESTS = {
-    "chat": Request("chat", "text", "none"),
-    "panoptic": Request("generic", "categories", "panoptic", "score_threshold"),
-    "instance": Request("generic", "categories", "instances", "shown"),
-    "semantic": Request("generic", "categories", "semantic"),
-    "refer": Request("refer", "text", "phrases", "presence"),
-    "reason": Request("reason", "text", "phrases", "presence"),
-    "gcg": Request("gcg", "image", "phrases"),
-    "interactive": Request("interactive", "regions", "interactive"),
-    "vgd": Request("vgd", "regions", "instances", "shown"),
-}
-
 # The fields of Config that one request may change.
 CHOICES = "score_threshold", "overlap_threshold", "presence", "panoptic_rule", "max_new_tokens"
 
@@ -102,7 +80,7 @@ POST_PROCESSING = {
     "instances": lambda outputs, *_: instance_inference(*outputs),
     "semantic": lambda outputs, *_: semantic_inference(*outputs),
     "phrases": lambda outputs, sample, _, config: phrase_inference(
-        *outputs, presence=config.presence if sample.task in PER_PHRASE_TASKS else 0.0
+        *outputs, presence=config.presence if TASKS[sample.task].is_per_phrase else 0.0
     ),
     "union": lambda outputs, sample, _, config: union_inference(*outputs, presence=config.presence),
     "interactive": lambda outputs, sample, *_: interactive_inference(*outputs, sample.regions[0]),
@@ -181,7 +159,7 @@ def predict_inputs(
             if number not in runs:
                 continue
             sample, indices = part.batch.samples[number], part.indices[number]
-            if sample.task == "gcg":
+            if TASKS[sample.task].is_grounded:
                 indices = list(range(len(find_phrases(text))))
             logits = predictions.class_logits[-1, runs[number]].float()
             if isinstance(model, Segmentor):  # its classes are its own, however they are asked for
@@ -193,7 +171,7 @@ def predict_inputs(
             found[row].append((probabilities, mask_logits[runs[number]], indices))
     results = []
     for row, (sample, text) in enumerate(zip(inputs.samples, texts, strict=True)):
-        names = find_phrases(text) if sample.task == "gcg" else sample.names
+        names = find_phrases(text) if TASKS[sample.task].is_grounded else sample.names
         masks, categories, scores = post_process(
             post_processing, found[row], len(names), transforms[row], sample, is_thing, config
         )
@@ -249,8 +227,8 @@ class EncodedImage:
 def encode_image(model: Segmentor | XSAM, image: Picture | Path | str) -> EncodedImage:
     """An image for several requests, as viewers show it (`viewed`)."""
     image = viewed(_open_image(image))
-    request = REQUESTS["panoptic" if model.stage == 1 else "gcg"]  # any, as none changes the pixels
-    sample = build_sample(request, image, "", [], [], None)
+    task = "generic" if model.stage == 1 else "gcg"  # any, as none changes the pixels
+    sample = build_sample(task, image, "", [], [], None)
     batch = build_inputs(Processor(model.config, model.tokenizer), [sample]).parts[0].batch
     parameter = next(model.parameters())
     is_mixed = parameter.dtype != torch.float32
@@ -277,10 +255,10 @@ def predict(
         image: a path, a picture or array, or an image of `encode_image`. It is taken as viewers
             show it (`viewed`), upright unless a region has the size of the stored pixels; the
             result's `image` is that, and its masks are of it.
-        task: of REQUESTS. "panoptic", "instance" and "semantic" segment the categories `things` and
-            `stuff`, "refer" and "reason" what `text` refers to or asks for, "gcg" what the model
-            says of the image, "interactive" the object that the `regions` together mark, "vgd" all
-            objects of each region's kind; "chat" answers `text`.
+        task: of `tasks.requests`. "panoptic", "instance" and "semantic" segment the categories
+            `things` and `stuff`, "refer" and "reason" what `text` refers to or asks for, "gcg" what
+            the model says of the image, "interactive" the object that the `regions` together mark,
+            "vgd" all objects of each region's kind; "chat" answers `text`.
         things, stuff: lists, or what `read_names` takes (default: those the model was trained on);
             any number of names, asked in several prompts where they do not fit one.
         regions: points (x, y), boxes (x0, y0, x1, y1), scribbles [(x, y), ...], ("lasso", points),
@@ -307,15 +285,16 @@ def predict(
     if unknown := changes.keys() - {*CHOICES}:
         raise ValueError(f"{min(unknown)} is none of {', '.join(CHOICES)}")
     request = check_request(task, model.stage, texts, things, stuff, marks, region_image, threshold)
+    name = requested_task(task)
     if request.threshold in CHOICES and threshold is not None:
         changes[request.threshold] = threshold
     names, is_thing = [], []
-    if request.needs == "categories":
+    if TASKS[name].needs == "categories":
         names, is_thing = chosen_categories(model.config, task, things, stuff)
     encoded = images[0] if isinstance(images[0], EncodedImage) and len(images) == 1 else None
     pictures = [each.image if isinstance(each, EncodedImage) else each for each in images]
     samples = [
-        build_sample(request, picture, words, names, marks, region_image)
+        build_sample(name, picture, words, names, marks, region_image)
         for picture, words in zip(pictures, texts, strict=True)
     ]
     if lost := unknown_words(model.tokenizer, *texts, *names):
@@ -350,23 +329,24 @@ def check_request(
     """The request of a task, known to be one that the model of a stage (None: not known yet) can
     answer. Raises ValueError at another task, one that needs a language model where there is none,
     a missing text or region, one that the task does not look at, and words of the prompt format."""
-    if task not in REQUESTS:
-        raise ValueError(f"unknown task {task!r}; known are {', '.join(REQUESTS)}")
-    request, names = REQUESTS[task], [*(things or []), *(stuff or [])]
-    if stage == 1 and request.task != "generic":
+    if task not in requests():
+        raise ValueError(f"unknown task {task!r}; known are {', '.join(requests())}")
+    request, asked = requests()[task], TASKS[requested_task(task)]
+    names = [*(things or []), *(stuff or [])]
+    if stage == 1 and asked.needs != "categories":
         raise ValueError(f"a stage-1 checkpoint has no language model, which {task} needs")
     given = {"text": any(texts), "regions": bool(regions)}
     given["categories"] = things is not None or stuff is not None
     words = {"categories": "things or stuff", "image": "the image alone"}
     for kind, is_given in given.items():
-        if is_given and kind != request.needs:
-            kind, needed = (words.get(each, each) for each in (kind, request.needs))
+        if is_given and kind != asked.needs:
+            kind, needed = (words.get(each, each) for each in (kind, asked.needs))
             raise ValueError(f"task {task} takes no {kind}, but {needed}")
-    if request.needs == "text" and not all(texts):
+    if asked.needs == "text" and not all(texts):
         raise ValueError(f"task {task} needs a text")
-    if request.needs == "regions" and not regions:
+    if asked.needs == "regions" and not regions:
         raise ValueError(f"task {task} needs regions")
-    if region_image is not None and task != "vgd":
+    if region_image is not None and (asked.needs != "regions" or asked.is_one_object):
         raise ValueError(f"task {task} takes regions of the image itself alone")
     if threshold is not None and not request.threshold:
         raise ValueError(f"task {task} has no threshold")
@@ -389,7 +369,7 @@ def chosen_categories(
         categories = [
             (category["name"], category["is_thing"])
             for category in config.categories
-            if category["is_thing"] or task != "instance"
+            if category["is_thing"] or requests()[task].post_processing != "instances"
         ]
     if not categories:
         raise ValueError("this model knows no categories of its own: name things or stuff")
@@ -398,14 +378,16 @@ def chosen_categories(
 
 
 def build_sample(
-    request: Request,
+    name: str,
     image: Picture,
     text: str,
     names: list[str],
     marks: list[Mark | np.ndarray],
     region_image: Picture | None,
 ) -> Sample:
-    """The sample whose question makes a request, its answer left to the model."""
+    """The sample whose question makes a request of the task `name`, its answer left to the
+    model."""
+    task = TASKS[name]
     size = next((mark.shape for mark in marks if isinstance(mark, np.ndarray)), None)
     if region_image is None:
         image = viewed(image, size)
@@ -419,17 +401,17 @@ def build_sample(
         elif mark.shape != size:
             raise ValueError(f"a region of {mark.shape} in an image of {size} (height, width)")
         regions.append(mark)
-    if request.task == "interactive" and regions:
+    if task.is_one_object and regions:
         regions = [np.any(regions, axis=0)]
-    if request.needs == "text":
-        names = [] if request.task == "chat" else [text]
-    elif request.needs != "categories":
+    if task.needs == "text":
+        names = [text] if task.has_masks else []
+    elif task.needs != "categories":
         names = [f"region {number}" for number in range(1, len(regions) + 1)]
-    words = ["<region>"] * len(regions) if request.needs == "regions" else names
-    question = text if request.task == "chat" else ask(request.task, words)
+    words = ["<region>"] * len(regions) if task.needs == "regions" else names
+    question = ask(name, words) if "questions" in task.phrasings else text
     return Sample(
         sample_id="request",
-        task=request.task,
+        task=name,
         image=image,
         turns=[(question, None)],
         masks=np.zeros((0, image.height, image.width), bool),

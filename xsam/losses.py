@@ -266,7 +266,7 @@ class Objective(nn.Module):
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
             outputs = self.model(batch)
         losses = {}
-        if batch.task != "chat":  # every rank has the same names, also where nothing is found
+        if batch.has_masks:  # every rank has the same names, also where nothing is found
             losses = {name: torch.zeros((), device=device) for name in ("class", *MASK_LOSSES)}
         num_runs = 0 if outputs.predictions is None else len(outputs.predictions.image_index)
         if num_runs != len(batch.targets):

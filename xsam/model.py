@@ -40,7 +40,7 @@ from xsam.decoder import (
 )
 from xsam.encoders import Block, ImageEncoder, SamEncoder
 from xsam.llm import LanguageModel, Runs, find_runs, without_marks
-from xsam.prompts import PER_PHRASE_TASKS
+from xsam.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -307,7 +307,7 @@ class XSAM(nn.Module):
         embeddings, hidden_states = self.encode(batch)
         states = self.llm(embeddings, batch.attention_mask)
         token_loss = self.llm.token_loss(states, batch.labels)
-        if batch.task == "chat":
+        if not batch.has_masks:
             return Outputs(None, token_loss)
         predictions = self.segment(hidden_states, states, batch.runs)
         if predictions is None and self.training:
@@ -379,13 +379,13 @@ class XSAM(nn.Module):
             on_ids=on_answers and (lambda ids: on_answers(read(ids))),
         )
         answers = read(new_ids)
-        if batch.task == "chat":
+        if not batch.has_masks:
             return answers, None
         # The classes are the question's phrases, or where it has none (GCG) those of the answer.
-        if batch.task != "gcg":
+        if not TASKS[batch.task].is_grounded:
             new_ids = without_marks(new_ids, self.llm.special_ids)
         input_ids = torch.cat([batch.input_ids, new_ids], dim=1)
-        runs = find_runs(input_ids, self.llm.special_ids, batch.task in PER_PHRASE_TASKS)
+        runs = find_runs(input_ids, self.llm.special_ids, TASKS[batch.task].is_per_phrase)
         states = torch.cat([states, new_states], dim=1)
         return answers, self.segment(hidden_states, states, runs, image_index)
 

@@ -39,7 +39,7 @@ from xsam.lora import add_adapters, has_adapters
 from xsam.losses import Normalisers, Objective, Targets
 from xsam.model import XSAM, Segmentor, checkpoint_activations
 from xsam.optimizer import BLOCK, freeze
-from xsam.prompts import PER_PHRASE_TASKS
+from xsam.tasks import TASKS
 
 CONTEXT_BYTES = 2e9  # assumed: CUDA context, workspaces of its libraries, buffers of NCCL
 FRAGMENTATION = 0.25  # of the activations: what the allocator holds and nothing uses, on an H100
@@ -56,9 +56,6 @@ PUBLISHED_SIZES |= {"llava_pretrain": 558128, "llava_instruct": 624610, "gcg_fli
 PUBLISHED_SIZES |= {"llava_instruct_text": 40688}
 PUBLISHED_SIZES |= {"refcoco": 113000, "refcoco+": 112600, "refcocog": 75400}
 PUBLISHED_SIZES |= {"gcg_grandf": 1000, "gcg_refcocog": 19000, "gcg_psg": 28000}
-# Assumed of a usual sample of each task: text tokens, those of them in answers, decoder runs.
-USUAL = {"generic": (600, 6, 1), "chat": (300, 150, 0), "refer": (150, 40, 3), "vgd": (60, 6, 1)}
-USUAL |= {"reason": (80, 30, 1), "gcg": (80, 50, 1), "interactive": (30, 6, 1)}
 MOST_TARGETS = 60  # masks of a crowded COCO image
 WORD, SEG, PHRASE, PHRASE_END = range(4)  # token ids where no tokenizer is
 
@@ -76,13 +73,14 @@ def example_batch(
     """
     model, canvas = config.model, config.model.seg_image_size
     processor = Processor(config, None)
-    is_per_phrase = task in PER_PHRASE_TASKS
+    is_per_phrase, has_masks = TASKS[task].is_per_phrase, TASKS[task].has_masks
     num_classes, image_pixels, runs, text = model.num_classes, None, None, [None] * 3
     if stage > 1:
-        wanted = num_runs if is_per_phrase else num_classes if task == "generic" else 1
+        has_list = TASKS[task].needs == "categories"
+        wanted = num_runs if is_per_phrase else num_classes if has_list else 1
         num_classes = min(wanted, (num_text - 1) // 4)
         words = [PHRASE, WORD, PHRASE_END, *[SEG] * is_per_phrase] * num_classes
-        words = [] if task == "chat" else words if is_per_phrase else [*words, SEG]
+        words = words if is_per_phrase else [*words, SEG] * has_masks
         words = (words + [WORD] * num_text)[:num_text]
         ids = torch.tensor([[IMAGE_TOKEN] * processor.num_visual_tokens + words] * size)
         text = ids, torch.ones_like(ids), ids.clone()
@@ -91,7 +89,7 @@ def example_batch(
         num_runs = num_classes if is_per_phrase else num_runs
         if processor.image_size:
             image_pixels = torch.rand(size, 3, processor.image_size, processor.image_size)
-        if task != "chat" and not ids.is_meta:
+        if has_masks and not ids.is_meta:
             runs = find_runs(ids, (SEG, PHRASE, PHRASE_END), is_per_phrase, is_per_phrase)
     targets = []
     for run in range(size * num_runs):
@@ -116,7 +114,7 @@ def example_batch(
 
 def usual_sample(config: Config, task: str) -> tuple[str, int, int, int]:
     """As `example_batch` takes it: the task, text tokens, those of them in answers, runs."""
-    num_text, num_answer, num_runs = USUAL[task]
+    num_text, num_answer, num_runs = TASKS[task].usual
     limit = config.model.max_text_length
     return task, min(num_text, limit), min(num_answer, limit), num_runs
 
@@ -128,7 +126,8 @@ def planned_samples(config: Config, stage: int) -> dict[str, tuple[str, int, int
         return {"panoptic": ("generic", 0, 0, 1)}
     limit, kinds = config.model.max_text_length, set()
     for task in (find_source(name).task for name in config.stages[stage].datasets):
-        kinds.add("refer" if task in PER_PHRASE_TASKS else task if task == "chat" else "generic")
+        kind = TASKS.get(task, TASKS["generic"])  # of a file of one's own it is in the file
+        kinds.add("refer" if kind.is_per_phrase else "generic" if kind.has_masks else "chat")
     longest = {"generic": (limit // 8, 1), "chat": (limit, 0), "refer": (limit // 8, MAX_TURNS)}
     samples = {f"{kind}, usual text": usual_sample(config, kind) for kind in longest}
     samples |= {f"{kind}, longest text": (kind, limit, *longest[kind]) for kind in longest}

@@ -28,41 +28,30 @@ from xsam.checkpoints import find_checkpoint
 from xsam.cli import Parser, add_checkpoint_flags, share
 from xsam.files import IMAGE_SUFFIXES, check_target, list_files, read_json, write_whole
 from xsam.images import read_image, read_image_size, read_region
-from xsam.inference import REQUESTS, check_request, load_with_flags, predict, stored_stage
+from xsam.inference import check_request, load_with_flags, predict, stored_stage
 from xsam.model import XSAM, Segmentor
 from xsam.names import read_names
-from xsam.prompts import PER_PHRASE_TASKS
 from xsam.regions import KINDS, draw_region
 from xsam.regions import read_region as read_mark
 from xsam.report.pictures import draw_prompts, side_by_side
 from xsam.results import SegmentationResult, coco_instances
+from xsam.tasks import requests
 
 COCO_FILE = "coco.json"
 
 OURS = {"answer", "segments"}  # keys that a JSON file of ours has
 
-EXAMPLES = {
-    "chat": 'chat "what is in the picture?" --image photo.jpg',
-    "panoptic": "panoptic --things person,dog --stuff sky,grass --image photo.jpg",
-    "instance": "instance --names names.txt --threshold 0.5 --image photos --out found",
-    "semantic": "semantic --stuff sky,grass,road --image 'street/*.jpg' --out maps",
-    "refer": 'refer "the red circle" --image drawing.jpg',
-    "reason": 'reason "what can one sit on?" --image photo.jpg',
-    "gcg": "gcg --image photo.jpg",
-    "interactive": "interactive --point 120,80 --image photo.jpg",
-    "vgd": "vgd --box 10,20,200,180 --region cat.png --image photo.jpg",
-}
-
 
 def build_parser() -> argparse.ArgumentParser:
-    lines = [f"  python -m xsam.predict {each} --checkpoint DIR" for each in EXAMPLES.values()]
+    examples = [f"{word} {each.example}" for word, each in requests().items()]
+    lines = [f"  python -m xsam.predict {each} --checkpoint DIR" for each in examples]
     parser = Parser(
         prog="python -m xsam.predict",
         description="Segments pictures, or answers a question about them.",
         epilog="an example of every task:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("task", choices=REQUESTS)
+    parser.add_argument("task", choices=requests())
     parser.add_argument("text", nargs="?", default="", help="the phrase or the question")
     add_checkpoint_flags(parser)
     parser.add_argument(
@@ -157,9 +146,10 @@ def find_images(given: list[str]) -> tuple[list[Path], bool]:
 def read_request(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `predict` that are the same for every picture, checked before a model is
     loaded. Raises ValueError where they are no request."""
-    if options.panoptic_rule and options.task != "panoptic":
+    request = requests()[options.task]
+    if options.panoptic_rule and request.post_processing != "panoptic":
         raise ValueError("--panoptic-rule is for task panoptic")
-    if options.presence is not None and REQUESTS[options.task].task not in PER_PHRASE_TASKS:
+    if options.presence is not None and request.threshold != "presence":
         raise ValueError("--presence is for tasks refer and reason")
     if options.presence is not None and options.threshold is not None:
         raise ValueError("--presence and --threshold say the same here: give one of them")
@@ -260,7 +250,8 @@ def result_there(path: Path, image: Path, request: dict[str, str]) -> dict[str, 
 
 def is_live(options: argparse.Namespace) -> bool:
     """Whether an answer is shown as it grows."""
-    return options.task == "chat" and not options.json and sys.stdout.isatty()
+    is_text = requests()[options.task].post_processing == "none"
+    return is_text and not options.json and sys.stdout.isatty()
 
 
 def ask(
@@ -329,7 +320,7 @@ def summary(result: SegmentationResult, task: str, paths: list[Path]) -> list[st
     if result.num_prompts > 1:
         lines.append(f"the names did not fit one prompt: asked in {result.num_prompts}, and merged")
     count, shown = len(result.masks), len(result.shown())
-    if not count and result.answer and task != "chat":
+    if not count and result.answer and requests()[task].post_processing != "none":
         is_refused = "<SEG>" in result.answer
         why = "nothing scores as much as the threshold" if is_refused else "no <SEG> in the answer"
         lines.append(f"{why}: no masks")
@@ -363,7 +354,7 @@ def run(options: argparse.Namespace) -> int:
             result_there(each[1], image, mark) for image, each in zip(images, paths, strict=True)
         ]
     else:
-        is_written = options.task != "chat" or options.out
+        is_written = requests()[options.task].post_processing != "none" or options.out
         paths, found = [output_files(options, images[0]) if is_written else []], [None]
         read_pictures(images[0], options)
     if coco:

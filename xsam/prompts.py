@@ -1,10 +1,5 @@
-"""What is asked and answered: phrasings of every task, and the words of one turn.
-
-A question's {phrases} becomes "<p>name</p>, <p>name</p>", one phrase, or one "<p><region></p>" for
-each visual prompt (paper section 3.1, figure 2). An answer may say the names again in the same way;
-the classes stay the question's. The phrasings are ours; for weights that were trained with others,
-a JSON file replaces them (`--phrasings`).
-"""
+"""The words of one turn: a question and an answer, drawn among the phrasings of a task (tasks.py)
+and filled with names, and how an answer is read."""
 
 import re
 from pathlib import Path
@@ -13,79 +8,16 @@ import numpy as np
 
 from xsam import former_names
 from xsam.config import SPECIAL_TOKENS
+from xsam.tasks import TASKS, Task
 
 PLACEHOLDERS = ("<image>", "<region>")
 
-PER_PHRASE_TASKS = ("refer", "reason")  # a <SEG> for each phrase; elsewhere one for the image
-
-_SEG_ANSWERS = ["Here is the segmentation: <SEG>.", "Sure, <SEG>.", "It is segmented: <SEG>."]
-
-# Of each task: what is asked, what is answered, and what is answered where there is no such thing.
-# Of chat: how a question with options is asked; {question} is its hint and itself, {options} has a
-# line "A. text" for each.
-PHRASINGS: dict[str, dict[str, list[str]]] = {
-    "generic": {
-        "questions": [
-            "Segment everything in this image that belongs to one of: {phrases}.",
-            "Give me a mask for each region of these categories: {phrases}.",
-            "Which pixels show {phrases}? Please segment them.",
-            "Find and segment all of the following: {phrases}.",
-        ],
-        "answers": [
-            "Here is the segmentation: <SEG>.",
-            "Sure, <SEG>.",
-            "The regions are segmented: <SEG>.",
-        ],
-    },
-    "refer": {
-        "questions": [
-            "Segment {phrases} in this image.",
-            "Where is {phrases}? Answer with a mask.",
-            "Please find {phrases} and segment it.",
-            "Give me the mask of {phrases}.",
-        ],
-        "answers": _SEG_ANSWERS,
-        "absent": ["There is no such thing in this image.", "This is not in the image."],
-    },
-    "reason": {
-        "questions": [
-            "{phrases} Answer with a mask.",
-            "{phrases} Please segment what is meant.",
-            "Segment what this asks for: {phrases}",
-        ],
-        "answers": _SEG_ANSWERS,
-    },
-    "gcg": {
-        "questions": [
-            "Describe this image and segment what you mention.",
-            "Give a caption of this image with a mask for each part of it.",
-            "What is in this image? Describe it, with masks.",
-        ],
-        "answers": ["{caption} <SEG>"],
-    },
-    "interactive": {
-        "questions": [
-            "Segment the object at {phrases}.",
-            "Give me the mask of {phrases}.",
-            "What is marked by {phrases}? Please segment it.",
-        ],
-        "answers": _SEG_ANSWERS,
-    },
-    "vgd": {
-        "questions": [
-            "Segment everything of the same kind as {phrases}.",
-            "Find all objects that look like {phrases} and segment them.",
-            "Give me a mask for each thing of the kinds shown by {phrases}.",
-        ],
-        "answers": ["Here is the segmentation: <SEG>.", "Sure, <SEG>."],
-    },
-    "chat": {"choices": ["{question}\n{options}\nAnswer with the letter of the right option."]},
-}
+Phrasings = dict[str, dict[str, list[str]]]  # of each task: as Task.phrasings
 
 
-def read_phrasings(path: Path | str) -> dict[str, dict[str, list[str]]]:
-    """Our phrasings with those of a user's JSON file in their place: {task: {"questions": […],
-    "answers": […], "absent": […]}, "chat": {"choices": […]}}; what the file leaves out stays ours.
+def read_phrasings(path: Path | str) -> Phrasings:
+    """Our phrasings, with those of a user's JSON file, if any, in their place: {task: {"questions":
+    […], "answers": […], "absent": […]}, "chat": {"choices": […]}}; what it leaves out stays ours.
 
     Raises ValueError at an unknown task or kind, an empty list, a question without {phrases} (but
     for gcg), an answer that has not exactly one <SEG>, {phrases} in an answer to a visual prompt,
@@ -94,30 +26,30 @@ def read_phrasings(path: Path | str) -> dict[str, dict[str, list[str]]]:
     from xsam.datasets.records import expect
     from xsam.files import read_json
 
-    phrasings = {task: dict(kinds) for task, kinds in PHRASINGS.items()}
+    phrasings = {name: dict(task.phrasings) for name, task in TASKS.items()}
     for task, kinds in read_json(Path(path), dict).items() if path else ():
         if task not in phrasings:
             raise ValueError(f"{path}: unknown task {task!r}; known are {', '.join(phrasings)}")
         for kind, texts in expect(kinds, dict, f"{path}: {task}").items():
             where = f"{path}: {task}: {kind}"
-            if kind not in PHRASINGS[task]:
-                known = ", ".join(PHRASINGS[task])
+            if kind not in phrasings[task]:
+                known = ", ".join(phrasings[task])
                 raise ValueError(f"{where}: unknown; known for this task are {known}")
             if not expect(texts, list, where):
                 raise ValueError(f"{where}: is empty")
             for text in texts:
-                _check(expect(text, str, where), task, kind, where)
+                _check(expect(text, str, where), TASKS[task], kind, where)
             phrasings[task][kind] = texts
     return phrasings
 
 
-def _check(text: str, task: str, kind: str, where: str) -> None:
+def _check(text: str, task: Task, kind: str, where: str) -> None:
     counts = dict.fromkeys((*SPECIAL_TOKENS, *PLACEHOLDERS, "{caption}"), 0)
-    counts["{phrases}"] = int(kind == "questions" and task != "gcg")
-    if kind in ("answers", "absent") and task in ("generic", "refer", "reason"):
+    counts["{phrases}"] = int(kind == "questions" and task.needs != "image")
+    if kind in ("answers", "absent") and task.needs in ("categories", "text"):
         counts["{phrases}"] = min(text.count("{phrases}"), 1)
-    counts["<SEG>"] = int(kind == "answers")
-    counts["{caption}"] = int(kind == "answers" and task == "gcg")
+    counts["<SEG>"] = int(kind == "answers" and task.has_masks)
+    counts["{caption}"] = int(kind == "answers" and task.is_grounded)
     counts["{question}"] = counts["{options}"] = int(kind == "choices")
     for token, count in counts.items():
         if text.count(token) != count:
@@ -148,25 +80,29 @@ def ask(
     task: str,
     names: list[str],
     rng: np.random.Generator | None = None,
-    phrasings: dict = PHRASINGS,
+    phrasings: Phrasings | None = None,
 ) -> Phrased:
-    """The task's question about `names`: a random phrasing, or the first one without `rng`."""
-    return Phrased(_draw(phrasings[task]["questions"], rng), names)
+    """The task's question about `names`: a random phrasing (default: of ours), or the first one
+    without `rng`."""
+    return Phrased(_draw(task, "questions", rng, phrasings), names)
 
 
 def reply(
     task: str,
     rng: np.random.Generator,
-    phrasings: dict = PHRASINGS,
+    phrasings: Phrasings | None = None,
     kind: str = "answers",
     caption: str = "",
 ) -> str:
     """A random answer, as yet with its {phrases}; of kind "absent" where nothing fits the phrase.
     `caption` is GCG's."""
-    return _draw(phrasings[task][kind], rng).replace("{caption}", caption)
+    return _draw(task, kind, rng, phrasings).replace("{caption}", caption)
 
 
-def _draw(texts: list[str], rng: np.random.Generator | None) -> str:
+def _draw(
+    task: str, kind: str, rng: np.random.Generator | None, phrasings: Phrasings | None
+) -> str:
+    texts = (phrasings[task] if phrasings else TASKS[task].phrasings)[kind]
     return texts[rng.integers(len(texts)) if rng else 0]
 
 
@@ -180,7 +116,7 @@ def choice_question(
     options: dict[str, str],
     hint: str = "",
     rng: np.random.Generator | None = None,
-    phrasings: dict = PHRASINGS,
+    phrasings: Phrasings | None = None,
 ) -> str:
     """A question with its hint before it and its options by letter, in a random phrasing of chat's
     choices, or the first one without `rng`; one without options stays as it is."""
@@ -189,7 +125,7 @@ def choice_question(
         return question
     lines = "\n".join(f"{letter}. {text}" for letter, text in options.items())
     words = {"{question}": question, "{options}": lines}
-    template = _draw(phrasings["chat"]["choices"], rng)
+    template = _draw("chat", "choices", rng, phrasings)
     return re.sub("{question}|{options}", lambda field: words[field[0]], template)
 
 

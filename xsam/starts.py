@@ -23,6 +23,7 @@ from xsam.files import read_json
 from xsam.lora import add_adapters
 from xsam.model import XSAM, Segmentor
 from xsam.optimizer import freeze
+from xsam.tasks import TASKS
 from xsam.weights import (
     CONFIG_FILE,
     PREFIXES,
@@ -48,7 +49,7 @@ def outline(number: int, config: Config, options: argparse.Namespace) -> str:
     stage, is_first = config.stages[number], number == options.stages[0]
     for source in map(find_source, stage.datasets):
         task = source.task or recognise(source, options.data).task
-        if number == 1 and task != "generic":
+        if number == 1 and TASKS[task].needs != "categories":
             raise ValueError(f"stage 1 learns classes from generic sets alone; {source.about}")
     for part in ("image_encoder", "llm") if number > 1 else ():
         folder = options.weights / getattr(config.model, part)

@@ -18,7 +18,15 @@ import numpy as np
 from xsam.data import Sample
 from xsam.datasets.records import Flag, Id, by_id, take, whole
 from xsam.datasets.sources import Source, locate
-from xsam.prompts import PHRASINGS, Phrased, ask, check_words, clean_name, reply
+from xsam.prompts import (
+    Phrased,
+    Phrasings,
+    ask,
+    check_words,
+    clean_name,
+    read_phrasings,
+    reply,
+)
 
 
 def pack(record, where: str) -> bytes:
@@ -60,20 +68,23 @@ class Dataset:
     stand as the caption has them.
     """
 
+    prediction_kind = ""  # of prediction_files.LAYOUTS; "": it is not scored
+
     def __init__(
         self,
         name: str,
         source: Source,
         root: Path,
         all_classes: bool = False,
-        phrasings: dict = PHRASINGS,
+        phrasings: Phrasings | None = None,
     ):
         self.name, self.source = name, source
-        self.all_classes, self.phrasings = all_classes, phrasings
+        self.all_classes, self.phrasings = all_classes, phrasings or read_phrasings("")
         paths = (source.annotations, source.images, source.masks, source.instances)
         self.annotations, self.images, self.masks, self.instances = (
             locate(root, path) for path in paths
         )
+        self.category_index: dict[int, int] = {}  # of the category ids of its predictions
         self.records: list | Packed = []
         self.skipped: Counter[str] = Counter()
         self.problems: list[str] = []
@@ -105,6 +116,10 @@ class Dataset:
         """All that record `index` stands for, of which a sample may show a part. Raises ValueError
         as `sample` does."""
         return self.sample(index, rng)
+
+    def is_present(self, index: int) -> bool:
+        """Whether anything fits the expression of a record."""
+        return True
 
     def num_words(self, index: int) -> int:
         """How long the prompt of a record is, in words or categories, counting only what differs

@@ -102,6 +102,7 @@ class Benchmark(Dataset):
     index. Questions about a list of images are skipped."""
 
     OPTIONS = "ABCDEFGH"
+    prediction_kind = "answer"
 
     def index(self) -> None:
         rows = read_tsv(self.annotations)

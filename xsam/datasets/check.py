@@ -30,7 +30,7 @@ from xsam.datasets.registry import read_dataset
 from xsam.datasets.sources import SOURCES, find_source, paths_of
 from xsam.files import check_target
 from xsam.llm import unknown_words
-from xsam.prompts import PHRASINGS, read_phrasings
+from xsam.prompts import Phrasings, read_phrasings
 from xsam.report.samples import draw_sample
 from xsam.weights import read_tokenizer
 
@@ -89,7 +89,7 @@ def check_dataset(
     limit: int = 0,
     num_workers: int = 1,
     seed: int = 0,
-    phrasings: dict = PHRASINGS,
+    phrasings: Phrasings | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Report, Dataset | None]:
     """The report on a set and, where it can be opened, the set. `limit` 0 reads every sample."""
@@ -148,8 +148,8 @@ def table(reports: list[Report]) -> str:
 
 
 def _is_scored(name: str) -> bool:
-    is_split = "_val" in name or "_test" in name
-    return name in SOURCES and (is_split or SOURCES[name].format == "tsv")
+    source = find_source(name)
+    return source.scores != "" or source.format == "tsv"
 
 
 def contents_text(dataset: Dataset) -> str:

@@ -85,7 +85,7 @@ class Generic(Dataset):
         labels = np.array([position[category] for category in classes], np.int64)
         names, ids = [self.names[category] for category in prompt], list(self.category_index)
         sample_id, turns = f"{self.name}/{image.id}", [self.turn(names, rng)]
-        sample = Sample(sample_id, "generic", picture, turns, masks, labels, ignore, names)
+        sample = Sample(sample_id, self.source.task, picture, turns, masks, labels, ignore, names)
         sample.category_ids, sample.image_id = [ids[category] for category in prompt], image.id
         return sample
 
@@ -93,6 +93,8 @@ class Generic(Dataset):
 class Panoptic(Generic):
     """COCO panoptic: every segment of an image and its class. Crowd regions and void carry no
     label. The annotation names the PNG."""
+
+    prediction_kind = "panoptic"
 
     def index_images(self, images: dict[Id, dict], annotations: list) -> None:
         segments, pngs = {}, {}
@@ -164,6 +166,8 @@ class Instances(Generic):
     instance is background. Images without an instance are skipped, except in evaluation, where
     whatever a model finds in them is wrong."""
 
+    prediction_kind = "instances"
+
     def index_images(self, images: dict[Id, dict], annotations: list) -> None:
         by_image, seen, are_fractions = defaultdict(list), set(), True
         for index, record in enumerate(annotations):
@@ -233,6 +237,8 @@ class Semantic(Generic):
     """Class maps: 8-bit PNGs of contiguous classes, 255 where nothing is labelled. Categories and
     the names of the PNGs are those of the panoptic file."""
 
+    prediction_kind = "semantic"
+
     def index_images(self, images: dict[Id, dict], annotations: list) -> None:
         self.is_thing = [False] * len(self.names)  # a class is one region
         pngs = {}
@@ -268,6 +274,8 @@ class Semantic(Generic):
 class Regions(Panoptic):
     """A user's own panoptic file without things: a region for each class, read as such, and as a
     class map like that of `Semantic` for scoring."""
+
+    prediction_kind = "semantic"
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         picture, segment_index, segments = super().read(index)

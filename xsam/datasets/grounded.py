@@ -86,11 +86,12 @@ class Gcg(Dataset):
         marked = check_words(text, where)
         for start, end, _ in reversed(spans):
             marked = f"{marked[:start]}<p>{marked[start:end]}</p>{marked[end:]}"
-        question = ask("gcg", [], rng, self.phrasings)
-        turns = [(question, reply("gcg", rng, self.phrasings, caption=marked))]
+        task = self.source.task
+        question = ask(task, [], rng, self.phrasings)
+        turns = [(question, reply(task, rng, self.phrasings, caption=marked))]
         sample_id, labels = f"{self.name}/{image_id}", np.arange(len(masks))
         return Sample(
-            sample_id, "gcg", picture, turns, masks, labels, ignore, names, image_id=image_id
+            sample_id, task, picture, turns, masks, labels, ignore, names, image_id=image_id
         )
 
 
@@ -192,7 +193,10 @@ class GcgScored(Dataset):
     order of the masks. Where an image has not as many phrases as masks, which belong together is
     unknown, and all masks have the one name "object"."""
 
+    prediction_kind = "grounded"
+
     def index(self) -> None:
+        self.category_index = {1: 0}
         content = read_json(self.annotations, dict)
         texts = self.read_captions(read_json(self.instances, dict))
         images = by_id(content, "images", str(self.annotations))
@@ -246,8 +250,9 @@ class GcgScored(Dataset):
         number, size, text, phrases, shapes = self.records[index]
         where = f"{self.annotations}: image {number}"
         picture = read_image(find_file(self.images, f"{number}.jpg"), size)
-        turns = [(ask("gcg", [], rng, self.phrasings), text)]
+        task = self.source.task
+        turns = [(ask(task, [], rng, self.phrasings), text)]
         masks = np.stack([decode_mask(shape, size, where) for shape in shapes])
         labels = np.arange(len(shapes)) if phrases else np.zeros(len(shapes), np.int64)
         sample_id, names = f"{self.name}/{number}", phrases or ["object"]
-        return Sample(sample_id, "gcg", picture, turns, masks, labels, names=names, image_id=number)
+        return Sample(sample_id, task, picture, turns, masks, labels, names=names, image_id=number)

@@ -16,6 +16,7 @@ from xsam.datasets.records import Flag, Id, Segmentation, Size, label, parse, ta
 from xsam.datasets.sources import PROMPT_RADII, PROMPT_TYPES
 from xsam.files import find_file, read_json
 from xsam.images import read_image
+from xsam.tasks import TASKS
 
 
 class PromptedObject(NamedTuple):
@@ -52,13 +53,18 @@ class VisualPrompts(Dataset):
     and does not ask for one that no other image shows.
     """
 
+    prediction_kind = "instances"  # of interactive "mask"
+
     def index(self) -> None:
-        self.is_interactive = self.source.task == "interactive"
+        self.is_interactive = TASKS[self.source.task].is_one_object
+        if self.is_interactive:
+            self.prediction_kind = "mask"
         self.is_training = self.source.split == "train"
         self.category_names = {}
         if self.source.instances:
             categories = read_categories(read_json(self.instances, dict), str(self.instances))
             self.category_names = {number: c.name for number, c in categories.items()}
+            self.category_index = {number: index for index, number in enumerate(categories)}
         images = []
         for index, record in enumerate(read_json(self.annotations, list)):
             with self.record():

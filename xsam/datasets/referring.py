@@ -37,6 +37,7 @@ class Referring(Dataset):
     """
 
     groups: Packed
+    prediction_kind = "mask"
 
     @property
     def is_training(self) -> bool:
@@ -79,9 +80,9 @@ class Referring(Dataset):
         turns = [self.turn([name], rng, kind) for name, kind in zip(names, kinds, strict=True)]
         labels = np.flatnonzero([mask is not None for mask in masks])
         found = np.array([masks[index] for index in labels], bool)
-        found = found.reshape(-1, picture.height, picture.width)
+        found, task = found.reshape(-1, picture.height, picture.width), self.source.task
         return Sample(
-            sample_id, "refer", picture, turns, found, labels, names=names, image_id=image_id
+            sample_id, task, picture, turns, found, labels, names=names, image_id=image_id
         )
 
 
@@ -292,6 +293,8 @@ class Reason(Dataset):
     explanation, where there is one. Evaluation: one sample for every text.
     """
 
+    prediction_kind = "mask"
+
     def index(self) -> None:
         self.explanations = defaultdict(list)
         explained = read_json(self.instances, list) if self.source.instances else []
@@ -361,9 +364,9 @@ class Reason(Dataset):
         if explanations and rng.random() < 0.5:
             answer = f"{explanations[rng.integers(len(explanations))]} {answer}"
         sample_id, turns, masks = f"{self.name}/{stem}/{index}", [(question, answer)], labels == 1
-        labels, ignore = np.zeros(1, np.int64), labels == 255
+        labels, ignore, task = np.zeros(1, np.int64), labels == 255, self.source.task
         return Sample(
-            sample_id, "reason", picture, turns, masks[None], labels, ignore, [text], image_id=stem
+            sample_id, task, picture, turns, masks[None], labels, ignore, [text], image_id=stem
         )
 
     def num_words(self, index: int) -> int:

@@ -13,7 +13,7 @@ from xsam.datasets.grounded import GcgFlickr, GcgGrounded, GcgRefs, GcgScored
 from xsam.datasets.prompted import VisualPrompts
 from xsam.datasets.referring import OwnReferring, Reason, RefCoco
 from xsam.datasets.sources import find_source, recognise
-from xsam.prompts import PHRASINGS
+from xsam.prompts import Phrasings
 
 READERS: dict[str, type[Dataset]] = {
     "panoptic": Panoptic,
@@ -37,7 +37,7 @@ def read_dataset(
     name: str,
     root: Path,
     all_classes: bool = False,
-    phrasings: dict = PHRASINGS,
+    phrasings: Phrasings | None = None,
     is_scored: bool = False,
 ) -> Dataset:
     """The dataset that SOURCES calls `name`, or a user's own file (`find_source`), even if records
@@ -54,7 +54,7 @@ def open_dataset(
     name: str,
     root: Path,
     all_classes: bool = False,
-    phrasings: dict = PHRASINGS,
+    phrasings: Phrasings | None = None,
     skip_bad: bool = False,
     is_scored: bool = False,
 ) -> Dataset:

@@ -5,6 +5,7 @@ knows paths, the readers know what is in the files. Paths follow the published f
 names that the same files go by are in `ALIASES`.
 """
 
+import itertools
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ PROMPT_RADII = {"point": 10, "scribble": 5}  # pixels of the disc that a thin pr
 class Source:
     """One dataset on disk; paths are relative to the data root."""
 
-    task: str  # what it asks of the model; one of prompts.PHRASINGS, or "chat"
+    task: str  # what it asks of the model, of tasks.TASKS
     format: str  # a key of registry.READERS
     annotations: str
     images: str = ""
@@ -35,6 +36,8 @@ class Source:
     held_out: float = 0.0  # of a user's own: the share of its images that training leaves out
     part: str = ""  # "val": that share; "train": the other images; "": all
     seed: int = 0  # says which images
+    scores: str = ""  # what it is scored as, a word of --tasks; "": it is not scored
+    post_processing: str = ""  # of inference.POST_PROCESSING, where it is not the task's own
     about: str = ""
 
     def paths(self) -> list[str]:
@@ -112,9 +115,9 @@ def _coco(kind: str, split: str) -> Source:
             "with semantic PNGs (python -m xsam.data coco-semantic makes them)",
         ),
     }[kind]
-    about = f"COCO 2017 {split} images {about}"
-    images = f"{_COCO}/{split}2017"
-    return Source("generic", kind, annotations, images, masks, split=split, about=about)
+    about, scores = f"COCO 2017 {split} images {about}", kind if split == "val" else ""
+    files = annotations, f"{_COCO}/{split}2017", masks
+    return Source("generic", kind, *files, split=split, scores=scores, about=about)
 
 
 def _ade(kind: str) -> Source:
@@ -125,8 +128,8 @@ def _ade(kind: str) -> Source:
         "semantic": (panoptic, f"{_ADE}/annotations_detectron2/validation"),
     }[kind]
     about = "ADE20K-150 validation, converted by python -m xsam.data ade20k"
-    images = f"{_ADE}/images/validation"
-    return Source("generic", kind, annotations, images, masks, split="val", about=about)
+    files = annotations, f"{_ADE}/images/validation", masks
+    return Source("generic", kind, *files, split="val", scores="openvocab", about=about)
 
 
 def _refer(folder: str, file: str, *splits: str) -> dict[str, Source]:
@@ -134,18 +137,20 @@ def _refer(folder: str, file: str, *splits: str) -> dict[str, Source]:
     annotations, instances = f"{_REF}/{folder}/{file}", f"{_REF}/{folder}/instances.json"
     about = f"{folder} expressions, its COCO instances and the COCO 2014 train images"
     source = Source("refer", "refs", annotations, _COCO_2014, instances=instances, about=about)
-    names = {split: f"{folder}_{split}" for split in splits}
-    return {
-        name: replace(source, split=split) for split, name in ({"train": folder} | names).items()
-    }
+    scores = "refer"
+    if folder == "grefcoco":  # an expression may mean several objects, or none
+        source, scores = replace(source, post_processing="union"), "grefer"
+    scored = {f"{folder}_{x}": replace(source, split=x, scores=scores) for x in splits}
+    return {folder: replace(source, split="train")} | scored
 
 
 def _reason(split: str) -> Source:
-    about, instances = f"ReasonSeg {split}: NAME.jpg beside NAME.json", ""
-    if split == "train":
-        about, instances = f"{about}, and the explanations", f"{_REASON}/explanatory/train.json"
-    annotations = f"{_REASON}/{split}"
-    return Source("reason", "reason", annotations, instances=instances, split=split, about=about)
+    about = f"ReasonSeg {split}: NAME.jpg beside NAME.json"
+    source = Source("reason", "reason", f"{_REASON}/{split}", split=split, about=about)
+    if split != "train":
+        return replace(source, scores="reason")
+    explanations = f"{_REASON}/explanatory/train.json"
+    return replace(source, instances=explanations, about=f"{about}, and the explanations")
 
 
 def _gcg(file: str, format: str, images: str, about: str) -> Source:
@@ -158,15 +163,16 @@ def _gcg_scored(split: str) -> Source:
     captions = f"{_GCG}/annotations/val_test/{split}_gcg_coco_caption_gt.json"
     images = f"{_GCG}/images/GranDf_HA_images/val_test"
     about = f"GranD-f {split} masks, captions and images"
-    return Source("gcg", "gcg_scored", masks, images, instances=captions, about=about)
+    return Source("gcg", "gcg_scored", masks, images, instances=captions, scores="gcg", about=about)
 
 
 def _interactive(split: str, prompt: str = "") -> Source:
     annotations = f"{_INT}/annotations/coco_interactive_{split}_psalm.json"
-    images = f"{_INT}/coco2017/{split}2017"
+    files = "visual_prompts", annotations, f"{_INT}/coco2017/{split}2017"
     about = f"COCO-Interactive {split} of PSALM and the COCO 2017 images"
-    format = "visual_prompts"
-    return Source("interactive", format, annotations, images, "", "", split, prompt, about=about)
+    scores = "interactive" if split == "val" else ""
+    options = dict(split=split, prompt=prompt, scores=scores, about=about)
+    return Source("interactive", *files, **options)
 
 
 def _vgd(split: str, prompt: str = "", is_cross: bool = False) -> Source:
@@ -179,6 +185,7 @@ def _vgd(split: str, prompt: str = "", is_cross: bool = False) -> Source:
         split=split,
         prompt=prompt,
         is_cross=is_cross,
+        scores="vgd" if split == "val" else "",
         about=f"COCO-VGD {split} (python -m xsam.data vgd makes one), COCO instances and images",
     )
 
@@ -190,8 +197,9 @@ def _chat(annotations: str, images: str, about: str) -> Source:
     return Source("chat", "llava", f"{_LLAVA}/{annotations}", f"{_LLAVA}/{images}", about=about)
 
 
-def _benchmark(name: str) -> Source:
-    return Source("chat", "tsv", f"LMUData/{name}.tsv", about=f"{name} of VLMEvalKit")
+def _benchmark(name: str, scores: str = "chat") -> Source:
+    about = f"{name} of VLMEvalKit"
+    return Source("chat", "tsv", f"LMUData/{name}.tsv", scores=scores, about=about)
 
 
 SOURCES: dict[str, Source] = {
@@ -254,23 +262,21 @@ SOURCES: dict[str, Source] = {
     "seed": _benchmark("SEEDBench_IMG"),
     "pope": _benchmark("POPE"),
     "ai2d": _benchmark("AI2D_TEST"),
-    "gqa": _benchmark("GQA_TestDev_Balanced"),
-    "scienceqa_val": _benchmark("ScienceQA_VAL"),
-    "scienceqa_test": _benchmark("ScienceQA_TEST"),
+    "gqa": _benchmark("GQA_TestDev_Balanced", scores=""),
+    "scienceqa_val": _benchmark("ScienceQA_VAL", scores=""),
+    "scienceqa_test": _benchmark("ScienceQA_TEST", scores=""),
 }
 
-# The sets that score a task: those whose names begin so (evaluation/benchmarks.py says how).
-_SCORED_BY = dict(
-    panoptic="coco_panoptic_val", instance="coco_instance_val", semantic="coco_semantic_val",
-    openvocab="ade20k_", refer=("refcoco_", "refcoco+_", "refcocog_"), grefer="grefcoco_",
-    reason="reasonseg_", gcg=("gcg_val", "gcg_test"), interactive="coco_interactive_val_",
-    vgd="coco_vgd_val_", chat=("mme", "mmbench", "seed", "pope", "ai2d"),
-)  # fmt: skip
-SCORED_SETS = {
-    task: [name for name in SOURCES if name.startswith(begins)]
-    for task, begins in _SCORED_BY.items()
-}
 SEGMENTOR_TASKS = ("panoptic", "instance", "semantic")  # that the model of stage 1 can do
+
+
+def sets_by_task() -> dict[str, list[str]]:
+    """The sets that score each task of evaluation."""
+    sets: dict[str, list[str]] = {}
+    for name, source in SOURCES.items():
+        if source.scores:
+            sets.setdefault(source.scores, []).append(name)
+    return sets
 
 
 # ---- a user's own --------------------------------------------------------------------------------
@@ -388,18 +394,17 @@ def scored_sets(words: Iterable[str], data: Path, is_segmentor: bool = False) ->
     """The sets that `words` name, each once: tasks, sets that score one, files of a user's own. Of
     a segmentor, the model of stage 1, those that it can predict. Raises ValueError at an unknown
     word."""
-    tasks = {name: task for task, names in SCORED_SETS.items() for name in names}
-    found = []
+    sets, found = sets_by_task(), []
     for word in words:
-        if word not in SCORED_SETS and word not in tasks and not is_own(word):
-            known = ", ".join(SCORED_SETS)
+        if word not in {*sets, *itertools.chain(*sets.values())} and not is_own(word):
+            known = ", ".join(sets)
             raise ValueError(f"unknown task {word}; known are {known}, their sets, and own files")
-        found += SCORED_SETS.get(word, [word])
+        found += sets.get(word, [word])
 
     def is_generic(name: str) -> bool:
         source = find_source(name)
-        if name in tasks or not locate(data, source.annotations).is_file():
-            return tasks.get(name, "panoptic") in SEGMENTOR_TASKS
+        if source.scores or not locate(data, source.annotations).is_file():
+            return (source.scores or "panoptic") in SEGMENTOR_TASKS
         return recognise(source, data).task == "generic"
 
     return [name for name in dict.fromkeys(found) if not is_segmentor or is_generic(name)]

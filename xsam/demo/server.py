@@ -31,11 +31,11 @@ from PIL import Image
 
 from xsam.datasets.formats import bounding_box, encode_mask
 from xsam.images import read_image
-from xsam.inference import REQUESTS, encode_image, predict
+from xsam.inference import encode_image, predict
 from xsam.model import XSAM, Segmentor
-from xsam.prompts import PER_PHRASE_TASKS
 from xsam.regions import KINDS
 from xsam.results import SegmentationResult
+from xsam.tasks import TASKS, requested_task, requests
 
 # What Pillow may open: no format whose decoder runs another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -164,7 +164,7 @@ def read_question(document: Any, pictures: Pictures) -> Question:
             raise RefusedError(400, f"{key} has {len(value)} entries or letters, above {most}.")
         return value
 
-    if not isinstance(document, dict) or document.get("task") not in tuple(REQUESTS):
+    if not isinstance(document, dict) or document.get("task") not in tuple(requests()):
         raise RefusedError(400, "The request names no task.")
     lists = {key: take(key, list, MAX_NAMES) for key in ("things", "stuff")}
     for names in lists.values():
@@ -217,11 +217,12 @@ class Engine:
     def describe(self) -> dict:
         """What the page has to know of the model: JSON-ready."""
         tasks = {
-            name: {
-                "needs": request.needs,
-                "is_available": self.model.stage == 3 or request.task == "generic",
+            word: {
+                "needs": task.needs,
+                "is_available": self.model.stage == 3 or task.needs == "categories",
             }
-            for name, request in REQUESTS.items()
+            for task in TASKS.values()
+            for word in task.requests
         }
         names = [category["name"] for category in self.model.config.categories]
         return {"tasks": tasks, "categories": names, "stage": self.model.stage}
@@ -235,13 +236,15 @@ class Engine:
         options: dict[str, Any] = {"text": question.text, "regions": question.drawings}
         options |= {"things": question.things or None, "stuff": question.stuff or None}
         config, threshold = self.model.config, None  # from which the page shows masks at first
-        if REQUESTS[question.task].task in PER_PHRASE_TASKS:
+        of_threshold = requests()[question.task].threshold
+        if of_threshold == "presence":
             options["presence"], threshold = 0.0, config.presence
-        elif question.task == "panoptic":
+        elif of_threshold == "score_threshold":
             threshold = question.score_threshold
             threshold = config.score_threshold if threshold is None else threshold
             options["score_threshold"] = threshold
-        if question.task == "vgd":
+        task = TASKS[requested_task(question.task)]
+        if task.needs == "regions" and not task.is_one_object:
             options["region_image"] = question.region_image
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from xsam import distributed
 from xsam.datasets.base import Dataset
 from xsam.datasets.formats import encode_mask
-from xsam.datasets.sources import file_name, is_own
+from xsam.datasets.generic import Instances
+from xsam.datasets.sources import SOURCES, file_name, is_own, sets_by_task
 from xsam.evaluation import metrics
 from xsam.evaluation.metrics import Embed, Figures
 from xsam.evaluation.prediction_files import SavedPredictions, kind_of
@@ -39,7 +40,7 @@ def _panoptic(predictions: SavedPredictions, index: int, one_crowd_per_class: bo
 
 def _instances(predictions: SavedPredictions, index: int) -> dict:
     dataset, categories = predictions.dataset, predictions.categories
-    if dataset.source.format == "instance":
+    if isinstance(dataset, Instances):
         image, truth = dataset.read(index)
     else:
         sample = dataset.inputs(index)
@@ -167,7 +168,8 @@ class Scoring:
     record: Callable[..., Any]  # (predictions, index): of one sample
     figures: Callable[..., Figures]  # (predictions, records of all samples)
     quality: Callable[[Any], float]  # of a record, 0 to 1: says which samples are the worst
-    measure: str = "IoU"  # what that is; "": an answer is right or wrong
+    measure: str  # what that is; "": an answer is right or wrong
+    protocols: dict[str, str]  # how each metric is counted
 
 
 def _mask_iou(record: metrics.Overlap) -> float:
@@ -179,90 +181,7 @@ def _class_iou(record: np.ndarray) -> float:
     return 1.0 if miou is None else miou / 100
 
 
-PANOPTIC = Scoring(_panoptic, _panoptic_figures, metrics.segment_quality, "PQ")
-INSTANCES = Scoring(
-    _instances, _instance_figures, partial(metrics.instance_quality, least=SHOWN_SCORE), "PQ"
-)
-SEMANTIC = Scoring(_semantic, lambda _, records: metrics.mean_iou(sum(records)), _class_iou, "mIoU")
-MASK = Scoring(_mask, lambda _, records: metrics.mask_quality(records), _mask_iou)
-NO_TARGET = Scoring(_mask, lambda _, records: metrics.target_quality(records), _mask_iou)
-REASON_TEST = Scoring(_mask, _reason_test_figures, _mask_iou)
-REGION = Scoring(_mask, _region_figures, _mask_iou)
-GROUNDED = Scoring(_grounded, _grounded_figures, lambda record: record[1][0], "mIoU")
-CHOICE = Scoring(
-    _choice, lambda _, records: metrics.choice_accuracy(records), lambda record: record[-1], ""
-)
-MMBENCH = replace(CHOICE, figures=_mmbench_figures)
-MME = replace(CHOICE, record=_mme, figures=lambda _, records: metrics.mme_score(records))
-POPE = Scoring(
-    _pope,
-    lambda _, records: metrics.yes_no_quality([*chain(*records)]),
-    lambda record: record[0][0] == record[0][1],
-    "",
-)
-
-
-class Benchmark(NamedTuple):
-    """A set, and how it is scored."""
-
-    task: str
-    dataset: str
-    suffix: str  # what follows the names of its figures
-    scoring: Scoring
-    paper: dict[str, float]  # what the paper reports, by metric
-
-
-# ReasonSeg's short and long expressions.
-_LENGTHS = {"gIoU short": 47.7, "cIoU short": 48.1, "gIoU long": 56.0, "cIoU long": 40.8}
-
-_ROWS = (
-    ("panoptic", "coco_panoptic_val", "", PANOPTIC, dict(PQ=54.7)),  # tables 2 and 12
-    ("instance", "coco_instance_val", "", INSTANCES, dict(AP=47.0)),
-    ("semantic", "coco_semantic_val", "", SEMANTIC, dict(mIoU=66.5)),
-    ("openvocab", "ade20k_panoptic_val", "", PANOPTIC, dict(PQ=20.9)),  # tables 2 and 13
-    ("openvocab", "ade20k_instance_val", "", INSTANCES, dict(AP=16.2)),
-    ("openvocab", "ade20k_semantic_val", "", SEMANTIC, dict(mIoU=28.8)),
-    ("refer", "refcoco_val", "", MASK, dict(cIoU=85.1)),  # tables 2 and 3
-    ("refer", "refcoco_testA", " testA", MASK, dict(cIoU=87.1)),
-    ("refer", "refcoco_testB", " testB", MASK, dict(cIoU=83.4)),
-    ("refer", "refcoco+_val", " + val", MASK, dict(cIoU=78.0)),
-    ("refer", "refcoco+_testA", " + testA", MASK, dict(cIoU=81.0)),
-    ("refer", "refcoco+_testB", " + testB", MASK, dict(cIoU=74.4)),
-    ("refer", "refcocog_val", " g val", MASK, dict(cIoU=83.8)),
-    ("refer", "refcocog_test", " g test", MASK, dict(cIoU=83.9)),
-    # table 16
-    ("grefer", "grefcoco_val", "", NO_TARGET, dict(cIoU_targets=36.9, gIoU_targets=44.8)),
-    ("grefer", "grefcoco_testA", " testA", NO_TARGET, dict(cIoU_targets=32.3, gIoU_targets=34.5)),
-    ("grefer", "grefcoco_testB", " testB", NO_TARGET, dict(cIoU_targets=36.4, gIoU_targets=38.9)),
-    ("reason", "reasonseg_val", "", MASK, dict(gIoU=56.6, cIoU=32.9)),  # tables 2 and 14
-    ("reason", "reasonseg_test", " test", REASON_TEST, dict(gIoU=57.8, cIoU=41.0) | _LENGTHS),
-    # tables 2 and 4
-    ("gcg", "gcg_val", "", GROUNDED, dict(METEOR=15.4, CIDEr=46.3, AP50=33.2, mIoU=69.4)),
-    ("gcg", "gcg_test", " test", GROUNDED, dict(METEOR=15.1, CIDEr=42.7, AP50=32.9, mIoU=69.0)),
-    # tables 2 and 15
-    ("interactive", "coco_interactive_val_point", " point", REGION, dict(mIoU=65.4, cIoU=62.9)),
-    ("interactive", "coco_interactive_val_scribble", " scribble", REGION,
-     dict(mIoU=66.9, cIoU=75.7)),
-    ("interactive", "coco_interactive_val_box", " box", REGION, dict(mIoU=69.6, cIoU=75.4)),
-    ("interactive", "coco_interactive_val_mask", " mask", REGION, dict(mIoU=69.7, cIoU=77.0)),
-    ("vgd", "coco_vgd_val_point", " point", INSTANCES, dict(AP=47.9, AP50=72.5)),  # tables 2 and 5
-    ("vgd", "coco_vgd_val_scribble", " scribble", INSTANCES, dict(AP=48.7, AP50=73.4)),
-    ("vgd", "coco_vgd_val_box", " box", INSTANCES, dict(AP=49.5, AP50=74.7)),
-    ("vgd", "coco_vgd_val_mask", " mask", INSTANCES, dict(AP=49.7, AP50=74.9)),
-    ("vgd", "coco_vgd_val_point_cross", " point cross", INSTANCES, {}),
-    ("vgd", "coco_vgd_val_scribble_cross", " scribble cross", INSTANCES, {}),
-    ("vgd", "coco_vgd_val_box_cross", " box cross", INSTANCES, {}),
-    ("vgd", "coco_vgd_val_mask_cross", " mask cross", INSTANCES, {}),
-    ("chat", "mme", " MME", MME, dict(perception=1374, cognition=312)),  # table 18
-    ("chat", "mmbench", " MMBench", MMBENCH, dict(accuracy=69.3)),
-    ("chat", "seed", " SEED", CHOICE, dict(accuracy=69.3)),
-    ("chat", "pope", " POPE", POPE, dict(F1=89.3)),
-    ("chat", "ai2d", " AI2D", CHOICE, dict(accuracy=62.6)),
-)  # fmt: skip
-
-BENCHMARKS = {row[1]: Benchmark(*row) for row in _ROWS}  # by set
-
-# How each metric of a task is counted.
+# How each metric is counted.
 _PQ = {
     "PQ": "panoptic quality, mean over the classes that occur; void and crowd as panopticapi, "
     "areas in pixels of the PNG",
@@ -275,65 +194,141 @@ _AP = {
     "AP": "mask AP, IoU 0.50 to 0.95, 100 masks a class and image, crowd ignored (pycocotools)",
     "AP50": "the same at IoU 0.50",
 }
+_SHOWN_AP = _AP | {
+    "AP": "mask AP of the classes shown, IoU 0.50 to 0.95 (pycocotools); cross: shown in "
+    "another image",
+}
 _MIOU = {"mIoU": "mean IoU of one confusion matrix; 255 and classes without truth not counted"}
-_CIOU = "sum of intersections / sum of unions, one mask an expression"
-_GIOU = "mean IoU, one mask an expression, empty union = 1"
-
-PROTOCOLS = {
-    "panoptic": _PQ,
-    "instance": _AP,
-    "semantic": _MIOU,
-    "openvocab": _PQ | _AP | _MIOU,
-    "refer": {"cIoU": _CIOU, "gIoU": _GIOU},
-    "grefer": {
-        "cIoU": f"{_CIOU}; those without a target counted (GRES)",
-        "gIoU": "mean IoU; without a target 1 if no mask is given, else 0 (GRES)",
-        "N_acc": "share of the expressions without a target that get no mask",
-        "T_acc": "share of the expressions with a target that get a mask",
-        "cIoU_targets": f"{_CIOU}; expressions with a target alone, as the paper has it",
-        "gIoU_targets": "mean IoU; expressions with a target alone, as the paper has it",
-    },
-    "reason": {
-        "gIoU": f"{_GIOU}; ignored pixels in neither",
-        "cIoU": f"{_CIOU}; ignored in neither",
-    },
-    "gcg": {
-        "METEOR": "captions, over all true images (pycocoevalcap)",
-        "CIDEr": "captions, over all true images (pycocoevalcap)",
-        "AP50": "mask AP at IoU 0.50, one class, all true images, masks scored by the model",
-        "mIoU": "mean IoU of pairs, greedily one to one, then mean over all true images",
-        "recall": "share of true masks paired at IoU 0.5 with a phrase that is alike (cosine "
-        "of mean BERT states at 0.5)",
-        "recall_exact": "share of true masks paired at IoU 0.5 with a phrase that is equal but "
-        "for case (recall itself needs --bert)",
-    },
-    "interactive": {
-        "mIoU": "mean IoU of the objects that have the prompt, crowd regions with them",
-        "cIoU": "sum of intersections / sum of unions of the same",
-    },
-    "vgd": {
-        "AP": "mask AP of the classes shown, IoU 0.50 to 0.95 (pycocotools); cross: shown in "
-        "another image",
-        "AP50": "the same at IoU 0.50",
-    },
-    "chat": {
-        "perception": "sum over categories of accuracy and accuracy+ (both of an image), yes "
-        "or no read from the answer",
-        "cognition": "the same over the other categories",
-        "accuracy": "share of questions whose option, or yes or no, is read from the answer by "
-        "exact matching; MMBench: right in every rotation of the options",
-        "F1": "of yes, read from the answer by exact matching",
-    },
+_IOU = {
+    "cIoU": "sum of intersections / sum of unions, one mask an expression",
+    "gIoU": "mean IoU, one mask an expression, empty union = 1",
+}
+_TARGET_IOU = {
+    "cIoU": f"{_IOU['cIoU']}; those without a target counted (GRES)",
+    "gIoU": "mean IoU; without a target 1 if no mask is given, else 0 (GRES)",
+    "N_acc": "share of the expressions without a target that get no mask",
+    "T_acc": "share of the expressions with a target that get a mask",
+    "cIoU_targets": f"{_IOU['cIoU']}; expressions with a target alone, as the paper has it",
+    "gIoU_targets": "mean IoU; expressions with a target alone, as the paper has it",
+}
+_REASON_IOU = {
+    "gIoU": f"{_IOU['gIoU']}; ignored pixels in neither",
+    "cIoU": f"{_IOU['cIoU']}; ignored in neither",
+}
+_REGION_IOU = {
+    "mIoU": "mean IoU of the objects that have the prompt, crowd regions with them",
+    "cIoU": "sum of intersections / sum of unions of the same",
+}
+_CAPTIONS = {
+    "METEOR": "captions, over all true images (pycocoevalcap)",
+    "CIDEr": "captions, over all true images (pycocoevalcap)",
+    "AP50": "mask AP at IoU 0.50, one class, all true images, masks scored by the model",
+    "mIoU": "mean IoU of pairs, greedily one to one, then mean over all true images",
+    "recall": "share of true masks paired at IoU 0.5 with a phrase that is alike (cosine "
+    "of mean BERT states at 0.5)",
+    "recall_exact": "share of true masks paired at IoU 0.5 with a phrase that is equal but "
+    "for case (recall itself needs --bert)",
+}
+_ANSWERS = {
+    "perception": "sum over categories of accuracy and accuracy+ (both of an image), yes "
+    "or no read from the answer",
+    "cognition": "the same over the other categories",
+    "accuracy": "share of questions whose option, or yes or no, is read from the answer by "
+    "exact matching; MMBench: right in every rotation of the options",
+    "F1": "of yes, read from the answer by exact matching",
 }
 
+PANOPTIC = Scoring(_panoptic, _panoptic_figures, metrics.segment_quality, "PQ", _PQ)
+INSTANCES = Scoring(
+    _instances, _instance_figures, partial(metrics.instance_quality, least=SHOWN_SCORE), "PQ", _AP
+)
+SHOWN = replace(INSTANCES, protocols=_SHOWN_AP)
+SEMANTIC = Scoring(
+    _semantic, lambda _, records: metrics.mean_iou(sum(records)), _class_iou, "mIoU", _MIOU
+)
+MASK = Scoring(_mask, lambda _, records: metrics.mask_quality(records), _mask_iou, "IoU", _IOU)
+NO_TARGET = Scoring(
+    _mask, lambda _, records: metrics.target_quality(records), _mask_iou, "IoU", _TARGET_IOU
+)
+REASON = replace(MASK, protocols=_REASON_IOU)
+REASON_TEST = replace(REASON, figures=_reason_test_figures)
+REGION = replace(MASK, figures=_region_figures, protocols=_REGION_IOU)
+GROUNDED = Scoring(_grounded, _grounded_figures, lambda record: record[1][0], "mIoU", _CAPTIONS)
+CHOICE = Scoring(
+    _choice, lambda _, records: metrics.choice_accuracy(records), lambda record: record[-1], "",
+    _ANSWERS,
+)  # fmt: skip
+MMBENCH = replace(CHOICE, figures=_mmbench_figures)
+MME = replace(CHOICE, record=_mme, figures=lambda _, records: metrics.mme_score(records))
+POPE = Scoring(
+    _pope,
+    lambda _, records: metrics.yes_no_quality([*chain(*records)]),
+    lambda record: record[0][0] == record[0][1],
+    "",
+    _ANSWERS,
+)
 
-@dataclass(frozen=True)
-class Task:
-    """The sets of a task together."""
+# Of sets that are none of BENCHMARKS, and of a user's own files: by the kind of their predictions.
+BY_KIND = {
+    "panoptic": PANOPTIC, "instances": INSTANCES, "semantic": SEMANTIC, "mask": NO_TARGET,
+    "grounded": GROUNDED, "answer": CHOICE,
+}  # fmt: skip
 
-    datasets: list[tuple[str, str]]  # (suffix, name)
-    protocols: dict[str, str]
-    paper: dict[str, float]  # by the names of the figures, suffixes included
+
+class Benchmark(NamedTuple):
+    """How a set is scored."""
+
+    suffix: str  # what follows the names of its figures among those of its task
+    scoring: Scoring
+    paper: dict[str, float]  # what the paper reports, by metric
+
+
+# ReasonSeg's short and long expressions.
+_LENGTHS = {"gIoU short": 47.7, "cIoU short": 48.1, "gIoU long": 56.0, "cIoU long": 40.8}
+
+BENCHMARKS = {  # by set
+    "coco_panoptic_val": Benchmark("", PANOPTIC, dict(PQ=54.7)),  # tables 2 and 12
+    "coco_instance_val": Benchmark("", INSTANCES, dict(AP=47.0)),
+    "coco_semantic_val": Benchmark("", SEMANTIC, dict(mIoU=66.5)),
+    "ade20k_panoptic_val": Benchmark("", PANOPTIC, dict(PQ=20.9)),  # tables 2 and 13
+    "ade20k_instance_val": Benchmark("", INSTANCES, dict(AP=16.2)),
+    "ade20k_semantic_val": Benchmark("", SEMANTIC, dict(mIoU=28.8)),
+    "refcoco_val": Benchmark("", MASK, dict(cIoU=85.1)),  # tables 2 and 3
+    "refcoco_testA": Benchmark(" testA", MASK, dict(cIoU=87.1)),
+    "refcoco_testB": Benchmark(" testB", MASK, dict(cIoU=83.4)),
+    "refcoco+_val": Benchmark(" + val", MASK, dict(cIoU=78.0)),
+    "refcoco+_testA": Benchmark(" + testA", MASK, dict(cIoU=81.0)),
+    "refcoco+_testB": Benchmark(" + testB", MASK, dict(cIoU=74.4)),
+    "refcocog_val": Benchmark(" g val", MASK, dict(cIoU=83.8)),
+    "refcocog_test": Benchmark(" g test", MASK, dict(cIoU=83.9)),
+    # table 16
+    "grefcoco_val": Benchmark("", NO_TARGET, dict(cIoU_targets=36.9, gIoU_targets=44.8)),
+    "grefcoco_testA": Benchmark(" testA", NO_TARGET, dict(cIoU_targets=32.3, gIoU_targets=34.5)),
+    "grefcoco_testB": Benchmark(" testB", NO_TARGET, dict(cIoU_targets=36.4, gIoU_targets=38.9)),
+    "reasonseg_val": Benchmark("", REASON, dict(gIoU=56.6, cIoU=32.9)),  # tables 2 and 14
+    "reasonseg_test": Benchmark(" test", REASON_TEST, dict(gIoU=57.8, cIoU=41.0) | _LENGTHS),
+    # tables 2 and 4
+    "gcg_val": Benchmark("", GROUNDED, dict(METEOR=15.4, CIDEr=46.3, AP50=33.2, mIoU=69.4)),
+    "gcg_test": Benchmark(" test", GROUNDED, dict(METEOR=15.1, CIDEr=42.7, AP50=32.9, mIoU=69.0)),
+    # tables 2 and 15
+    "coco_interactive_val_point": Benchmark(" point", REGION, dict(mIoU=65.4, cIoU=62.9)),
+    "coco_interactive_val_scribble": Benchmark(" scribble", REGION, dict(mIoU=66.9, cIoU=75.7)),
+    "coco_interactive_val_box": Benchmark(" box", REGION, dict(mIoU=69.6, cIoU=75.4)),
+    "coco_interactive_val_mask": Benchmark(" mask", REGION, dict(mIoU=69.7, cIoU=77.0)),
+    "coco_vgd_val_point": Benchmark(" point", SHOWN, dict(AP=47.9, AP50=72.5)),  # tables 2 and 5
+    "coco_vgd_val_scribble": Benchmark(" scribble", SHOWN, dict(AP=48.7, AP50=73.4)),
+    "coco_vgd_val_box": Benchmark(" box", SHOWN, dict(AP=49.5, AP50=74.7)),
+    "coco_vgd_val_mask": Benchmark(" mask", SHOWN, dict(AP=49.7, AP50=74.9)),
+    "coco_vgd_val_point_cross": Benchmark(" point cross", SHOWN, {}),
+    "coco_vgd_val_scribble_cross": Benchmark(" scribble cross", SHOWN, {}),
+    "coco_vgd_val_box_cross": Benchmark(" box cross", SHOWN, {}),
+    "coco_vgd_val_mask_cross": Benchmark(" mask cross", SHOWN, {}),
+    "mme": Benchmark(" MME", MME, dict(perception=1374, cognition=312)),  # table 18
+    "mmbench": Benchmark(" MMBench", MMBENCH, dict(accuracy=69.3)),
+    "seed": Benchmark(" SEED", CHOICE, dict(accuracy=69.3)),
+    "pope": Benchmark(" POPE", POPE, dict(F1=89.3)),
+    "ai2d": Benchmark(" AI2D", CHOICE, dict(accuracy=62.6)),
+}  # fmt: skip
 
 
 def named(figures: Figures, suffix: str) -> Figures:
@@ -346,19 +341,24 @@ def named(figures: Figures, suffix: str) -> Figures:
     return result
 
 
-TASKS = {
-    task: Task(
-        [(row.suffix, row.dataset) for row in BENCHMARKS.values() if row.task == task],
-        protocols,
-        {
-            name: figure
-            for row in BENCHMARKS.values()
-            for name, figure in named(row.paper, row.suffix).items()
-            if row.task == task
-        },
-    )
-    for task, protocols in PROTOCOLS.items()
-}
+class ScoredTask(NamedTuple):
+    """The sets of a task together."""
+
+    datasets: list[tuple[str, str]]  # (suffix, name)
+    protocols: dict[str, str]  # how each metric is counted
+    paper: dict[str, float]  # by the names of the figures, suffixes included
+
+
+def scored_tasks() -> dict[str, ScoredTask]:
+    """The tasks of evaluation (`Source.scores`)."""
+    tasks = {}
+    for task, names in sets_by_task().items():
+        tasks[task] = ScoredTask([(task_of(name)[1], name) for name in names], {}, {})
+        for row in [BENCHMARKS[name] for name in names if name in BENCHMARKS]:
+            tasks[task].protocols.update(row.scoring.protocols)
+            tasks[task].paper.update(named(row.paper, row.suffix))
+    return tasks
+
 
 # What the paper reports for the segmentor alone (table 17), which has these tasks only.
 SEGMENTOR_PAPER = {
@@ -373,15 +373,10 @@ def task_of(name: str) -> tuple[str, str]:
     Raises ValueError where none does."""
     if is_own(name):
         return name, ""
-    if name not in BENCHMARKS:
+    if name not in SOURCES or not SOURCES[name].scores:
         raise ValueError(f"{name}: no task scores this set")
-    return BENCHMARKS[name].task, BENCHMARKS[name].suffix
-
-
-# A user's own files, by the kind of their predictions.
-OWN = {"panoptic": PANOPTIC, "instances": INSTANCES, "semantic": SEMANTIC, "mask": NO_TARGET}
-
-OWN_PROTOCOLS = PROTOCOLS["grefer"] | _PQ | _AP | _MIOU
+    suffix = BENCHMARKS[name].suffix if name in BENCHMARKS else f" {name}"
+    return SOURCES[name].scores, suffix
 
 
 def scoring_of(dataset: Dataset) -> Scoring:
@@ -389,7 +384,7 @@ def scoring_of(dataset: Dataset) -> Scoring:
     something, without the figures for others."""
     if dataset.name in BENCHMARKS:
         return BENCHMARKS[dataset.name].scoring
-    scoring = OWN[kind_of(dataset)]
+    scoring = BY_KIND[kind_of(dataset)]
     if scoring is NO_TARGET and all(map(dataset.is_present, range(len(dataset)))):
         return MASK
     return scoring
@@ -460,6 +455,8 @@ def bert_embedder(folder: Path) -> Embed:
 def table(results: dict[str, dict[str, Figures]], note: str = "", with_paper: bool = True) -> str:
     """Markdown table of {column: {task: {figure's name: figure}}}: each figure beside the paper's
     and how it is counted. `note` stands above it."""
+    tasks = scored_tasks()
+    of_kinds = _CAPTIONS | _ANSWERS | _TARGET_IOU | _PQ | _AP | _MIOU
     rows = dict.fromkeys((t, n) for scores in results.values() for t in scores for n in scores[t])
     with_paper &= not all(is_own(task) for task, _ in rows)
     heads = ["task", "metric", *results, *(["paper"] if with_paper else []), "protocol"]
@@ -471,9 +468,9 @@ def table(results: dict[str, dict[str, Figures]], note: str = "", with_paper: bo
         figures = [scores.get(task, {}).get(name) for scores in results.values()]
         cells = [_cell(figure) for figure in figures]
         is_some_absent = any("N_acc" in scores.get(task, {}) for scores in results.values())
-        own = OWN_PROTOCOLS | ({} if is_some_absent else PROTOCOLS["refer"])
-        protocols = own if is_own(task) else TASKS[task].protocols
-        cells += [_paper(task, name, list(results))] if with_paper else []
+        protocols = of_kinds | ({} if is_some_absent else _IOU)
+        protocols |= {} if is_own(task) else tasks[task].protocols
+        cells += [_paper(tasks, task, name, list(results))] if with_paper else []
         cells.append(protocols[name.split()[0]])
         lines.append(f"| {labels[task]} | {name} | {' | '.join(cells)} |")
     return "\n".join([*([note, ""] if note else []), *lines])
@@ -483,9 +480,9 @@ def _cell(figure: float | None) -> str:
     return "–" if figure is None else f"{figure:.1f}"
 
 
-def _paper(task: str, name: str, columns: list[str]) -> str:
+def _paper(tasks: dict[str, ScoredTask], task: str, name: str, columns: list[str]) -> str:
     """The paper's figure; that of the segmentor alone where a column is of stage 1."""
-    paper = TASKS[task].paper if task in TASKS else {}
+    paper = tasks[task].paper if task in tasks else {}
     figure, alone = paper.get(name), SEGMENTOR_PAPER.get(task, {}).get(name)
     if columns == ["stage 1"]:
         return _cell(alone)

@@ -45,7 +45,6 @@ PNG_FOLDER, UNFINISHED = "panoptic", "unfinished"
 class Layout:
     """The entries of a file of predictions."""
 
-    formats: tuple[str, ...]  # of the sets (`Source.format`) that are predicted in this way
     key: str  # the field that says which record an entry is for
     is_single: bool  # every record has one entry, and one only
     fields: dict[str, type | tuple[type, ...]]  # the other fields that are read, and their types
@@ -55,32 +54,25 @@ _SHAPE = (dict, list)  # an RLE, or a list of polygons or RLEs
 _INSTANCE = {"segmentation": _SHAPE, "category_id": int, "score": float}
 _SEGMENTS = {"file_name": str, "segments_info": list}  # of these each has "id" and "category_id"
 
-LAYOUTS = {  # by the kind of prediction
-    "panoptic": Layout(("panoptic",), "image_id", True, _SEGMENTS),
-    "instances": Layout(("instance", "visual_prompts"), "image_id", False, _INSTANCE),
-    "semantic": Layout(
-        ("semantic", "regions"), "image_id", False, {"segmentation": _SHAPE, "category_id": int}
-    ),
+LAYOUTS = {  # by the kind of prediction (`Dataset.prediction_kind`)
+    "panoptic": Layout("image_id", True, _SEGMENTS),
+    "instances": Layout("image_id", False, _INSTANCE),
+    "semantic": Layout("image_id", False, {"segmentation": _SHAPE, "category_id": int}),
     # Instances of category 1, each with its "phrase"; one that has none is scored without.
-    "grounded": Layout(("gcg_scored",), "image_id", False, _INSTANCE),
+    "grounded": Layout("image_id", False, _INSTANCE),
     # null where nothing was found; "image_id", "score" and "answer" are written, but not needed.
-    "mask": Layout(
-        ("refs", "own_refs", "reason"), "id", True, {"segmentation": (*_SHAPE, type(None))}
-    ),
-    "answer": Layout(("tsv",), "question_id", True, {"answer": str}),
+    "mask": Layout("id", True, {"segmentation": (*_SHAPE, type(None))}),
+    "answer": Layout("question_id", True, {"answer": str}),
 }
 
-CAPTIONS = Layout((), "image_id", True, {"caption": str})
+CAPTIONS = Layout("image_id", True, {"caption": str})
 
 
 def kind_of(dataset: Dataset) -> str:
     """Which of LAYOUTS its predictions have. Raises ValueError for a set that is not scored."""
-    if dataset.source.task == "interactive":  # one object is asked for, not all of a class
-        return "mask"
-    for kind, layout in LAYOUTS.items():
-        if dataset.source.format in layout.formats:
-            return kind
-    raise ValueError(f"{dataset.name}: a set to train on, not one that is scored")
+    if not dataset.prediction_kind:
+        raise ValueError(f"{dataset.name}: a set to train on, not one that is scored")
+    return dataset.prediction_kind
 
 
 def keys_of(dataset: Dataset, num_samples: int | None = None) -> list[int | str]:
@@ -90,15 +82,6 @@ def keys_of(dataset: Dataset, num_samples: int | None = None) -> list[int | str]
         twice = next(key for index, key in enumerate(keys) if key in keys[:index])
         raise ValueError(f"{dataset.annotations}: {twice!r} is there more than once")
     return keys
-
-
-def category_index(dataset: Dataset) -> dict[int, int]:
-    """The index of each category id that predictions may name."""
-    if kind_of(dataset) == "grounded":
-        return {1: 0}
-    if dataset.source.format == "visual_prompts":
-        return {number: index for index, number in enumerate(sorted(dataset.category_names))}
-    return dataset.category_index
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -256,7 +239,7 @@ class SavedPredictions:
         self.folder, self.kind = Path(folder), kind_of(dataset)
         self.dataset, self.all_keys = dataset, keys_of(dataset)
         self.keys, layout = self.all_keys[:num_samples], LAYOUTS[self.kind]
-        self.categories = category_index(dataset) if self.kind not in ("mask", "answer") else {}
+        self.categories = dataset.category_index
         if (self.folder / UNFINISHED).exists():
             raise ValueError(
                 f"{self.folder}: not finished; the command that began it goes on with it"

@@ -12,11 +12,12 @@ from PIL import Image
 from xsam import distributed
 from xsam.data import Sample
 from xsam.evaluation.prediction_files import SavedPredictions
-from xsam.prompts import PER_PHRASE_TASKS, strip_marks
+from xsam.prompts import strip_marks
 from xsam.report.colours import number_colours
 from xsam.report.letters import Text, colour_phrases, find_spans
 from xsam.report.pictures import draw_prompts, draw_segments, side_by_side
 from xsam.results import SHOWN_SCORE, SegmentationResult
+from xsam.tasks import TASKS
 
 MOST_TITLE = 500  # characters of a question or an answer above a picture
 
@@ -31,7 +32,7 @@ def read_words(text: str) -> str:
 def _keys(sample: Sample, labels: list[str]) -> list[tuple[str, int]]:
     """What has a colour of its own: a class or phrase. Of a caption, in which phrases may be alike,
     every mask."""
-    is_caption = sample.task == "gcg"
+    is_caption = TASKS[sample.task].is_grounded
     return [(label, labels[:n].count(label) * is_caption) for n, label in enumerate(labels)]
 
 
@@ -47,7 +48,7 @@ def draw_sample(sample: Sample) -> Image.Image:
         sample.image, sample.masks, labels, colours=colours, ignore=sample.ignore
     )
     question, answer = (read_words(" / ".join(texts)) for texts in zip(*sample.turns, strict=True))
-    if sample.task == "gcg":
+    if TASKS[sample.task].is_grounded:
         answer = colour_phrases(answer, find_spans(answer, labels), colours)
     titles = [*[""] * (len(asked) - 1), f"{sample.sample_id}\n{question}", answer]
     return side_by_side([*asked, answered], titles)
@@ -60,7 +61,8 @@ def draw_prediction(
     `note` stands in the prediction's title."""
     question, answer = (read_words(text or "") for text in sample.turns[0])
     said, note = read_words(prediction.answer), f" ({note})" if note else ""
-    if sample.task == "chat":
+    task = TASKS[sample.task]
+    if not task.has_masks:
         lines = [question, f"truth: {answer}" if answer else "", f"prediction{note}: {said}"]
         title = "\n".join(filter(None, lines))
         return side_by_side([draw_segments(sample.image, sample.masks, [])], [title])
@@ -73,10 +75,10 @@ def draw_prediction(
         draw_segments(sample.image, sample.masks, labels, colours=of_truth, ignore=sample.ignore),
         prediction.draw(min_score=min_score, colours=of_found),
     ]
-    asked = {"gcg": answer, "generic": ""}.get(sample.task, question)
+    asked = answer if task.is_grounded else "" if task.needs == "categories" else question
     titles: list[Text] = [f"truth: {asked}", f"prediction{note}: {said}"]
     titles = [title.removesuffix(": ") for title in titles]
-    if sample.task in ("gcg", *PER_PHRASE_TASKS):
+    if task.is_grounded or task.is_per_phrase:
         told = zip(titles, (labels, found), (of_truth, of_found), strict=True)
         titles = [colour_phrases(title, find_spans(title, names), c) for title, names, c in told]
     if sample.regions is not None:

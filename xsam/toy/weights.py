@@ -35,7 +35,7 @@ from xsam.encoders import transformers_config
 from xsam.files import give_rights
 from xsam.llm import IGNORE_LABEL, LanguageModel, render_conversation, tokenize
 from xsam.model import build_seg_encoder
-from xsam.prompts import PHRASINGS, clean_name
+from xsam.prompts import clean_name, read_phrasings
 from xsam.toy import scenes
 from xsam.toy.scenes import CLASSES, FACTS, RIDDLES, THING_IDS, Scene, plural
 from xsam.toy.world import (
@@ -65,7 +65,8 @@ SPARE_TOKENS = 8  # rows of the embedding left for the tokens that the model add
 
 def vocabulary() -> list[str]:
     """Every word that the world and its questions can say, also lower-cased; sorted."""
-    prompts = [text for task in PHRASINGS.values() for texts in task.values() for text in texts]
+    phrasings = read_phrasings("").values()
+    prompts = [text for kinds in phrasings for texts in kinds.values() for text in texts]
     dialogues = [text for pair in (*scenes.DIALOGUE.values(), *FACTS) for text in pair]
     riddles = [text for r in RIDDLES.values() for text in (*r.questions, *r.phrases, r.explanation)]
     names = [clean_name(name) for name in CLASSES] + [plural(name) for name in THING_IDS]
