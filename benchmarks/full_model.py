@@ -365,13 +365,19 @@ def infer(report: Report, config: Config, device: torch.device, rounds: int) -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("what", choices=WHAT, help="what to measure")
     parser.add_argument("--out", type=Path, required=True, help="folder for WHAT.jsonl")
-    parser.add_argument("--small", action="store_true", help="the toy preset")
-    parser.add_argument("--gpus", type=int, default=8, help="that share the optimizer's states")
-    parser.add_argument("--memory", type=float, default=80.0, metavar="GB", help="of each")
-    parser.add_argument("--steps", type=int, default=2, help="timed, of each batch")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--small", action="store_true", help="measure the toy preset")
+    parser.add_argument(
+        "--gpus", type=int, default=8, help="GPUs that share AdamW's states (default: 8)"
+    )
+    memory = "memory of a GPU (default: 80)"
+    parser.add_argument("--memory", type=float, default=80.0, metavar="GB", help=memory)
+    parser.add_argument(
+        "--steps", type=int, default=2, help="timed steps of each batch (default: 2)"
+    )
+    backend = "of compiled_training: torch.compile's (default: inductor)"
+    parser.add_argument("--backend", default="inductor", help=backend)
     add_device_flag(parser)
     options = parser.parse_args()
     config = CONFIGS["toy" if options.small else "xsam"]()
