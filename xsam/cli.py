@@ -26,7 +26,7 @@ from xsam.config import (
     Config,
     Dtype,
     ModelConfig,
-    _build,
+    build_value,
     is_in,
     origins,
     part_names,
@@ -83,7 +83,7 @@ def _parse(kind, text: str):
         return tuple(typing.get_args(kind)[0](part.strip()) for part in text.split(",") if part)
     if origin is dict:
         try:
-            return _build(kind, json.loads(text), "value")
+            return build_value(kind, json.loads(text), "value")
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"expected a JSON object, not {text!r}") from error
     return kind(text)

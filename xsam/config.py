@@ -45,6 +45,7 @@ def _sam(dim: int, depth: int, heads: int, global_blocks: tuple[int, ...]) -> di
 def _swin(embed_dim: int, depths: list[int], num_heads: list[int], window_size: int) -> dict:
     config = dict(model_type="swin", embed_dim=embed_dim, depths=depths, num_heads=num_heads)
     config |= dict(window_size=window_size, image_size=384 if window_size == 12 else 224)
+    # The language model is shown the third of its four scales.
     return dict(seg_backbone_config=config, seg_patch_size=16, seg_dim=4 * embed_dim)
 
 
@@ -308,19 +309,21 @@ class Config:
     num_pictures: int = 8  # pictures of predictions for each task
 
     def to_dict(self) -> dict:
+        """The values as dictionaries, tuples and plain values, all of which JSON can hold."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
         """Inverse of `to_dict`, also after a trip through JSON. Raises ValueError at an unknown or
         missing name."""
-        return _build(cls, values, "config")
+        return build_value(cls, values, "config")
 
     def resolve(self, stages: Iterable[int] | None = None, **fields) -> "Config":
-        """Another configuration, with `fields` of the model, the losses and the run by their names
-        alone, and with those of a stage in each of `stages` (None: in all). The name of a part
-        brings its architecture (`ARCHITECTURES`); a field given beside it wins. Raises ValueError
-        at an unknown name or a value of another type."""
+        """Another configuration, in which `fields` have these values. A field of the model, of the
+        losses or of the run is given by its name alone; a field of a stage is set in all `stages`
+        (None: in every stage). The name of a part brings its architecture (`ARCHITECTURES`); a
+        field given beside it wins. Raises ValueError at an unknown name or a value of another
+        type."""
         fields = _architectures(self.model, fields) | fields
         values = self.to_dict()
         parts = {name: values.pop(name) for name in ("model", "loss", "stages")}
@@ -400,14 +403,16 @@ def small() -> Config:
     )  # fmt: skip
 
 
-# The parts by the names that `learning_rates` and the log give them; the first five are stage 1's.
+# ---- the parts of a stage's model ----------------------------------------------------------------
+
+# By the names that `learning_rates` and the log give them; the first five are stage 1's.
 PARTS = (
-    *("segmentor.encoder", "segmentor.connector", "segmentor.pixel_decoder", "segmentor.decoder"),
-    *("segmentor.class_head", "image_encoder", "image_projector", "seg_projector", "llm"),
-    *("llm_projector", "background_embedding"),
-)
-HANDED_ON = {1: PARTS[:4], 2: PARTS[6:8]}  # to the stages that start from this one
-NEW_PARTS = {  # what a stage may train from nothing (paper table 8 has stage 3 without stage 2)
+    "segmentor.encoder", "segmentor.connector", "segmentor.pixel_decoder", "segmentor.decoder",
+    "segmentor.class_head", "image_encoder", "image_projector", "seg_projector", "llm",
+    "llm_projector", "background_embedding",
+)  # fmt: skip
+HANDED_ON = {1: PARTS[:4], 2: PARTS[6:8]}  # what later stages take from a stage
+NEW_PARTS = {  # what a stage may train from random weights (table 8 has stage 3 without stage 2)
     1: PARTS[1:5],
     2: PARTS[6:8],
     3: (*PARTS[4:5], *PARTS[6:8], *PARTS[9:]),
@@ -415,12 +420,13 @@ NEW_PARTS = {  # what a stage may train from nothing (paper table 8 has stage 3 
 
 
 def part_name(name: str) -> str:
-    """The part that a tensor, by our name or that on disk, belongs to: "llm", …"""
+    """The part that a tensor belongs to, by its name in the model or on disk: "llm" of
+    "llm.model.norm.weight"."""
     return ".".join(name.split(".")[: 2 if name.startswith("segmentor.") else 1])
 
 
 def part_names(model: ModelConfig, stage: int) -> list[str]:
-    """The parts of a stage's model."""
+    """The parts that a stage's model has, in the order of `PARTS`."""
     absent = set(PARTS[5:] if stage == 1 else ())
     if model.seg_backbone_config or model.decoder == "sam":
         absent |= {"segmentor.connector", "segmentor.pixel_decoder" * (model.decoder == "sam")}
@@ -432,8 +438,9 @@ def part_names(model: ModelConfig, stage: int) -> list[str]:
 
 
 def origins(config: Config, number: int, brought: dict[str, str]) -> dict[str, str]:
-    """Where each part of a stage's model is read from before its first step, "" for one that starts
-    from nothing. `brought`: the parts that --init gives to this stage, and its paths."""
+    """Where the parts of a stage's model are read from before its first step: a folder, "stage 1",
+    a path of --init, or "" for a part that starts from random weights. `brought` has the parts that
+    --init gives to this stage, with the paths that they come from."""
     found = {"segmentor.encoder": config.model.seg_encoder, "llm": config.model.llm}
     found["image_encoder"] = config.model.image_encoder
     for earlier in config.stages[number].starts_from:
@@ -442,18 +449,17 @@ def origins(config: Config, number: int, brought: dict[str, str]) -> dict[str, s
     return {part: found.get(part, "") for part in part_names(config.model, number)}
 
 
-__getattr__ = former_names(toy="xsam.former.presets")
-
-
 def stage_folder(out: Path, stage: int) -> Path:
+    """Where a run in the folder `out` keeps the checkpoints of a stage."""
     return Path(out) / f"stage{stage}"
 
 
-# ---- dictionaries and flags ----------------------------------------------------------------------
+# ---- from dictionaries ---------------------------------------------------------------------------
 
 
-def _build(kind, values, where: str):
-    """`values` as `kind`: a dataclass, a tuple or dict type, or a plain type. Raises ValueError."""
+def build_value(kind, values, where: str):
+    """`values`, as JSON gives them, as `kind`: a dataclass, a tuple or dict type, or a plain type.
+    Raises ValueError, which names `where` they stand, at an unknown name or another type."""
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin is Literal:
         if values not in arguments:
@@ -471,26 +477,28 @@ def _build(kind, values, where: str):
             known = ", ".join(hints)
             raise ValueError(f"{where}: unknown name {', '.join(unknown)}; known are {known}")
         built = {
-            name: _build(hints[name], value, f"{where}.{name}") for name, value in values.items()
+            name: build_value(hints[name], value, f"{where}.{name}")
+            for name, value in values.items()
         }
         try:
             return kind(**built)
         except TypeError as error:  # a name without a default is missing
             raise ValueError(f"{where}: {error}") from error
     if origin is tuple:
-        return tuple(_build(arguments[0], value, where) for value in values)
+        return tuple(build_value(arguments[0], value, where) for value in values)
     if origin is dict and arguments:
         try:
             keys = [arguments[0](key) for key in values]  # JSON makes numbers strings
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         items = zip(keys, values.values(), strict=True)
-        return {key: _build(arguments[1], value, f"{where}.{key}") for key, value in items}
+        return {key: build_value(arguments[1], value, f"{where}.{key}") for key, value in items}
     return float(values) if kind is float else copy.deepcopy(values)
 
 
 def _architectures(model: ModelConfig, fields: dict) -> dict:
-    """What the names of parts among `fields` bring. Raises ValueError at an unknown seg_encoder."""
+    """The fields that the names of parts among `fields` bring. Raises ValueError at an unknown
+    seg_encoder."""
     brought = {}
     for part, known in ARCHITECTURES.items():
         if part in fields:
@@ -502,3 +510,6 @@ def _architectures(model: ModelConfig, fields: dict) -> dict:
             unknown = {f"{part}_config": {}} if hasattr(model, f"{part}_config") else {}
             brought |= known.get(fields[part], unknown)
     return brought
+
+
+__getattr__ = former_names(toy="xsam.former.presets")  # code written for version 0.1 finds it
