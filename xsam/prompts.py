@@ -172,7 +172,8 @@ def _draw(texts: list[str], rng: np.random.Generator | None) -> str:
 
 
 def join_phrases(names: list[str]) -> str:
-    """ "<p>cat</p>, <p>sky</p>" of the names cat and sky; "<region>" stands for a visual prompt."""
+    """The names as a prompt has them: "<p>cat</p>, <p>sky</p>". "<region>" stands for a visual
+    prompt."""
     return ", ".join(f"<p>{name}</p>" for name in names)
 
 
