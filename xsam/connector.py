@@ -43,8 +43,8 @@ class Projector(nn.Module):
 
 
 class ConvBranch(nn.Module):
-    """One scale: three convolutions, every one with a LayerNorm behind it and none with an
-    activation, then pixel shuffle (appendix A, "Model Framework")."""
+    """One scale: three convolutions, a LayerNorm after each and no activation, then pixel shuffle
+    (appendix A, "Model Framework")."""
 
     def __init__(self, in_dim: int, hidden_dim: int, scale: float):
         super().__init__()
