@@ -271,10 +271,10 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)  # weights and points
 
     # ---- data
-    categories: tuple[dict, ...] = ()  # {"name", "is_thing"} of the generic data, from training
+    categories: tuple[dict, ...] = ()  # {"name", "is_thing"} of the classes of training
     # share of the images of each of your own files, chosen by the seed, that training leaves out
     held_out: float = 0.0
-    init: tuple[str, ...] = ()  # what --init named, in place of the first stage's earlier ones
+    init: tuple[str, ...] = ()  # checkpoints of --init, in place of the earlier stages' own
     phrasings: str = ""  # JSON file of questions and answers in place of ours (prompts.py)
 
     # ---- training
@@ -282,7 +282,7 @@ class Config:
     # type of weights and gradients in training: bfloat16 computes under autocast and updates
     # float32 masters (optimizer.py), float32 is float32 throughout
     dtype: Dtype = "bfloat16"
-    llm_bits: int = 0  # 8 or 4: bits that hold a frozen language model (bitsandbytes); 0: all
+    llm_bits: int = 0  # 8 or 4: bits of a frozen language model (bitsandbytes); 0: dtype
     optimizer_bits: int = 32  # bits of AdamW's moments, 32 or 8 (torchao)
     recompute: bool = True  # activation checkpointing: blocks run again in the backward pass
     # torch.compile for each block: on an H100 a fifth off a step of stage 3, after 1.5 minutes
@@ -304,7 +304,7 @@ class Config:
     overlap_threshold: float = 0.8  # panoptic: least visible share of a segment
     presence: float = 0.0  # referring, reasoning: a phrase whose best score is below it has no mask
     # tasks, sets or files of your own that are scored before the first stage and after each; as a
-    # flag none, or '', for none; where you train on files of your own and do not say, these
+    # flag none, or '', for none; where own files are trained on, these by default
     eval_tasks: tuple[str, ...] = ()
     num_pictures: int = 8  # pictures of predictions for each task
 

@@ -132,7 +132,7 @@ class ResizeAndPad:
         rows = (np.arange(height) + self.top + 0.5) * self.original[0] / self.resized[0]
         columns = (np.arange(width) + self.left + 0.5) * self.original[1] / self.resized[1]
         takes = [(rows.astype(int), -2), (columns.astype(int), -1)]
-        # Rows are copied as whole lines, columns pixel by pixel: columns of the fewer rows.
+        # A row is copied as a whole, a column pixel by pixel: columns are taken of fewer rows.
         for index, axis in takes if self.resized < self.original else takes[::-1]:
             values = values.take(index, axis)
         canvas = np.full((*values.shape[:-2], self.size, self.size), fill, values.dtype)
@@ -279,7 +279,8 @@ class Processor:
         self.config, self.tokenizer = config, tokenizer
         model = config.model
         side = math.ceil(model.seg_image_size / model.seg_patch_size / 2) * model.seg_tokens
-        self.num_visual_tokens, self.image_size = side**2, 0  # of an image; 0: no image encoder
+        self.num_visual_tokens = side**2  # of an image
+        self.image_size = 0  # side of the image encoder's input; 0: there is none
         if model.image_encoder != "none" and model.image_encoder_config:
             self.image_size = model.image_encoder_config["image_size"]
             grid = self.image_size // model.image_encoder_config["patch_size"]
