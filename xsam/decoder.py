@@ -229,7 +229,7 @@ class DeformableAttention(nn.Module):
 
 
 class PixelDecoderLayer(nn.Module):
-    """Deformable attention and MLP, a LayerNorm after either residual."""
+    """Deformable attention and MLP on x [B, N, C], a LayerNorm after either residual."""
 
     def __init__(self, dim: int, num_heads: int, num_levels: int, num_points: int, mlp_dim: int):
         super().__init__()

@@ -62,7 +62,8 @@ def relative_positions(table: Tensor, size: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention over a grid with decomposed relative positions (Li et al. 2022, MViTv2).
+    """Self-attention over a grid [B, h, w, C] with decomposed relative positions (Li et al. 2022,
+    MViTv2).
 
     The bias of query (i, j) and key (k, l) is q·R_h[i, k] + q·R_w[j, l]. It is a longer dot
     product: append the two rows of biases to the query and one-hot row and column codes to the key.
@@ -103,6 +104,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with an exact GELU between, [..., dim] to [..., dim]."""
+
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
         self.lin1 = nn.Linear(dim, hidden_dim)
