@@ -20,7 +20,7 @@ from xsam.weights import parameters_on_meta
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "ablations.md"
 COMMANDS = re.findall(r"^torchrun --nproc_per_node 8 xsam/train\.py (.*)$", PAGE.read_text(), re.M)
-TABLES = (6, 7, 8, 9, 19, 20, 22)
+TABLES = (6, 7, 8, 9, 19, 20, 21, 22)
 # Parts by name, as tiny folders that transformers' own classes have written.
 TINY = {
     "mask2former-swin-large-coco-panoptic": "swin",

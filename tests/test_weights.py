@@ -874,3 +874,21 @@ def test_loading_needs_little_more_memory_than_the_weights(world, config, kind, 
         check=True,
     )
     assert float(result.stdout.split()[-1]) <= 1.15
+
+
+def test_code_that_lies_in_a_folder_is_never_run(world, config, tmp_path, monkeypatch):
+    """Nor is the user asked about it, as transformers does."""
+    folder, ran = tmp_path / "phi3", tmp_path / "ran"
+    shutil.copytree(world / "weights" / config.model.llm, folder)
+    (folder / "theirs.py").write_text(f"open({str(ran)!r}, 'w')\nclass Theirs: pass\n")
+    for file, more in (
+        ("config.json", {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Theirs"}}),
+        ("tokenizer_config.json", {"tokenizer_class": "Theirs"}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}}),
+    ):
+        values = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(values | more))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="no tokenizer could be read"):
+        read_tokenizer(folder)
+    assert not ran.exists()

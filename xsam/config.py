@@ -133,8 +133,8 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture (paper section 3, figure 3). Every alternative of the paper's ablations is a
-    value here; `ARCHITECTURES` says which fields the name of a part brings with it."""
+    """Architecture (paper section 3.2, figure 3). Every alternative of paper tables 7, 9, 20 and 21
+    is a value here; `ARCHITECTURES` says which fields the name of a part brings with it."""
 
     # ---- segmentation encoder
     seg_encoder: str = "sam-vit-large"  # its folder under the weights root; brings its sizes
@@ -209,7 +209,8 @@ def is_in(name: str, path: str) -> bool:
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the recipe (paper tables 10 and 11)."""
+    """One row of the recipe (paper figure 5, tables 10 and 11; ablations: tables 6, 8, 19 and
+    22)."""
 
     # peak learning rates by part or module, of which the longest name counts; "" is all others, 0
     # freezes (table 11)

@@ -1,7 +1,7 @@
 """Between the encoders, the language model and the decoder: pixel shuffle, projectors, connector,
 region sampler.
 
-Paper section 3 ("Dual Projectors", "Segmentation Connector") and figure 4.
+Paper section 3.2 ("Dual Projectors", "Segmentation Connector"), figure 4, and appendix A.
 Legend: B batch, H W grid, C channels, N tokens, R regions, P points, s scale.
 """
 
@@ -44,7 +44,7 @@ class Projector(nn.Module):
 
 class ConvBranch(nn.Module):
     """One scale: three convolutions, a LayerNorm after each and no activation, then pixel shuffle
-    (appendix A, "Model Framework")."""
+    (paper appendix A, "Model Framework")."""
 
     def __init__(self, in_dim: int, hidden_dim: int, scale: float):
         super().__init__()
@@ -104,8 +104,8 @@ def sample_regions(
     pooling: str = "mean",
     num_vectors: int = 1,
 ) -> Tensor:
-    """Region sampler (appendix A, "Region Sampling"): reads visual tokens bilinearly at the points
-    of every visual prompt, and pools equal shares of these, by mean or by maximum, into
+    """Region sampler (paper appendix A, "Region Sampling"): reads visual tokens bilinearly at the
+    points of every visual prompt, and pools equal shares of these, by mean or by maximum, into
     `num_vectors` vectors.
 
     tokens [B, H, W, C] are projected visual tokens; points [R, P, 2] are (row, column) in 0..1,

@@ -645,7 +645,8 @@ def share_batches(sizes: list[int], factors: list[float], batch_size: int) -> li
 
 
 class Mixture(torch.utils.data.Dataset):
-    """The datasets of a stage, resampled; every global batch comes from one of them.
+    """The datasets of a stage, resampled; every global batch comes from one of them (paper appendix
+    A, "Stage 3: Mixed Fine-tuning").
 
     A dataset of n samples and factor r fills about n·r / batch size batches of an epoch, at least
     one: with all of its samples floor(r) times, then with a random part. Samples that are short of

@@ -1,6 +1,6 @@
 """From multi-scale features to masks: pixel decoder, masked-attention decoder, class heads.
 
-Last box of the diagram (paper section 3, "Segmentation Decoder"): the decoder of Mask2Former (Cheng
+Last box of the diagram (paper section 3.2, "Segmentation Decoder"): that of Mask2Former (Cheng
 et al. 2022) with deformable attention (Zhu et al. 2021) in plain PyTorch, the <SEG> state added to
 its queries, and class scores that are cosines between queries and condition embeddings. Parameter
 names are those of transformers' Mask2Former.
@@ -479,7 +479,7 @@ class MaskedAttentionDecoder(nn.Module):
 
 
 class LinearClassHead(nn.Module):
-    """The class head of stage 1: a fixed list of classes, background last."""
+    """The class head of stage 1 (paper section 3.3): a fixed list of classes, background last."""
 
     def __init__(self, dim: int, num_classes: int):
         super().__init__()
@@ -492,7 +492,7 @@ class LinearClassHead(nn.Module):
 
 class CosineClassHead(nn.Module):
     """The class head of stages 2 and 3: exp(scale)·cos(query, condition), clamped; the classes are
-    whatever the prompt names."""
+    whatever the prompt names (paper section 3.1, "Unified Formulation")."""
 
     def __init__(self, clamp: float):
         super().__init__()

@@ -1,6 +1,6 @@
 """The dual encoders: SAM's ViT written out by hand, the image encoder through transformers.
 
-First boxes of the diagram (paper section 3, "Dual Encoders"). The segmentation encoder gives fine
+First boxes of the diagram (paper section 3.2, "Dual Encoders"). The segmentation encoder gives fine
 features to the connector and, pixel-shuffled, to the language model; the image encoder gives global
 ones to the language model.
 Legend: B batch, h w patch grid, C channels, N tokens, S side of the padded input and s side of the

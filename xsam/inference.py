@@ -1,6 +1,6 @@
 """Asking a model: requests, their answers as masks, and models from the disk.
 
-`predict` is the whole of it for one image (README, "Use it on your pictures"). It makes a `Sample`
+`predict` is the whole of it for one image (docs/predict.md). It makes a `Sample`
 of a request, `build_inputs` makes batches of samples, `predict_inputs` runs the model and makes
 masks (postprocess.py). `load_checkpoint` opens our checkpoints and the published ones.
 """

@@ -1,7 +1,7 @@
 """The language model: special tokens, chat rendering, splicing visual tokens in, finding what the
 tokens ask of the decoder, generation.
 
-Middle box of the diagram (paper section 3). Any causal model of transformers; the chat template and
+Middle box of the diagram (paper figure 3). Any causal model of transformers; the chat template and
 the vocabulary come from its tokenizer.
 Legend: B samples, N positions, T new tokens, C width, V visual tokens of a sample, G vectors of
 regions, R decoder runs, K classes of a run.
@@ -291,8 +291,8 @@ class LanguageModel(nn.Module):
         return output.last_hidden_state
 
     def token_loss(self, states: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of the labelled tokens, summed: states [B, N, C] predict labels [B, N] of
-        the next position. Logits are made for these tokens alone."""
+        """Cross-entropy of the labelled tokens, summed (paper equation 2): states [B, N, C] predict
+        labels [B, N] of the next position. Logits are made for these tokens alone."""
         is_labelled = labels[:, 1:] != IGNORE_LABEL
         logits = self.model.get_output_embeddings()(
             states[:, :-1][is_labelled]

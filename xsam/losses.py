@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from xsam.config import Config, LossConfig
-
 if TYPE_CHECKING:
+    from xsam.config import Config, LossConfig
     from xsam.data import Batch
     from xsam.decoder import DecoderOutput
     from xsam.model import XSAM, Segmentor
@@ -160,15 +159,23 @@ def uncertain_points(
     return torch.cat([uncertain, scattered], dim=1)
 
 
-def mask_losses(mask_logits: Tensor, target_values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy and dice loss of N pairs of a mask and its target at P points, summed
-    over the pairs. All [N, P]; `valid` is 1, or 0 at points that are ignored."""
-    bce = F.binary_cross_entropy_with_logits(mask_logits, target_values, reduction="none")
-    bce = (bce * valid).sum(-1) / valid.sum(-1).clamp(min=1)
+def cross_entropy(mask_logits: Tensor, target_values: Tensor, valid: Tensor) -> Tensor:
+    """Binary cross-entropy [N] of N masks and their targets at P points, as a mean over those where
+    `valid` is 1, not 0; all [N, P]."""
+    losses = F.binary_cross_entropy_with_logits(mask_logits, target_values, reduction="none")
+    return (losses * valid).sum(-1) / valid.sum(-1).clamp(min=1)
+
+
+def dice(mask_logits: Tensor, target_values: Tensor, valid: Tensor) -> Tensor:
+    """Dice loss [N] of N masks and their targets at P points, of which those count where `valid` is
+    1, not 0; all [N, P]."""
     probabilities, target_values = mask_logits.sigmoid() * valid, target_values * valid
     size = probabilities.sum(-1) + target_values.sum(-1)
-    dice = 1 - (2 * (probabilities * target_values).sum(-1) + 1) / (size + 1)
-    return bce.sum(), dice.sum()
+    return 1 - (2 * (probabilities * target_values).sum(-1) + 1) / (size + 1)
+
+
+# What a matched mask is trained with; the weight of each is LossConfig.NAME_weight.
+MASK_LOSSES = {"mask": cross_entropy, "dice": dice}
 
 
 def segmentation_losses(
@@ -178,8 +185,8 @@ def segmentation_losses(
     normalisers: Normalisers,
     config: LossConfig,
 ) -> dict[str, Tensor]:
-    """Unweighted "class", "mask" and "dice" losses, summed over the decoder outputs: float32
-    scalars.
+    """Unweighted losses, "class" and those of MASK_LOSSES (the terms of paper equation 1), summed
+    over the decoder outputs: float32 scalars.
 
     `targets` and `generators` have an entry for every run; the points of a run depend on its
     generator alone. A run without targets gives class loss only.
@@ -190,7 +197,8 @@ def segmentation_losses(
     device = class_logits.device
     classes = torch.full((L, R, Q), num_classes - 1, device=device)  # background
     # Zero, but in the graph: every parameter gets a gradient on every rank, targets or not.
-    bce_sum = dice_sum = mask_embeddings.sum() * 0 + predictions.mask_features.sum() * 0
+    zero = mask_embeddings.sum() * 0 + predictions.mask_features.sum() * 0
+    mask_sums = dict.fromkeys(MASK_LOSSES, zero)
 
     ignores = [target.ignore if config.ignore_unlabelled else None for target in targets]
     runs = [run for run, target in enumerate(targets) if len(target.labels) > 0]
@@ -226,19 +234,16 @@ def segmentation_losses(
         mask_logits = sample_features(masks[:, None], points)[:, 0]
         target_values = sample_masks(target.masks, matched.flatten(), points)
         valid = (~is_ignored(ignores[run], points)).float()
-        bce, dice = mask_losses(mask_logits, target_values, valid)
-        bce_sum, dice_sum = bce_sum + bce, dice_sum + dice
+        for name, loss in MASK_LOSSES.items():
+            mask_sums[name] = mask_sums[name] + loss(mask_logits, target_values, valid).sum()
 
     weights = torch.ones(num_classes, device=device)
     weights[-1] = config.background_weight
     class_sum = F.cross_entropy(
         class_logits.flatten(0, 2), classes.flatten(), weights, reduction="sum"
     )
-    return {
-        "class": class_sum / normalisers.class_weight,
-        "mask": bce_sum / normalisers.masks,
-        "dice": dice_sum / normalisers.masks,
-    }
+    losses = {name: total / normalisers.masks for name, total in mask_sums.items()}
+    return {"class": class_sum / normalisers.class_weight} | losses
 
 
 def count_targets(num_targets: list[int], num_queries: int, config: LossConfig) -> dict[str, float]:
@@ -260,16 +265,17 @@ class Objective(nn.Module):
         self.model, self.config = model, config
 
     def forward(self, batch: Batch, normalisers: Normalisers) -> dict[str, Tensor]:
-        """The weighted losses of a micro-batch, "class", "mask", "dice" and "text" as far as its
-        task has them; those of a step's micro-batches are to be added. Raises ValueError where the
-        model has more or fewer decoder runs than the batch has targets."""
+        """The weighted losses of a micro-batch, by name; those of a step's micro-batches and ranks
+        are to be added. They are the terms of paper equation 1 in stage 1, of equation 2 ("text")
+        in stage 2 and of chat, and of equation 3 elsewhere, which is both. Raises ValueError where
+        the model has more or fewer decoder runs than the batch has targets."""
         device, weights = batch.seg_pixels.device, self.config.loss
         is_mixed = self.config.dtype != "float32"
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
             outputs = self.model(batch)
         losses = {}
         if batch.task != "chat":  # every rank has the same names, also where nothing is found
-            losses = {name: torch.zeros((), device=device) for name in ("class", "mask", "dice")}
+            losses = {name: torch.zeros((), device=device) for name in ("class", *MASK_LOSSES)}
         num_runs = 0 if outputs.predictions is None else len(outputs.predictions.image_index)
         if num_runs != len(batch.targets):
             raise ValueError(f"{num_runs} decoder runs for {len(batch.targets)} sets of targets")

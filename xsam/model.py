@@ -1,6 +1,6 @@
 """X-SAM: the parts joined, for training (`forward`) and inference (`infer`).
 
-The whole diagram (paper section 3, figure 3). `Segmentor` alone is the model of stage 1; `XSAM`
+The whole diagram (paper section 3.2, figure 3). `Segmentor` alone is the model of stage 1; `XSAM`
 adds the image encoder and the language model, whose condition and <SEG> states say what the
 segmentor has to segment.
 Legend: B images of a batch, D reference images, h w patch grid, N positions of a text, V visual
@@ -353,7 +353,7 @@ class XSAM(nn.Module):
     def gather_condition_embeddings(self, states: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
         """The embeddings of the classes of every run, the background last, [R, K+1, C], and which
         of them are padding, bool [R, K+1]. A class is the mean of the projected states of its
-        phrase's tokens, <p> and </p> included (paper section 3, "Unified Formulation")."""
+        phrase's tokens, <p> and </p> included (paper section 3.1, "Unified Formulation")."""
         inside = runs.phrase_number >= 0
         projected = self.llm_projector(states[inside])  # [tokens in phrases, C]
         index = runs.phrase_number[inside]

@@ -34,7 +34,7 @@ BLOCK = 256  # numbers of a moment in 8 bits that share a scale
 
 def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
     """Share of the peak learning rate at a step, from 0 on: a linear rise, then half a cosine down
-    to zero (paper table 11 has the warm-up's share of the steps)."""
+    to zero (paper table 11)."""
     warmup = max(1, round(num_steps * warmup_ratio))
     if step < warmup:
         return (step + 1) / warmup

@@ -2,10 +2,9 @@
 
 Behind `model.py` in the pipeline: `XSAM.infer` gives class and mask logits, these readers choose
 queries and resize what they chose, one mask at a time, so that what is at work fits a core's cache
-and memory stays near that of the result (rules: paper section 4, evaluation). Every reader takes
-`probabilities` float32 [Q, K+1], the last column that of no class, and `mask_logits` [Q, h, w] of
-the canvas, on any device. Legend: Q queries, K classes, N masks read, h w mask logits, H W original
-image.
+and memory stays near that of the result. Every reader takes `probabilities` float32 [Q, K+1], the
+last column that of no class, and `mask_logits` [Q, h, w] of the canvas, on any device. Legend: Q
+queries, K classes, N masks read, h w mask logits, H W original image.
 """
 
 from collections.abc import Iterator
@@ -333,8 +332,9 @@ def interactive_inference(
     region: np.ndarray,
     score_threshold: float = 0.5,
 ) -> Reading:
-    """Interactive reading, probabilities [Q, 2]: among the instances at or above the threshold, or
-    the best one, that whose mask has the best IoU with the prompt `region`, bool [H, W]."""
+    """Interactive reading (paper appendix A), probabilities [Q, 2]: among the instances at or above
+    the threshold, or the best one, that whose mask has the best IoU with the prompt `region`, bool
+    [H, W]."""
     masks, categories, scores = instance_inference(probabilities, mask_logits, transform)
     if not len(masks):
         return masks, categories, scores

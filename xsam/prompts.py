@@ -1,7 +1,7 @@
 """What is asked and answered: phrasings of every task, and the words of one turn.
 
 A question's {phrases} becomes "<p>name</p>, <p>name</p>", one phrase, or one "<p><region></p>" for
-each visual prompt (paper section 3, figure 2). An answer may say the names again in the same way;
+each visual prompt (paper section 3.1, figure 2). An answer may say the names again in the same way;
 the classes stay the question's. The phrasings are ours; for weights that were trained with others,
 a JSON file replaces them (`--phrasings`).
 """

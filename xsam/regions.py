@@ -1,7 +1,7 @@
 """Visual prompts as people give them: points, boxes, scribbles, lassos and masks.
 
 In front of `inference.py`: whatever marks a region becomes a mask bool [H, W], drawn as those that
-the model was trained with (paper section 3.4): a point and a scribble are grown by a disc, a box is
+the model was trained with (paper appendix A): a point and a scribble are grown by a disc, a box is
 filled. Coordinates are pixels of the image as viewers show it, x to the right and y down, the
 corner of the first pixel at (0, 0). Legend: H W image size.
 """

@@ -1,13 +1,13 @@
-"""Trains stages 1, 2 and 3, one after another with `--stage all`.
+"""Trains stages 1, 2 and 3 (paper section 3.3), one after another with `--stage all`.
 
     torchrun --nproc_per_node 2 xsam/train.py --config toy --stage all --out runs/toy
     torchrun --nproc_per_node 8 xsam/train.py --stage 3 --data datas --weights weights
 
-Works without torchrun as one process (recipe: paper section 4 and appendix A, tables 10 and 11).
-Writes checkpoints OUT/stageN/step_M, OUT/metrics.jsonl with a line a step, OUT/curves.png where
-matplotlib is installed, and where something is scored OUT/results.json, OUT/results.md and
-OUT/pictures. At SIGTERM and Ctrl-C it saves and ends; `--resume` goes on from the last checkpoint,
-on any number of processes. `--plan` says what a run needs.
+Works without torchrun as one process. Writes checkpoints OUT/stageN/step_M, OUT/metrics.jsonl with
+a line a step, OUT/curves.png where matplotlib is installed, and where something is scored
+OUT/results.json, OUT/results.md and OUT/pictures. At SIGTERM and Ctrl-C it saves and ends;
+`--resume` goes on from the last checkpoint, on any number of processes. `--plan` says what a run
+needs.
 """
 
 import sys

@@ -479,7 +479,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         names = {path.name for path in folder.iterdir()}
         if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}:
             raise ValueError("tokenizer.json, which has its words, is missing")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{model}: is read by sentencepiece and protobuf: pip install 'xsam[sentencepiece]'"

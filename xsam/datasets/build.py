@@ -53,7 +53,7 @@ def visual_prompts(
 
     Each 8-connected component adds its part; a mask of nothing but specks gets four empty prompts.
     Not dilated, point and scribble are one pixel wide, as COCO-Interactive stores them (PSALM);
-    dilated, they are as in COCO-VGD (X-SAM, section 3.4).
+    dilated, they are as in COCO-VGD (paper appendix A).
     """
     prompts = {kind: np.zeros(mask.shape, bool) for kind in PROMPT_TYPES}
     if not mask.any():
@@ -191,7 +191,7 @@ def build_vgd(
 ) -> dict[str, int]:
     """Writes COCO-VGD, a list with a record per image, from a COCO instances file.
 
-    Annotations keep what they have and gain `bbox_mode` and `visual_prompts` (X-SAM, section 3.4).
+    Annotations keep what they have and gain `bbox_mode` and `visual_prompts` (paper appendix A).
     Crowd, invalid rings, annotations without a valid ring and images without an annotation are
     skipped; returns how many, and prints it. The prompts depend on the seed and the ids alone.
     """

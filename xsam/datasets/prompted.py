@@ -1,4 +1,4 @@
-"""What is asked by visual prompts: COCO-Interactive and COCO-VGD (paper section 3.4).
+"""What is asked by visual prompts: COCO-Interactive and COCO-VGD (paper section 3.1).
 
 Legend: G visual prompts, H W image size.
 """

@@ -216,13 +216,13 @@ class Benchmark(NamedTuple):
 _LENGTHS = {"gIoU short": 47.7, "cIoU short": 48.1, "gIoU long": 56.0, "cIoU long": 40.8}
 
 _ROWS = (
-    ("panoptic", "coco_panoptic_val", "", PANOPTIC, dict(PQ=54.7)),
+    ("panoptic", "coco_panoptic_val", "", PANOPTIC, dict(PQ=54.7)),  # tables 2 and 12
     ("instance", "coco_instance_val", "", INSTANCES, dict(AP=47.0)),
     ("semantic", "coco_semantic_val", "", SEMANTIC, dict(mIoU=66.5)),
-    ("openvocab", "ade20k_panoptic_val", "", PANOPTIC, dict(PQ=20.9)),
+    ("openvocab", "ade20k_panoptic_val", "", PANOPTIC, dict(PQ=20.9)),  # tables 2 and 13
     ("openvocab", "ade20k_instance_val", "", INSTANCES, dict(AP=16.2)),
     ("openvocab", "ade20k_semantic_val", "", SEMANTIC, dict(mIoU=28.8)),
-    ("refer", "refcoco_val", "", MASK, dict(cIoU=85.1)),
+    ("refer", "refcoco_val", "", MASK, dict(cIoU=85.1)),  # tables 2 and 3
     ("refer", "refcoco_testA", " testA", MASK, dict(cIoU=87.1)),
     ("refer", "refcoco_testB", " testB", MASK, dict(cIoU=83.4)),
     ("refer", "refcoco+_val", " + val", MASK, dict(cIoU=78.0)),
@@ -230,19 +230,22 @@ _ROWS = (
     ("refer", "refcoco+_testB", " + testB", MASK, dict(cIoU=74.4)),
     ("refer", "refcocog_val", " g val", MASK, dict(cIoU=83.8)),
     ("refer", "refcocog_test", " g test", MASK, dict(cIoU=83.9)),
+    # table 16
     ("grefer", "grefcoco_val", "", NO_TARGET, dict(cIoU_targets=36.9, gIoU_targets=44.8)),
     ("grefer", "grefcoco_testA", " testA", NO_TARGET, dict(cIoU_targets=32.3, gIoU_targets=34.5)),
     ("grefer", "grefcoco_testB", " testB", NO_TARGET, dict(cIoU_targets=36.4, gIoU_targets=38.9)),
-    ("reason", "reasonseg_val", "", MASK, dict(gIoU=56.6, cIoU=32.9)),
+    ("reason", "reasonseg_val", "", MASK, dict(gIoU=56.6, cIoU=32.9)),  # tables 2 and 14
     ("reason", "reasonseg_test", " test", REASON_TEST, dict(gIoU=57.8, cIoU=41.0) | _LENGTHS),
+    # tables 2 and 4
     ("gcg", "gcg_val", "", GROUNDED, dict(METEOR=15.4, CIDEr=46.3, AP50=33.2, mIoU=69.4)),
     ("gcg", "gcg_test", " test", GROUNDED, dict(METEOR=15.1, CIDEr=42.7, AP50=32.9, mIoU=69.0)),
+    # tables 2 and 15
     ("interactive", "coco_interactive_val_point", " point", REGION, dict(mIoU=65.4, cIoU=62.9)),
     ("interactive", "coco_interactive_val_scribble", " scribble", REGION,
      dict(mIoU=66.9, cIoU=75.7)),
     ("interactive", "coco_interactive_val_box", " box", REGION, dict(mIoU=69.6, cIoU=75.4)),
     ("interactive", "coco_interactive_val_mask", " mask", REGION, dict(mIoU=69.7, cIoU=77.0)),
-    ("vgd", "coco_vgd_val_point", " point", INSTANCES, dict(AP=47.9, AP50=72.5)),
+    ("vgd", "coco_vgd_val_point", " point", INSTANCES, dict(AP=47.9, AP50=72.5)),  # tables 2 and 5
     ("vgd", "coco_vgd_val_scribble", " scribble", INSTANCES, dict(AP=48.7, AP50=73.4)),
     ("vgd", "coco_vgd_val_box", " box", INSTANCES, dict(AP=49.5, AP50=74.7)),
     ("vgd", "coco_vgd_val_mask", " mask", INSTANCES, dict(AP=49.7, AP50=74.9)),
@@ -250,7 +253,7 @@ _ROWS = (
     ("vgd", "coco_vgd_val_scribble_cross", " scribble cross", INSTANCES, {}),
     ("vgd", "coco_vgd_val_box_cross", " box cross", INSTANCES, {}),
     ("vgd", "coco_vgd_val_mask_cross", " mask cross", INSTANCES, {}),
-    ("chat", "mme", " MME", MME, dict(perception=1374, cognition=312)),
+    ("chat", "mme", " MME", MME, dict(perception=1374, cognition=312)),  # table 18
     ("chat", "mmbench", " MMBench", MMBENCH, dict(accuracy=69.3)),
     ("chat", "seed", " SEED", CHOICE, dict(accuracy=69.3)),
     ("chat", "pope", " POPE", POPE, dict(F1=89.3)),
@@ -434,8 +437,9 @@ def bert_embedder(folder: Path) -> Embed:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        own = dict(local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **own)
+        model = AutoModel.from_pretrained(folder, **own).eval()
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no BERT in it ({error})") from error
 
