@@ -287,60 +287,28 @@ def train_parser(arguments: list[str]) -> tuple[Parser, set[str], Config]:
         "--out runs/toy",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--stage",
-        choices=("1", "2", "3", "all"),
-        required=True,
-        help="what to train: segmentor, projectors, everything, or one after the other",
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="data root (default: datas; toy makes its own)"
-    )
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        metavar="DIR",
-        help="folder of Hugging Face folders (default: weights; toy makes its own)",
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/CONFIG)")
-    parser.add_argument(
-        "--init",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="checkpoint to start from in place of the earlier stages' in --out, ours or a "
-        "published X-SAM one, whole or a stage's part; may be repeated",
-    )
-    parser.add_argument(
-        "--allow-missing",
-        action="append",
-        default=[],
-        metavar="PREFIX",
-        help="names of tensors, as on disk, that an earlier stage's checkpoint may lack",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint, if any"
-    )
+    add = parser.add_argument
+    text = "what to train: segmentor, projectors, everything, or one after the other"
+    add("--stage", choices=("1", "2", "3", "all"), required=True, help=text)
+    add("--data", type=Path, metavar="DIR", help="data root (default: datas; toy makes its own)")
+    text = "folder of Hugging Face folders (default: weights; toy makes its own)"
+    add("--weights", type=Path, metavar="DIR", help=text)
+    add("--out", type=Path, metavar="DIR", help="run folder (default: runs/CONFIG)")
+    repeated = {"action": "append", "default": []}
+    text = "checkpoint to start from in place of the earlier stages' in --out, ours or a published "
+    text += "X-SAM one, whole or a stage's part; may be repeated"
+    add("--init", type=Path, metavar="PATH", help=text, **repeated)
+    text = "names of tensors, as on disk, that a checkpoint of --init may lack; may be repeated"
+    add("--allow-missing", metavar="PREFIX", help=text, **repeated)
+    add("--resume", action="store_true", help="go on from the last checkpoint, if any")
     add_device_flag(parser)
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="print parameters, memory per GPU, steps and time of the run, and exit; needs no data",
-    )
-    parser.add_argument("--gpus", type=count, metavar="N", help="GPUs of --plan (default: 8)")
-    parser.add_argument(
-        "--gpu-memory", type=float, metavar="GB", help="memory of a GPU of --plan (default: 80)"
-    )
-    parser.add_argument(
-        "--images-per-second",
-        type=float,
-        metavar="X",
-        help="of --plan: speed of all GPUs together, as measured (default: by their peak)",
-    )
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="train without bad records; they are counted"
-    )
+    text = "print parameters, memory per GPU, steps and time of the run, and exit; needs no data"
+    add("--plan", action="store_true", help=text)
+    add("--gpus", type=count, metavar="N", help="GPUs of --plan (default: 8)")
+    add("--gpu-memory", type=float, metavar="GB", help="memory of a GPU of --plan (default: 80)")
+    text = "of --plan: speed of all GPUs together, as measured (default: by their peak)"
+    add("--images-per-second", type=float, metavar="X", help=text)
+    add("--skip-bad", action="store_true", help="train without bad records; they are counted")
     return parser, add_config_flags(parser, preset), preset
 
 
