@@ -529,15 +529,19 @@ def _sum(output: DecoderOutput) -> Tensor:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = "compare", "parity", "times", "compiled", "growth"
-    parser.add_argument("what", nargs="?", choices=commands, default="compare")
+    parser.add_argument(
+        "what", nargs="?", choices=commands, default="compare", help="what to measure"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for WHAT.jsonl and .md")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--small", action="store_true", help="the toy's sizes")
+    size.add_argument("--small", action="store_true", help="at the toy's sizes")
     size.add_argument("--full", action="store_true", help="growth at the full preset's widths")
     text = "these alone: rows whose name begins with a PART"
     parser.add_argument("--parts", nargs="+", metavar="PART", help=text)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: 5)")
+    parser.add_argument(
+        "--backend", default="inductor", help="of compiled: torch.compile's (default: inductor)"
+    )
     add_device_flag(parser)
     options = parser.parse_args()
     report, device = Report(options.out / f"{options.what}.jsonl"), choose_device(options.device)

@@ -532,10 +532,10 @@ def floor(root: Path, scenes: list[Scene]) -> dict[tuple, Callable[[int], object
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--images", type=int, default=24, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--only", default="", help="layouts whose name holds this")
-    parser.add_argument("--quick", action="store_true", help="4 images, 2 rounds")
+    parser.add_argument("--images", type=int, default=24, help="photographs (default: 24)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default: 5)")
+    parser.add_argument("--only", default="", help="only layouts whose name holds this")
+    parser.add_argument("--quick", action="store_true", help="read 4 images in 2 rounds")
     options = parser.parse_args()
     num_images, num_rounds = (4, 2) if options.quick else (options.images, options.rounds)
     torch.set_num_threads(1)

@@ -330,7 +330,8 @@ def infer(report: Report, config: Config, device: torch.device, rounds: int) -> 
     model.set_tokenizer(build_tokenizer(config.model.llm_config["vocab_size"]))
     script, llm = Script(model), model.llm
     word, stop = model.tokenizer.convert_tokens_to_ids("circle"), min(llm.stop_ids)
-    answers = {"chat": [word], "gcg": 2 * [llm.phrase_id, word, llm.phrase_end_id] + [llm.seg_id]}
+    seg, phrase_start, phrase_end = llm.special_ids
+    answers = {"chat": [word], "gcg": 2 * [phrase_start, word, phrase_end] + [seg]}
     image, requests = build_requests()
 
     def run(task: str, ids: list[int], images: Image.Image | list[Image.Image] = image):
@@ -345,7 +346,7 @@ def infer(report: Report, config: Config, device: torch.device, rounds: int) -> 
     report.add("weights", gb=sum(parameter.nbytes for parameter in model.parameters()) / 1e9)
     for task in requests:
         with report.guard(f"inference, {task}"):
-            ids = answers.get(task, [llm.seg_id])
+            ids = answers.get(task, [seg])
             num_masks = len(run(task, ids).masks)
             figures = measure(lambda task=task, ids=ids: run(task, ids))
             report.add(
@@ -358,20 +359,26 @@ def infer(report: Report, config: Config, device: torch.device, rounds: int) -> 
         rate = (lengths[1] - lengths[0]) / (long - short)
         report.add("inference, tokens of an answer", tokens_per_s=rate)
     with report.guard("inference, a batch of panoptic"):
-        figures = measure(lambda: run("panoptic", [llm.seg_id], [image] * BATCH))
+        figures = measure(lambda: run("panoptic", [seg], [image] * BATCH))
         figures["images_per_s"] = BATCH / figures.pop("s")
         report.add("inference, a batch of panoptic", images=BATCH, **figures)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("what", choices=WHAT, help="what to measure")
     parser.add_argument("--out", type=Path, required=True, help="folder for WHAT.jsonl")
-    parser.add_argument("--small", action="store_true", help="the toy preset")
-    parser.add_argument("--gpus", type=int, default=8, help="that share the optimizer's states")
-    parser.add_argument("--memory", type=float, default=80.0, metavar="GB", help="of each")
-    parser.add_argument("--steps", type=int, default=2, help="timed, of each batch")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--small", action="store_true", help="measure the toy preset")
+    parser.add_argument(
+        "--gpus", type=int, default=8, help="GPUs that share AdamW's states (default: 8)"
+    )
+    memory = "memory of a GPU (default: 80)"
+    parser.add_argument("--memory", type=float, default=80.0, metavar="GB", help=memory)
+    parser.add_argument(
+        "--steps", type=int, default=2, help="timed steps of each batch (default: 2)"
+    )
+    backend = "of compiled_training: torch.compile's (default: inductor)"
+    parser.add_argument("--backend", default="inductor", help=backend)
     add_device_flag(parser)
     options = parser.parse_args()
     config = CONFIGS["toy" if options.small else "xsam"]()

@@ -201,9 +201,11 @@ def print_goals(records: dict[str, dict], card: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a new folder for the results")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, at toy size")
-    parser.add_argument("--parts", nargs="+", metavar="PART", help="these alone")
-    parser.add_argument("--seconds", type=float, default=470, help="for all parts (470)")
+    parser.add_argument("--rehearse", action="store_true", help="run on the CPU, at toy size")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="run these parts alone")
+    parser.add_argument(
+        "--seconds", type=float, default=470, help="time for all parts (default: 470)"
+    )
     options = parser.parse_args()
     check_packages()
     if options.out.exists():

@@ -44,11 +44,11 @@ def draw(path: Path, curve: list[dict], name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--predictions", type=Path, required=True, help="a folder with one for each set")
-    add("--data", type=Path, default=Path("datas"), help="data root (datas)")
+    add("--predictions", type=Path, required=True, help="folder with one for each set")
+    add("--data", type=Path, default=Path("datas"), help="data root (default: datas)")
     add("--sets", default="", help="sets of gRefCOCO (default: all that are predicted)")
-    add("--steps", type=int, default=20, help="thresholds between 0 and 1 (20)")
-    add("--out", type=Path, help="a picture of the curve; needs matplotlib")
+    add("--steps", type=int, default=20, help="thresholds between 0 and 1 (default: 20)")
+    add("--out", type=Path, help="picture of the curve to write; needs matplotlib")
     options = parser.parse_args()
     folder = options.predictions
     folder = folder / "predictions" if (folder / "predictions").is_dir() else folder

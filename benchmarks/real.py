@@ -79,10 +79,14 @@ def write_root(data: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("weights", "root"))
-    for flag in ("out", "data", "gguf", "tokenizer", "flags"):
-        parser.add_argument(f"--{flag}", type=Path, required=flag == "out")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("weights", "root"), help="what to write")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--data", type=Path, help="root: the data root to link")
+    parser.add_argument("--gguf", type=Path, help="weights: GGUF file of SmolLM2")
+    text = "weights: folder of the words of a random language model, in place of --gguf"
+    parser.add_argument("--tokenizer", type=Path, help=text)
+    parser.add_argument("--flags", type=Path, help="weights: file of flags for --config small")
     options = parser.parse_args()
     if options.what == "root":
         write_root(options.data, options.out)

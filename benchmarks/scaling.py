@@ -53,10 +53,10 @@ def images_per_second(runs: list) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="the toy world's data")
-    parser.add_argument("--weights", type=Path, required=True, help="the toy world's weights")
-    parser.add_argument("--steps", type=int, default=20, help="of each run")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data", type=Path, required=True, help="data of the toy world")
+    parser.add_argument("--weights", type=Path, required=True, help="weights of the toy world")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each run (default: 20)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each run (default: 3)")
     options = parser.parse_args()
     print("| accumulated | 1 process | 2 side by side | 2 together | 2 / 1 | communication |")
     print("|---|---|---|---|---|---|")

@@ -62,9 +62,9 @@ def draw(path: Path, pictures: list[Image.Image], texts: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a toy's stage 3")
-    parser.add_argument("--seed", type=int, default=0, help="of the world (0)")
-    parser.add_argument("--out", type=Path, help="a picture of it; needs matplotlib")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="stage 3 of a toy run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the toy world (default: 0)")
+    parser.add_argument("--out", type=Path, help="picture to write; needs matplotlib")
     add_device_flag(parser)
     options = parser.parse_args()
     model = XSAM.from_pretrained(options.checkpoint, device=options.device)

@@ -137,7 +137,9 @@ def check_predictions(report: Report, runs: Runs) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="for toy.jsonl and toy/")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for toy.jsonl and the run toy/"
+    )
     add_device_flag(parser)
     options = parser.parse_args()
     report = Report(options.out / "toy.jsonl")

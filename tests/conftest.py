@@ -109,5 +109,5 @@ def speaking_model(model, world) -> XSAM:
     with torch.no_grad():
         speaking.background_embedding.weight[0] = -torch.cat(queries).mean(dim=(0, 1))
         head = speaking.llm.model.get_output_embeddings().weight
-        head[model.llm.seg_id] = 1e3 * torch.cat(states).mean(dim=0)
+        head[model.llm.special_ids[0]] = 1e3 * torch.cat(states).mean(dim=0)
     return speaking

@@ -4,11 +4,15 @@ anything starts, and a name that matches nothing is an error.
 pytest tests/test_cli.py
 """
 
+import argparse
 import copy
+import dataclasses
+import importlib
 import json
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import faulty_train
@@ -17,8 +21,8 @@ from PIL import Image
 
 from xsam import evaluate as evaluate_command
 from xsam.checkpoints import find_checkpoint, save_checkpoint
-from xsam.cli import parse, preflight, train_command
-from xsam.config import PARTS, part_names, xsam
+from xsam.cli import NO_FLAGS, field_comments, parse, preflight, train_command
+from xsam.config import PARTS, Config, LossConfig, ModelConfig, Stage, part_names, xsam
 from xsam.datasets.registry import open_dataset
 from xsam.inference import load_checkpoint
 from xsam.model import XSAM, Segmentor
@@ -132,6 +136,108 @@ def test_datasets_with_a_plus_add_to_the_stages_own(stage, text, added):
         expected = (*row.datasets, *added) if number == stage else row.datasets
         assert config.stages[number].datasets == expected
     assert options.stages == [stage]
+
+
+def read_parsers(command, monkeypatch) -> list[argparse.ArgumentParser]:
+    """The parser of a command, and those of its sub-commands."""
+    found = []
+
+    def parse_args(parser, *_) -> None:
+        found.append(parser)
+        sys.exit()
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, parse_args)
+    with pytest.raises(SystemExit):
+        command()
+    for action in found[0]._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += action.choices.values()
+    return found
+
+
+def benchmark_command(path: Path, monkeypatch):
+    monkeypatch.syspath_prepend(path.parent)
+    return importlib.import_module(path.stem).main
+
+
+BENCHMARKS = [x for x in (ROOT / "benchmarks").glob("*.py") if "__main__" in x.read_text()]
+COMMANDS = [
+    "xsam.cli:train_command",
+    "xsam.evaluate:main",
+    "xsam.predict:main",
+    "xsam.toy.__main__:main",
+]
+COMMANDS += ["xsam.demo.__main__:main", "xsam.export:main", "xsam.datasets.commands:main"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *BENCHMARKS], ids=lambda x: getattr(x, "stem", x))
+def test_help_describes_every_flag_of_every_command(command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    if isinstance(command, Path):
+        main = benchmark_command(command, monkeypatch)
+    else:
+        module, _, name = command.partition(":")
+        main = getattr(importlib.import_module(module), name)
+    for parser in read_parsers(main, monkeypatch):
+        assert parser.description
+        for action in parser._actions:
+            if not isinstance(action, argparse._SubParsersAction):
+                text = parser._get_formatter()._expand_help(action) if action.help else ""
+                words = text.partition("default:")[0].split()
+                assert len(words) > 1, f"{parser.prog}: {action.option_strings or action.dest}"
+        parser.epilog = None  # an example may be longer
+        for columns in (80, 100):
+            monkeypatch.setenv("COLUMNS", str(columns))
+            for line in parser.format_help().splitlines():
+                assert len(line) <= columns, f"{parser.prog}: {line}"
+
+
+@dataclasses.dataclass
+class Sizes:
+    # ---- a heading
+    # what stands above,
+    # in two lines
+    above: int = 1
+    beside: dict = dataclasses.field(  # what stands beside
+        default_factory=dict
+    )
+    bare: int = 3
+
+
+def test_the_help_of_a_field_is_its_comment(monkeypatch):
+    """Compared with the comments as Python's own tokenizer finds them."""
+    assert field_comments(Sizes) == {
+        "above": "what stands above, in two lines",
+        "beside": "what stands beside",
+        "bare": "",
+    }
+    (parser,) = read_parsers(lambda: train_command(["--stage", "1"]), monkeypatch)
+    helps = {action.dest: action.help for action in parser._actions}
+    with (ROOT / "xsam/config.py").open() as source:
+        tokens = tokenize.generate_tokens(source.readline)
+        comments = " ".join(x.string[2:] for x in tokens if x.type == tokenize.COMMENT)
+    for kind in (ModelConfig, Stage, LossConfig, Config):
+        found = field_comments(kind)
+        assert list(found) == [entry.name for entry in dataclasses.fields(kind)]
+        for name, comment in found.items():
+            assert len(comment.split()) > 1 and comment in comments, name
+            assert name in NO_FLAGS or helps[name].startswith(comment)
+
+
+def test_help_has_the_values_of_the_preset(capsys):
+    for config, num_queries, steps in (("xsam", 200, "0"), ("toy", 20, "stage 1 400; stage 2 240")):
+        with pytest.raises(SystemExit):
+            parse(["--help", "--config", config])
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"one decoder run predicts (default: {num_queries})" in text
+        assert f"as many as these need (default: {steps}" in text
+
+
+def test_help_is_without_torch():
+    program = "import sys; from xsam.cli import parse\n"
+    program += "try: parse(['--help'])\nfinally: sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True)
 
 
 def test_a_flag_error_is_told_once_and_without_torch(monkeypatch, capsys):

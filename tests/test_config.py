@@ -31,7 +31,7 @@ def field_names(*kinds) -> list[str]:
 
 def parse(*arguments: str) -> dict:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_config_flags(parser)
+    add_config_flags(parser, xsam())
     return vars(parser.parse_args(arguments))
 
 
@@ -254,7 +254,7 @@ def test_a_missing_name_is_an_error():
 
 def test_every_field_has_a_flag_and_nothing_is_set_by_default():
     parser = argparse.ArgumentParser()
-    add_config_flags(parser)
+    add_config_flags(parser, xsam())
     flags = {action.dest for action in parser._actions} - {"help"}
     assert flags == set(field_names(ModelConfig, Stage, LossConfig, Config)) - NOT_FLAGS
     assert parse() == {}

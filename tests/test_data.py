@@ -26,6 +26,7 @@ from xsam.data import (
     SEG_MEAN,
     SEG_STD,
     Draw,
+    EncodedSample,
     Mixture,
     Processor,
     ResizeAndPad,
@@ -149,7 +150,7 @@ def test_words_that_are_too_many_are_refused_and_none_is_cut(processor, sample, 
     processor.config = processor.config.resolve(max_text_length=length)
     whole = processor.tokenize(sample)
     encoded = processor.encode(dataclasses.replace(sample), stage, rng())
-    assert (encoded["ids"], encoded["labels"]) == whole
+    assert (encoded.ids, encoded.labels) == whole
     processor.config = processor.config.resolve(max_text_length=length - 1)
     with pytest.raises(
         SampleTooLong, match=rf"{sample.task}/1: {length} text tokens.* {length - 1}$"
@@ -174,10 +175,10 @@ def test_a_generic_prompt_too_long_loses_absent_classes_only(processor, limit, l
     assert text_length(processor, sample) == 314
     processor.config = processor.config.resolve(max_text_length=limit)
     encoded = processor.encode(dataclasses.replace(sample), STAGE, rng())
-    kept = encoded["sample"]
-    assert len(encoded["ids"]) - processor.num_visual_tokens <= limit
+    kept = encoded.sample
+    assert len(encoded.ids) - processor.num_visual_tokens <= limit
     assert [kept.names[label] for label in kept.labels] == [NAMES[label] for label in labels]
-    assert encoded["targets"].labels.tolist() == kept.labels.tolist()
+    assert encoded.targets.labels.tolist() == kept.labels.tolist()
     assert (kept.masks == sample.masks).all()
     phrases = ", ".join(f"<p>{name}</p>" for name in kept.names)
     assert kept.turns == [(f"Segment all of: {phrases}.", "Sure, <SEG>.")]
@@ -189,7 +190,7 @@ def test_a_generic_prompt_that_fits_keeps_every_class(processor):
     sample = generic([3])
     length = text_length(processor, sample)
     processor.config = processor.config.resolve(max_text_length=length)
-    assert processor.encode(dataclasses.replace(sample), STAGE, rng())["sample"].names == NAMES
+    assert processor.encode(dataclasses.replace(sample), STAGE, rng()).sample.names == NAMES
 
 
 def test_a_generic_prompt_of_present_classes_that_is_too_long_is_refused(processor):
@@ -218,7 +219,7 @@ def test_an_answer_that_says_the_names_loses_those_that_its_question_loses(proce
     (question, _) = sample.turns[0]
     sample.turns = [(question, Phrased("There: {phrases}. <SEG>", NAMES))]
     processor.config = processor.config.resolve(max_text_length=150)
-    kept = processor.encode(sample, STAGE, rng())["sample"]
+    kept = processor.encode(sample, STAGE, rng()).sample
     phrases = ", ".join(f"<p>{name}</p>" for name in kept.names)
     assert 2 <= len(kept.names) < len(NAMES)
     assert kept.turns == [(f"Segment all of: {phrases}.", f"There: {phrases}. <SEG>")]
@@ -238,14 +239,14 @@ def two_referring(processor) -> list[dict]:
 def test_padding_is_at_one_side_and_carries_nothing(processor, two_referring, pad_left):
     batch = processor.collate(two_referring, pad_left=pad_left)
     width = batch.input_ids.shape[1]
-    assert width == max(len(item["ids"]) for item in two_referring)
+    assert width == max(len(item.ids) for item in two_referring)
     for row, item in enumerate(two_referring):
-        count = len(item["ids"])
+        count = len(item.ids)
         text = slice(width - count, width) if pad_left else slice(0, count)
-        assert batch.input_ids[row, text].tolist() == item["ids"]
-        assert batch.labels[row, text].tolist() == item["labels"]
+        assert batch.input_ids[row, text].tolist() == item.ids
+        assert batch.labels[row, text].tolist() == item.labels
         assert batch.attention_mask[row].sum() == batch.attention_mask[row, text].sum() == count
-        assert (batch.labels[row] != IGNORE_LABEL).sum() == sum(x >= 0 for x in item["labels"])
+        assert (batch.labels[row] != IGNORE_LABEL).sum() == sum(x >= 0 for x in item.labels)
 
 
 def test_each_phrase_is_a_run_whose_class_is_its_place_in_the_batch(processor, two_referring):
@@ -253,7 +254,7 @@ def test_each_phrase_is_a_run_whose_class_is_its_place_in_the_batch(processor, t
     assert batch.runs.image_index.tolist() == [0, 0, 1]
     assert [target.labels.tolist() for target in batch.targets] == [[0], [1], [2]]
     assert batch.run_seeds == [0, 1, 100]
-    expected = torch.cat([item["targets"].masks for item in two_referring])
+    expected = torch.cat([item.targets.masks for item in two_referring])
     assert torch.equal(torch.cat([target.masks for target in batch.targets]), expected)
 
 
@@ -283,8 +284,8 @@ def test_an_absent_phrase_has_no_run_but_is_a_class_of_the_others(processor, tok
     assert opened.sum(dim=1).tolist() == [3, 1, 1]
     spoken = batch.labels == tokenizer.convert_tokens_to_ids("<SEG>")
     assert spoken.sum(dim=1).tolist() == [2, 0, 1]  # a <SEG> for each run, in their order
-    masks = [encoded[0]["targets"].masks[0], encoded[0]["targets"].masks[1]]
-    masks += [encoded[2]["targets"].masks[0]]
+    masks = [encoded[0].targets.masks[0], encoded[0].targets.masks[1]]
+    masks += [encoded[2].targets.masks[0]]
     for target, mask in zip(batch.targets, masks, strict=True):
         assert torch.equal(target.masks, mask[None]) and mask.any()
 
@@ -336,7 +337,7 @@ def test_a_phrase_that_nothing_fits_may_have_a_run_without_a_target(processor):
     assert batch.runs.phrase_index.tolist() == [1, 2, 3, 4]
     assert [target.labels.tolist() for target in batch.targets] == [[1], [2], [], [4]]
     assert [len(target.masks) for target in batch.targets] == [1, 1, 0, 1]
-    masks = [items[0]["targets"].masks, *items[1]["targets"].masks[:, None]]
+    masks = [items[0].targets.masks, *items[1].targets.masks[:, None]]
     kept = [batch.targets[run].masks for run in (0, 1, 3)]
     assert all(torch.equal(mask, other) for mask, other in zip(kept, masks, strict=True))
     assert len(set(batch.run_seeds)) == 3 and batch.run_seeds[1:] == [0, 1, 2]
@@ -403,7 +404,7 @@ def test_a_batch_for_the_segmentor_has_no_text(config):
 
 
 def test_an_image_without_targets_is_encoded(processor):
-    targets = processor.encode(generic([], NAMES[:3]))["targets"]
+    targets = processor.encode(generic([], NAMES[:3])).targets
     size = processor.config.model.seg_image_size
     assert targets.masks.shape == (0, size, size) and targets.labels.shape == (0,)
     assert targets.masks.dtype == torch.bool and targets.labels.dtype == torch.int64
@@ -436,11 +437,11 @@ AUGMENTED = Stage({}, (), scale_range=(0.5, 3.0), flip_probability=0.5)
 def test_targets_follow_the_image_through_scale_crop_and_flip(config, seed):
     processor = Processor(config, None)
     encoded = processor.encode(coloured_sample(90, 120), AUGMENTED, rng(seed))
-    pixels = unnormalised(encoded["seg_pixels"])
-    height, width = encoded["transform"].visible
+    pixels = unnormalised(encoded.seg_pixels)
+    height, width = encoded.transform.visible
     on_image = torch.zeros(pixels.shape[1:], dtype=torch.bool)
     on_image[:height, :width] = True
-    targets = encoded["targets"]
+    targets = encoded.targets
     for mask, label in zip(targets.masks, targets.labels, strict=True):
         seen = (pixels[label] > 127) & on_image
         assert (seen & mask).sum() / (seen | mask).sum() > 0.93
@@ -484,12 +485,12 @@ def test_every_map_lands_where_the_pixels_of_the_picture_land(processor, seed):
     whole = coded_sample(seed)
     masks, ignore = whole.masks.copy(), whole.ignore.copy()
     encoded = processor.encode(whole, AUGMENTED, rng(seed))
-    rows, columns, on_image = shown(encoded["seg_pixels"])
+    rows, columns, on_image = shown(encoded.seg_pixels)
     from_edge = [np.abs((each + 0.5 + BLOCK / 2) % BLOCK - BLOCK / 2) for each in (rows, columns)]
     is_sure = on_image & (np.minimum(*from_edge) > 0.7)
     assert is_sure.sum() > 0.4 * on_image.sum()
     place = (rows.round().astype(int)[is_sure], columns.round().astype(int)[is_sure])
-    targets = encoded["targets"]
+    targets = encoded.targets
     assert targets.labels.tolist() == [0, 1, 2]
     for found, original in [*zip(targets.masks, masks, strict=True), (targets.ignore, ignore)]:
         assert (found.numpy()[is_sure] == original[place]).all()
@@ -501,9 +502,9 @@ def test_region_points_lie_where_the_pixels_of_their_prompt_land(processor, seed
     whole = coded_sample(seed)
     regions = whole.regions.copy()
     encoded = processor.encode(whole, AUGMENTED, rng(seed))
-    rows, columns, on_image = shown(encoded["seg_pixels"])
+    rows, columns, on_image = shown(encoded.seg_pixels)
     size = processor.config.model.seg_image_size
-    for points, region in zip(encoded["region_points"], regions, strict=True):
+    for points, region in zip(encoded.region_points, regions, strict=True):
         assert points.shape == (processor.config.model.num_region_points, 2)
         at = tuple((points * size).round().long().numpy().T)
         assert on_image[at].all()
@@ -526,9 +527,9 @@ def test_flips_and_crops_are_drawn(config):
         sample = coloured_sample(90, 120)
         before = sample.masks[0].copy()
         encoded = processor.encode(sample, AUGMENTED, rng(seed))
-        transforms.append(encoded["transform"])
+        transforms.append(encoded.transform)
         flips.append(not (sample.masks[0] == before).all())
-        counts.append(len(encoded["targets"].labels))
+        counts.append(len(encoded.targets.labels))
     assert any(p.top for p in transforms) and any(p.left for p in transforms)
     assert any(max(p.visible) < p.size for p in transforms)
     assert 5 < sum(flips) < 25 and min(counts) < 2
@@ -594,9 +595,9 @@ def test_region_points_are_the_pixels_of_the_prompt_exactly(processor, seed):
     stage = Stage({}, (), scale_range=(0.5, 2.5))
     sample = visual({"cat": region})
     encoded = processor.encode(sample, stage, rng(seed))
-    transform = encoded["transform"]
+    transform = encoded.transform
     canvas = coordinates(transform)
-    (points,) = encoded["region_points"]
+    (points,) = encoded.region_points
     assert (points >= 0).all() and (points <= 1).all()
     points = points.double().numpy() * transform.size
     inner = (points > 1).all(axis=1) & (points < np.array(transform.visible) - 2).all(axis=1)
@@ -611,7 +612,7 @@ def test_region_points_are_repeated_only_where_pixels_are_few(processor):
     few[12, 30] = few[14, 31] = True
     count = processor.config.model.num_region_points
     assert enough.sum() == count
-    of_few, of_enough = processor.encode(visual({"cat": few, "dog": enough}))["region_points"]
+    of_few, of_enough = processor.encode(visual({"cat": few, "dog": enough})).region_points
     scale = processor.config.model.seg_image_size / SIZE[1]
     expected = (np.array([[12, 30], [14, 31]]) + 0.5) * scale - 0.5
     for point in of_few.double().numpy() * processor.config.model.seg_image_size:
@@ -629,9 +630,9 @@ def test_an_empty_prompt_is_filled_from_another_image_or_leaves_with_its_masks(p
     ]
     encoded = [processor.encode(sample) for sample in samples]
     of_cat, of_bus, of_dog = (
-        encoded[0]["region_points"][0],
-        encoded[1]["region_points"][0],
-        encoded[1]["region_points"][1],
+        encoded[0].region_points[0],
+        encoded[1].region_points[0],
+        encoded[1].region_points[1],
     )
     batch = processor.collate(encoded)
     assert batch.region_index.tolist() == [0, 1, 1, 1]
@@ -643,8 +644,8 @@ def test_an_empty_prompt_is_filled_from_another_image_or_leaves_with_its_masks(p
     assert kept.turns[0][0] == "Like <p><region></p>, <p><region></p>."
     assert (kept.masks == samples[0].masks[:4]).all()
     again = processor.encode(visual({"cat": shown, "dog": shown}))
-    assert batch.labels[0][: len(again["labels"])].tolist() == again["labels"]
-    assert torch.equal(batch.targets[0].masks, again["targets"].masks)
+    assert batch.labels[0][: len(again.labels)].tolist() == again.labels
+    assert torch.equal(batch.targets[0].masks, again.targets.masks)
 
 
 def test_no_answer_depends_on_the_batch(processor):
@@ -704,7 +705,7 @@ def test_images_that_show_a_prompt_follow_those_of_the_batch(processor):
     for row, shade in enumerate((0, 0, 0, 10, 20, 30)):
         pixels = unnormalised(batch.seg_pixels[row])[:, :height, :width]
         assert (pixels - shade).abs().max() < 1
-    points = [each for item in encoded for each in item["region_points"]]
+    points = [each for item in encoded for each in item.region_points]
     assert torch.equal(batch.region_points, torch.stack(points))
 
 
@@ -714,10 +715,10 @@ def test_the_stage_changes_the_image_and_not_those_that_show_its_prompts(process
     sample = across(visual({"cat": corner}), 10)
     plain = processor.encode(across(visual({"cat": corner}), 10))
     changed = processor.encode(sample, stage, rng(1))
-    assert changed["transform"] != plain["transform"]
-    assert torch.equal(changed["reference_pixels"][0], plain["reference_pixels"][0])
+    assert changed.transform != plain.transform
+    assert torch.equal(changed.reference_pixels[0], plain.reference_pixels[0])
     size = processor.config.model.seg_image_size
-    assert changed["region_points"][0].max() < 3 * size / SIZE[1] / size
+    assert changed.region_points[0].max() < 3 * size / SIZE[1] / size
 
 
 def test_a_prompt_that_its_donor_lacks_is_filled_and_a_lost_name_takes_its_donor_along(processor):
@@ -954,15 +955,17 @@ def test_a_draw_gives_the_same_tensors_whoever_asks(processor, world_size, num_w
             assert all(map(is_same, items, [expected[draw] for draw in draws]))
             seen += draws
     assert len(set(seen)) == 8 * 2 * world_size
-    drawn = [item["sample"].turns[0][1] for item in expected.values() if "targets" in item]
+    drawn = [
+        item.sample.turns[0][1] for item in expected.values() if isinstance(item, EncodedSample)
+    ]
     assert len(set(drawn)) > 2
 
 
 def test_places_and_epochs_draw_otherwise(processor):
     mix = mix_of(processor, Coded())
     items = [mix[Draw(0, 3, epoch, place)] for epoch in range(2) for place in range(1, 4)]
-    assert len({item["run_seed"] for item in items}) == 6
-    assert len({item["transform"] for item in items}) == 6
+    assert len({item.run_seed for item in items}) == 6
+    assert len({item.transform for item in items}) == 6
 
 
 # ---- bad and refused samples ---------------------------------------------------------------------

@@ -20,13 +20,13 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from xsam.decoder import (
-    Canvas,
+    Atlas,
     CosineClassHead,
     DecoderOutput,
     LinearClassHead,
     MaskedAttentionDecoder,
     PixelDecoder,
-    ReadCanvas,
+    ReadAtlas,
     row_dots,
     row_dots_on_cpu,
 )
@@ -166,32 +166,34 @@ def test_deformable_attention_starts_as_transformers():
 
 def readings(
     shapes: list[tuple[int, int]], num_points: int, dtype: torch.dtype
-) -> tuple[Canvas, Tensor, Tensor, Tensor]:
-    """A canvas, values, places and weights of two images, two heads and three channels; of the
-    places some lie beyond the borders, some far beyond."""
+) -> tuple[Atlas, Tensor, Tensor, Tensor]:
+    """An atlas, values, locations and weights of two images, two heads and three channels; of the
+    locations some lie beyond the borders, some far beyond."""
     torch.manual_seed(0)
-    canvas, levels = Canvas(shapes, torch.device("cpu")), len(shapes)
+    atlas, levels = Atlas(shapes, torch.device("cpu")), len(shapes)
     N = sum(height * width for height, width in shapes)
     values = torch.randn(2, N, 2, 3, dtype=dtype)
     offsets = torch.randn(2, N, 2, levels, num_points, 2, dtype=dtype)
     offsets *= torch.tensor([1, 3, 30])[torch.randint(3, (*offsets.shape[:-1], 1))]
-    places = (canvas.places[:, None, :, None] + offsets).flatten(3, 4)
+    locations = (atlas.centres[:, None, :, None] + offsets).flatten(3, 4)
     weights = torch.randn(2, N, 2, levels * num_points, dtype=dtype)
-    return canvas, values, places, weights
+    return atlas, values, locations, weights
 
 
-def test_reading_a_canvas_equals_grid_sample():
+def test_reading_an_atlas_equals_grid_sample():
     """Values and all gradients, inside, at the borders and beyond them."""
     shapes = [(2, 3), (5, 4), (6, 7)]
-    canvas, values, places, weights = readings(shapes, 4, torch.float32)
-    places[:, ::3] = places[:, ::3].round()  # whole cells, borders among them
-    leaves = [x.requires_grad_() for x in (values, places, weights)]
-    ours = ReadCanvas.apply(*leaves, canvas)
+    atlas, values, locations, weights = readings(shapes, 4, torch.float32)
+    locations[:, ::3] = locations[:, ::3].round()  # whole cells, borders among them
+    leaves = [x.requires_grad_() for x in (values, locations, weights)]
+    ours = ReadAtlas.apply(*leaves, atlas)
 
     expected = 0
     levels = values.split([h * w for h, w in shapes], dim=1)
-    parts = zip(levels, places.unflatten(3, (3, 4)).unbind(3), weights.split(4, dim=3), strict=True)
-    for (height, width), low, (level, place, weight) in zip(shapes, canvas.low, parts, strict=True):
+    parts = zip(
+        levels, locations.unflatten(3, (3, 4)).unbind(3), weights.split(4, dim=3), strict=True
+    )
+    for (height, width), low, (level, place, weight) in zip(shapes, atlas.low, parts, strict=True):
         maps = level.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, (height, width))
         inside = place - low - 1.5  # from the corner of the level, in cells
         grid = 2 * inside.transpose(1, 2).flatten(0, 1) / torch.tensor([width, height]) - 1
@@ -203,15 +205,15 @@ def test_reading_a_canvas_equals_grid_sample():
     noise = torch.randn_like(ours)
     ours, expected = (torch.autograd.grad(x, leaves, noise) for x in (ours, expected))
     # Of a place on the line between two cells either slope is right.
-    away = (places - places.round()).abs().amin(-1, keepdim=True) > 1e-3
+    away = (locations - locations.round()).abs().amin(-1, keepdim=True) > 1e-3
     for mine, reference, mask in zip(ours, expected, (1, away, 1), strict=True):
         torch.testing.assert_close(mine * mask, reference * mask, atol=1e-4, rtol=1e-4)
 
 
-def test_gradients_of_reading_a_canvas():
-    canvas, *leaves = readings([(1, 2), (3, 2)], 1, torch.float64)
+def test_gradients_of_reading_an_atlas():
+    atlas, *leaves = readings([(1, 2), (3, 2)], 1, torch.float64)
     leaves = [x.requires_grad_() for x in leaves]
-    assert torch.autograd.gradcheck(lambda *x: ReadCanvas.apply(*x, canvas), leaves)
+    assert torch.autograd.gradcheck(lambda *x: ReadAtlas.apply(*x, atlas), leaves)
 
 
 def test_row_dots_on_a_cpu_are_those_of_a_gpu():
@@ -223,11 +225,11 @@ def test_row_dots_on_a_cpu_are_those_of_a_gpu():
             torch.testing.assert_close(dots, torch.einsum("nc,nsc->ns", rows, table[index]))
 
 
-def test_a_diverged_model_can_read_a_canvas():
+def test_a_diverged_model_can_read_an_atlas():
     """The loop reports a loss that is not finite; reading must not fail before."""
-    canvas, values, places, weights = readings([(1, 2), (3, 2)], 1, torch.float32)
-    places[0, 0, 0, 0], places[0, 0, 1, 0], places[0, 1] = math.nan, math.inf, -math.inf
-    read = ReadCanvas.apply(values, places.requires_grad_(), weights, canvas)
+    atlas, values, locations, weights = readings([(1, 2), (3, 2)], 1, torch.float32)
+    locations[0, 0, 0, 0], locations[0, 0, 1, 0], locations[0, 1] = math.nan, math.inf, -math.inf
+    read = ReadAtlas.apply(values, locations.requires_grad_(), weights, atlas)
     assert read[0, 0, 0].isnan().all() and read.isnan().sum() == 3
     read.sum().backward()
 

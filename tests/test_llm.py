@@ -219,7 +219,7 @@ def test_token_loss_without_labels_is_zero_with_a_gradient(model):
 
 
 def test_phrases_are_numbered_over_the_batch(model):
-    P, E, x = model.llm.phrase_id, model.llm.phrase_end_id, 20
+    (_, P, E), x = model.llm.special_ids, 20
     rows = [
         [x, P, x, x, E, x, P, x, E, P, E],
         [x, x, x, x, x, x, x, x, x, x, x],

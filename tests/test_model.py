@@ -167,12 +167,13 @@ def test_conditions_and_seg_state_are_read_from_the_language_models_states(
     embeddings, _ = model.encode(batch)
     states = model.llm(embeddings, batch.attention_mask)[0]
     projected, ids = model.llm_projector(states), batch.input_ids[0].tolist()
-    opens = [place for place, token in enumerate(ids) if token == model.llm.phrase_id]
-    closes = [place for place, token in enumerate(ids) if token == model.llm.phrase_end_id]
+    seg, phrase_start, phrase_end = model.llm.special_ids
+    opens = [place for place, token in enumerate(ids) if token == phrase_start]
+    closes = [place for place, token in enumerate(ids) if token == phrase_end]
     expected = [projected[a : b + 1].mean(0) for a, b in zip(opens, closes, strict=True)]
     expected.append(model.background_embedding.weight[0])
     assert torch.allclose(seen["conditions"][0], torch.stack(expected), atol=1e-4)
-    assert torch.allclose(seen["seg"][0], projected[ids.index(model.llm.seg_id)], atol=1e-4)
+    assert torch.allclose(seen["seg"][0], projected[ids.index(seg)], atol=1e-4)
     assert seen["image_index"].tolist() == [0]
 
 

@@ -489,7 +489,7 @@ def replies(model: XSAM) -> list[SegmentationResult]:
 
     def say_seg(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
         logits = logits.clone()
-        logits[..., model.llm.seg_id] = 1e4
+        logits[..., model.llm.special_ids[0]] = 1e4
         return logits
 
     hook = model.llm.model.get_output_embeddings().register_forward_hook(say_seg)

@@ -697,7 +697,7 @@ def test_published_tables_may_end_with_the_three_tokens(model, world, tmp_path):
     path = write_published(state, tmp_path / "theirs", "file")
     options = {"config": toy(), "report": lambda _: None}
     loaded = XSAM.from_pretrained(path, tokenizer=world / "weights/phi3-toy", **options)
-    ids = loaded.llm.seg_id, loaded.llm.phrase_id, loaded.llm.phrase_end_id
+    ids = loaded.llm.special_ids
     assert ids == (known, known + 1, known + 2)
     assert loaded.config.model.llm_config["vocab_size"] == known + 3
     words.add_tokens(["<another>"])

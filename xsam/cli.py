@@ -4,11 +4,12 @@ Nothing here imports torch, so that a wrong flag or a missing file costs a secon
 """
 
 import argparse
-import dataclasses
+import inspect
 import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import types
@@ -19,14 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xsam.config import (
+    ARCHITECTURES,
     NEW_PARTS,
     PARTS,
     Config,
     Dtype,
-    LossConfig,
     ModelConfig,
-    Stage,
-    _build,
+    build_value,
     is_in,
     origins,
     part_names,
@@ -51,16 +51,10 @@ DEVICES = ("cpu", "cuda", "mps")
 
 CONFIGS = {"xsam": xsam, "small": small, "toy": toy}
 
-HELP = {
-    "eval_tasks": f"scored before the first stage and after each, of {', '.join(sets_by_task())}, "
-    "sets of these, and own files (default: the preset's; if own files are trained on, these); "
-    "none, or '', for none",
-    "held_out": "share of the images of each own file, chosen by the seed, to train without",
-    "learning_rates": 'by part, or by a module in one; "" for all others, 0 freezes; parts: '
-    + ", ".join(PARTS),
-    "datasets": "names, or files of your own, FILE.json[:IMAGES[:MASKS]]; "
-    "+NAME,... adds them to the stage's own",
-    "starts_from": "earlier stages whose checkpoints in --out are read; empty for none",
+KNOWN = {  # what a field may name, told in its help
+    **{part: tuple(names) for part, names in ARCHITECTURES.items() if part != "decoder"},
+    "learning_rates": PARTS,
+    "eval_tasks": tuple(sets_by_task()),
 }
 
 # Numbers of the configuration that have to be more than 0, and those that are 1 at most; none is
@@ -90,7 +84,7 @@ def _parse(kind, text: str):
         return tuple(typing.get_args(kind)[0](part.strip()) for part in text.split(",") if part)
     if origin is dict:
         try:
-            return _build(kind, json.loads(text), "value")
+            return build_value(kind, json.loads(text), "value")
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"expected a JSON object, not {text!r}") from error
     return kind(text)
@@ -99,32 +93,58 @@ def _parse(kind, text: str):
 NO_FLAGS = ("name", "model", "stages", "loss", "categories", "init")  # fields of Config
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> set[str]:
-    """`--FIELD VALUE` for every field of the configuration; a stage's field goes to each stage of
-    the run. Returns the fields."""
+def field_comments(kind: type) -> dict[str, str]:
+    """The comment of each field of a dataclass in its source: that beside the field, or else the
+    lines right above it."""
+    comments: dict[str, str] = {}
+    above: list[str] = []
+    for line in inspect.getsource(kind).splitlines():
+        code, _, comment = line.partition("# ")
+        if not code.strip() and comment and not comment.startswith("----"):
+            above.append(comment)
+            continue
+        if entry := re.match(r" {4}(\w+): ", code):
+            comments[entry[1]] = comment or " ".join(above)
+        above = []
+    return comments
+
+
+def add_config_flags(parser: argparse.ArgumentParser, preset: Config) -> set[str]:
+    """`--FIELD VALUE` for every field of the configuration, its help from the comment in config.py
+    and the preset's value; a stage's field goes to each stage of the run. Returns the fields."""
     names = set()
-    for title, kind in (
-        ("model", ModelConfig),
-        ("stage", Stage),
-        ("loss", LossConfig),
-        ("run", Config),
-    ):
-        group = parser.add_argument_group(f"{title} fields (default: the value of --config)")
-        hints = typing.get_type_hints(kind)
-        for entry in dataclasses.fields(kind):
-            if kind is Config and entry.name in NO_FLAGS:
-                continue
-            convert = lambda text, hint=hints[entry.name]: _parse(hint, text)  # noqa: E731
-            convert.__name__ = getattr(hints[entry.name], "__name__", str(hints[entry.name]))
+    owners = {"model": [preset.model], "stage": [*preset.stages.values()]}
+    owners |= {"loss": [preset.loss], "run": [preset]}
+    for title, rows in owners.items():
+        kind = type(rows[0])
+        group = parser.add_argument_group(f"{title} fields")
+        hints, comments = typing.get_type_hints(kind), field_comments(kind)
+        for name in (name for name in hints if name not in NO_FLAGS):
+            convert = lambda text, hint=hints[name]: _parse(hint, text)  # noqa: E731
+            convert.__name__ = getattr(hints[name], "__name__", str(hints[name]))
+            known = f"; known: {', '.join(KNOWN[name])}" if name in KNOWN else ""
+            default = _default([getattr(row, name) for row in rows])
             group.add_argument(
-                f"--{entry.name}",
+                f"--{name}",
                 type=convert,
                 default=argparse.SUPPRESS,
-                metavar=_metavar(hints[entry.name]),
-                help=HELP.get(entry.name),
+                metavar=_metavar(hints[name]),
+                help=f"{comments[name]}{known} (default: {default})".replace("%", "%%"),
             )
-            names.add(entry.name)
+            names.add(name)
     return names
+
+
+def _default(values: list) -> str:
+    """A field's value as its flag takes it, or the values of the stages where they differ."""
+    texts = [
+        json.dumps(value) if isinstance(value, (dict, bool)) else
+        ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for value in values
+    ]  # fmt: skip
+    if len(set(texts)) == 1:
+        return texts[0] or "empty"
+    return "; ".join(f"stage {n} {text or 'empty'}" for n, text in enumerate(texts, 1))
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
@@ -248,60 +268,55 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def train_parser() -> Parser:
+def train_parser(arguments: list[str]) -> tuple[Parser, set[str], Config]:
+    """The flags of xsam/train.py, those among them that are fields of the configuration, and the
+    preset that `arguments` name, whose values are the defaults."""
+    which = Parser(prog="xsam/train.py", add_help=False, allow_abbrev=False)
+    which.add_argument(
+        "--config",
+        choices=tuple(CONFIGS),
+        default="xsam",
+        help="preset; with --help, whose values are listed (default: %(default)s)",
+    )
+    preset = CONFIGS[which.parse_known_args(arguments)[0].config]()
     parser = Parser(
         prog="xsam/train.py",
+        usage="%(prog)s --stage {1,2,3,all} [--config PRESET] [--FLAG VALUE ...]",
+        parents=[which],
         description="Trains X-SAM; runs under torchrun or alone.",
         epilog="example: torchrun --nproc_per_node 2 xsam/train.py --config toy --stage all "
         "--out runs/toy",
         allow_abbrev=False,
     )
-    parser.add_argument("--stage", choices=("1", "2", "3", "all"), required=True)
-    parser.add_argument("--config", choices=tuple(CONFIGS), default="xsam", help="preset")
-    parser.add_argument("--data", type=Path, help="data root (default: datas; toy makes its own)")
-    parser.add_argument("--weights", type=Path, help="folder of Hugging Face folders (weights)")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG)")
-    parser.add_argument(
-        "--init",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="checkpoint to start from in place of the earlier stages' in --out, ours or a "
-        "published X-SAM one, whole or a stage's part; may be repeated",
-    )
-    parser.add_argument(
-        "--allow-missing",
-        action="append",
-        default=[],
-        metavar="PREFIX",
-        help="names of tensors, as on disk, that an earlier stage's checkpoint may lack",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint, if any"
-    )
+    add = parser.add_argument
+    text = "what to train: segmentor, projectors, everything, or one after the other"
+    add("--stage", choices=("1", "2", "3", "all"), required=True, help=text)
+    add("--data", type=Path, metavar="DIR", help="data root (default: datas; toy makes its own)")
+    text = "folder of Hugging Face folders (default: weights; toy makes its own)"
+    add("--weights", type=Path, metavar="DIR", help=text)
+    add("--out", type=Path, metavar="DIR", help="run folder (default: runs/CONFIG)")
+    repeated = {"action": "append", "default": []}
+    text = "checkpoint to start from in place of the earlier stages' in --out, ours or a published "
+    text += "X-SAM one, whole or a stage's part; may be repeated"
+    add("--init", type=Path, metavar="PATH", help=text, **repeated)
+    text = "names of tensors, as on disk, that a checkpoint of --init may lack; may be repeated"
+    add("--allow-missing", metavar="PREFIX", help=text, **repeated)
+    add("--resume", action="store_true", help="go on from the last checkpoint, if any")
     add_device_flag(parser)
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="print parameters, memory per GPU, steps and time of the run, and exit; needs no data",
-    )
-    parser.add_argument("--gpus", type=count, help="of --plan (8)")
-    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of each, for --plan (80)")
-    parser.add_argument(
-        "--images-per-second", type=float, metavar="X", help="of all GPUs, measured, for --plan"
-    )
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="train without bad records; they are counted"
-    )
-    return parser
+    text = "print parameters, memory per GPU, steps and time of the run, and exit; needs no data"
+    add("--plan", action="store_true", help=text)
+    add("--gpus", type=count, metavar="N", help="GPUs of --plan (default: 8)")
+    add("--gpu-memory", type=float, metavar="GB", help="memory of a GPU of --plan (default: 80)")
+    text = "of --plan: speed of all GPUs together, as measured (default: by their peak)"
+    add("--images-per-second", type=float, metavar="X", help=text)
+    add("--skip-bad", action="store_true", help="train without bad records; they are counted")
+    return parser, add_config_flags(parser, preset), preset
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     """The flags of xsam/train.py, with the folders that they leave open, and the configuration:
     checked as far as the command line alone, and the checkpoints of --init, can be."""
-    parser = train_parser()
-    fields = add_config_flags(parser)
+    parser, fields, preset = train_parser(arguments)
     options = parser.parse_args(arguments)
     flags = {name: vars(options).pop(name) for name in fields & vars(options).keys()}
     if flags.get("eval_tasks") == ("none",):
@@ -321,7 +336,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     options.replaced = set()  # those that no public folder is needed for
     try:
         check_flags(options, flags)
-        config = configure(options, flags, preset := CONFIGS[options.config]())
+        config = configure(options, flags, preset)
         check_config(options, flags, config)
         if options.init and all(path.exists() for path in options.init):
             from xsam.starts import inspect_init  # the first that imports torch

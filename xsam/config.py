@@ -1,7 +1,8 @@
 """Every number of the model, of the three training stages and of the losses.
 
 `xsam()` is the model of the paper, `small()` has smaller public parts, `toy.preset.toy()` small
-numbers. Every field is a flag of the command line (`cli.py`):
+numbers. Every field is a flag of the command line (`cli.py`), and the comment beside it, or else
+the lines right above it, is the flag's help:
 
     python xsam/train.py --config toy --stage 1 --num_queries 40 --global_batch_size 8
 
@@ -44,6 +45,7 @@ def _sam(dim: int, depth: int, heads: int, global_blocks: tuple[int, ...]) -> di
 def _swin(embed_dim: int, depths: list[int], num_heads: list[int], window_size: int) -> dict:
     config = dict(model_type="swin", embed_dim=embed_dim, depths=depths, num_heads=num_heads)
     config |= dict(window_size=window_size, image_size=384 if window_size == 12 else 224)
+    # The language model is shown the third of its four scales.
     return dict(seg_backbone_config=config, seg_patch_size=16, seg_dim=4 * embed_dim)
 
 
@@ -131,67 +133,73 @@ ARCHITECTURES: dict[str, dict[str, dict]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture (paper section 3.2 and figure 3). Lengths are pixels of the padded input.
+    """Architecture (paper section 3.2, figure 3). Every alternative of paper tables 7, 9, 20 and 21
+    is a value here; `ARCHITECTURES` says which fields the name of a part brings with it."""
 
-    Every alternative of paper tables 7, 9, 20 and 21 is a value here; `ARCHITECTURES` says what a
-    name brings with it.
-    """
-
-    # Segmentation encoder: the ViT of SAM, or with `seg_backbone_config` a Swin of transformers,
-    # whose four scales go to the pixel decoder without a connector.
-    seg_encoder: str = "sam-vit-large"  # folder under the weights root
+    # ---- segmentation encoder
+    seg_encoder: str = "sam-vit-large"  # its folder under the weights root; brings its sizes
+    # config.json of a Swin of transformers in place of SAM's ViT (table 7), whose four scales go to
+    # the pixel decoder without a connector; the name of a folder brings it
     seg_backbone_config: dict = field(default_factory=dict)
-    seg_image_size: int = 1024
-    seg_patch_size: int = 16  # also the stride of what the language model is shown
-    seg_dim: int = 1024  # width of what the language model is shown
-    seg_depth: int = 24
-    seg_heads: int = 16
-    seg_mlp_dim: int = 4096
-    seg_window_size: int = 14
-    seg_global_blocks: tuple[int, ...] = (5, 11, 17, 23)  # 0-based; the others attend in windows
-    seg_neck_dim: int = 256
+    seg_image_size: int = 1024  # side of the square padded input, in pixels
+    seg_patch_size: int = 16  # stride in pixels of the features that the language model is shown
+    seg_dim: int = 1024  # width of the features that the language model is shown
+    seg_depth: int = 24  # transformer blocks of SAM's ViT
+    seg_heads: int = 16  # attention heads of each block
+    seg_mlp_dim: int = 4096  # hidden width of the MLP of each block
+    seg_window_size: int = 14  # side of an attention window, in patches
+    seg_global_blocks: tuple[int, ...] = (5, 11, 17, 23)  # 0-based; these attend without windows
+    seg_neck_dim: int = 256  # width of SAM's neck, which decoder "sam" alone reads
 
-    # Image encoder ("none": the language model sees the segmentation encoder alone) and language
-    # model: architectures of the transformers library, by folder and by config.json values.
+    # ---- image encoder
+    # its folder under the weights root (table 20); "none": the language model sees the segmentation
+    # encoder alone
     image_encoder: str = "siglip2-so400m-patch14-384"
+    # config.json of a vision model of transformers; the name of a folder brings it
     image_encoder_config: dict = field(
         default_factory=lambda: _siglip_so400m()["image_encoder_config"]
     )
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of pixels in 0..1
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_resample: Literal["bicubic", "bilinear"] = "bicubic"
-    seg_tokens: bool = True  # False: the language model is shown the image encoder's tokens alone
-    llm: str = "Phi-3-mini-4k-instruct"
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # mean of red, green, blue in 0..1
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)  # deviation of red, green, blue in 0..1
+    image_resample: Literal["bicubic", "bilinear"] = "bicubic"  # resizes the image encoder's input
+    # false: the language model is shown the image encoder's tokens alone (table 7)
+    seg_tokens: bool = True
+
+    # ---- language model
+    llm: str = "Phi-3-mini-4k-instruct"  # its folder under the weights root (table 22)
+    # config.json of a causal language model of transformers; the name of a folder brings it
     llm_config: dict = field(default_factory=lambda: _phi3_mini()["llm_config"])
-    max_text_length: int = 2319  # text tokens of one sample, visual tokens not counted
+    max_text_length: int = 2319  # most text tokens of a sample; visual tokens do not count
 
-    # Segmentation connector: one scale, and one encoder layer, for each branch; the finest first.
-    # The pixel decoder attends over the three coarsest scales and paints at the finest.
-    connector: Literal["conv", "linear"] = "conv"
-    connector_dim: int = 512  # bottleneck of "conv"
+    # ---- segmentation connector: from one encoder layer to one scale in each branch
+    connector: Literal["conv", "linear"] = "conv"  # kind of each branch (table 9)
+    connector_dim: int = 512  # bottleneck channels of a "conv" branch
+    # multiples of the encoder's resolution, finest first; the pixel decoder attends over the three
+    # coarsest, and masks have the resolution of the finest
     connector_scales: tuple[float, ...] = (2.0, 1.0, 0.5)
-    connector_layers: tuple[int, ...] = (12, 18, 24)  # hidden-state index; 0 is the patch embedding
+    # hidden state that each branch reads; 0 is the patch embedding, i the output of block i
+    connector_layers: tuple[int, ...] = (12, 18, 24)
 
-    # Region sampler: points read inside a visual prompt, and how they become one vector.
-    num_region_points: int = 256
-    num_region_vectors: int = (
-        1  # of a <region>; the published code of 2026 has 64, of 4 points each
-    )
-    region_pooling: Literal["mean", "max"] = "mean"
+    # ---- region sampler
+    num_region_points: int = 256  # points read inside each visual prompt
+    # vectors of each <region>; the published code of 2026 has 64, of 4 points each
+    num_region_vectors: int = 1
+    region_pooling: Literal["mean", "max"] = "mean"  # how points become a vector
 
-    # Segmentation decoder: Mask2Former's (pixel decoder and masked-attention decoder) or SAM's mask
-    # decoder, which reads the neck of SAM's encoder.
+    # ---- segmentation decoder
+    # Mask2Former's pixel decoder and masked-attention decoder, or SAM's mask decoder on the neck of
+    # SAM's encoder (table 9)
     decoder: Literal["mask2former", "sam"] = "mask2former"
-    decoder_dim: int = 256
-    decoder_heads: int = 8
-    pixel_decoder_layers: int = 6
-    pixel_decoder_points: int = 4
-    pixel_decoder_mlp_dim: int = 1024
-    decoder_layers: int = 9
-    decoder_mlp_dim: int = 2048
-    num_queries: int = 200
-    num_classes: int = 133  # linear head of stage 1, background not counted
-    logit_clamp: float = 50.0
+    decoder_dim: int = 256  # width of queries, mask features and condition embeddings
+    decoder_heads: int = 8  # attention heads, of the pixel decoder too
+    pixel_decoder_layers: int = 6  # layers of deformable attention between the scales
+    pixel_decoder_points: int = 4  # points that a head reads on each scale
+    pixel_decoder_mlp_dim: int = 1024  # hidden width of the MLP of such a layer
+    decoder_layers: int = 9  # layers of masked attention from queries to the scales
+    decoder_mlp_dim: int = 2048  # hidden width of the MLP of such a layer
+    num_queries: int = 200  # masks that one decoder run predicts
+    num_classes: int = 133  # classes of the linear head of stage 1, without background
+    logit_clamp: float = 50.0  # largest absolute class logit of the cosine head
 
 
 def is_in(name: str, path: str) -> bool:
@@ -201,29 +209,37 @@ def is_in(name: str, path: str) -> bool:
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the recipe (paper figure 5, tables 10 and 11; ablations: tables 6, 8, 19 and 22).
-    `learning_rates` goes by the longest matching prefix; 0 is frozen."""
+    """One row of the recipe (paper figure 5, tables 10 and 11; ablations: tables 6, 8, 19 and
+    22)."""
 
+    # peak learning rates by part or module, of which the longest name counts; "" is all others, 0
+    # freezes (table 11)
     learning_rates: dict[str, float]
-    datasets: tuple[str, ...]  # names of datasets.sources.SOURCES, or files of one's own
-    starts_from: tuple[int, ...] = ()  # earlier stages whose checkpoints are read
-    global_batch_size: int = 64
+    # names as `python -m xsam.data check` lists them, or files of your own,
+    # FILE.json[:IMAGES[:MASKS]]; as a flag +NAME,... adds to the stage's own (table 10)
+    datasets: tuple[str, ...]
+    starts_from: tuple[int, ...] = ()  # earlier stages, read from their checkpoints (table 8)
+    global_batch_size: int = 64  # samples of an update, on all GPUs together (table 11)
     micro_batch_size: int = 4  # samples of one forward pass; accumulation is derived
-    epochs: float = 1.0
-    max_steps: int = 0  # 0: as many as the epochs need
-    weight_decay: float = 0.05
-    clip_norm: float = 1.0
-    warmup_ratio: float = 0.03
-    scale_range: tuple[float, ...] = ()  # random scale then crop or pad; empty: none
-    flip_probability: float = 0.0
-    repeat_threshold: float = 0.1  # t of max(1, sqrt(t / share)); 0: no repetition
-    # Low-rank adapters (lora.py). With a rank they are all that is trained, beside `lora_whole`, at
-    # the learning rate of the part that they are in; what has none has no adapters.
-    lora_rank: int = 0  # 0: none
-    lora_alpha: float = 16.0  # an adapter's output is scaled by alpha / rank
-    lora_dropout: float = 0.0
+    epochs: float = 1.0  # passes over the resampled datasets (table 11)
+    max_steps: int = 0  # steps in place of `epochs`; 0: as many as these need
+    weight_decay: float = 0.05  # weight decay of AdamW; vectors have none (table 11)
+    clip_norm: float = 1.0  # largest L2 norm of the whole gradient (table 11)
+    warmup_ratio: float = 0.03  # share of the steps in which the learning rate rises (table 11)
+    # least and largest random scale of the image, before a crop or padding; empty: none (table 11)
+    scale_range: tuple[float, ...] = ()
+    flip_probability: float = 0.0  # probability that image and masks are mirrored
+    # t of a set's repeat factor max(1, sqrt(t / its share of all samples)) (appendix A, table 19)
+    repeat_threshold: float = 0.1
+
+    # ---- low-rank adapters (lora.py), in place of whole weights
+    # rank of adapters, which, at the learning rate of their part, and lora_whole are then all that
+    # is trained; 0: no adapters
+    lora_rank: int = 0
+    lora_alpha: float = 16.0  # an adapter's output is scaled by lora_alpha / lora_rank
+    lora_dropout: float = 0.0  # probability of dropout on an adapter's input
     lora_targets: tuple[str, ...] = ("llm",)  # parts, modules in them, or patterns of layers
-    lora_whole: tuple[str, ...] = ()  # parts or modules
+    lora_whole: tuple[str, ...] = ()  # parts or modules that are trained whole beside adapters
 
     def learning_rate(self, name: str) -> float:
         """Peak learning rate of a parameter or module: that of the longest path in `learning_rates`
@@ -235,66 +251,80 @@ class Stage:
 class LossConfig:
     """Weights of the criterion (paper equation 1; Mask2Former, Cheng et al. 2022)."""
 
-    class_weight: float = 2.0
-    mask_weight: float = 5.0
-    dice_weight: float = 5.0
-    background_weight: float = 0.1
-    num_points: int = 12544
-    oversample_ratio: float = 3.0
-    importance_ratio: float = 0.75
-    ignore_unlabelled: bool = True  # False: void and crowd are negatives, as in the published code
+    class_weight: float = 2.0  # weight of the class term, in matching and loss
+    mask_weight: float = 5.0  # weight of the masks' binary cross-entropy, in matching and loss
+    dice_weight: float = 5.0  # weight of the masks' dice term, in matching and loss
+    background_weight: float = 0.1  # weight of an unmatched query in the class loss
+    num_points: int = 12544  # points at which a mask is compared, in matching and loss
+    oversample_ratio: float = 3.0  # candidates for each point of the loss
+    importance_ratio: float = 0.75  # share of the points that lie where a mask is least certain
+    # no mask loss at void and crowd pixels; false: they are negatives, as in the published code
+    ignore_unlabelled: bool = True
 
 
 @dataclass(frozen=True)
 class Config:
     """A whole run: enough to rebuild the model and to repeat the training."""
 
-    name: str
-    model: ModelConfig
-    stages: dict[int, Stage]
-    loss: LossConfig = field(default_factory=LossConfig)
-    categories: tuple[dict, ...] = ()  # {"name", "is_thing"} of the generic data, from training
-    held_out: float = 0.0  # share of the images of each own file that training leaves out, by seed
-    init: tuple[str, ...] = ()  # what --init named, in place of the first stage's earlier ones
-    phrasings: str = ""  # a JSON file of questions and answers in place of ours (tasks.py)
-    seed: int = 0
-    # Of weights and gradients in training. bfloat16 computes under autocast and steps in float32
-    # (optimizer.py); float32 is float32 throughout, on a GPU too.
+    name: str  # of the preset
+    model: ModelConfig  # sizes and architectures
+    stages: dict[int, Stage]  # the recipe, by number
+    loss: LossConfig = field(default_factory=LossConfig)  # weights and points
+
+    # ---- data
+    categories: tuple[dict, ...] = ()  # {"name", "is_thing"} of the classes of training
+    # share of the images of each of your own files, chosen by the seed, that training leaves out
+    held_out: float = 0.0
+    init: tuple[str, ...] = ()  # checkpoints of --init, in place of the earlier stages' own
+    phrasings: str = ""  # JSON file of questions and answers in place of ours (tasks.py)
+
+    # ---- training
+    seed: int = 0  # seed of first weights, order of samples, augmentation and points
+    # type of weights and gradients in training: bfloat16 computes under autocast and updates
+    # float32 masters (optimizer.py), float32 is float32 throughout
     dtype: Dtype = "bfloat16"
-    llm_bits: int = 0  # 8 or 4: a language model that is frozen is held in so many (bitsandbytes)
-    optimizer_bits: int = 32  # 8: moments of AdamW in blocks of 8 bits (torchao)
-    recompute: bool = True  # activation checkpointing: a block keeps its input alone for backward
-    compile: bool = False  # torch.compile for each block; off, as no GPU has shown yet that it pays
-    num_workers: int = 4  # processes that load data, for each rank
-    save_every: int = 1000  # steps
-    keep_checkpoints: int = 2  # of each stage
+    llm_bits: int = 0  # 8 or 4: bits of a frozen language model (bitsandbytes); 0: dtype
+    optimizer_bits: int = 32  # bits of AdamW's moments, 32 or 8 (torchao)
+    recompute: bool = True  # activation checkpointing: blocks run again in the backward pass
+    # torch.compile for each block: on an H100 a fifth off a step of stage 3, after 1.5 minutes
+    compile: bool = False
+    num_workers: int = 4  # processes of each rank that load data
+    save_every: int = 1000  # steps between checkpoints; the last step is always saved
+    keep_checkpoints: int = 2  # newest checkpoints of each stage that are kept
     max_skipped_steps: int = 20  # steps without a finite loss or gradient that a stage may have
     validate_every: int = 0  # steps between validations within a stage; 0: none
     num_validation: int = 64  # samples of each set that such a validation scores
-    peak_tflops: float = 0.0  # of one GPU in bfloat16, for the utilisation; 0: by the GPU's name
-    eval_batch_size: int = 8
-    max_new_tokens: int = 256
-    panoptic_rule: Literal["mask2former", "published"] = "mask2former"  # postprocess.py
-    score_threshold: float = 0.8  # panoptic: queries below it are dropped
+    peak_tflops: float = 0.0  # peak of one GPU in bfloat16, for the utilisation; 0: by its name
+
+    # ---- inference and scores
+    eval_batch_size: int = 8  # images of one forward pass
+    max_new_tokens: int = 256  # most tokens of an answer
+    # how panoptic masks are made, as Mask2Former or as the published code does (postprocess.py)
+    panoptic_rule: Literal["mask2former", "published"] = "mask2former"
+    score_threshold: float = 0.8  # panoptic: queries with a lower score are dropped
     overlap_threshold: float = 0.8  # panoptic: least visible share of a segment
     presence: float = 0.0  # referring, reasoning: a phrase whose best score is below it has no mask
-    eval_tasks: tuple[str, ...] = ()  # scored before the first stage and after each
-    num_pictures: int = 8  # for each task
+    # tasks, sets or files of your own that are scored before the first stage and after each; as a
+    # flag none, or '', for none; where own files are trained on, these by default
+    eval_tasks: tuple[str, ...] = ()
+    num_pictures: int = 8  # pictures of predictions for each task
 
     def to_dict(self) -> dict:
+        """The values as dictionaries, tuples and plain values, all of which JSON can hold."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
         """Inverse of `to_dict`, also after a trip through JSON. Raises ValueError at an unknown or
         missing name."""
-        return _build(cls, values, "config")
+        return build_value(cls, values, "config")
 
     def resolve(self, stages: Iterable[int] | None = None, **fields) -> "Config":
-        """Another configuration, with `fields` of the model, the losses and the run by their names
-        alone, and with those of a stage in each of `stages` (None: in all). The name of a part
-        brings its architecture (`ARCHITECTURES`); a field given beside it wins. Raises ValueError
-        at an unknown name or a value of another type."""
+        """Another configuration, in which `fields` have these values. A field of the model, of the
+        losses or of the run is given by its name alone; a field of a stage is set in all `stages`
+        (None: in every stage). The name of a part brings its architecture (`ARCHITECTURES`); a
+        field given beside it wins. Raises ValueError at an unknown name or a value of another
+        type."""
         fields = _architectures(self.model, fields) | fields
         values = self.to_dict()
         parts = {name: values.pop(name) for name in ("model", "loss", "stages")}
@@ -374,14 +404,16 @@ def small() -> Config:
     )  # fmt: skip
 
 
-# The parts by the names that `learning_rates` and the log give them; the first five are stage 1's.
+# ---- the parts of a stage's model ----------------------------------------------------------------
+
+# By the names that `learning_rates` and the log give them; the first five are stage 1's.
 PARTS = (
-    *("segmentor.encoder", "segmentor.connector", "segmentor.pixel_decoder", "segmentor.decoder"),
-    *("segmentor.class_head", "image_encoder", "image_projector", "seg_projector", "llm"),
-    *("llm_projector", "background_embedding"),
-)
-HANDED_ON = {1: PARTS[:4], 2: PARTS[6:8]}  # to the stages that start from this one
-NEW_PARTS = {  # what a stage may train from nothing (paper table 8 has stage 3 without stage 2)
+    "segmentor.encoder", "segmentor.connector", "segmentor.pixel_decoder", "segmentor.decoder",
+    "segmentor.class_head", "image_encoder", "image_projector", "seg_projector", "llm",
+    "llm_projector", "background_embedding",
+)  # fmt: skip
+HANDED_ON = {1: PARTS[:4], 2: PARTS[6:8]}  # what later stages take from a stage
+NEW_PARTS = {  # what a stage may train from random weights (table 8 has stage 3 without stage 2)
     1: PARTS[1:5],
     2: PARTS[6:8],
     3: (*PARTS[4:5], *PARTS[6:8], *PARTS[9:]),
@@ -389,12 +421,13 @@ NEW_PARTS = {  # what a stage may train from nothing (paper table 8 has stage 3 
 
 
 def part_name(name: str) -> str:
-    """The part that a tensor, by our name or that on disk, belongs to: "llm", …"""
+    """The part that a tensor belongs to, by its name in the model or on disk: "llm" of
+    "llm.model.norm.weight"."""
     return ".".join(name.split(".")[: 2 if name.startswith("segmentor.") else 1])
 
 
 def part_names(model: ModelConfig, stage: int) -> list[str]:
-    """The parts of a stage's model."""
+    """The parts that a stage's model has, in the order of `PARTS`."""
     absent = set(PARTS[5:] if stage == 1 else ())
     if model.seg_backbone_config or model.decoder == "sam":
         absent |= {"segmentor.connector", "segmentor.pixel_decoder" * (model.decoder == "sam")}
@@ -406,8 +439,9 @@ def part_names(model: ModelConfig, stage: int) -> list[str]:
 
 
 def origins(config: Config, number: int, brought: dict[str, str]) -> dict[str, str]:
-    """Where each part of a stage's model is read from before its first step, "" for one that starts
-    from nothing. `brought`: the parts that --init gives to this stage, and its paths."""
+    """Where the parts of a stage's model are read from before its first step: a folder, "stage 1",
+    a path of --init, or "" for a part that starts from random weights. `brought` has the parts that
+    --init gives to this stage, with the paths that they come from."""
     found = {"segmentor.encoder": config.model.seg_encoder, "llm": config.model.llm}
     found["image_encoder"] = config.model.image_encoder
     for earlier in config.stages[number].starts_from:
@@ -416,18 +450,17 @@ def origins(config: Config, number: int, brought: dict[str, str]) -> dict[str, s
     return {part: found.get(part, "") for part in part_names(config.model, number)}
 
 
-__getattr__ = former_names(toy="xsam.former.presets")
-
-
 def stage_folder(out: Path, stage: int) -> Path:
+    """Where a run in the folder `out` keeps the checkpoints of a stage."""
     return Path(out) / f"stage{stage}"
 
 
-# ---- dictionaries and flags ----------------------------------------------------------------------
+# ---- from dictionaries ---------------------------------------------------------------------------
 
 
-def _build(kind, values, where: str):
-    """`values` as `kind`: a dataclass, a tuple or dict type, or a plain type. Raises ValueError."""
+def build_value(kind, values, where: str):
+    """`values`, as JSON gives them, as `kind`: a dataclass, a tuple or dict type, or a plain type.
+    Raises ValueError, which names `where` they stand, at an unknown name or another type."""
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin is Literal:
         if values not in arguments:
@@ -445,26 +478,28 @@ def _build(kind, values, where: str):
             known = ", ".join(hints)
             raise ValueError(f"{where}: unknown name {', '.join(unknown)}; known are {known}")
         built = {
-            name: _build(hints[name], value, f"{where}.{name}") for name, value in values.items()
+            name: build_value(hints[name], value, f"{where}.{name}")
+            for name, value in values.items()
         }
         try:
             return kind(**built)
         except TypeError as error:  # a name without a default is missing
             raise ValueError(f"{where}: {error}") from error
     if origin is tuple:
-        return tuple(_build(arguments[0], value, where) for value in values)
+        return tuple(build_value(arguments[0], value, where) for value in values)
     if origin is dict and arguments:
         try:
             keys = [arguments[0](key) for key in values]  # JSON makes numbers strings
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         items = zip(keys, values.values(), strict=True)
-        return {key: _build(arguments[1], value, f"{where}.{key}") for key, value in items}
+        return {key: build_value(arguments[1], value, f"{where}.{key}") for key, value in items}
     return float(values) if kind is float else copy.deepcopy(values)
 
 
 def _architectures(model: ModelConfig, fields: dict) -> dict:
-    """What the names of parts among `fields` bring. Raises ValueError at an unknown seg_encoder."""
+    """The fields that the names of parts among `fields` bring. Raises ValueError at an unknown
+    seg_encoder."""
     brought = {}
     for part, known in ARCHITECTURES.items():
         if part in fields:
@@ -476,3 +511,6 @@ def _architectures(model: ModelConfig, fields: dict) -> dict:
             unknown = {f"{part}_config": {}} if hasattr(model, f"{part}_config") else {}
             brought |= known.get(fields[part], unknown)
     return brought
+
+
+__getattr__ = former_names(toy="xsam.former.presets")  # code written for version 0.1 finds it

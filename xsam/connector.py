@@ -13,23 +13,24 @@ from xsam.encoders import ChannelLayerNorm
 
 def pixel_shuffle(x: Tensor, scale: float) -> Tensor:
     """[B, H, W, C] to [B, sH, sW, C/s²]: trades channels for resolution (s > 1) or resolution for
-    channels (s < 1).
+    channels (s < 1). A grid that s < 1 does not divide is first padded with zeros, at the bottom
+    and the right.
 
-    Columns are folded before rows; published weights depend on the channel order that follows from
-    it. A grid that s < 1 does not divide is padded with zeros at the bottom and the right.
+    Columns are folded before rows, which sets the order of the channels; published weights need
+    this one.
     """
     if scale < 1:
         block = round(1 / scale)
         x = F.pad(x, (0, 0, 0, -x.shape[2] % block, 0, -x.shape[1] % block))
     B, H, W, C = x.shape
-    x = x.reshape(B, H, int(W * scale), int(C / scale)).transpose(1, 2)
+    x = x.reshape(B, H, int(W * scale), int(C / scale)).transpose(1, 2)  # [B, sW, H, C/s]
     x = x.reshape(B, int(W * scale), int(H * scale), int(C / scale**2))
     return x.transpose(1, 2)
 
 
 class Projector(nn.Module):
-    """Two linear layers with an exact GELU between: visual tokens to the language model, its states
-    to the decoder."""
+    """Two linear layers with an exact GELU between, [..., in_dim] to [..., out_dim]: from visual
+    tokens to the language model, and from its states to the decoder."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
@@ -60,13 +61,13 @@ class ConvBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] to [B, C/s, sH, sW]."""
-        x = self.model(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = self.model(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, H, W, sC]
         return pixel_shuffle(x, self.scale).permute(0, 3, 1, 2)
 
 
 class SegmentationConnector(nn.Module):
-    """A pyramid from a plain ViT (figure 4): each branch reads one hidden state and makes one
-    scale, finest first."""
+    """A pyramid of features from a plain ViT (figure 4): branch i reads hidden state layers[i] and
+    makes the scale scales[i], the finest first."""
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class SegmentationConnector(nn.Module):
         self.dims = [int(int(in_dim * scale) / scale**2) for scale in scales]
 
     def forward(self, hidden_states: list[Tensor]) -> list[Tensor]:
-        """Hidden states [B, H, W, C] to features [B, dims[i], sH, sW], the finest first."""
+        """All hidden states of the encoder, [B, H, W, C], to features [B, dims[i], sH, sW]."""
         return [
             branch(hidden_states[layer])
             for branch, layer in zip(self.model, self.layers, strict=True)
@@ -103,16 +104,17 @@ def sample_regions(
     pooling: str = "mean",
     num_vectors: int = 1,
 ) -> Tensor:
-    """Region sampler (paper appendix A): `num_vectors` for each visual prompt, the mean (or, by
-    channel, the maximum) of the tokens read bilinearly at as many of its points each.
+    """Region sampler (paper appendix A, "Region Sampling"): reads visual tokens bilinearly at the
+    points of every visual prompt, and pools equal shares of these, by mean or by maximum, into
+    `num_vectors` vectors.
 
-    tokens [B, H, W, C] are projected visual tokens; points [R, P, 2] are (row, column) in 0..1
-    where 0 and 1 are the centres of the outermost tokens; image_index [R] names each prompt's
-    image. Returns [R·num_vectors, C].
+    tokens [B, H, W, C] are projected visual tokens; points [R, P, 2] are (row, column) in 0..1,
+    where 0 and 1 are the centres of the outermost tokens; image_index [R] is the row of `tokens`
+    that a prompt is read from. Returns [R·num_vectors, C].
     """
-    grid = points.flip(-1)[:, :, None] * 2 - 1  # grid_sample wants (x, y) in -1..1
-    maps = tokens.permute(0, 3, 1, 2)[image_index]
+    grid = points.flip(-1)[:, :, None] * 2 - 1  # [R, P, 1, 2]; grid_sample wants (x, y) in -1..1
+    maps = tokens.permute(0, 3, 1, 2)[image_index]  # [R, C, H, W]
     sampled = F.grid_sample(maps, grid.to(maps.dtype), align_corners=True)  # [R, C, P, 1]
-    groups = sampled[..., 0].unflatten(2, (num_vectors, -1))  # [R, C, vectors, points of each]
-    vectors = groups.mean(-1) if pooling == "mean" else groups.amax(-1)
+    shares = sampled[..., 0].unflatten(2, (num_vectors, -1))  # [R, C, vectors, P / vectors]
+    vectors = shares.mean(-1) if pooling == "mean" else shares.amax(-1)
     return vectors.transpose(1, 2).flatten(0, 1)

@@ -4,8 +4,8 @@ Last box of the diagram (paper section 3.2, "Segmentation Decoder"): that of Mas
 et al. 2022) with deformable attention (Zhu et al. 2021) in plain PyTorch, the <SEG> state added to
 its queries, and class scores that are cosines between queries and condition embeddings. Parameter
 names are those of transformers' Mask2Former.
-Legend: B images, R decoder runs (one per <SEG>), Q queries, N tokens, C channels, K classes, L
-decoder outputs.
+Legend: B images, R decoder runs (one per <SEG>), Q queries, N tokens, C channels, c channels of a
+head, S locations that a head reads for a token, K classes, L decoder outputs.
 """
 
 import math
@@ -21,12 +21,13 @@ warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
 
 def sine_positions(height: int, width: int, dim: int, device: torch.device) -> Tensor:
-    """Sine and cosine codes of row and column, running to 2π: [height·width, dim], rows first."""
+    """Sine and cosine codes of the row and the column of every cell of a grid, both of which run to
+    2π: [height·width, dim], rows first."""
     frequencies = 10000 ** (2 * (torch.arange(dim // 2, device=device) // 2) / (dim // 2))
 
     def codes(size: int) -> Tensor:
         position = torch.arange(1, size + 1, device=device) / (size + 1e-6) * 2 * math.pi
-        angles = position[:, None] / frequencies
+        angles = position[:, None] / frequencies  # [size, dim / 2]
         return torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], dim=-1).flatten(1)
 
     rows, columns = codes(height)[:, None], codes(width)[None]
@@ -34,15 +35,22 @@ def sine_positions(height: int, width: int, dim: int, device: torch.device) -> T
     return torch.cat(grid, dim=-1).flatten(0, 1)
 
 
+def cell_centres(height: int, width: int, device: torch.device) -> Tensor:
+    """(x, y) in 0..1 of the centre of every cell of a grid, rows first: [height·width, 2]."""
+    y = (torch.arange(height, device=device) + 0.5) / height
+    x = (torch.arange(width, device=device) + 0.5) / width
+    return torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).flatten(0, 1)
+
+
 # ---- pixel decoder -------------------------------------------------------------------------------
 
 
-class Canvas:
-    """The levels of a pyramid one below the other on one map.
+class Atlas:
+    """The levels of a pyramid, one below the other on one map.
 
-    Two rows and columns of zeros lie before each level and after the last, so a place beyond the
-    border of a level reads zero. The four cells around a place are then one index into four shifted
-    views of the map.
+    Two rows and columns of zeros lie before every level and after the last, so a location beyond
+    the border of a level reads zero. The four cells around a location are then one index into four
+    shifted views of the map.
     """
 
     def __init__(self, shapes: list[tuple[int, int]], device: torch.device):
@@ -54,66 +62,68 @@ class Canvas:
         self.height = self.tops[-1] + 3
         low = torch.tensor([(0, top) for top in self.tops[:-1]], device=device).float()
         sizes = torch.tensor([(w, h) for h, w in shapes], device=device).float()
-        centres = torch.cat([_centres(h, w, device) for h, w in shapes])
-        self.low, self.high = low, low + sizes + 2  # [levels, 2], (x, y) of what can be read
-        self.places = centres[:, None] * sizes + low + 1.5  # [N, levels, 2] of every cell
+        centres = torch.cat([cell_centres(h, w, device) for h, w in shapes])
+        self.low, self.high = low, low + sizes + 2  # [levels, 2], (x, y) between which to read
+        # Where the cells of all levels lie on every level, (x, y): [N, levels, 2].
+        self.centres = centres[:, None] * sizes + low + 1.5
 
     def levels(self, maps: Tensor) -> list[Tensor]:
-        """Views [..., h_i, w_i, c] of the levels on maps [..., height, width, c]."""
+        """The levels on maps [..., height, width, c], as views [..., h_i, w_i, c]."""
         return [
             maps[..., top + 2 : top + 2 + h, 2 : 2 + w, :]
             for top, (h, w) in zip(self.tops, self.shapes, strict=False)
         ]
 
 
-class ReadCanvas(torch.autograd.Function):
-    """Weighted sums of bilinear readings: each token and head reads S places on its head's map.
+class ReadAtlas(torch.autograd.Function):
+    """Weighted sums of bilinear readings: a token reads S locations with every head, on the map of
+    that head.
 
-    Whole rows of c numbers are added up by `embedding_bag`, so no tensor of all readings is made,
-    forward or backward.
+    A bag is what one token reads with one head. `embedding_bag` adds up its rows of c numbers, so
+    no tensor of all readings is made, forward or backward.
     """
 
     @staticmethod
-    def forward(ctx, values: Tensor, places: Tensor, weights: Tensor, canvas: Canvas) -> Tensor:
-        """values [B, N, heads, c], places [B, N, heads, S, 2] on the canvas, float32 or float64,
-        weights [B, N, heads, S]; the sums are [B, N, heads, c]."""
+    def forward(ctx, values: Tensor, locations: Tensor, weights: Tensor, atlas: Atlas) -> Tensor:
+        """values [B, N, heads, c]; locations [B, N, heads, S, 2] on the atlas, (x, y), float32 or
+        float64; weights [B, N, heads, S]. The sums are [B, N, heads, c]."""
         B, N, heads, c = values.shape
-        maps = places.new_zeros(B, heads, canvas.height, canvas.width, c)
-        levels = values.transpose(1, 2).split([h * w for h, w in canvas.shapes], dim=2)
-        for target, level in zip(canvas.levels(maps), levels, strict=True):
+        maps = locations.new_zeros(B, heads, atlas.height, atlas.width, c)
+        levels = values.transpose(1, 2).split([h * w for h, w in atlas.shapes], dim=2)
+        for target, level in zip(atlas.levels(maps), levels, strict=True):
             target.copy_(level.unflatten(2, target.shape[2:4]))
-        num_points = places.shape[3] // len(levels)
-        low, high = (x.repeat_interleave(num_points, dim=0) for x in (canvas.low, canvas.high))
-        places = places.clamp(low, high)  # of zeros the gradient is zero too
-        ctx.save_for_backward(maps, places, weights)
-        ctx.canvas, ctx.dtype = canvas, values.dtype
-        cells, x, y = _find_cells(places, canvas)
+        num_points = locations.shape[3] // len(levels)
+        low, high = (x.repeat_interleave(num_points, dim=0) for x in (atlas.low, atlas.high))
+        locations = locations.clamp(low, high)  # to where all is zero, and its gradient too
+        ctx.save_for_backward(maps, locations, weights)
+        ctx.atlas, ctx.dtype = atlas, values.dtype
+        cells, x, y = _find_cells(locations, atlas)  # [bags, S]
         sums = [
             F.embedding_bag(cells, table, mode="sum", per_sample_weights=share)
-            for table, share in zip(_shift(maps, canvas), _share(weights, x, y), strict=True)
-        ]
+            for table, share in zip(_shift(maps, atlas), _share(weights, x, y), strict=True)
+        ]  # four of [bags, c]
         return sum(sums[1:], sums[0]).view(B, N, heads, c)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        maps, places, weights = ctx.saved_tensors
-        canvas = ctx.canvas
+        maps, locations, weights = ctx.saved_tensors
+        atlas = ctx.atlas
         grad = grad.to(maps.dtype).flatten(0, 2)  # [bags, c]
-        cells, x, y = _find_cells(places, canvas)
+        cells, x, y = _find_cells(locations, atlas)
         shares = _share(weights, x, y)
 
         dot = row_dots_on_cpu if grad.device.type == "cpu" else row_dots
-        dots = dot(grad, _shift(maps, canvas), cells)
+        dots = dot(grad, _shift(maps, atlas), cells)  # four of [bags, S]
         top, bottom = dots[0].lerp(dots[1], x), dots[2].lerp(dots[3], x)
         grad_weights = top.lerp(bottom, y)
         grad_x = (dots[1] - dots[0]).lerp(dots[3] - dots[2], y)
-        grad_places = [each * weights.view_as(x) for each in (grad_x, bottom - top)]
-        grad_places = torch.stack(grad_places, dim=-1).view_as(places)
+        grad_locations = torch.stack([grad_x, bottom - top], dim=-1) * weights.view_as(x)[..., None]
+        grad_locations = grad_locations.view_as(locations)
 
-        # Each cell gathers from the bags that read it, in an order that serves all four shifts.
+        # A cell gathers from the bags that read it, in an order that serves all four shifts.
         grad_maps = torch.zeros_like(maps)
-        targets = _shift(grad_maps, canvas)
+        targets = _shift(grad_maps, atlas)
         cells, order = cells.flatten().sort()
         bags = (order // x.shape[1]).int()
         rows = torch.arange(len(targets[0]) + 1, device=cells.device, dtype=cells.dtype)
@@ -123,35 +133,35 @@ class ReadCanvas(torch.autograd.Function):
             target += F.embedding_bag(
                 bags, grad, starts, mode="sum", per_sample_weights=share, include_last_offset=True
             )
-        grad_values = [x.flatten(2, 3) for x in canvas.levels(grad_maps)]
+        grad_values = [x.flatten(2, 3) for x in atlas.levels(grad_maps)]
         grad_values = torch.cat(grad_values, dim=2).transpose(1, 2)  # [B, N, heads, c]
-        return grad_values.to(ctx.dtype), grad_places, grad_weights.view_as(weights), None
+        return grad_values.to(ctx.dtype), grad_locations, grad_weights.view_as(weights), None
 
 
-def _find_cells(places: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor, Tensor]:
-    """Of places [B, N, heads, S, 2]: the cell up left of each as a row of the maps, int32, and how
-    far right and down of it the place lies; all [B·N·heads, S]."""
-    B, _, heads, S, _ = places.shape
-    corners = places.nan_to_num().int()  # a diverged model gets as far as its loss
-    size = canvas.height * canvas.width
-    maps = torch.arange(B * heads, device=places.device, dtype=torch.int32) * size
-    cells = corners[..., 1] * canvas.width + corners[..., 0]
+def _find_cells(locations: Tensor, atlas: Atlas) -> tuple[Tensor, Tensor, Tensor]:
+    """The cells up left of locations [B, N, heads, S, 2] as rows of the maps, int32, and how far
+    right and down of them the locations lie, in cells: all [B·N·heads, S]."""
+    B, _, heads, S, _ = locations.shape
+    corners = locations.nan_to_num().int()  # a diverged model gets as far as its loss
+    size = atlas.height * atlas.width
+    maps = torch.arange(B * heads, device=locations.device, dtype=torch.int32) * size
+    cells = corners[..., 1] * atlas.width + corners[..., 0]
     cells += maps.view(B, 1, heads, 1)
-    x, y = (places - corners).unbind(-1)
+    x, y = (locations - corners).unbind(-1)
     return cells.view(-1, S), x.reshape(-1, S), y.reshape(-1, S)
 
 
-def _shift(maps: Tensor, canvas: Canvas) -> list[Tensor]:
-    """Four tables, equally long, of the rows of maps [B, heads, height, width, c]: row i is cell i,
-    its neighbour to the right, below, and below right."""
+def _shift(maps: Tensor, atlas: Atlas) -> list[Tensor]:
+    """Four views, equally long, of the cells of maps [B, heads, height, width, c] as rows [cells,
+    c]: row i is cell i, its neighbour to the right, below, and below right."""
     rows = maps.flatten(0, 3)
-    length = len(rows) - canvas.width - 1
-    shifts = 0, 1, canvas.width, canvas.width + 1
+    length = len(rows) - atlas.width - 1
+    shifts = 0, 1, atlas.width, atlas.width + 1
     return [rows[shift : shift + length] for shift in shifts]
 
 
 def _share(weights: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
-    """Bilinear shares of weights at the four cells, in the order of `_shift`; all like x."""
+    """Bilinear shares of the weights at the four cells, in the order of `_shift`: [bags, S]."""
     right = weights.view_as(x) * x
     left = weights.view_as(x) - right
     below_left, below_right = left * y, right * y
@@ -159,7 +169,8 @@ def _share(weights: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
 
 
 def row_dots(rows: Tensor, tables: list[Tensor], index: Tensor) -> list[Tensor]:
-    """For each table, the products of rows [n, c] with its rows at index [n, S]: [n, S]."""
+    """The products of row n of `rows` [n, c] with the rows index[n] of a table, for every table:
+    [n, S]. `index` is int32 [n, S]."""
     n, S = index.shape
     bags = torch.arange(n, device=index.device, dtype=index.dtype)
     starts, owners = bags * S, bags.repeat_interleave(S)
@@ -174,11 +185,11 @@ def row_dots_on_cpu(rows: Tensor, tables: list[Tensor], index: Tensor) -> list[T
     zeros, size = rows.new_zeros(n * S), (n, len(tables[0]))
     wanted = torch.sparse_csr_tensor(starts, index.flatten(), zeros, size, check_invariants=False)
     dots = [torch.sparse.sampled_addmm(wanted, rows, x.T, beta=0) for x in tables]
-    return [each.values().view(n, S) for each in dots]
+    return [x.values().view(n, S) for x in dots]
 
 
 class DeformableAttention(nn.Module):
-    """Every token reads a few points around itself on each level of the pyramid."""
+    """Every token reads a few points around itself on all levels of the pyramid."""
 
     def __init__(self, dim: int, num_heads: int, num_levels: int, num_points: int):
         super().__init__()
@@ -202,21 +213,24 @@ class DeformableAttention(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.flatten())
 
-    def forward(self, x: Tensor, positions: Tensor, canvas: Canvas) -> Tensor:
-        """x and positions [B, N, C], the tokens of all levels on the canvas."""
+    def forward(self, x: Tensor, positions: Tensor, atlas: Atlas) -> Tensor:
+        """x [B, N, C], the tokens of all levels on the atlas, and their positions [N, C] to
+        [B, N, C]."""
         B, N, C = x.shape
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
         queries = x + positions
         values = self.value_proj(x).view(B, N, heads, C // heads)
         weights = self.attention_weights(queries).view(B, N, heads, levels * points).softmax(-1)
-        # In bfloat16 a place on a grid of 128 could be half a cell off: places stay in float32.
-        places = self.sampling_offsets(queries).float().view(B, N, heads, levels * points, 2)
-        places = places + canvas.places.repeat_interleave(points, dim=1)[:, None]
-        x = ReadCanvas.apply(values, places, weights.float(), canvas)
+        # In bfloat16 a location on a grid of 128 could be half a cell off: they stay in float32.
+        locations = self.sampling_offsets(queries).float().view(B, N, heads, levels * points, 2)
+        locations = locations + atlas.centres.repeat_interleave(points, dim=1)[:, None]
+        x = ReadAtlas.apply(values, locations, weights.float(), atlas)
         return self.output_proj(x.view(B, N, C).to(queries.dtype))
 
 
 class PixelDecoderLayer(nn.Module):
+    """Deformable attention and MLP on x [B, N, C], a LayerNorm after either residual."""
+
     def __init__(self, dim: int, num_heads: int, num_levels: int, num_points: int, mlp_dim: int):
         super().__init__()
         self.self_attn = DeformableAttention(dim, num_heads, num_levels, num_points)
@@ -225,13 +239,13 @@ class PixelDecoderLayer(nn.Module):
         self.fc2 = nn.Linear(mlp_dim, dim)
         self.final_layer_norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, positions: Tensor, canvas: Canvas) -> Tensor:
-        x = self.self_attn_layer_norm(x + self.self_attn(x, positions, canvas))
+    def forward(self, x: Tensor, positions: Tensor, atlas: Atlas) -> Tensor:
+        x = self.self_attn_layer_norm(x + self.self_attn(x, positions, atlas))
         return self.final_layer_norm(x + self.fc2(F.relu(self.fc1(x))))
 
 
 class PixelDecoder(nn.Module):
-    """Exchanges information between the scales and makes the mask features at the finest one."""
+    """Exchanges information between the scales, and makes the mask features at the finest."""
 
     def __init__(
         self,
@@ -242,7 +256,8 @@ class PixelDecoder(nn.Module):
         num_points: int,
         mlp_dim: int,
     ):
-        """`in_dims` widths of the scales, finest first; attention runs over the three coarsest."""
+        """`in_dims` are the widths of the scales, finest first; attention runs over the three
+        coarsest."""
         super().__init__()
         self.num_levels = num_levels = min(3, len(in_dims))
         self.dim, num_groups = dim, dim // 8  # 32 groups at the full width
@@ -293,34 +308,27 @@ class PixelDecoder(nn.Module):
                 sine_positions(h, w, self.dim, device) + embed
                 for (h, w), embed in zip(shapes, self.level_embed, strict=True)
             ]
-        )
-        canvas = Canvas(shapes, device)
+        )  # [N, C]
+        atlas = Atlas(shapes, device)
 
         x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # [B, N, C]
         for layer in self.encoder.layers:
-            x = layer(x, positions, canvas)
+            x = layer(x, positions, atlas)
         split = x.transpose(1, 2).split([h * w for h, w in shapes], dim=2)
         levels = [level.unflatten(2, shape) for level, shape in zip(split, shapes, strict=True)]
 
-        # One FPN step up to the finest input; of up to three scales it is read again, and nothing
-        # is left to upsample.
+        # One FPN step up to the finest input. Of up to three scales that is the last level's own
+        # input, read again, and there is nothing to upsample.
         finest = F.interpolate(levels[-1], features[0].shape[2:], mode="bilinear")
         finest = self.layer_1(self.adapter_1(features[0]) + finest)
         return self.mask_projection(finest), levels
-
-
-def _centres(height: int, width: int, device: torch.device) -> Tensor:
-    """(x, y) in 0..1 of every cell of a grid, rows first: [height·width, 2]."""
-    y = (torch.arange(height, device=device) + 0.5) / height
-    x = (torch.arange(width, device=device) + 0.5) / width
-    return torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).flatten(0, 1)
 
 
 # ---- masked-attention decoder --------------------------------------------------------------------
 
 
 class SelfAttention(nn.Module):
-    """Positions are added to queries and keys, not to values."""
+    """Attention among the queries; positions are added to queries and keys, not to values."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -329,6 +337,7 @@ class SelfAttention(nn.Module):
         self.v_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x and positions [R, Q, C]."""
         placed = x + positions
         q, k, v = self.q_proj(placed), self.k_proj(placed), self.v_proj(x)
         return self.out_proj(_attention(q, k, v, self.num_heads))
@@ -353,12 +362,13 @@ class CrossAttention(nn.Module):
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """q [R, Q, C], k and v [R, N, C] to [R, Q, C], with heads of equal width."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class DecoderLayer(nn.Module):
-    """Cross-attention, self-attention and MLP, each with its LayerNorm after the residual."""
+    """Cross-attention, self-attention and MLP, a LayerNorm after every residual."""
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int):
         super().__init__()
@@ -373,6 +383,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, query_positions: Tensor, keys: Tensor, values: Tensor, mask: Tensor
     ) -> Tensor:
+        """x and query_positions [R, Q, C], keys and values [R, N, C], mask bool [R, Q, N]."""
         attended = self.cross_attn(x + query_positions, keys, values, mask)
         x = self.cross_attn_layer_norm(x + attended)
         x = self.self_attn_layer_norm(x + self.self_attn(x, query_positions))
@@ -380,8 +391,8 @@ class DecoderLayer(nn.Module):
 
 
 class MaskPredictor(nn.Module):
-    """Three linear layers from a query to its mask embedding: a mask is its product with the mask
-    features."""
+    """Three linear layers from queries [..., C] to mask embeddings [..., C]; the product of one
+    with the mask features is a mask."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -393,7 +404,7 @@ class MaskPredictor(nn.Module):
 
 
 class MaskedAttentionDecoder(nn.Module):
-    """Queries that look, layer by layer, only where their last mask is positive."""
+    """Queries that attend, layer by layer, only where the mask of the layer before is positive."""
 
     def __init__(
         self,
@@ -421,26 +432,27 @@ class MaskedAttentionDecoder(nn.Module):
     def forward(
         self, mask_features: Tensor, levels: list[Tensor], seg_embeddings: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """mask features [R, C, h, w], levels [R, C, h_i, w_i], <SEG> embeddings [R, C] or None.
+        """Mask features [R, C, h, w], levels [R, C, h_i, w_i], coarsest first, and <SEG> embeddings
+        [R, C] or None.
 
         Returns normalised queries and mask embeddings, both [L, R, Q, C]: before the first layer
-        and after each. The mask logits of output l are the products of its mask embeddings with the
-        mask features.
+        and after every layer. The mask logits of an output are the products of its mask embeddings
+        with the mask features.
         """
         R = mask_features.shape[0]
         device = mask_features.device
-        tokens = [level.flatten(2).transpose(1, 2) for level in levels]  # each [R, N, C]
+        tokens = [level.flatten(2).transpose(1, 2) for level in levels]  # of [R, N, C]
         tokens = [x + embed for x, embed in zip(tokens, self.level_embed.weight, strict=True)]
         keys = [
             x + sine_positions(*level.shape[2:], level.shape[1], device).to(x)
             for x, level in zip(tokens, levels, strict=True)
         ]
-        # Resizing is linear, so the masks that steer attention come from resized features: Q·N
-        # products a level instead of Q full masks a layer.
+        # Resizing is linear, so attention masks are made from resized features: Q·N products in
+        # place of Q full masks that would be resized.
         attention_mask_features = [
             F.interpolate(mask_features.detach(), level.shape[2:], mode="bilinear").flatten(2)
             for level in levels
-        ]
+        ]  # of [R, C, N]
 
         query_positions = self.queries_embedder.weight.expand(R, -1, -1)
         x = self.queries_features.weight.expand(R, -1, -1)  # [R, Q, C]
@@ -451,13 +463,14 @@ class MaskedAttentionDecoder(nn.Module):
             level = index % len(levels)
             with torch.no_grad():
                 mask = outputs[-1][1] @ attention_mask_features[level] >= 0  # [R, Q, N]
-                mask |= ~mask.any(dim=-1, keepdim=True)  # an empty mask looks everywhere
+                mask |= ~mask.any(dim=-1, keepdim=True)  # a query without a mask looks everywhere
             x = layer(x, query_positions, keys[level], tokens[level], mask)
             outputs.append(self._predict(x))
         queries, mask_embeddings = zip(*outputs, strict=True)
         return torch.stack(queries), torch.stack(mask_embeddings)
 
     def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised queries and mask embeddings of x, all [R, Q, C]."""
         queries = self.decoder.layernorm(x)
         return queries, self.decoder.mask_predictor(queries)
 
@@ -466,7 +479,7 @@ class MaskedAttentionDecoder(nn.Module):
 
 
 class LinearClassHead(nn.Module):
-    """Stage 1 (paper section 3.3): a fixed list of classes, background last."""
+    """The class head of stage 1 (paper section 3.3): a fixed list of classes, background last."""
 
     def __init__(self, dim: int, num_classes: int):
         super().__init__()
@@ -478,8 +491,8 @@ class LinearClassHead(nn.Module):
 
 
 class CosineClassHead(nn.Module):
-    """Stages 2 and 3: exp(scale)·cos(query, condition), clamped; the classes are whatever the
-    prompt names (paper section 3.1, "Unified Formulation")."""
+    """The class head of stages 2 and 3: exp(scale)·cos(query, condition), clamped; the classes are
+    whatever the prompt names (paper section 3.1, "Unified Formulation")."""
 
     def __init__(self, clamp: float):
         super().__init__()
@@ -487,8 +500,8 @@ class CosineClassHead(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
     def forward(self, queries: Tensor, condition_embeddings: Tensor, is_padding: Tensor) -> Tensor:
-        """queries [L, R, Q, C], condition_embeddings [R, K+1, C], the background last, and
-        is_padding [R, K+1] to logits [L, R, Q, K+1]."""
+        """Queries [L, R, Q, C], condition embeddings [R, K+1, C], the background last, and
+        is_padding, bool [R, K+1], to float32 logits [L, R, Q, K+1]."""
         queries = F.normalize(queries.float(), dim=-1)
         classes = F.normalize(condition_embeddings.float(), dim=-1)
         logits = self.logit_scale.float().exp() * (queries @ classes.transpose(1, 2))
@@ -498,16 +511,16 @@ class CosineClassHead(nn.Module):
 
 @dataclass
 class DecoderOutput:
-    """What the decoder says, before any mask is painted."""
+    """The decoder's outputs; a mask is the product of its mask embedding and the mask features."""
 
     class_logits: Tensor  # [L, R, Q, K+1], background last
     mask_embeddings: Tensor  # [L, R, Q, C]
     mask_features: Tensor  # [B, C, h, w], or [R, C, h, w] with a `feature_index`
-    image_index: Tensor  # [R] each run's image
-    feature_index: Tensor | None = None  # [R] each run's mask features; None: its image's
+    image_index: Tensor  # [R], the image of a run
+    feature_index: Tensor | None = None  # [R], the mask features of a run; None: its image's
 
     def mask_logits(self) -> Tensor:
-        """The last output's masks, [R, Q, h, w]."""
+        """Mask logits of the last output, [R, Q, h, w]."""
         features = self.features_of(slice(None))
         return torch.einsum("rqc,rchw->rqhw", self.mask_embeddings[-1], features)
 

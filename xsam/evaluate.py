@@ -316,25 +316,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_checkpoint_flags(parser, is_required=False)
     add = parser.add_argument
-    add("--data", type=Path, default=Path("datas"), help="data root")
+    add("--data", type=Path, default=Path("datas"), help="data root (default: datas)")
     text = (
         f"{', '.join(sets_by_task())}, sets of these, files of your own, "
         "FILE.json[:IMAGES[:MASKS]], or all"
     )
     add("--tasks", metavar="NAME,...", help=f"{text} (default: all that can be)")
-    add("--out", type=Path, help="where results go (default: the checkpoint)")
+    add("--out", type=Path, metavar="DIR", help="where results go (default: the checkpoint)")
     text = "score the predictions in DIR, a folder for each set, without a model"
     add("--from-predictions", type=Path, metavar="DIR", help=text)
     text = "other names for the classes of open vocabulary: a,b,c, or a file with one a line"
     add("--names", metavar="LIST", help=text)
-    add("--phrasings", metavar="FILE", help="questions of your own")
-    text = "bert-base-uncased: compares GCG's phrases"
+    add("--phrasings", metavar="FILE", help="JSON file of questions in place of ours")
+    text = "folder of bert-base-uncased, which compares the phrases of gcg"
     add("--bert", type=Path, metavar="DIR", help=text)
     text = "panoptic quality: of an image's crowd regions of one class only the last counts, as in "
     text += "panopticapi (default: all of them)"
     add("--one-crowd-per-class", action="store_true", help=text)
-    add("--batch-size", type=int, metavar="N", help="images of one forward pass")
-    add("--limit", type=int, metavar="N", help="the first N samples of each set")
+    text = "images of one forward pass (default: as the model says)"
+    add("--batch-size", type=int, metavar="N", help=text)
+    add("--limit", type=int, metavar="N", help="score the first N samples of each set alone")
     text = "draw the N worst predictions of each set beside the truth, in OUT/errors/SET"
     add("--errors", type=int, metavar="N", help=text)
     text = "replace predictions of other weights or settings"

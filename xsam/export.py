@@ -311,13 +311,18 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("checkpoint", type=Path, help="as --checkpoint of xsam.predict takes it")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to write, new or empty")
-    add("--tokenizer", type=Path, metavar="DIR", help="the words of a published checkpoint")
+    add("--tokenizer", type=Path, metavar="DIR", help="the tokenizer of a published checkpoint")
     dtypes = typing.get_args(Dtype)
     add("--base", type=Path, metavar="PATH", help="where the base of adapters is, if it was moved")
     add("--dtype", choices=dtypes, help="of the weights (default: as they are stored)")
     text = "write pytorch_model.bin, which the published code reads too, in place of safetensors"
     add("--bin", action="store_true", help=text)
-    add("--license", default="", metavar="NAME", help="for the card, as the hub names it: mit, …")
+    add(
+        "--license",
+        default="",
+        metavar="NAME",
+        help="license for the card, as the hub names it: mit, …",
+    )
     add("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the hub")
     add("--private", action="store_true", help="of --push: a repository that others do not see")
     return parser

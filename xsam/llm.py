@@ -1,9 +1,10 @@
-"""The language model: special tokens, chat rendering, splicing visual tokens in, gathering states
-out, generation.
+"""The language model: special tokens, chat rendering, splicing visual tokens in, finding what the
+tokens ask of the decoder, generation.
 
 Middle box of the diagram (paper figure 3). Any causal model of transformers; the chat template and
 the vocabulary come from its tokenizer.
-Legend: B samples, N positions, C width, V visual tokens of a sample, R regions, P phrases.
+Legend: B samples, N positions, T new tokens, C width, V visual tokens of a sample, G vectors of
+regions, R decoder runs, K classes of a run.
 """
 
 import re
@@ -18,21 +19,19 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizer
 from xsam.config import SPECIAL_TOKENS
 from xsam.encoders import transformers_config
 
-IMAGE_TOKEN, REGION_TOKEN = (
-    -200,
-    -300,
-)  # stand where visual tokens and region vectors are spliced in
+# Placeholders among the token ids, where visual tokens and region vectors are spliced in.
+IMAGE_TOKEN, REGION_TOKEN = -200, -300
 
-IGNORE_LABEL = -100
+IGNORE_LABEL = -100  # of a position without loss; what `F.cross_entropy` ignores
 
 
 # ---- tokenizer side ------------------------------------------------------------------------------
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Adds <SEG>, <p> and </p>, and where there is none a padding token, which is always masked;
-    does nothing to a tokenizer that has them. Returns the rows of embeddings that it needs: one
-    more than its largest id, as ids may have gaps."""
+    """Adds <SEG>, <p> and </p> to a tokenizer without them, and takes the end of the text as
+    padding, which is always masked, where it has none. Returns the rows of embeddings that it
+    needs: one more than its largest id, as ids may have gaps."""
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -47,12 +46,13 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
 def render_conversation(
     tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str | None]]
 ) -> list[tuple[str, bool]]:
-    """Turns of (question, answer) in the tokenizer's chat template: [(text, is_answer)].
+    """Turns of (question, answer) in the tokenizer's chat template, cut into pieces (text,
+    is_answer); joined, these are the conversation.
 
-    An answer's text runs to its end-of-turn marker, which the model has to learn. A last answer of
-    None leaves the conversation open for generation. Raises ValueError where the template changes
-    a question or an answer by more than the white space around it, or opens an answer otherwise
-    than it asks for one.
+    An answer's piece ends with its end-of-turn marker, which the model has to learn. A last answer
+    of None leaves the conversation open for generation. Raises ValueError where the template
+    changes a question or an answer by more than the white space around it, or where what it writes
+    before an answer is not what it writes to ask for one.
     """
     messages = []
     for question, answer in turns:
@@ -66,8 +66,8 @@ def render_conversation(
             messages[:count], tokenize=False, add_generation_prompt=is_open, **options
         )
 
-    # Qwen3 opens its answer with an empty thought, and keeps that of the last answer alone; other
-    # templates do not know the word.
+    # Without thinking, Qwen3's template opens an answer that it asks for with an empty thought, and
+    # keeps that in the last answer alone. Other templates ignore the option.
     no_thought = {"enable_thinking": False}
     whole = apply(len(messages), is_open, **no_thought)
     marker = end_of_turn(tokenizer)
@@ -93,8 +93,8 @@ def render_conversation(
 
 
 def _answer_end(whole: str, start: int, answer: str) -> int:
-    """Where the answer ends that begins, but for white space, at `start`. A template may take the
-    white space around it."""
+    """The position in `whole` where the answer ends that begins at `start`, white space aside. A
+    template may strip the white space around it."""
     for text in (answer, answer.strip()):
         begin = whole.find(text, start)
         if begin >= 0 and not whole[start:begin].strip():
@@ -106,8 +106,8 @@ def _answer_end(whole: str, start: int, answer: str) -> int:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that closes an answer in the tokenizer's chat template, up to its first token that
-    is no word; the end of the text where the template has none."""
+    """The text that closes an answer in the tokenizer's chat template, up to and with its first
+    special or added token; the end-of-text token where the template has none."""
     question = {"role": "user", "content": "question"}
     answer = {"role": "assistant", "content": "answer"}
     rendered = tokenizer.apply_chat_template([question, answer], tokenize=False)
@@ -123,9 +123,10 @@ def tokenize(
     num_visual_tokens: int,
     num_region_vectors: int = 1,
 ) -> tuple[list[int], list[int]]:
-    """Rendered pieces to token ids and labels: <image> and <region> become as many placeholders as
-    there are vectors for them, only answers keep their label."""
-    ids, labels = [], []
+    """Rendered pieces to token ids and labels, [N] both: <image> and <region> become as many
+    placeholders as there are vectors for them, and only answers have labels."""
+    ids: list[int] = []
+    labels: list[int] = []
     for text, is_answer in pieces:
         for part in re.split(r"(<image>|<region>)", text):
             if part == "<image>":
@@ -140,9 +141,9 @@ def tokenize(
 
 
 def unknown_words(tokenizer: PreTrainedTokenizerBase | None, *texts: str) -> list[str]:
-    """The words of texts that the tokenizer lacks: each becomes its unknown token, so that the
-    model cannot tell them apart. Marks such as <p> are no words. None without a tokenizer, or
-    where it has no such token."""
+    """The words of `texts` that become the tokenizer's unknown token, so that the model cannot tell
+    them apart, once each, in reading order. Marks such as <p> are no words. Empty without a
+    tokenizer, or where it has no such token."""
     unknown = getattr(tokenizer, "unk_token_id", None)
 
     def is_lost(text: str) -> bool:
@@ -162,16 +163,14 @@ def unknown_words(tokenizer: PreTrainedTokenizerBase | None, *texts: str) -> lis
 @dataclass
 class Runs:
     """The decoder runs that the tokens of a batch ask for, and the phrases that are their classes.
+    Phrases are numbered over the whole batch, in reading order."""
 
-    Phrases are counted over the whole batch, in reading order.
-    """
-
-    image_index: Tensor  # int64 [R], image of each run
-    seg_position: Tensor  # int64 [R], where its <SEG> stands in the image's row
+    image_index: Tensor  # int64 [R], row of the image that a run segments
+    seg_position: Tensor  # int64 [R], position of its <SEG> in that row
     phrase_index: Tensor  # int64 [R], the phrase that it answers; -1: all of its image
     classes: Tensor  # int64 [R, K], the phrases that are its classes; -1: padding
     phrase_number: Tensor  # int64 [B, N], the phrase that a token lies in; -1: none
-    num_phrases: int
+    num_phrases: int  # of the whole batch
 
 
 def find_runs(
@@ -201,17 +200,18 @@ def find_runs(
     """
     seg, phrase_start, phrase_end = special_ids
     phrase_number = torch.full(input_ids.shape, -1)
-    runs, of_image = [], []  # (image, position of <SEG>, phrase); the phrases of each image
+    runs: list[tuple[int, int, int]] = []  # (image, position of <SEG>, phrase)
+    image_phrases: list[list[int]] = []
     num_phrases = 0
     for image, row in enumerate(input_ids.tolist()):
         start, is_answered = None, is_per_phrase  # there is no phrase to answer yet
-        of_image.append([])
+        image_phrases.append([])
         for position, token in enumerate(row):
             if token == phrase_start:
                 start = position
             elif token == phrase_end and start is not None:
                 phrase_number[image, start : position + 1] = num_phrases
-                of_image[image].append(num_phrases)
+                image_phrases[image].append(num_phrases)
                 num_phrases, start = num_phrases + 1, None
                 if is_per_phrase:
                     is_answered = False
@@ -222,18 +222,18 @@ def find_runs(
         every = list(range(num_phrases))
         classes = [every if shares_classes else [phrase] for *_, phrase in runs]
     else:
-        classes = [of_image[image] for image, *_ in runs]
-    width = max(map(len, classes), default=0)
-    classes = [each + [-1] * (width - len(each)) for each in classes]
+        classes = [image_phrases[image] for image, *_ in runs]
+    width = max(map(len, classes), default=0)  # K
+    classes = [row + [-1] * (width - len(row)) for row in classes]
     device = input_ids.device
-    columns = torch.tensor(runs, device=device).view(-1, 3).unbind(1)
+    columns = torch.tensor(runs, device=device).view(-1, 3).unbind(1)  # three of [R]
     table = torch.tensor(classes, dtype=torch.long, device=device).view(len(runs), width)
     return Runs(*columns, table, phrase_number.to(device), num_phrases)
 
 
 def without_marks(ids: Tensor, special_ids: tuple[int, int, int]) -> Tensor:
-    """Ids of any shape with IGNORE_LABEL in place of <p> and </p>, for `find_runs`: where a
-    question has phrases, those of its answer are no classes."""
+    """Ids of any shape with IGNORE_LABEL in place of <p> and </p>. `find_runs` is given an answer
+    so where the classes are the question's phrases: what the answer repeats is no class."""
     marks = torch.tensor(special_ids[1:]).to(ids)
     return ids.masked_fill(torch.isin(ids, marks), IGNORE_LABEL)
 
@@ -242,7 +242,11 @@ def without_marks(ids: Tensor, special_ids: tuple[int, int, int]) -> Tensor:
 
 
 class LanguageModel(nn.Module):
-    """A causal language model that reads embeddings and gives back its last hidden states."""
+    """A causal language model of transformers, by its config.json, that reads embeddings and
+    returns its last hidden states. `special_ids` and `stop_ids` come from the tokenizer."""
+
+    special_ids: tuple[int, int, int]  # of <SEG>, <p> and </p>
+    stop_ids: set[int]  # tokens that end an answer
 
     def __init__(self, config: dict):
         super().__init__()
@@ -252,27 +256,18 @@ class LanguageModel(nn.Module):
     def dim(self) -> int:
         return self.model.config.hidden_size
 
-    @property
-    def special_ids(self) -> tuple[int, int, int]:
-        return self.seg_id, self.phrase_id, self.phrase_end_id
-
-    @special_ids.setter
-    def special_ids(self, ids: tuple[int, int, int]) -> None:
-        self.seg_id, self.phrase_id, self.phrase_end_id = ids
-
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Learns the ids of the special tokens and grows both tables where the vocabulary outgrew
-        them; a new row starts as the mean of the old ones. Returns the number of rows."""
+        """Takes the ids of special tokens from the tokenizer, which gains ours, and grows the input
+        and output embeddings where its vocabulary is larger; a new row starts as the mean of the
+        old ones. Returns the number of rows."""
         size = add_special_tokens(tokenizer)
         self.special_ids = special_ids(tokenizer)
         old_size = self.model.get_input_embeddings().num_embeddings
         if size > old_size:
             self.model.resize_token_embeddings(size, mean_resizing=False)
             with torch.no_grad():
-                for table in (
-                    self.model.get_input_embeddings(),
-                    self.model.get_output_embeddings(),
-                ):
+                tables = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+                for table in tables:
                     table.weight[old_size:] = table.weight[:old_size].mean(dim=0)
         marker = tokenizer.encode(end_of_turn(tokenizer), add_special_tokens=False)
         special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
@@ -280,24 +275,28 @@ class LanguageModel(nn.Module):
         return self.model.get_input_embeddings().num_embeddings
 
     def embed(self, input_ids: Tensor, visual_tokens: Tensor, regions: Tensor) -> Tensor:
-        """Token embeddings [B, N, C] with visual tokens [B, V, C] and region vectors [R, C] in the
-        places that hold IMAGE_TOKEN and REGION_TOKEN, in reading order."""
-        x = self.model.get_input_embeddings()(input_ids.clamp(min=0))
+        """Embeddings [B, N, C] of input_ids [B, N], with visual tokens [B, V, C] and region vectors
+        [G, C] at the positions of IMAGE_TOKEN and REGION_TOKEN, in reading order. Rows of
+        `visual_tokens` are those of the samples that have an image."""
+        x = self.model.get_input_embeddings()(input_ids.clamp(min=0))  # [B, N, C]
         for token, vectors in ((IMAGE_TOKEN, visual_tokens), (REGION_TOKEN, regions)):
             x = x.masked_scatter((input_ids == token)[..., None], vectors.to(x.dtype))
         return x
 
     def forward(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, N, C] embeddings and [B, N] mask to the hidden states after the final norm."""
+        """Embeddings [B, N, C] and an attention mask [B, N], 0 at padding, to the hidden states
+        [B, N, C] after the final norm."""
         decoder = self.model.get_decoder()
         output = decoder(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False)
         return output.last_hidden_state
 
     def token_loss(self, states: Tensor, labels: Tensor) -> Tensor:
-        """Summed cross-entropy of the labelled tokens (paper equation 2); logits are made for those
-        alone."""
+        """Cross-entropy of the labelled tokens, summed (paper equation 2): states [B, N, C] predict
+        labels [B, N] of the next position. Logits are made for these tokens alone."""
         is_labelled = labels[:, 1:] != IGNORE_LABEL
-        logits = self.model.get_output_embeddings()(states[:, :-1][is_labelled])
+        logits = self.model.get_output_embeddings()(
+            states[:, :-1][is_labelled]
+        )  # [labelled, words]
         return F.cross_entropy(logits.float(), labels[:, 1:][is_labelled], reduction="sum")
 
     @torch.no_grad()
@@ -308,38 +307,35 @@ class LanguageModel(nn.Module):
         max_new_tokens: int,
         on_ids: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Greedy answers to left-padded prompts [B, N, C]. `on_ids` is called with the new ids at
-        each step; what it raises ends the generation.
+        """Greedy answers to left-padded prompts [B, N, C] with their attention mask [B, N].
+        `on_ids` is called with the new ids so far at every step; what it raises ends the
+        generation.
 
         Returns new ids [B, T] (IGNORE_LABEL after a row's end), and the hidden states of the
         prompt [B, N, C] and of the new tokens [B, T, C].
         """
         decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
-        stop_ids = torch.tensor(sorted(self.stop_ids), device=embeddings.device)
-        is_done = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
-        step, all_ids, all_states = embeddings, [], []
+        B, device = len(embeddings), embeddings.device
+        stop_ids = torch.tensor(sorted(self.stop_ids), device=device)
+        is_done = torch.zeros(B, dtype=torch.bool, device=device)
+        new_ids = torch.zeros(B, 0, dtype=torch.long, device=device)
+        inputs, states = embeddings, []
         cache = DynamicCache(config=self.model.config)
         while True:
-            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
             # By position: releases of transformers differ in the name of the cache.
-            output = decoder(None, attention_mask, positions, cache, step, use_cache=True)
-            all_states.append(output.last_hidden_state)
-            if len(all_ids) == max_new_tokens:
+            output = decoder(None, attention_mask, positions, cache, inputs, use_cache=True)
+            states.append(output.last_hidden_state)  # [B, N, C] of the prompt, then [B, 1, C]
+            if new_ids.shape[1] == max_new_tokens:
                 break
-            ids = head(all_states[-1][:, -1]).argmax(-1)
+            ids = head(states[-1][:, -1]).argmax(-1)  # [B]
             is_done |= torch.isin(ids, stop_ids)
             if is_done.all():
                 break
-            all_ids.append(ids.masked_fill(is_done, IGNORE_LABEL))
+            new_ids = torch.cat([new_ids, ids.masked_fill(is_done, IGNORE_LABEL)[:, None]], 1)
             if on_ids is not None:
-                on_ids(torch.stack(all_ids, 1))
-            step = self.model.get_input_embeddings()(ids)[:, None]
+                on_ids(new_ids)
+            inputs = self.model.get_input_embeddings()(ids)[:, None]  # [B, 1, C]
             attention_mask = torch.cat([attention_mask, (~is_done)[:, None].to(attention_mask)], 1)
-        prompt_states, *new_states = all_states
-        if not all_ids:
-            return (
-                embeddings.new_zeros(len(embeddings), 0).long(),
-                prompt_states,
-                prompt_states[:, :0],
-            )
-        return torch.stack(all_ids, 1), prompt_states, torch.cat(new_states, 1)
+        prompt_states, *new_states = states
+        return new_ids, prompt_states, torch.cat([prompt_states[:, :0], *new_states], 1)

@@ -35,38 +35,41 @@ class Targets:
 
 @dataclass
 class Normalisers:
-    """Divisors of a step, averaged over ranks: any split of a batch gives the same gradient."""
+    """What the losses of a step are divided by, of the whole step as a mean over ranks: any split
+    of a batch gives the same gradient, which is averaged over ranks too."""
 
-    masks: float
-    class_weight: float
-    tokens: float
+    masks: float  # number of target masks
+    class_weight: float  # sum of the weights of all queries in the class loss
+    tokens: float  # number of labelled tokens
 
 
 def random_points(
     num_sets: int, num_points: int, generator: torch.Generator, device: torch.device
 ) -> Tensor:
-    """Points [num_sets, num_points, 2] in 0..1, drawn where the generator lives: a generator of the
-    CPU draws the same points for every device."""
+    """Points [num_sets, num_points, 2] in 0..1, float32 on `device`, drawn on the generator's: a
+    generator of the CPU draws the same points for every device."""
     shape = num_sets, num_points, 2
     return torch.rand(*shape, generator=generator, device=generator.device).to(device)
 
 
 def sample_features(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear reading of maps [N, C, h, w] at points [N, P, 2], (x, y) in 0..1 corner to corner:
-    [N, C, P]."""
-    grid = 2 * points[:, :, None] - 1
+    """Bilinear reading of maps [N, C, h, w] at points [N, P, 2], (x, y) in 0..1 from corner to
+    corner of the map: [N, C, P]."""
+    grid = 2 * points[:, :, None] - 1  # [N, P, 1, 2]
     return F.grid_sample(maps, grid, align_corners=False)[..., 0]
 
 
 def find_blocks(masks: Tensor, index: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The 2×2 pixels of boolean masks [T, H, W] around points [N, P, 2], mask index[n] at each.
+    """The 2×2 pixels around points [N, P, 2], of the boolean masks [T, H, W] with the numbers
+    index [N].
 
-    Four bits of a uint8 (upper left first, rows first; zero beyond the border), and how far right
-    and down of the centre of the first pixel a point lies, 0..1; all [N, P].
+    Returns the pixels as four bits of a uint8 (upper left first, rows first; zero beyond the
+    border), and how far right and down of the centre of the first pixel a point lies, in pixels;
+    all [N, P].
     """
     height, width = masks.shape[1:]
-    pixels = F.pad(masks, (1, 1, 1, 1)).view(torch.uint8)
-    pairs = pixels[:, :, :-1] | pixels[:, :, 1:] << 1
+    pixels = F.pad(masks, (1, 1, 1, 1)).view(torch.uint8)  # [T, H+2, W+2]
+    pairs = pixels[:, :, :-1] | pixels[:, :, 1:] << 1  # [T, H+2, W+1]
     blocks = pairs[:, :-1] | pairs[:, 1:] << 2  # [T, H+1, W+1]
     x = (points[..., 0] * width + 0.5).clamp(0, width + 1)
     y = (points[..., 1] * height + 0.5).clamp(0, height + 1)
@@ -76,10 +79,10 @@ def find_blocks(masks: Tensor, index: Tensor, points: Tensor) -> tuple[Tensor, T
 
 
 def sample_masks(masks: Tensor, index: Tensor, points: Tensor) -> Tensor:
-    """Bilinear reading of boolean masks [T, H, W]: float [N, P], mask index[n] at points [N, P, 2].
+    """Bilinear reading at points [N, P, 2], (x, y) in 0..1, of the boolean masks [T, H, W] with the
+    numbers index [N]: float [N, P], zero beyond the border.
 
-    Gathers four neighbours at once, and no mask is copied for each point set; beyond the border is
-    zero. No gradient.
+    Gathers four neighbours at once, and copies no mask for a set of points. No gradient.
     """
     block, x, y = find_blocks(masks, index, points)
     top = (block & 1) * (1 - x) + (block >> 1 & 1) * x
@@ -88,7 +91,8 @@ def sample_masks(masks: Tensor, index: Tensor, points: Tensor) -> Tensor:
 
 
 def is_ignored(ignore: Tensor | None, points: Tensor) -> Tensor:
-    """Whether a reading at points [N, P, 2] would touch a pixel of `ignore` [H, W]: bool [N, P]."""
+    """Whether a reading at points [N, P, 2] touches a pixel of `ignore`, bool [H, W]: bool
+    [N, P]."""
     if ignore is None:
         return torch.zeros(points.shape[:2], dtype=torch.bool, device=points.device)
     only = torch.zeros(len(points), dtype=torch.long, device=points.device)
@@ -103,18 +107,16 @@ def matching_cost(
     valid: Tensor,
     config: LossConfig,
 ) -> Tensor:
-    """Cost [L, Q, T] of class logits [L, Q, K+1] and mask logits [L, Q, P] against T targets, which
-    are values [T, P] and labels [T].
-
-    `valid` [P] is zero at points without a label.
-    """
+    """Matching cost [L, Q, T] of class logits [L, Q, K+1] and mask logits [L, Q, P] against T
+    targets, given as values at the points [T, P] and labels [T]. `valid` [P] is 1, or 0 at points
+    that are ignored."""
     num_valid = valid.sum().clamp(min=1)
     target_values = target_values * valid
     class_cost = -class_logits.softmax(-1)[:, :, labels]
     # Cross-entropy of a logit x and a target t is softplus(x) - x·t.
     mask_cost = (F.softplus(mask_logits) @ valid)[..., None] - mask_logits @ target_values.T
     probabilities = mask_logits.sigmoid() * valid
-    overlap = probabilities @ target_values.T
+    overlap = probabilities @ target_values.T  # [L, Q, T]
     size = probabilities.sum(-1)[..., None] + target_values.sum(-1)
     dice_cost = 1 - (2 * overlap + 1) / (size + 1)
     return (
@@ -126,8 +128,9 @@ def matching_cost(
 
 @torch.no_grad()
 def match(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """Cheapest assignment of cost [L, Q, T]: matched queries and their targets, both [L, M]."""
-    # A diverged model must reach the loop's guard against non-finite losses, not fail in here.
+    """The assignment of least cost [L, Q, T] for every output: matched queries and their targets,
+    both int64 [L, M], on the CPU."""
+    # A diverged model must reach the loop's guard against non-finite losses, not fail here.
     cost = cost.nan_to_num(0.0, posinf=1e10, neginf=-1e10).cpu().numpy()
     pairs = [linear_sum_assignment(layer) for layer in cost]
     queries, targets = (
@@ -140,12 +143,14 @@ def match(cost: Tensor) -> tuple[Tensor, Tensor]:
 def uncertain_points(
     mask_logits: Tensor, ignore: Tensor | None, config: LossConfig, generator: torch.Generator
 ) -> Tensor:
-    """Points [N, P, 2] for the loss of masks [N, h, w]: mostly where the logit is nearest zero."""
+    """Points [N, P, 2] for the loss of mask logits [N, h, w]: of random candidates those with the
+    logits nearest to zero, and some more at random (PointRend, Kirillov et al. 2020). Pixels of
+    `ignore` are chosen last."""
     N, device = len(mask_logits), mask_logits.device
     num_candidates = int(config.num_points * config.oversample_ratio)
     num_uncertain = int(config.num_points * config.importance_ratio)
     candidates = random_points(N, num_candidates, generator, device)
-    certainty = sample_features(mask_logits[:, None], candidates)[:, 0].abs()
+    certainty = sample_features(mask_logits[:, None], candidates)[:, 0].abs()  # [N, candidates]
     certainty = certainty.masked_fill(is_ignored(ignore, candidates), torch.inf)
     chosen = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
     uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
@@ -155,13 +160,15 @@ def uncertain_points(
 
 
 def cross_entropy(mask_logits: Tensor, target_values: Tensor, valid: Tensor) -> Tensor:
-    """Mean cross-entropy [N] of point values [N, P] where `valid` [N, P] is one."""
+    """Binary cross-entropy [N] of N masks and their targets at P points, as a mean over those where
+    `valid` is 1, not 0; all [N, P]."""
     losses = F.binary_cross_entropy_with_logits(mask_logits, target_values, reduction="none")
     return (losses * valid).sum(-1) / valid.sum(-1).clamp(min=1)
 
 
 def dice(mask_logits: Tensor, target_values: Tensor, valid: Tensor) -> Tensor:
-    """Dice loss [N] of point values [N, P] where `valid` [N, P] is one."""
+    """Dice loss [N] of N masks and their targets at P points, of which those count where `valid` is
+    1, not 0; all [N, P]."""
     probabilities, target_values = mask_logits.sigmoid() * valid, target_values * valid
     size = probabilities.sum(-1) + target_values.sum(-1)
     return 1 - (2 * (probabilities * target_values).sum(-1) + 1) / (size + 1)
@@ -179,14 +186,14 @@ def segmentation_losses(
     config: LossConfig,
 ) -> dict[str, Tensor]:
     """Unweighted losses, "class" and those of MASK_LOSSES (the terms of paper equation 1), summed
-    over the decoder outputs.
+    over the decoder outputs: float32 scalars.
 
-    One entry of `targets` and `generators` a run; the points drawn depend on the run's generator
-    alone. A run without targets gives class loss only.
+    `targets` and `generators` have an entry for every run; the points of a run depend on its
+    generator alone. A run without targets gives class loss only.
     """
     class_logits = predictions.class_logits.float()
     mask_embeddings = predictions.mask_embeddings.float()
-    L, R, Q, num_classes = class_logits.shape
+    L, R, Q, num_classes = class_logits.shape  # with the background
     device = class_logits.device
     classes = torch.full((L, R, Q), num_classes - 1, device=device)  # background
     # Zero, but in the graph: every parameter gets a gradient on every rank, targets or not.
@@ -195,7 +202,7 @@ def segmentation_losses(
 
     ignores = [target.ignore if config.ignore_unlabelled else None for target in targets]
     runs = [run for run, target in enumerate(targets) if len(target.labels) > 0]
-    features = {run: predictions.features_of(run).float() for run in runs}  # each [C, h, w]
+    features = {run: predictions.features_of(run).float() for run in runs}  # of [C, h, w]
 
     costs = {}
     for run in runs:
@@ -222,7 +229,7 @@ def segmentation_losses(
         target = targets[run]
         classes[:, run].scatter_(1, queries, target.labels[matched])
         pairs = mask_embeddings[layer, run, queries].flatten(0, 1)  # [L·M, C]
-        masks = torch.einsum("nc,chw->nhw", pairs, features[run])
+        masks = torch.einsum("nc,chw->nhw", pairs, features[run])  # [L·M, h, w]
         points = uncertain_points(masks, ignores[run], config, generators[run])
         mask_logits = sample_features(masks[:, None], points)[:, 0]
         target_values = sample_masks(target.masks, matched.flatten(), points)
@@ -240,7 +247,8 @@ def segmentation_losses(
 
 
 def count_targets(num_targets: list[int], num_queries: int, config: LossConfig) -> dict[str, float]:
-    """What a batch adds to the normalisers: its masks, and the class weights of its queries."""
+    """What the runs of a batch, with so many targets, add to the normalisers of one decoder output:
+    "masks" and "class_weight"."""
     matched = sum(min(count, num_queries) for count in num_targets)
     others = num_queries * len(num_targets) - matched
     return {
@@ -257,10 +265,10 @@ class Objective(nn.Module):
         self.model, self.config = model, config
 
     def forward(self, batch: Batch, normalisers: Normalisers) -> dict[str, Tensor]:
-        """Weighted losses of one micro-batch; over a step's micro-batches and ranks they add up.
-
-        The terms of paper equation 1 in stage 1, of equation 2 ("text") in stage 2 and of chat, of
-        equation 3 elsewhere, which is both."""
+        """The weighted losses of a micro-batch, by name; those of a step's micro-batches and ranks
+        are to be added. They are the terms of paper equation 1 in stage 1, of equation 2 ("text")
+        in stage 2 and of chat, and of equation 3 elsewhere, which is both. Raises ValueError where
+        the model has more or fewer decoder runs than the batch has targets."""
         device, weights = batch.seg_pixels.device, self.config.loss
         is_mixed = self.config.dtype != "float32"
         with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):

@@ -1,8 +1,10 @@
-"""X-SAM: the parts joined, to be trained (`forward`) and asked (`infer`).
+"""X-SAM: the parts joined, for training (`forward`) and inference (`infer`).
 
 The whole diagram (paper section 3.2, figure 3). `Segmentor` alone is the model of stage 1; `XSAM`
-adds the image encoder and the language model, whose condition and <SEG> states steer the segmentor.
-Legend: B images, R decoder runs, P phrases, Q queries, K classes, C channels, V visual tokens.
+adds the image encoder and the language model, whose condition and <SEG> states say what the
+segmentor has to segment.
+Legend: B images of a batch, D reference images, h w patch grid, N positions of a text, V visual
+tokens of an image, R decoder runs, P phrases of a batch, K classes of a run, C channels.
 """
 
 from __future__ import annotations
@@ -54,23 +56,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Outputs:
-    """What a forward pass leaves for the losses."""
+    """What a forward pass gives to the losses."""
 
     predictions: DecoderOutput | None  # None where nothing is segmented
-    token_loss: Tensor | None  # summed over the labelled tokens; None in stage 1
+    token_loss: Tensor | None  # scalar, summed over the labelled tokens; None in stage 1
 
 
 @dataclass
 class ImageFeatures:
-    """What the encoders make of images, for more than one request on them."""
+    """What the encoders make of images, kept for more than one request on them."""
 
-    hidden_states: list[Tensor]  # of the segmentation encoder, [B, h, w, C] each
-    image_tokens: Tensor | None  # [B, N, C], projected; None without an image encoder
+    hidden_states: list[Tensor]  # of the segmentation encoder, all [B, h, w, C]
+    image_tokens: Tensor | None  # [B, tokens, C], projected; None without an image encoder
 
 
 def build_seg_encoder(config: ModelConfig) -> SamEncoder | SwinEncoder:
-    """The segmentation encoder that a configuration asks for. Raises ValueError where it says of a
-    backbone what that is not."""
+    """The segmentation encoder that a configuration asks for. Raises ValueError where its numbers
+    are not those of the backbone."""
     if not config.seg_backbone_config:
         return SamEncoder(
             image_size=config.seg_image_size,
@@ -97,11 +99,12 @@ def build_seg_encoder(config: ModelConfig) -> SamEncoder | SwinEncoder:
 class Segmentor(nn.Module):
     """Segmentation encoder, connector, segmentation decoder and class head."""
 
-    stage, prefix = 1, "segmentor."  # of its checkpoints; what its names begin with on disk
+    stage, prefix = 1, "segmentor."  # of its checkpoints, and of its parameters' names in them
     tokenizer = None  # this model reads no text
 
     def __init__(self, config: Config, class_head: nn.Module | None = None):
-        """`class_head` None: the linear head of stage 1."""
+        """`class_head` None: the linear head of stage 1. Raises ValueError where the decoder does
+        not fit the encoder."""
         super().__init__()
         self.config, model_config = config, config.model
         self.encoder = build_seg_encoder(model_config)
@@ -153,13 +156,16 @@ class Segmentor(nn.Module):
         hidden_states: list[Tensor],
         image_index: Tensor,
         seg_embeddings: Tensor | None,
-        *condition_embeddings: Tensor,
+        *classes: Tensor,
     ) -> DecoderOutput:
-        """Masks and class logits of each run. An image is decoded to features once, however many
-        runs (image_index [R]) read them; `condition_embeddings` are the class head's."""
+        """Masks and class logits of R runs, from the encoder's hidden states [B, h, w, C],
+        image_index [R], int64, the image of a run, and seg_embeddings [R, C] or None. `classes`
+        goes to the class head: nothing to the linear one, condition embeddings [R, K+1, C] and
+        is_padding [R, K+1] to the cosine one. The pixel decoder runs once for an image, however
+        many runs read its features."""
         feature_index = None
         if self.pixel_decoder is None:
-            neck = self.encoder.neck(hidden_states[-1])[image_index]
+            neck = self.encoder.neck(hidden_states[-1])[image_index]  # [R, C, h, w]
             queries, mask_embeddings, mask_features = self.decoder(neck, seg_embeddings)
             feature_index = torch.arange(len(image_index), device=image_index.device)
         else:
@@ -168,38 +174,37 @@ class Segmentor(nn.Module):
             else:
                 scales = [x.permute(0, 3, 1, 2) for x in hidden_states[: len(self.encoder.dims)]]
             mask_features, levels = self.pixel_decoder(scales)
-            levels = [level[image_index] for level in levels]
+            levels = [level[image_index] for level in levels]  # [B, C, h_i, w_i] to [R, …]
             queries, mask_embeddings = self.decoder(
                 mask_features[image_index], levels, seg_embeddings
             )
-        class_logits = self.class_head(queries, *condition_embeddings)
+        class_logits = self.class_head(queries, *classes)
         return DecoderOutput(
             class_logits, mask_embeddings, mask_features, image_index, feature_index
         )
 
     def forward(self, batch: Batch) -> Outputs:
-        """Stage 1: one run for each image, classes of the linear head."""
+        """Stage 1: a run for every image, the classes of the linear head."""
         hidden_states = self.encoder(batch.seg_pixels)
         image_index = torch.arange(len(batch.seg_pixels), device=batch.seg_pixels.device)
         return Outputs(self.decode(hidden_states, image_index, None), None)
 
-    @torch.no_grad()
     def encode_images(self, batch: Batch) -> ImageFeatures:
-        """See `XSAM.encode_images`."""
+        """The features of the images of a batch; there are no image tokens."""
         return ImageFeatures(self.encoder(batch.seg_pixels), None)
 
     @torch.no_grad()
     def infer(
         self, batch: Batch, max_new_tokens: int = 0, features: ImageFeatures | None = None
     ) -> tuple[list[str], DecoderOutput]:
-        """Answers (none here) and predictions, as `XSAM.infer` gives them."""
+        """Answers, here empty, and predictions, as `XSAM.infer` gives them."""
         hidden_states = (features or self.encode_images(batch)).hidden_states
         image_index = torch.arange(len(batch.seg_pixels), device=batch.seg_pixels.device)
         return [""] * len(image_index), self.decode(hidden_states, image_index, None)
 
 
 def number_images(pixels: Tensor) -> Tensor:
-    """Of images [B, 3, H, W], [B]: counted from 0, with one number for equal ones in a row."""
+    """Numbers [B] of images [B, 3, S, S], from 0 on: equal images in a row have the same one."""
     is_new = (pixels[1:] != pixels[:-1]).flatten(1).any(dim=1)
     return F.pad(is_new.cumsum(0), (1, 0))
 
@@ -217,8 +222,9 @@ class XSAM(nn.Module):
         llm: LanguageModel | None = None,
     ):
         """`tokenizer` gains the special tokens; without one the model can be built and loaded, but
-        not run (`set_tokenizer`). An image encoder or language model that is given is used, and not
-        made anew."""
+        not run until `set_tokenizer`. `image_encoder` and `llm` are used where they are given, and
+        made with random weights where not. Raises ValueError where the language model would be
+        shown no image."""
         super().__init__()
         self.config, model_config = config, config.model
         self.segmentor = Segmentor(config, CosineClassHead(model_config.logit_clamp))
@@ -238,20 +244,24 @@ class XSAM(nn.Module):
             self.set_tokenizer(tokenizer)
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Takes over the tokenizer; the model's configuration has the vocabulary's size from then
-        on."""
+        """Takes the tokenizer, which gains the special tokens, and grows the embeddings to its
+        vocabulary, whose size the configuration has from then on."""
         self.tokenizer = tokenizer
         rows = self.llm.set_tokenizer(tokenizer)
         llm_config = self.config.model.llm_config | {"vocab_size": rows}
         self.config = self.config.resolve(llm_config=llm_config)
 
-    @torch.no_grad()
-    def encode_images(self, batch: Batch) -> ImageFeatures:
-        """The features of a batch's images, for `infer`."""
-        image_tokens = None
+    def encode_images(self, batch: Batch, chosen: slice | Tensor = slice(None)) -> ImageFeatures:
+        """The features of the images of a batch, or of those `chosen` by a mask, bool [B]."""
+        B, image_tokens = len(batch.input_ids), None
+        hidden_states = self.segmentor.encoder(batch.seg_pixels[:B][chosen])
         if self.image_encoder is not None:
-            image_tokens = self.image_projector(self.image_encoder(batch.image_pixels))
-        return ImageFeatures(self.segmentor.encoder(batch.seg_pixels), image_tokens)
+            image_tokens = self.encode_tokens(batch.image_pixels[:B][chosen])
+        return ImageFeatures(hidden_states, image_tokens)
+
+    def encode_tokens(self, pixels: Tensor) -> Tensor:
+        """[B, 3, s, s] pixels of the image encoder to its projected tokens [B, tokens, C]."""
+        return self.image_projector(self.image_encoder(pixels))
 
     def encode(
         self,
@@ -260,39 +270,36 @@ class XSAM(nn.Module):
         features: ImageFeatures | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Embeddings [B, N, C] of the batch's words, visual tokens and regions, and the hidden
-        states of the segmentation encoder for its images, or with an `image_index`
-        (`number_images`) for the different ones among them. Image tokens come before segmentation
-        tokens. Regions are read from the segmentation tokens, or where the language model is shown
-        none, from the image tokens. A reference image passes the encoder that its region is read
-        from. Images with `features` are not encoded again."""
+        states [B, h, w, C] of the segmentation encoder.
+
+        Image tokens come before segmentation tokens. Regions are read from the segmentation tokens,
+        or where the language model is shown none, from the image tokens; the D reference images
+        pass through that encoder alone. With an `image_index` [B] (`number_images`) only the
+        different images among the B are encoded, and the hidden states are of these. `features` are
+        of these images too, which are then not encoded again.
+        """
         B, model_config = len(batch.input_ids), self.config.model
-        images, *reference_images = batch.seg_pixels.split(B)
-        is_new = index = slice(None)
+        is_new = index = slice(None)  # all images; or the first of equal ones, and back to all
         if image_index is not None:
             is_new, index = F.pad(image_index.diff() > 0, (1, 0), value=True), image_index
-        images = images[is_new]
-        hidden_states = features.hidden_states if features else self.segmentor.encoder(images)
+        features = features or self.encode_images(batch, is_new)
         visual_tokens = []
-        if self.image_encoder is not None:
-            parts = [features.image_tokens] if features else []
-            pixels = [] if features else [batch.image_pixels[:B][is_new]]
-            pixels = torch.cat([*pixels, batch.image_pixels[B:]])
-            if len(pixels):
-                parts.append(self.image_projector(self.image_encoder(pixels)))
-            own, others = torch.cat(parts).tensor_split([len(images)])
-            image_tokens = torch.cat([own[index], others])
-            visual_tokens.append(image_tokens[:B])
+        if features.image_tokens is not None:
+            visual_tokens.append(features.image_tokens[index])
         if self.seg_projector is not None:
-            shown = [self.segmentor.encoder(each)[-2] for each in reference_images]
-            shown = torch.cat([hidden_states[-2][index], *shown])
-            grid = self.seg_projector(pixel_shuffle(shown, 0.5))  # [B + D, H, W, C]
+            _, *references = batch.seg_pixels.split(B)
+            shown = [self.segmentor.encoder(pixels)[-2] for pixels in references]
+            shown = torch.cat([features.hidden_states[-2][index], *shown])  # [B + D, h, w, C]
+            grid = self.seg_projector(pixel_shuffle(shown, 0.5))  # [B + D, h/2, w/2, C]
             visual_tokens.append(grid[:B].flatten(1, 2))
         else:
-            side = math.isqrt(image_tokens.shape[1])
-            grid = image_tokens.unflatten(1, (side, side))
-        visual_tokens = torch.cat(visual_tokens, dim=1)
+            _, *references = batch.image_pixels.split(B)
+            tokens = torch.cat([*visual_tokens, *map(self.encode_tokens, references)])
+            side = math.isqrt(tokens.shape[1])
+            grid = tokens.unflatten(1, (side, side))  # [B + D, side, side, C]
+        visual_tokens = torch.cat(visual_tokens, dim=1)  # [B, V, C]
         is_shown = [not sample.is_text for sample in batch.samples]
-        if not all(is_shown):  # embed fills the rows that have places
+        if not all(is_shown):  # the text of the others has no places for them
             visual_tokens = visual_tokens[is_shown]
         regions = sample_regions(
             grid,
@@ -301,9 +308,11 @@ class XSAM(nn.Module):
             model_config.region_pooling,
             model_config.num_region_vectors,
         )
-        return self.llm.embed(batch.input_ids, visual_tokens, regions), hidden_states
+        return self.llm.embed(batch.input_ids, visual_tokens, regions), features.hidden_states
 
     def forward(self, batch: Batch) -> Outputs:
+        """Stages 2 and 3: the loss of the answers' tokens, and for a task that segments the masks
+        and class logits of the batch's runs."""
         embeddings, hidden_states = self.encode(batch)
         states = self.llm(embeddings, batch.attention_mask)
         token_loss = self.llm.token_loss(states, batch.labels)
@@ -311,8 +320,8 @@ class XSAM(nn.Module):
             return Outputs(None, token_loss)
         predictions = self.segment(hidden_states, states, batch.runs)
         if predictions is None and self.training:
-            # Nothing that is asked for is there. The segmentor takes part with a gradient of zero,
-            # as it does on the ranks, and in the micro-batches, that find something.
+            # Nothing that is asked for is there. The segmentor gets a gradient of zero, so that
+            # this rank has gradients of the same parameters as those where something is.
             idle = (self.segmentor, self.llm_projector, self.background_embedding)
             parameters = [p for part in idle for p in part.parameters() if p.requires_grad]
             token_loss = token_loss + 0 * sum(parameter.sum() for parameter in parameters)
@@ -325,8 +334,9 @@ class XSAM(nn.Module):
         runs: Runs,
         image_index: Tensor | None = None,
     ) -> DecoderOutput | None:
-        """Runs the segmentor once for each of `runs`, on what the language model says of them:
-        states [B, N, C]. `image_index` as in `encode`. None where nothing is asked for."""
+        """Masks and class logits of `runs`, from the segmentation encoder's hidden states and the
+        language model's last hidden states [B, N, C]; None where there are no runs. `image_index`
+        as in `encode`."""
         if len(runs.image_index) == 0:
             return None
         condition_embeddings, is_padding = self.gather_condition_embeddings(states, runs)
@@ -341,11 +351,11 @@ class XSAM(nn.Module):
         return output
 
     def gather_condition_embeddings(self, states: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
-        """The classes of each run, the background last, [R, K + 1, C], and which of them are
-        padding, bool [R, K + 1]. A class is the mean of the projected states of its phrase's
-        tokens, <p> and </p> included (paper section 3.1, "Unified Formulation")."""
+        """The embeddings of the classes of every run, the background last, [R, K+1, C], and which
+        of them are padding, bool [R, K+1]. A class is the mean of the projected states of its
+        phrase's tokens, <p> and </p> included (paper section 3.1, "Unified Formulation")."""
         inside = runs.phrase_number >= 0
-        projected = self.llm_projector(states[inside])
+        projected = self.llm_projector(states[inside])  # [tokens in phrases, C]
         index = runs.phrase_number[inside]
         sums = projected.new_zeros(runs.num_phrases, projected.shape[-1])
         sums = sums.index_add(0, index, projected)
@@ -362,9 +372,10 @@ class XSAM(nn.Module):
         features: ImageFeatures | None = None,
         on_answers: Callable[[list[str]], None] | None = None,
     ) -> tuple[list[str], DecoderOutput | None]:
-        """Greedy answers to a left-padded batch, and what their <SEG> tokens segment. An image that
-        is in several rows, one after the other, is encoded once; the batch's different images may
-        bring their `features`. `on_answers` is called with the answers each time they grow."""
+        """Greedy answers to a left-padded batch of open questions, and what their <SEG> tokens
+        segment: None for chat, and where no answer has one. An image in several rows, one after
+        the other, is encoded once; `features` are of the different images. `on_answers` is called
+        with the answers so far after every token."""
         image_index = number_images(batch.seg_pixels[: len(batch.input_ids)])
         embeddings, hidden_states = self.encode(batch, image_index, features)
         decode = functools.partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
@@ -431,24 +442,24 @@ class XSAM(nn.Module):
 
 __getattr__ = former_names(load_checkpoint="xsam.inference", save_pretrained="xsam.inference")
 
-# What the parts repeat; the last is the layer of every model of transformers.
+# The layers that the parts repeat; the last is the base of those of transformers.
 BLOCKS = Block, ConvBranch, PixelDecoderLayer, DecoderLayer, GradientCheckpointingLayer
 
 
 def is_block(module: nn.Module) -> bool:
-    """Whether a module is one of the layers that a part repeats; `variants` marks its own."""
+    """Whether a module is one of the layers that a part repeats; variants.py marks its own."""
     return isinstance(module, BLOCKS) or getattr(module, "is_block", False)
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """From now on every block keeps nothing but its input for the backward pass, and runs again in
-    it (Chen et al. 2016): the same gradients for a third more work."""
+    """Makes every block keep its input alone for the backward pass, and run again there (Chen et
+    al. 2016): the same gradients for a third more work."""
     for module in filter(is_block, model.modules()):
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
-    """From now on every block runs as torch.compile makes it; blocks of one kind share what is
-    compiled. To be called before `checkpoint_activations`, which then repeats the compiled one."""
+    """Makes every block run as torch.compile compiles it; blocks of one kind share their code. To
+    be called before `checkpoint_activations`, which then repeats the compiled block."""
     for module in filter(is_block, model.modules()):
         module.forward = torch.compile(module.forward, backend=backend)

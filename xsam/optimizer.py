@@ -1,11 +1,11 @@
 """From gradients to new weights: learning rates, their schedule, and AdamW on float32 master
 weights, sharded over the ranks.
 
-Weights and gradients are bfloat16 in training. Their 8 bits cannot hold a step of the size of the
-learning rate, so the optimizer keeps each weight once more, in float32, beside the two moments of
-AdamW (Loshchilov and Hutter 2019): 12 bytes a parameter. Every rank keeps them for its share of the
-parameters alone, updates these and sends them to the others: stage 1 of ZeRO (Rajbhandari et al.
-2020), by torch's ZeroRedundancyOptimizer. What else was measured is in LOG.md.
+Weights and gradients are bfloat16 in training. Its 8 bits of precision cannot hold a step of the
+size of the learning rate, so the optimizer keeps every weight once more, in float32, beside the two
+moments of AdamW (Loshchilov and Hutter 2019): 12 bytes a parameter. A rank keeps these states for
+its share of the parameters alone, updates that share and sends it to the others: stage 1 of ZeRO
+(Rajbhandari et al. 2020), by torch's ZeroRedundancyOptimizer. What else was measured is in LOG.md.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 
 CHUNK = 2**24  # numbers that are updated in one call
 
-MOMENTS, BLOCK = ("exp_avg", "exp_avg_sq"), 256  # numbers of a moment in 8 bits that share a scale
+MOMENTS = ("exp_avg", "exp_avg_sq")  # names of AdamW's states
+
+BLOCK = 256  # numbers of a moment in 8 bits that share a scale
 
 # ---- learning rates ------------------------------------------------------------------------------
 
 
 def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate (paper table 11): a linear rise, half a cosine to zero."""
+    """Share of the peak learning rate at a step, from 0 on: a linear rise, then half a cosine down
+    to zero (paper table 11)."""
     warmup = max(1, round(num_steps * warmup_ratio))
     if step < warmup:
         return (step + 1) / warmup
@@ -57,8 +60,8 @@ class MasterAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         bits: int = 32,
     ):
-        """`bits` 8: moments are kept in blocks of 8 bits (Dettmers et al. 2022), the two of a
-        parameter in 2 bytes; the update itself is in float32."""
+        """With 8 `bits` moments are kept in 8 bits, with a scale for every block (Dettmers et al.
+        2022), and the update is in float32 all the same."""
         self.bits = bits
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
@@ -76,9 +79,9 @@ class MasterAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, scale: float = 1.0, unused: frozenset[nn.Parameter] = frozenset()) -> None:
-        """An update by `scale` times the gradients; those of `unused` stay as they are, moments
-        too. Parameters are taken together up to CHUNK numbers, so that the float32 copies of their
-        gradients are few at a time."""
+        """An update by `scale` times the gradients. Parameters in `unused` stay as they are, with
+        their moments. Parameters are taken together up to CHUNK numbers, so that few float32
+        copies of gradients exist at a time."""
         for group in self.param_groups:
             used = [x for x in group["params"] if x.grad is not None and x not in unused]
             for parameters in _chunks(used):
@@ -94,7 +97,7 @@ class MasterAdamW(torch.optim.Optimizer):
             masters,
             torch._foreach_mul([parameter.grad.float() for parameter in parameters], scale),
             *moments,
-            [],
+            [],  # of AMSGrad
             [state["step"] for state in states],
             fused=True,
             amsgrad=False,
@@ -115,7 +118,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 def in_8_bits(zeros: Tensor, is_signed: bool) -> Tensor:
-    """A moment as torchao keeps it. Raises ValueError without torchao."""
+    """A moment of zeros as torchao keeps it. Raises ValueError without torchao."""
     try:
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:
@@ -124,12 +127,13 @@ def in_8_bits(zeros: Tensor, is_signed: bool) -> Tensor:
 
 
 def whole(moment: Tensor) -> Tensor:
-    """A moment in float32, itself where it is that."""
+    """A moment in float32: itself, or a copy of one in 8 bits."""
     return moment.dequantize() if hasattr(moment, "codes") else moment
 
 
 def plain_states(states: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A parameter's states as tensors that files hold; of a moment in 8 bits, codes and scales."""
+    """A parameter's states as plain tensors, which files hold: of a moment in 8 bits its codes and
+    scales."""
     plain = {}
     for name, state in states.items():
         names = ("codes", "scale") if hasattr(state, "codes") else ()
@@ -150,16 +154,19 @@ def _chunks(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield chunk
 
 
+# ---- of a stage ----------------------------------------------------------------------------------
+
+
 def freeze(model: nn.Module, stage: Stage, prefix: str) -> None:
-    """Parameters without a learning rate get no gradient. `prefix` is put before each name: stage 1
-    trains a bare segmentor."""
+    """Parameters with a learning rate of 0 get no gradient. `prefix` is put before their names, as
+    stage 1 trains a segmentor by itself."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.learning_rate(prefix + name) > 0)
 
 
 def parameter_groups(model: nn.Module, stage: Stage, prefix: str) -> list[dict]:
-    """What is not frozen, grouped by learning rate, with and without weight decay: vectors, such as
-    biases and norms, have none."""
+    """The parameters that are not frozen, as the optimizer takes them, grouped by learning rate and
+    weight decay: vectors, such as biases and norms, have none."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -175,23 +182,23 @@ def parameter_groups(model: nn.Module, stage: Stage, prefix: str) -> list[dict]:
 def build_optimizer(
     model: nn.Module, stage: Stage, prefix: str, bits: int = 32
 ) -> torch.optim.Optimizer:
-    """The stage's optimizer, its moments in so many bits; in a process group its states are
-    sharded."""
+    """The stage's optimizer, with moments in 32 or 8 bits; in a process group its states are
+    sharded over the ranks."""
     groups = parameter_groups(model, stage, prefix)
     if not distributed.has_group():
         return MasterAdamW(groups, bits=bits)
     from torch.distributed.optim import ZeroRedundancyOptimizer  # compiles things for a second
 
-    # Parameters become views of one buffer for each rank: a broadcast each, not one a parameter.
+    # Parameters become views of one buffer for every rank: one broadcast a rank, not a parameter.
     options = {"parameters_as_bucket_view": True, "bits": bits}
     return ZeroRedundancyOptimizer(groups, MasterAdamW, **options)
 
 
 @torch.no_grad()
 def gradient_norms(model: nn.Module) -> dict[nn.Parameter, float]:
-    """L2 norm of each parameter's gradient, in float32 whatever the gradient's type. After DDP's
+    """L2 norms of the gradients, summed in float32 whatever the gradient's type. After DDP's
     all-reduce every rank has the same."""
-    parameters = [each for each in model.parameters() if each.grad is not None]
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     # Large ones row by row: one sum of 10⁷ squares in float32 is a third of a percent off.
     rows = [
         torch.linalg.vector_norm(x.grad, dim=-1, dtype=torch.float32)
@@ -206,8 +213,9 @@ def gradient_norms(model: nn.Module) -> dict[nn.Parameter, float]:
 def update(
     optimizer: torch.optim.Optimizer, norms: dict[nn.Parameter, float], clip_norm: float
 ) -> None:
-    """A step clipped by the norm of all gradients together. A parameter with a gradient of exactly
-    zero had no part in the step (chat has no use for the decoder): it is left alone."""
+    """A step with the gradients scaled down to a norm of `clip_norm`, all together, where it is
+    larger. A parameter with a gradient of exactly zero had no part in the step (chat does not use
+    the decoder): it is left as it is."""
     total = math.hypot(*norms.values())
     unused = frozenset(parameter for parameter, norm in norms.items() if norm == 0)
     optimizer.step(scale=min(1.0, clip_norm / (total + 1e-6)), unused=unused)

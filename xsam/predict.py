@@ -51,8 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="an example of every task:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("task", choices=requests())
-    parser.add_argument("text", nargs="?", default="", help="the phrase or the question")
+    tasks = f"what is asked of the model: {', '.join(requests())}"
+    parser.add_argument("task", choices=requests(), metavar="TASK", help=tasks)
+    text = "chat, refer, reason: the question or the phrase"
+    parser.add_argument("text", nargs="?", default="", metavar="TEXT", help=text)
     add_checkpoint_flags(parser)
     parser.add_argument(
         "--image",
@@ -62,8 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="a picture, a folder of them, or a pattern in quotes; may be repeated",
     )
     lists = "names of any number of classes: a,b,c, or a file with one a line"
-    parser.add_argument("--things", "--names", help=f"{lists}; instances are kept apart")
-    parser.add_argument("--stuff", help=f"{lists}; each is one region")
+    parser.add_argument(
+        "--things", "--names", metavar="LIST", help=f"{lists}; instances are kept apart"
+    )
+    parser.add_argument("--stuff", metavar="LIST", help=f"{lists}; each is one region")
     shapes = {"point": "X,Y", "box": "X0,Y0,X1,Y1", "scribble": "X,Y,X,Y,...", "lasso": "X,Y,..."}
     for kind in KINDS:
         parser.add_argument(
@@ -84,7 +88,10 @@ def build_parser() -> argparse.ArgumentParser:
         "repeated. Of interactive all regions mark one object, of vgd each has a number",
     )
     parser.add_argument(
-        "--region-image", type=Path, help="vgd: the image that the regions are in, if another"
+        "--region-image",
+        type=Path,
+        metavar="PATH",
+        help="vgd: the image that the regions are in, if another",
     )
     parser.add_argument(
         "--threshold",
@@ -95,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text = "path without suffix, or a folder that is there (default: IMAGE_TASK beside the image); "
     text += "of several images the folder (default: xsam_TASK)"
-    parser.add_argument("--out", type=Path, help=text)
+    parser.add_argument("--out", type=Path, metavar="PATH", help=text)
     parser.add_argument(
         "--coco", type=Path, metavar="FILE", help="where to write COCO instances of all pictures"
     )

@@ -44,6 +44,7 @@ def read_phrasings(path: Path | str) -> Phrasings:
 
 
 def _check(text: str, task: Task, kind: str, where: str) -> None:
+    """Raises ValueError where a phrasing has a token or field more or less often than its kind."""
     counts = dict.fromkeys((*SPECIAL_TOKENS, *PLACEHOLDERS, "{caption}"), 0)
     counts["{phrases}"] = int(kind == "questions" and task.needs != "image")
     if kind in ("answers", "absent") and task.needs in ("categories", "text"):
@@ -58,7 +59,7 @@ def _check(text: str, task: Task, kind: str, where: str) -> None:
 
 
 class Phrased(str):
-    """A question's or an answer's words, with the template and the names that they were made of."""
+    """The words of a question or an answer, with the template and the names that made them."""
 
     template: str
     names: list[str]
@@ -72,7 +73,7 @@ class Phrased(str):
         return self.template, self.names
 
     def keep(self, indices: list[int]) -> "Phrased":
-        """The same about these of its names alone."""
+        """The same words about the names at `indices` alone."""
         return Phrased(self.template, [self.names[index] for index in indices])
 
 
@@ -94,8 +95,8 @@ def reply(
     kind: str = "answers",
     caption: str = "",
 ) -> str:
-    """A random answer, as yet with its {phrases}; of kind "absent" where nothing fits the phrase.
-    `caption` is GCG's."""
+    """A random answer, its {phrases} not yet filled in; of kind "absent" where nothing fits the
+    phrase. `caption` is that of GCG."""
     return _draw(task, kind, rng, phrasings).replace("{caption}", caption)
 
 
@@ -107,7 +108,8 @@ def _draw(
 
 
 def join_phrases(names: list[str]) -> str:
-    """The names as a prompt has them; "<region>" stands for a visual prompt."""
+    """The names as a prompt has them: "<p>cat</p>, <p>sky</p>". "<region>" stands for a visual
+    prompt."""
     return ", ".join(f"<p>{name}</p>" for name in names)
 
 
@@ -135,8 +137,8 @@ def find_phrases(answer: str) -> list[str]:
 
 
 def read_answer(answer: str) -> tuple[str, list[tuple[int, int]]]:
-    """An answer as it is read, without its marks ("Sure, <SEG>." is "Sure."), and where in it each
-    of its `find_phrases` stands, as (start, end)."""
+    """An answer without its marks, as a person reads it ("Sure, <SEG>." is "Sure."), and the
+    (start, end) in it of each of its `find_phrases`."""
     text, spans = "", []
     answer = re.sub(r"[\s,:]*<SEG>(?:\s+(?=[.,]))?|\s+(?=</p>)", "", answer)
     pieces = re.split(r"(<p>(?:(?!<p>).)*?</p>)", answer, flags=re.DOTALL)
@@ -160,7 +162,8 @@ def strip_marks(answer: str) -> str:
 def check_words(
     text: str, where: str, tokens: tuple[str, ...] = (*SPECIAL_TOKENS, *PLACEHOLDERS)
 ) -> str:
-    """`text`, which must not be empty, nor hold `tokens` of the prompt format or half a letter."""
+    """Returns `text`. Raises ValueError where it is empty, or has one of `tokens` of the prompt
+    format or a lone surrogate, half of a character."""
     if not text.strip():
         raise ValueError(f"{where}: is empty")
     for token in tokens:

@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 2 xsam/train.py --config toy --stage all --out runs/toy
     torchrun --nproc_per_node 8 xsam/train.py --stage 3 --data datas --weights weights
 
-Works without torchrun as one process. Writes OUT/stageN/step_M checkpoints, OUT/metrics.jsonl with
-a line a step, OUT/curves.png where matplotlib is installed, and for a configuration with validation
-data OUT/results.json, OUT/results.md and OUT/pictures. SIGTERM and Ctrl-C save before they end it;
+Works without torchrun as one process. Writes checkpoints OUT/stageN/step_M, OUT/metrics.jsonl with
+a line a step, OUT/curves.png where matplotlib is installed, and where something is scored
+OUT/results.json, OUT/results.md and OUT/pictures. At SIGTERM and Ctrl-C it saves and ends;
 `--resume` goes on from the last checkpoint, on any number of processes. `--plan` says what a run
 needs.
 """
@@ -85,7 +85,7 @@ from xsam.weights import (
     read_tokenizer,
 )
 
-MOST_WORDS = 20  # that the tokenizer lacks, named by a run
+MOST_WORDS = 20  # words without a token that a run names
 
 
 class Stopped(Exception):
@@ -106,10 +106,10 @@ def pretrained_model(
     report: Callable[[str], None] = print,
     has_encoder: bool = False,
 ) -> Segmentor | XSAM:
-    """A stage's model with the public weights: the segmentation encoder in stage 1, then image
-    encoder and language model; all else is random, also the segmentation encoder of a later stage,
-    or one that others have (`starting_model` fills it). Parameters are of `config.dtype`. `report`
-    is told what was loaded."""
+    """A stage's model with the public weights in a folder, of type `config.dtype`: in stage 1 those
+    of the segmentation encoder, unless `has_encoder` says that they come from elsewhere, in stages
+    2 and 3 those of image encoder and language model. All else is random; `starting_model` fills
+    it. `report` is called with what was loaded."""
     dtype = getattr(torch, config.dtype)
     if stage == 1:
         model, folder = Segmentor(config), weights / config.model.seg_encoder
@@ -134,15 +134,16 @@ def pretrained_model(
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Parameters alone: a buffer may be a table of angles, which bfloat16 would bend."""
+    """Casts the parameters, in place, and not the buffers: one may be a table of angles, which
+    need float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 def load_earlier_stage(model: XSAM, stage: int, out: Path) -> str:
-    """What an earlier stage trained: the segmentor of stage 1 without its class head, the
-    projectors of stage 2."""
+    """Fills a model of stage 2 or 3 with what an earlier stage of the run trained: from stage 1 the
+    segmentor without its class head, from stage 2 the projectors. Returns what was loaded."""
     folder = latest_checkpoint(stage_folder(out, stage))
     check_checkpoint(folder, model.config, stage)
     if find_base(folder) is not None:
@@ -165,10 +166,12 @@ def load_earlier_stage(model: XSAM, stage: int, out: Path) -> str:
 
 
 def distribute(objective: Objective) -> nn.Module:
-    """The objective with its gradients averaged over the ranks of the process group.
+    """The objective with its gradients averaged over the ranks of the process group, if there is
+    one.
 
-    Gradients are views of the buffers that are sent, so they are there once. The first backward
-    pass makes them so; one that accumulates before it would hold a second copy.
+    Gradients are views of the buffers that are sent, so that memory holds them once. The first
+    synchronised backward pass makes them so, and a pass that only accumulates before it would hold
+    them twice. So that pass is made here, for the sum of the parameters.
     """
     if not distributed.has_group():
         return objective
@@ -181,7 +184,7 @@ def distribute(objective: Objective) -> nn.Module:
             gradient_as_bucket_view=True,
             find_unused_parameters=True,  # chat has no use for the decoder, nothing for SAM's neck
         )
-    # DDP warns where it looks for unused parameters and finds none: one is left out.
+    # DDP warns where it looks for unused parameters and finds none, so one is left out.
     objective.forward = lambda: sum(p.sum() for p in trained[1:])
     ddp().backward()
     del objective.forward
@@ -192,7 +195,8 @@ def distribute(objective: Objective) -> nn.Module:
 
 
 def step_normalisers(batches: list[Batch], config: Config, device: torch.device) -> Normalisers:
-    """Targets, class weights and answer tokens of the whole step, as a mean over ranks."""
+    """The target masks, class weights and answer tokens of a step's micro-batches, as means over
+    ranks."""
     totals = {"masks": 0.0, "class_weight": 0.0, "tokens": 0.0}
     for batch in batches:
         counts = [len(target.labels) for target in batch.targets]
@@ -210,24 +214,24 @@ def step_normalisers(batches: list[Batch], config: Config, device: torch.device)
 def train_stage(
     number: int, config: Config, options: argparse.Namespace, device: torch.device
 ) -> Segmentor | XSAM:
-    """Trains one stage to its end and returns its model. Raises Stopped where a signal asked for an
-    end, FloatingPointError where too many steps had no finite loss or gradient."""
+    """Trains one stage to its end and returns its model. Raises Stopped where a signal asked it to
+    end, and FloatingPointError where too many steps had no finite loss or gradient."""
     from xsam import plan
     from xsam.report import monitor
 
     stage, out = config.stages[number], stage_folder(options.out, number)
     rank, world_size = distributed.rank(), distributed.world_size()
-    say = print if rank == 0 else lambda *_: None
+    report = print if rank == 0 else lambda *_: None
 
     # ---- model, and where it goes on
-    model = starting_model(number, config, options, say)
-    mixture = open_mixture(model, number, options, say)
-    given, config = config, model.config  # with what folders, tokenizer and data say
+    model = starting_model(number, config, options, report)
+    mixture = open_mixture(model, number, options, report)
+    run_config, config = config, model.config  # the second with what folders and data add
     checkpoint = latest_checkpoint(out) if options.resume else None
     base = begin_adapters(model, number, options, device)
     first_step = num_skipped = 0
     if checkpoint is not None:
-        first_step, num_skipped = load_progress(model, checkpoint, config, number, say, base)
+        first_step, num_skipped = load_progress(model, checkpoint, config, number, report, base)
     model.to(device)
     if config.compile:
         compile_blocks(model)
@@ -237,16 +241,17 @@ def train_stage(
     optimizer = build_optimizer(model, stage, model.prefix, config.optimizer_bits)
     if checkpoint is not None:
         fill_states(optimizer, model, model.prefix, list_states(checkpoint))
-        say(f"resumed from {checkpoint}")
-    say(check_space(options.out, model, number))
+        report(f"resumed from {checkpoint}")
+    report(check_space(options.out, model, number))
     peak_tflops = plan.peak_tflops(config, device)
     flops = plan.FlopCount(config, number) if peak_tflops else None
 
     # ---- data
     num_steps = stage.max_steps or math.ceil(len(mixture) * stage.epochs)
-    accumulation = stage.global_batch_size // (stage.micro_batch_size * world_size)
-    say(f"\n---- stage {number}: {num_steps} steps of {stage.global_batch_size} samples")
-    say(f"{world_size} processes x {stage.micro_batch_size} samples x {accumulation} accumulated")
+    size = stage.micro_batch_size
+    accumulation = stage.global_batch_size // (size * world_size)
+    report(f"\n---- stage {number}: {num_steps} steps of {stage.global_batch_size} samples")
+    report(f"{world_size} processes x {size} samples x {accumulation} accumulated")
     loader = DataLoader(
         mixture,
         batch_sampler=mixture.micro_batches(first_step, rank, world_size),
@@ -259,11 +264,11 @@ def train_stage(
     # ---- loop
     if rank == 0:
         options.out.mkdir(parents=True, exist_ok=True)
-        write_whole(options.out / "config.json", json.dumps(given.to_dict(), indent=1))
-    seen = monitor.Monitor(options.out, number, num_steps, first_step, device, peak_tflops)
+        write_whole(options.out / "config.json", json.dumps(run_config.to_dict(), indent=1))
+    progress = monitor.Monitor(options.out, number, num_steps, first_step, device, peak_tflops)
     batches = draw_batches(loader)
-    with noted_signals() as signals, closing(seen), closing(batches), distributed.heartbeat():
-        for step in seen:
+    with noted_signals() as signals, closing(progress), closing(batches), distributed.heartbeat():
+        for step in progress:
             started = time.perf_counter()
             micro_batches = [next(batches) for _ in range(accumulation)]
             waited = time.perf_counter() - started
@@ -292,26 +297,26 @@ def train_stage(
                 report_skipped(step, losses, micro_batches, num_skipped, config)
             optimizer.zero_grad(set_to_none=False)  # they stay views of what DDP sends
 
-            # ---- what is seen, and what is kept
-            is_asked, is_last = figures.pop("signals") > 0, step + 1 == num_steps
+            # ---- report and save
+            must_end, is_last = figures.pop("signals") > 0, step + 1 == num_steps
             figures |= {"seconds": time.perf_counter() - started, "skipped": num_skipped}
-            seen.step(step, micro_batches, figures)
-            if is_last or is_asked or (step + 1) % config.save_every == 0:
+            progress.step(step, micro_batches, figures)
+            if is_last or must_end or (step + 1) % config.save_every == 0:
                 states = state_tensors(optimizer, model, model.prefix)
                 about = config, model.tokenizer, number, step + 1
                 saved = save_checkpoint(out, model, *about, states, num_skipped, base)
-            if is_asked:
+            if must_end:
                 raise Stopped(max(signals, default=signal.SIGTERM), f"saved {saved}")
             if config.validate_every and (step + 1) % config.validate_every == 0 and not is_last:
-                seen.validate(step, model, options.data, options.skip_bad)
+                progress.validate(step, model, options.data, options.skip_bad)
     return model
 
 
 def starting_model(
     number: int, config: Config, options: argparse.Namespace, report: Callable[[str], None]
 ) -> Segmentor | XSAM:
-    """A stage's model before its first step: public weights, what the earlier stages or --init
-    bring, and frozen what the stage does not train. The same on every rank."""
+    """A stage's model before its first step, the same on every rank: with public weights, what
+    earlier stages or --init bring, and frozen what the stage does not train."""
     torch.manual_seed(config.seed + number)
     earlier_stages = config.stages[number].starts_from
     inits = list(options.init) if number == options.stages[0] else []
@@ -342,8 +347,8 @@ def starting_model(
 def begin_adapters(
     model: Segmentor | XSAM, number: int, options: argparse.Namespace, device: torch.device
 ) -> dict[str, str] | None:
-    """Gives the model the adapters of its stage, and the frozen language model fewer bits; the base
-    of the adapters, None where the stage has none (lora.py)."""
+    """Adds the adapters of a stage to its model, and holds a frozen language model in fewer bits.
+    Returns what the checkpoints say of the base of the adapters, None without any (lora.py)."""
     stage, bits = model.config.stages[number], model.config.llm_bits
     base = None
     if stage.lora_rank and target_layers(model, stage, model.prefix):
@@ -364,8 +369,8 @@ def load_progress(
     report: Callable[[str], None],
     base: dict[str, str] | None = None,
 ) -> tuple[int, int]:
-    """The weights of a checkpoint; its step, and how many before it were skipped. Raises ValueError
-    where it was trained from another `base` of adapters."""
+    """Loads the trained weights of a checkpoint. Returns its step, and how many steps before it
+    were skipped. Raises ValueError where it has other adapters, or another `base` of them."""
     header = check_checkpoint(checkpoint, config, number)
     then, now = header["config"].stages[number], config.stages[number]
     for name in ("lora_rank", "lora_targets", "lora_whole"):
@@ -400,8 +405,9 @@ def open_mixture(
     options: argparse.Namespace,
     report: Callable[[str], None],
 ) -> Mixture:
-    """The stage's datasets, reported; the classes of the generic one become those of the model's
-    configuration."""
+    """The stage's datasets as a Mixture, reported. The classes of its generic datasets become the
+    categories of the model's configuration. Raises ValueError where stage 1's head cannot have
+    them."""
     from xsam.datasets.generic import Generic
     from xsam.datasets.registry import open_dataset
 
@@ -421,8 +427,9 @@ def open_mixture(
     generic = [dataset for dataset in datasets if isinstance(dataset, Generic)]
     if generic:
         named: dict[str, dict] = {}
-        for category in (each for dataset in generic for each in dataset.categories):
-            named.setdefault(category["name"], category)
+        for dataset in generic:
+            for category in dataset.categories:
+                named.setdefault(category["name"], category)
         model.config = config.resolve(categories=tuple(named.values()))
     for dataset in generic if number == 1 else ():
         if dataset.names != generic[0].names:
@@ -439,9 +446,9 @@ def open_mixture(
 
 
 def draw_batches(loader: DataLoader) -> Iterator[Batch]:
-    """The loader's micro-batches; a bad record, which it hands on, ends the run. Closing this ends
-    the loader's processes, which do not listen to signals. The first rank names each word of its
-    samples that the tokenizer lacks, once, and no more than MOST_WORDS."""
+    """The micro-batches of a loader. Raises the ValueError of a bad record, which the loader hands
+    on. Closing this iterator ends the loader's processes, which ignore signals. The first rank
+    names the words of its samples that the tokenizer lacks, each once and at most MOST_WORDS."""
     named: set[str] = set()
     for batch in loader:
         if isinstance(batch, ValueError):
@@ -454,13 +461,13 @@ def draw_batches(loader: DataLoader) -> Iterator[Batch]:
 
 
 def seed_by(*place: int) -> None:
-    """What is drawn at random in a micro-batch depends on its place in the run alone: nothing has
-    to be saved for it, and another number of ranks draws the same."""
+    """Seeds torch by the place of a micro-batch in the run. What it draws depends on that alone: no
+    generator has to be saved, and another number of ranks draws the same."""
     torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, share: float) -> float:
-    """Gives each group its share of its peak learning rate; returns the highest."""
+    """Sets the learning rates of all groups to a share of their peaks; returns the highest."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
     return max(group["lr"] for group in optimizer.param_groups)
@@ -473,8 +480,8 @@ def add_up(
     costs: dict[str, float],
     device: torch.device,
 ) -> dict[str, float]:
-    """A step's losses, together and by name, the norm of its gradient, its images, tokens and
-    left-out samples on all ranks, and the mean of the ranks' `costs`."""
+    """The figures of a step: its loss, and the losses by name; the norm of its gradient; its
+    images, tokens and skipped samples, summed over ranks; and the `costs`, as means over ranks."""
     counts = {
         "images": sum(len(batch.samples) for batch in batches),
         "tokens": sum(int(b.attention_mask.sum()) for b in batches if b.attention_mask is not None),
@@ -496,9 +503,9 @@ def report_skipped(
     num_skipped: int,
     config: Config,
 ) -> None:
-    """Names the samples of a step that changed nothing: those of the micro-batches, of all ranks,
-    whose loss is not finite, or all where only the gradient is not. Raises FloatingPointError past
-    the limit."""
+    """Prints the samples of a step that was skipped: those of the micro-batches, on any rank, whose
+    loss is not finite, or all where only the gradient is not. Raises FloatingPointError where
+    more steps were skipped than `max_skipped_steps`."""
     culprits, others = [], []
     for parts, batch in zip(losses, batches, strict=True):
         is_sound = math.isfinite(float(sum(parts.values())))
@@ -518,7 +525,8 @@ def report_skipped(
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C do not end the process inside, but come into the list that it yields."""
+    """Inside, SIGTERM and Ctrl-C do not end the process; their numbers come into the list that is
+    yielded."""
     noted: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _: noted.append(number))
@@ -532,7 +540,7 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 def ignore_signals(_: int) -> None:
-    """In a process that loads data: a signal to all processes is for those that train."""
+    """For a process that loads data: a signal to all processes is for those that train."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -541,13 +549,15 @@ def ignore_signals(_: int) -> None:
 
 
 def run(options: argparse.Namespace, config: Config) -> None:
+    """Trains and scores the stages of `options`; the toy's data and weights are made first, where
+    none are given. Raises as `train_stage` does."""
     from xsam.datasets.sources import run_sets
     from xsam.report import monitor
     from xsam.toy.weights import write_weights
     from xsam.toy.world import write_world
 
     device = distributed.start(options.device)
-    # Two ranks make the toy world and its weights side by side.
+    # Of two ranks the second makes the toy world, and the first its weights.
     last_rank = distributed.world_size() - 1
     if options.makes_data and not options.data.exists() and distributed.rank() == min(1, last_rank):
         write_world(options.data, seed=config.seed)

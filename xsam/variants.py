@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoBackbone
 
 from xsam.connector import pixel_shuffle
-from xsam.decoder import _centres
+from xsam.decoder import cell_centres
 from xsam.encoders import ChannelLayerNorm, transformers_config
 
 
@@ -125,7 +125,7 @@ class SamMaskDecoder(nn.Module):
 
     def image_positions(self, height: int, width: int) -> Tensor:
         """Random Fourier codes of the cells' centres: [height·width, dim]."""
-        centres = _centres(height, width, self.positional_embedding.device)
+        centres = cell_centres(height, width, self.positional_embedding.device)
         codes = 2 * math.pi * (2 * centres.to(self.positional_embedding) - 1)
         codes = codes @ self.positional_embedding
         return torch.cat([codes.sin(), codes.cos()], dim=-1)

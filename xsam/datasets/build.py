@@ -467,15 +467,15 @@ def add_commands(subparsers: Any) -> None:
     about = "COCO instances to COCO-VGD: four visual prompts for every object"
     example = "--instances instances_val2017.json --out img_vgdseg_coco_val.json"
     add = add_command(subparsers, "vgd", build_vgd, about, example)
-    add("--instances", metavar="FILE", help="COCO instances", **path)
+    add("--instances", metavar="FILE", help="JSON of COCO instances", **path)
     add("--out", metavar="FILE", help="JSON to write", **path)
-    add("--seed", type=count, default=0, help="of the prompts; default: %(default)s")
+    add("--seed", type=count, default=0, help="seed of the prompts (default: %(default)s)")
     about = "COCO panoptic to PNGs of classes"
     example = (
         "--panoptic panoptic_val2017.json --masks panoptic_val2017 --out panoptic_semseg_val2017"
     )
     add = add_command(subparsers, "coco-semantic", build_coco_semantic, about, example)
-    add("--panoptic", metavar="FILE", help="COCO panoptic", **path)
+    add("--panoptic", metavar="FILE", help="JSON of COCO panoptic", **path)
     add("--masks", metavar="DIR", help="the folder of its PNGs", **path)
     add("--out", metavar="DIR", help="folder to write", **path)
     about = "ADE20K-150 as downloaded to semantic, panoptic and instance annotations beside it"
@@ -484,14 +484,15 @@ def add_commands(subparsers: Any) -> None:
     add("--folder", metavar="DIR", help="holds images, annotations, ...", **path)
     about = "name classes by the alias lists of objectInfo150.txt, not as the public files do"
     add("--aliases", action="store_true", help=about)
-    add("--splits", type=lambda text: text.split(","), default=splits, help="default: %(default)s")
+    about = "splits to convert (default: %(default)s)"
+    add("--splits", type=lambda text: text.split(","), default=splits, help=about)
 
 
 def add_command(subparsers: Any, name: str, build: Callable, about: str, example: str) -> Callable:
     """A sub-command that calls `build` with its options; returns what adds options to it."""
     example = f"example: python -m xsam.data {name} {example}"
     parser = subparsers.add_parser(name, help=about, description=about, epilog=example)
-    workers = "default: one for every core"
+    workers = "processes that read and write (default: one for every core)"
     parser.add_argument("--workers", type=count, dest="num_workers", metavar="N", help=workers)
 
     def run(options: argparse.Namespace) -> int:

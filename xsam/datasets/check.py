@@ -262,15 +262,17 @@ def add_command(commands) -> None:
     )
     add, cores = parser.add_argument, os.cpu_count() or 1
     own = "only these; also files of your own: FILE.json, FILE.json:IMAGES[:MASKS]"
-    add("--data", type=Path, default=Path("datas"), help="data root (datas)")
+    add("--data", type=Path, default=Path("datas"), help="data root (default: datas)")
     add("--datasets", default="", metavar="NAME,...", help=own)
-    add("--show", type=count, default=0, metavar="N", help="draw N samples of each")
-    add("--out", type=Path, default=Path("runs/check"), help="where pictures go (runs/check)")
-    add("--limit", type=count, default=0, metavar="N", help="read N samples of each (default: all)")
+    add("--show", type=count, default=0, metavar="N", help="draw N samples of each set")
+    text = "where pictures go (default: runs/check)"
+    add("--out", type=Path, default=Path("runs/check"), help=text)
+    text = "read N samples of each set (default: all)"
+    add("--limit", type=count, default=0, metavar="N", help=text)
     add("--all", action="store_true", help="list every bad record and unknown word")
-    add("--phrasings", default="", metavar="FILE", help="phrasings of your own")
+    add("--phrasings", default="", metavar="FILE", help="JSON file of phrasings in place of ours")
     text = "the language model's Hugging Face folder: counts the words that its tokenizer lacks"
     add("--tokenizer", type=Path, metavar="DIR", help=text)
-    add("--seed", type=count, default=0, help="of what is drawn (0)")
-    add("--workers", type=count, default=cores, help="processes (default: all cores)")
+    add("--seed", type=count, default=0, help="seed of what is drawn (default: 0)")
+    add("--workers", type=count, default=cores, help="processes that read (default: all cores)")
     parser.set_defaults(run=run)

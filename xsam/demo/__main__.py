@@ -34,7 +34,8 @@ def build_parser() -> Parser:
         default="127.0.0.1",
         help="address to listen on (default: %(default)s, this machine alone)",
     )
-    parser.add_argument("--port", type=count, default=8080, help="default: %(default)s")
+    port = "port to listen on (default: %(default)s)"
+    parser.add_argument("--port", type=count, default=8080, metavar="N", help=port)
     parser.add_argument(
         "--examples",
         type=Path,

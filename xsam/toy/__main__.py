@@ -15,12 +15,13 @@ from xsam.toy.world import write_world
 def main() -> int:
     parser = Parser(
         prog="python -m xsam.toy",
-        description="Write the toy world: FOLDER/data, FOLDER/weights",
+        description="Writes the toy world: FOLDER/data, FOLDER/weights.",
     )
-    parser.add_argument("folder", type=Path, help="where to write; made if need be")
-    parser.add_argument("--seed", type=count, default=0, help="default: %(default)s")
-    parser.add_argument("--num_train", type=count, default=1600, help="default: %(default)s")
-    parser.add_argument("--num_val", type=count, default=64, help="default: %(default)s")
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("folder", type=Path, help="where to write; made if need be")
+    add("--seed", type=count, default=0, help=f"seed of what is drawn and trained {default}")
+    add("--num_train", type=count, default=1600, help=f"images to train on {default}")
+    add("--num_val", type=count, default=64, help=f"images to score on {default}")
     arguments = parser.parse_args()
     from xsam.toy.weights import write_weights  # after the flags are read, as torch takes seconds
 
