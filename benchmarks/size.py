@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent / "xsam"
-BOOK = ["config", "prompts", "data", "encoders", "connector", "llm", "decoder", "losses"]
+BOOK = ["config", "tasks", "prompts", "data", "encoders", "connector", "llm", "decoder", "losses"]
 BOOK += ["model", "optimizer", "train"]
 SHAPE = re.compile(r"#.*\[[A-Z0-9][\w ·*+×/]*(, ?[\w ·*+×/.…-]+)*\]")
 DUPLICATE = 8
