@@ -151,8 +151,7 @@ def test_a_task_is_answered_as_from_python(speaking_model, world, task):
     for found, mask, label, score in zip(
         result["masks"], expected.masks, expected.labels, expected.scores, strict=True
     ):
-        rle = {"size": mask.shape, "counts": found["counts"]}
-        assert np.array_equal(coco_mask.decode(rle), mask)
+        assert np.array_equal(coco_mask.decode(found["segmentation"]), mask)
         assert found["label"] == label and abs(found["score"] - score) < 1e-3
         assert found["area"] == mask.sum()
 
@@ -561,9 +560,8 @@ def good_request(client: Client, rng: random.Random) -> None:
     text = f"{SCRIPT} {rng.random()}"
     key = client.upload(picture_with_box(box), rng.choice(["PNG", "BMP"]))
     mask = client.ask(picture=key, text=text)["result"]["masks"][0]
-    assert mask["box"] == box and mask["label"] == text
-    counts = {"size": (40, 60), "counts": mask["counts"]}
-    assert coco_mask.decode(counts).sum() == mask["area"] == box[2] * box[3]
+    assert mask["bbox"] == box and mask["label"] == text
+    assert coco_mask.decode(mask["segmentation"]).sum() == mask["area"] == box[2] * box[3]
 
 
 def bad_request(client: Client, rng: random.Random) -> None:

@@ -29,12 +29,12 @@ from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image
 
-from xsam.datasets.formats import bounding_box, encode_mask
 from xsam.images import read_image
 from xsam.inference import REQUESTS, encode_image, predict
 from xsam.model import XSAM, Segmentor
 from xsam.prompts import PER_PHRASE_TASKS
 from xsam.regions import KINDS
+from xsam.report.colours import PALETTE
 from xsam.results import SegmentationResult
 
 # What Pillow may open: no format whose decoder runs another program.
@@ -234,6 +234,7 @@ class Engine:
         on_text("")
         options: dict[str, Any] = {"text": question.text, "regions": question.drawings}
         options |= {"things": question.things or None, "stuff": question.stuff or None}
+        options["region_image"] = question.region_image
         config, threshold = self.model.config, None  # from which the page shows masks at first
         if REQUESTS[question.task].task in PER_PHRASE_TASKS:
             options["presence"], threshold = 0.0, config.presence
@@ -241,8 +242,7 @@ class Engine:
             threshold = question.score_threshold
             threshold = config.score_threshold if threshold is None else threshold
             options["score_threshold"] = threshold
-        if question.task == "vgd":
-            options["region_image"] = question.region_image
+
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             result = predict(self.model, image, question.task, on_text=on_text, **options)
@@ -261,16 +261,12 @@ class Engine:
 def pack_result(
     result: SegmentationResult, notes: list[str], threshold: float | None = None
 ) -> dict:
-    """A result as the page takes it: masks as COCO's compressed RLE, boxes [x, y, width, height] in
-    pixels, and the score from which a mask is shown at first."""
+    """A result as the page takes it: the segments of `to_dict`, each with its span in the text, and
+    the score from which a mask is shown at first."""
     if result.num_prompts > 1:
         notes = [*notes, f"The names did not fit one prompt: asked in {result.num_prompts}."]
-    masks = []
-    columns = result.masks, result.labels, result.scores, result.spans
-    for mask, label, score, span in zip(*columns, strict=True):
-        about = {"label": label, "score": round(score, 4), "span": span, "area": int(mask.sum())}
-        about["box"] = bounding_box(mask) if mask.any() else [0, 0, 0, 0]
-        masks.append(about | {"counts": encode_mask(mask)["counts"]})
+    segments = zip(result.to_dict()["segments"], result.spans, strict=True)
+    masks = [segment | {"span": span} for segment, span in segments]
     threshold = result.threshold if threshold is None else threshold
     return {"text": result.text, "masks": masks, "threshold": threshold, "notes": notes}
 
@@ -581,6 +577,7 @@ class DemoServer(ThreadingHTTPServer):
             "token": self.token,
             "title": self.title,
             "limits": {"bytes": MAX_BYTES, "regions": MAX_REGIONS},
+            "palette": PALETTE.tolist(),
             "examples": [
                 {"id": key, "name": name, "width": image.width, "height": image.height}
                 for key, (name, image) in self.pictures.examples.items()
