@@ -107,8 +107,8 @@ class Dataset:
         return self.sample(index, rng)
 
     def num_words(self, index: int) -> int:
-        """How long the prompt of a record is, in words or categories, counting only what differs
-        between the records of the set. Reads no image."""
+        """Of a set that is scored: how long the prompt of a record is, in words or categories,
+        counting only what differs between the records of the set. Reads no image."""
         return 0
 
     def inputs(self, index: int) -> Sample:

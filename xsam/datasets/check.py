@@ -156,10 +156,9 @@ def contents_text(dataset: Dataset) -> str:
     """What a user's own file trains on: objects and images of every class, or expressions."""
     records = [dataset.records[index] for index in range(len(dataset))]
     if isinstance(dataset, OwnReferring):
-        asked = [(dataset.groups[group], start, stop) for group, start, stop in records]
-        masks = [mask for (_, _, pairs), start, stop in asked for mask, _ in pairs[start:stop]]
+        masks = [mask for n in range(len(dataset)) for mask, _ in dataset.asked(n)[1]]
         what = f"{len(masks)} expressions, {masks.count(None)} that nothing fits"
-        return f"{dataset.name}: {len({image for (_, image, _), *_ in asked})} images, {what}"
+        return f"{dataset.name}: {len(set(map(dataset.image_name, records)))} images, {what}"
     objects, images, index = Counter(), Counter(), dataset.category_index
     for _, annotated, *_ in records:
         found = [index[each.category_id] for each in annotated if not each.iscrowd]

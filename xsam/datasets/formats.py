@@ -11,8 +11,10 @@ import itertools
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
@@ -133,6 +135,13 @@ def decode_mask(
     return mask
 
 
+def told_size(segmentation: Any) -> list | None:
+    """(height, width) of the image of a mask, where it is an RLE, which tells it."""
+    rles = (each for each in mask_parts(segmentation)[0] if isinstance(each, dict))
+    size = next((rle.get("size") for rle in rles), None)
+    return list(map(whole, size)) if isinstance(size, list) and len(size) == 2 else None
+
+
 def rle_area(rle: dict, size: tuple[int, int], where: str) -> int:
     """Pixels inside an RLE that fits the image."""
     return int(coco_mask.area(checked_rle(rle, size, where)))
@@ -146,9 +155,8 @@ def encode_mask(mask: np.ndarray) -> dict:
 
 def bounding_box(mask: np.ndarray) -> list[int]:
     """COCO's [x, y, width, height] of a mask that is not empty."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    x, y = int(columns[0]), int(rows[0])
-    return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
+    left, top, right, bottom = Image.fromarray(mask).getbbox()
+    return [left, top, right - left, bottom - top]
 
 
 def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list[float]:

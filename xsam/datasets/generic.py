@@ -94,28 +94,32 @@ class Panoptic(Generic):
     """COCO panoptic: every segment of an image and its class. Crowd regions and void carry no
     label. The annotation names the PNG."""
 
+    needs_segments = True  # an annotation without any is skipped
+
     def index_images(self, images: dict[Id, dict], annotations: list) -> None:
-        segments, pngs = {}, {}
+        found = {}
         for index, record in enumerate(annotations):
             with self.record():
                 name = label(record, "image_id", "image {}", f"annotations[{index}]")
                 where = f"{self.annotations}: {name}"
-                number, infos = records.unpack(record, where, image_id=Id, segments_info=list)
+                number, _ = records.unpack(record, where, image_id=Id, segments_info=list)
                 if number not in images:
                     raise ValueError(f"{where}: has segments but is not in its images")
-                if number in segments:
+                if number in found:
                     raise ValueError(f"{where}: is annotated more than once")
-                segments[number], pngs[number] = infos, record
+                found[number] = record
         for number, image in images.items():
-            if not segments.get(number):
+            infos = found[number]["segments_info"] if number in found else None
+            if infos is None or (not infos and self.needs_segments):
                 self.skipped["images without segments"] += 1
                 continue
             with self.record():
                 image = self.image(image)
-                png = formats.png_name(pngs[number], image.file_name)
-                self.records.append((image, self.segments(number, segments[number]), png))
+                png = formats.png_name(found[number], image.file_name)
+                self.records.append((image, self.segments(number, infos), png))
 
     def segments(self, image_id: Id, infos: list) -> list[CocoSegment]:
+        """An image's segments, known to have ids that differ and categories of the file."""
         where, segments = f"{self.annotations}: image {image_id}", []
         for record in infos:
             at = where + label(record, "id", ", segment {}", "")
@@ -229,28 +233,23 @@ def _is_fraction(ring: list | dict) -> bool:
     return all(isinstance(number, int | float) and abs(number) <= 1 for number in numbers)
 
 
-class Semantic(Generic):
+class Semantic(Panoptic):
     """Class maps: 8-bit PNGs of contiguous classes, 255 where nothing is labelled. Categories and
     the names of the PNGs are those of the panoptic file."""
 
+    needs_segments = False
+
     def index_images(self, images: dict[Id, dict], annotations: list) -> None:
+        super().index_images(images, annotations)
         self.is_thing = [False] * len(self.names)  # a class is one region
-        pngs = {}
-        for index, record in enumerate(annotations):
-            with self.record():
-                where = f"{self.annotations}: annotations[{index}]"
-                pngs[take(record, "image_id", Id, where)] = record
-        for number, image in images.items():
-            if number not in pngs:
-                self.skipped["images without segments"] += 1
-                continue
-            with self.record():
-                image = self.image(image)
-                self.records.append((image, formats.png_name(pngs[number], image.file_name)))
+
+    def segments(self, image_id: Id, infos: list) -> list[CocoSegment]:
+        """None are kept: the map says which classes there are."""
+        return []
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """The picture and its class map, uint8 [H, W]."""
-        image, png = self.records[index]
+        image, _, png = self.records[index]
         picture, path = self.open_image(image), find_file(self.masks, png)
         classes = formats.read_class_map(path, image.size)
         largest = classes.max(initial=0, where=classes != 255)

@@ -10,19 +10,8 @@ import numpy as np
 
 from xsam.data import Sample
 from xsam.datasets.base import Dataset
-from xsam.datasets.formats import decode_mask
-from xsam.datasets.records import (
-    Flag,
-    Id,
-    Segmentation,
-    Size,
-    by_id,
-    expect,
-    label,
-    parse,
-    told_size,
-    unpack,
-)
+from xsam.datasets.formats import decode_mask, told_size
+from xsam.datasets.records import Flag, Id, Segmentation, Size, by_id, expect, label, parse, unpack
 from xsam.files import find_file, read_json
 from xsam.images import read_image
 from xsam.prompts import ask, check_words, reply
