@@ -96,20 +96,25 @@ class Segment:
 
     @property
     def is_thing(self) -> bool:
+        """Whether it is a thing, or many of them, and no texture."""
         return self.category in THING_IDS
 
     @property
     def category_id(self) -> int:
+        """Its number in the files."""
         return (THING_IDS | STUFF_IDS)[self.category]
 
 
 @dataclass
 class Scene:
+    """A drawing, which pixel of it belongs to what, and what there is."""
+
     image: np.ndarray  # [H, W, 3] uint8
     segment_index: np.ndarray  # [H, W] uint8: 1 + index of the visible segment, 0 where void
     segments: list[Segment]
 
     def mask(self, index: int) -> np.ndarray:
+        """The pixels of a segment, bool [H, W]."""
         return self.segment_index == index + 1
 
     def order(self) -> list[int]:
@@ -118,9 +123,11 @@ class Scene:
         return sorted(single, key=lambda index: np.nonzero(self.mask(index))[1].mean())
 
     def things(self) -> list[Segment]:
+        """Single things from left to right."""
         return [self.segments[index] for index in self.order()]
 
     def background(self) -> str:
+        """The textures as they are named in words."""
         return " and ".join(clean_name(s.category) for s in self.segments if not s.is_thing)
 
 
@@ -130,6 +137,8 @@ class Scene:
 def draw_scene(
     rng: Generator, has_crowd: bool = False, least_things: int = 2, most_things: int = 3
 ) -> Scene:
+    """A random scene with so many single things, or fewer where one finds no place; the drawing is
+    uint8 RGB, of one of IMAGE_SIZES."""
     height, width = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
     inside = np.s_[MARGIN : MARGIN + height, MARGIN : MARGIN + width]
     canvas = np.zeros((height + 2 * MARGIN, width + 2 * MARGIN, 3))
@@ -149,9 +158,8 @@ def draw_scene(
             visible = np.bincount(trial[inside].ravel(), minlength=number + 1)
             trial_areas = areas | {number: np.count_nonzero(trial == number)}
             if all(visible[one] >= MIN_VISIBLE * whole for one, whole in trial_areas.items()):
-                _paint(
-                    canvas, stamps, segment, np.array(COLORS[segment.color]) * rng.uniform(0.9, 1)
-                )
+                color = np.array(COLORS[segment.color]) * rng.uniform(0.9, 1)
+                _paint(canvas, stamps, segment, color)
                 segment_index, areas = trial, trial_areas
                 segments.append(segment)
                 break
@@ -228,11 +236,9 @@ def _pool(values: np.ndarray) -> np.ndarray:
     return values.reshape(height, OVERSAMPLING, width, OVERSAMPLING).mean(axis=(1, 3))
 
 
-def _background(
-    rng: Generator, height: int, width: int
-) -> tuple[np.ndarray, np.ndarray, list[Segment]]:
-    """One or two textures, parted by a straight or wavy line: image, segment index,
-    segments."""
+def _background(rng: Generator, height: int, width: int) -> tuple:
+    """One or two textures, parted by a straight or wavy line: image [H, W, 3], segment index
+    [H, W], segments."""
     names = rng.permutation(list(STUFF_IDS))[: rng.integers(1, 3)].tolist()
     y, x = np.mgrid[:height, :width] / [[[height]], [[width]]] - 0.5
     along, across = _turn(x, y, rng.uniform(0, 2 * np.pi))
@@ -252,10 +258,8 @@ def _texture(rng: Generator, name: str, height: int, width: int) -> np.ndarray:
     period, (x_phase, y_phase) = rng.uniform(7, 10), rng.random(2)
     second = _pool(is_second(x / period + x_phase, y / period + y_phase).astype(float))[..., None]
     hue, value = rng.random(), rng.uniform(130, 175)
-    light, dark = (
-        np.array(colorsys.hsv_to_rgb(hue, 0.25, tone))
-        for tone in (value, value - rng.uniform(45, 65))
-    )
+    tones = value, value - rng.uniform(45, 65)
+    light, dark = (np.array(colorsys.hsv_to_rgb(hue, 0.25, tone)) for tone in tones)
     return (1 - second) * light + second * dark
 
 
@@ -392,6 +396,7 @@ RIDDLES = {
 
 
 def plural(category: str) -> str:
+    """The word for several things of a category."""
     return category + ("es" if category.endswith("s") else "s")
 
 
@@ -470,6 +475,7 @@ def caption_phrases(scene: Scene) -> tuple[str, list[tuple[int, int, int]]]:
 
 
 def caption_turn(rng: Generator, scene: Scene) -> tuple[str, str]:
+    """A request for a caption, and the caption."""
     return CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))], caption_phrases(scene)[0]
 
 
