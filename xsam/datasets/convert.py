@@ -103,6 +103,13 @@ def convert(
             named = [name for _, name in sorted(classes.items()) if name]
             content = _coco(jobs, files, results, named, bool(pngs))
         partial.write_text(json.dumps(content), encoding="utf-8")
+    _report(spec, counts, void)
+    return spec
+
+
+def _report(spec: str, counts: Counter, void: float) -> None:
+    """Prints what is in a file that was written, what is not, and what to do next; `void` is the
+    share of the pixels of class maps that have no class."""
     dataset = open_dataset(spec, Path())
     print(contents_text(dataset))
     if skipped := _listed(counts + dataset.skipped):
@@ -111,7 +118,6 @@ def convert(
         mend = 'if it is what is no object, name its value: --names "0=background,..."'
         print(f"void: {void:.0%} of the pixels, which train nothing; {mend}")
     print(f"next: python -m xsam.data check --datasets {shlex.quote(spec)} --show 4")
-    return spec
 
 
 def _listed(counts: Counter) -> str:

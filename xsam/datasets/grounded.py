@@ -11,7 +11,7 @@ import numpy as np
 from xsam.data import Sample
 from xsam.datasets.base import Dataset
 from xsam.datasets.formats import decode_mask, told_size
-from xsam.datasets.records import Flag, Id, Segmentation, Size, by_id, expect, label, parse, unpack
+from xsam.datasets.records import Flag, Id, Segmentation, Size, by_id, expect, parse, take, unpack
 from xsam.files import find_file, read_json
 from xsam.images import read_image
 from xsam.prompts import ask, check_words, reply
@@ -58,6 +58,7 @@ class Gcg(Dataset):
                 self.skipped["captions without a span"] += 1
 
     def captions(self) -> Iterator[Caption]:
+        """The captions of the file, with all of their spans."""
         raise NotImplementedError
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
@@ -91,6 +92,7 @@ def clean_caption(text: str) -> str:
 
 
 def size_if_told(record: dict, where: str) -> Size | None:
+    """The size of the image, where the record has it."""
     return parse(Size, record, where) if record.get("height") or record.get("width") else None
 
 
@@ -169,7 +171,7 @@ class GcgFlickr(Gcg):
                     if is_ignored:
                         ignored.append(shape)
                     else:
-                        (offsets,) = unpack(record, where, tokens_positive=list)
+                        offsets = take(record, "tokens_positive", list, where)
                         offsets = read_offsets(offsets[0] if offsets else None, where)
                         spans.append(Span(*offsets, shape))
                 size = parse(Size, image, where)
@@ -195,27 +197,25 @@ class GcgScored(Dataset):
             else:
                 with self.record():
                     size, (text, phrases) = parse(Size, image, where), texts[number]
-                    pairs = [unpack(m, where, segmentation=Segmentation) for m in by_image[number]]
-                    if len(phrases) != len(pairs):
+                    masks = by_image[number]
+                    shapes = [take(mask, "segmentation", Segmentation, where) for mask in masks]
+                    if len(phrases) != len(shapes):
                         self.skipped["images whose phrases do not belong to their masks"] += 1
                         phrases = []
-                    self.records.append(
-                        (number, size, text, phrases, [shape for (shape,) in pairs])
-                    )
+                    self.records.append((number, size, text, phrases, shapes))
 
     def read_captions(self, content: dict) -> dict[Id, tuple[str, list[str]]]:
         """The caption and the phrases of every image."""
         texts = {}
-        (annotations,) = unpack(content, str(self.instances), annotations=list)
-        for record in annotations:
+        for record in take(content, "annotations", list, str(self.instances)):
             with self.record():
-                name = label(record, "image_id", "annotation of image {}", "annotation")
-                where = f"{self.instances}: {name}"
-                number, text = unpack(record, where, image_id=Id, caption=str)
+                number = take(record, "image_id", Id, f"{self.instances}: annotation")
+                where = f"{self.instances}: annotation of image {number}"
+                text = take(record, "caption", str, where)
                 if number in texts:
                     self.skipped["further captions of an image"] += 1
                     continue
-                (phrases,) = unpack({"labels": []} | record, where, labels=list)
+                phrases = take({"labels": []} | record, "labels", list, where)
                 phrases = [check_words(expect(p, str, f"{where}: labels"), where) for p in phrases]
                 texts[number] = check_words(text, where), phrases
         return texts

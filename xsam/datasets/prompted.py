@@ -70,6 +70,7 @@ class VisualPrompts(Dataset):
                 self.index_image(image)
 
     def read_record(self, record: dict, name: str) -> PromptedImage:
+        """A record of the file, `name` in messages, in whichever of the two layouts it is."""
         where = f"{self.annotations}: {name}"
         is_thin = isinstance(record, dict) and "anns" in record
         keys = {"image": str, "image_info": dict, "anns": list}
@@ -87,10 +88,8 @@ class VisualPrompts(Dataset):
             rles, suffix = raw, "_visual_prompt_mask"
             if not is_thin:
                 rles, suffix = take(raw, "visual_prompts", dict, at), "_visual_prompt"
-            prompts = {kind: take(rles, f"{kind}{suffix}", dict, at) for kind in PROMPT_TYPES}
-            for kind, rle in list(prompts.items()):
-                if is_empty_rle(rle, size, f"{at}: {kind}"):
-                    del prompts[kind]
+            found = {kind: take(rles, f"{kind}{suffix}", dict, at) for kind in PROMPT_TYPES}
+            prompts = {x: y for x, y in found.items() if not is_empty_rle(y, size, f"{at}: {x}")}
             objects.append(PromptedObject(at, number, category, shape, is_crowd, prompts))
         return PromptedImage(take(info, "id", Id, where), file_name, size, is_thin, objects)
 
