@@ -289,27 +289,6 @@ def target_quality(records: list[Overlap]) -> Figures:
     }
 
 
-def presence_curve(
-    scores: list[float], is_present: list[bool], thresholds: list[float]
-) -> list[Figures]:
-    """What `Config.presence` would do at each threshold, from the best score of every phrase
-    (-inf where it got no mask at all): N_acc and T_acc as `target_quality` has them, T_acc being
-    the recall of the phrases that are there, and their precision among those that get a mask."""
-    scores, is_present = np.array(scores), np.array(is_present, bool)
-    figures = []
-    for threshold in thresholds:
-        is_kept = (scores >= threshold) & (scores > -np.inf)
-        figures.append(
-            {
-                "threshold": threshold,
-                "N_acc": _percent(~is_kept[~is_present]),
-                "T_acc": _percent(is_kept[is_present]),
-                "precision": _percent(is_present[is_kept]),
-            }
-        )
-    return figures
-
-
 def _cumulative_iou(records: list[Overlap]) -> float | None:
     union = sum(each[1] for each in records)
     return 100 * sum(each[0] for each in records) / union if union else None
