@@ -385,7 +385,7 @@ def trained(segmentor, monkeypatch):
     counts = dict(num_validation=3, num_pictures=2)
     segmentor.config = segmentor.config.resolve(eval_tasks=tasks, **counts)
     monkeypatch.setattr(
-        "xsam.evaluate.score_dataset", lambda said, *_: {"PQ": float(len(said.keys))}
+        "xsam.evaluation.benchmarks.score_dataset", lambda said, *_: {"PQ": float(len(said.keys))}
     )
     return segmentor
 

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,19 +42,9 @@ from xsam.datasets.sources import (
     paths_of,
     scored_sets,
 )
-from xsam.evaluation import metrics
+from xsam.evaluation import benchmarks, metrics
 from xsam.evaluation import prediction_files as files
-from xsam.evaluation.benchmarks import (
-    GROUNDED,
-    TASKS,
-    Figures,
-    bert_embedder,
-    named,
-    score_dataset,
-    scoring_of,
-    table,
-    task_of,
-)
+from xsam.evaluation.benchmarks import TASKS, Figures, task_of
 from xsam.evaluation.prediction_files import SavedPredictions, keys_of, kind_of
 from xsam.files import check_target, read_json, write_whole
 from xsam.inference import Inputs, build_inputs, load_with_flags, predict_inputs, stored_stage
@@ -72,6 +63,11 @@ FOLDER = "predictions"  # of a run or a checkpoint
 HELD_BYTES = 2**25  # of the records of a set that stays open
 
 SIMILAR_WORDS = 16  # prompts that differ in fewer may share a batch
+
+FOR_PREDICTING = (  # flags that have no use for predictions that are there
+    *("overwrite", "names", "phrasings", "batch_size", "tokenizer", "allow_missing", "device"),
+    *("dtype", "llm_bits", "base", "panoptic_rule", "presence"),
+)
 
 
 # ---- predictions ---------------------------------------------------------------------------------
@@ -173,16 +169,8 @@ def _unfinished_batches(dataset: Dataset, keys: list, folder: Path, size: int) -
 def made_by(model: Segmentor | XSAM, dataset: Dataset) -> dict[str, str]:
     """What predictions depend on: the dataset's name, and digests of weights and settings."""
     values = model.config.to_dict()
-    names = (
-        "model",
-        "panoptic_rule",
-        "score_threshold",
-        "overlap_threshold",
-        "presence",
-        "eval_batch_size",
-        "max_new_tokens",
-    )
-    settings = {name: values[name] for name in names}
+    names = "panoptic_rule", "score_threshold", "overlap_threshold", "presence", "max_new_tokens"
+    settings = {name: values[name] for name in ("model", "eval_batch_size", *names)}
     settings |= {"phrasings": dataset.phrasings, "names": getattr(dataset, "names", [])}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     return {"dataset": dataset.name, "weights": weights_digest(model), "settings": digest}
@@ -214,22 +202,15 @@ def evaluate(
     records. `embed`, `one_crowd_per_class` and the qualities: see `score_dataset`.
     """
     phrasings = read_phrasings(model.config.phrasings if model is not None else "")
-
-    def opened(name: str) -> Dataset:
-        skips = skip_bad and is_own(name)
-        dataset = open_dataset(name, data, True, phrasings, skips, is_scored=True)
-        if skips:
-            dataset.leave_out_bad()
-        if class_names is not None and task_of(name)[0] == "openvocab":
-            rename_classes(dataset, class_names, data)
-        return dataset
-
+    opened = partial(
+        _open_scored, data=data, phrasings=phrasings, class_names=class_names, skip_bad=skip_bad
+    )
     # All sets are opened first, so that a missing or broken file is reported before hours of
     # prediction. Large ones are opened again then: some tables are gigabytes of images.
     held, has_captions = {}, False
     for name in names:
         dataset = opened(name)
-        has_captions |= scoring_of(dataset) is GROUNDED
+        has_captions |= benchmarks.scoring_of(dataset) is benchmarks.GROUNDED
         if dataset.records.content.nbytes < HELD_BYTES:
             held[name] = dataset
     results: dict[str, dict[str, Figures]] = {}
@@ -245,11 +226,25 @@ def evaluate(
             task, suffix = task_of(name)
             predictions = SavedPredictions(folder / folder_name(name), dataset, num_samples)
             qualities: dict[int, float] = {}
-            figures = score_dataset(predictions, embed, label, one_crowd_per_class, qualities)
-            results.setdefault(task, {}).update(named(figures, suffix))
+            rules = embed, label, one_crowd_per_class, qualities
+            figures = benchmarks.score_dataset(predictions, *rules)
+            results.setdefault(task, {}).update(benchmarks.named(figures, suffix))
             if on_scored is not None:
                 on_scored(task, predictions, qualities)
     return results
+
+
+def _open_scored(
+    name: str, data: Path, phrasings: dict, class_names: list[str] | None, skip_bad: bool
+) -> Dataset:
+    """See `evaluate`."""
+    skips = skip_bad and is_own(name)
+    dataset = open_dataset(name, data, True, phrasings, skips, is_scored=True)
+    if skips:
+        dataset.leave_out_bad()
+    if class_names is not None and task_of(name)[0] == "openvocab":
+        rename_classes(dataset, class_names, data)
+    return dataset
 
 
 def draw_errors(
@@ -258,7 +253,7 @@ def draw_errors(
     """The worst `count` of a set's predictions that are not perfect, beside the truth: pictures
     000_INDEX.png and so on in `folder`, the worst first, in place of what an earlier command drew
     there. Every rank gives the qualities (`score_dataset`) that it knows and draws its share."""
-    measure = scoring_of(predictions.dataset).measure
+    measure = benchmarks.scoring_of(predictions.dataset).measure
     pairs = sorted(distributed.gather([(quality, n) for n, quality in qualities.items()]))
     worst = {index: quality for quality, index in pairs[:count] if quality < 1}
     if distributed.rank() == 0:
@@ -319,10 +314,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_flags(parser, is_required=False)
     add = parser.add_argument
     add("--data", type=Path, default=Path("datas"), help="data root")
-    text = (
-        f"{', '.join(TASKS)}, sets of these, files of your own, FILE.json[:IMAGES[:MASKS]], or all"
-    )
-    add("--tasks", metavar="NAME,...", help=f"{text} (default: all that can be)")
+    text = f"{', '.join(TASKS)}, sets of these, files of your own, FILE.json[:IMAGES[:MASKS]], or "
+    add("--tasks", metavar="NAME,...", help=f"{text}all (default: all that can be)")
     add("--out", type=Path, help="where results go (default: the checkpoint)")
     text = "score the predictions in DIR, a folder for each set, without a model"
     add("--from-predictions", type=Path, metavar="DIR", help=text)
@@ -350,22 +343,10 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if (options.checkpoint is None) == (options.from_predictions is None):
         parser.error("give --checkpoint or --from-predictions")
-    if options.from_predictions is not None:
-        for name in (
-            "overwrite",
-            "names",
-            "phrasings",
-            "batch_size",
-            "tokenizer",
-            "allow_missing",
-            "device",
-            "dtype",
-            "panoptic_rule",
-            "presence",
-        ):
-            if getattr(options, name) not in (None, False, []):
-                flag = f"--{name.replace('_', '-')}"
-                parser.error(f"{flag} is for predicting, so it goes with --checkpoint")
+    for name in FOR_PREDICTING if options.from_predictions is not None else ():
+        if getattr(options, name) not in (None, False, []):
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} is for predicting, so it goes with --checkpoint")
     for name in ("limit", "batch_size", "errors"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} has to be 1 or more")
@@ -379,7 +360,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         read_phrasings(options.phrasings or "")
         names = chosen_sets(options.tasks, options.data)
         options.names = read_names(options.names) if options.names else None
-        options.bert = bert_embedder(options.bert) if options.bert else None
+        options.bert = benchmarks.bert_embedder(options.bert) if options.bert else None
         chosen, panoptic = {task_of(name)[0] for name in names}, {"panoptic", "openvocab"}
         users = {"names": {"openvocab"}, "panoptic_rule": panoptic, "one_crowd_per_class": panoptic}
         users["presence"] = {"refer", "grefer", "reason"}
@@ -417,7 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, device: torch.device) -> None:
     """Evaluates as the command line says, and writes the results."""
-    is_first = distributed.rank() == 0
+    is_first, out = distributed.rank() == 0, options.out
     if options.from_predictions is not None:
         model, column, folder = None, "predictions", options.from_predictions
         folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
@@ -426,12 +407,10 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
             names = [name for name in names if (folder / folder_name(name)).is_dir()]
         if not names:
             raise ValueError(f"{folder}: has no folder of a set that is scored")
-        out = options.out
     else:
         model, stage = load_model(options, device, print if is_first else lambda _: None)
-        column, out = f"stage {stage}", options.out
+        column, folder = f"stage {stage}", out / FOLDER
         names = chosen_sets(options.tasks, options.data, is_segmentor=stage == 1)
-        folder = out / FOLDER
     check_paths(names, options.data)
     sets = {}
 
@@ -504,7 +483,7 @@ def write_results(out: Path, results: dict[str, dict[str, Figures]], about: dict
         tasks += [task for task in {**before, **results} if task not in TASKS]
         results = {task: before.get(task, {}) | results.get(task, {}) for task in tasks}
     write_whole(out / "results.json", json.dumps(results | {"about": about}, indent=1))
-    text = table({about["column"]: results}, result_notes(about))
+    text = benchmarks.table({about["column"]: results}, result_notes(about))
     write_whole(out / "results.md", text + "\n")
     print(text)
     for name, each in sets.items():
