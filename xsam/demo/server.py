@@ -19,8 +19,9 @@ import threading
 import time
 import traceback
 import warnings
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -114,6 +115,7 @@ class Pictures:
         self.decoding = threading.Lock()  # one at a time: each may take 150 MB
 
     def add(self, content: bytes) -> tuple[str, Image.Image]:
+        """Keeps an uploaded picture; its key, and the picture. Raises as `decode_picture` does."""
         key = hashlib.sha256(content).hexdigest()[:32]
         with self.decoding:
             image = decode_picture(content)
@@ -125,7 +127,7 @@ class Pictures:
         return key, image
 
     def find(self, key: Any) -> Image.Image:
-        """Raises RefusedError where there is no such picture, or no longer."""
+        """The picture of a key. Raises RefusedError where there is none, or no longer."""
         with self.lock:
             if isinstance(key, str) and key in self.examples:
                 return self.examples[key][1]
@@ -278,7 +280,7 @@ def pack_result(
 class Job:
     """A request on its way through the queue."""
 
-    question: Question | None  # None once it is answered: the picture is let go
+    question: Question | None  # None once it has ended: the picture is let go
     key: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     state: str = "waiting"  # running, done, failed, cancelled
     text: str = ""  # the answer so far
@@ -291,24 +293,20 @@ class Queue:
 
     def __init__(self, answer: Callable[[Question, Callable[[str], None]], dict]):
         self.answer = answer
-        self.jobs: OrderedDict[str, Job] = OrderedDict()
-        self.waiting: deque[Job] = deque()
-        self.running: Job | None = None
+        self.jobs: dict[str, Job] = {}  # in the order in which they came
         self.is_closed = False
         self.changed = threading.Condition()
-        self.worker = threading.Thread(target=self._work, daemon=True)
-        self.worker.start()
+        self.worker = ThreadPoolExecutor(1)
 
     def submit(self, question: Question) -> str:
         """The key of a new job. Raises RefusedError where too many are waiting."""
         with self.changed:
-            if len(self.waiting) >= MAX_WAITING:
+            if sum(job.state == "waiting" for job in self.jobs.values()) >= MAX_WAITING:
                 raise RefusedError(503, f"{MAX_WAITING} requests are waiting. Try again later.")
             job = Job(question)
             self.jobs[job.key] = job
-            self.waiting.append(job)
             self._forget()
-            self.changed.notify_all()
+        self.worker.submit(self._work, job)
         return job.key
 
     def follow(self, key: str, seen: str) -> dict:
@@ -322,19 +320,20 @@ class Queue:
             return self._describe(job)
 
     def cancel(self, key: str) -> None:
+        """Takes a job out of the queue, or ends it as soon as its answer grows. Raises RefusedError
+        at an unknown job."""
         with self.changed:
             job = self._find(key)
-            if job in self.waiting:
-                self.waiting.remove(job)
+            if job.state == "waiting":
+                job.question = None
             if job.state in ("waiting", "running"):
-                job.state, job.question = "cancelled", None
+                job.state = "cancelled"
             self.changed.notify_all()
 
     def close(self) -> None:
-        with self.changed:
-            self.is_closed = True
-            self.changed.notify_all()
-        self.worker.join()
+        """Answers nothing any more, and waits until the running job has ended."""
+        self.is_closed = True
+        self.worker.shutdown(cancel_futures=True)
 
     def _find(self, key: str) -> Job:
         if key not in self.jobs:
@@ -342,9 +341,8 @@ class Queue:
         return self.jobs[key]
 
     def _describe(self, job: Job) -> dict:
-        place = 0
-        if job in self.waiting:
-            place = self.waiting.index(job) + (self.running is not None)
+        before = [other for other in self.jobs.values() if other.question is not None]
+        place = before.index(job) if job.state == "waiting" else 0
         stamp = f"{job.state}.{place}.{len(job.text)}"
         about = {"state": job.state, "place": place, "text": job.text, "stamp": stamp}
         return about | job.outcome
@@ -354,24 +352,21 @@ class Queue:
         for key in ended[:-KEPT_ANSWERS]:
             del self.jobs[key]
 
-    def _work(self) -> None:
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.is_closed)
-                if self.is_closed:
-                    return
-                job = self.running = self.waiting.popleft()
-                job.state, question = "running", job.question
-                self.changed.notify_all()
-            state, outcome = self._run(job, question)
-            with self.changed:
-                if job.state == "running":
-                    job.state, job.outcome = state, outcome
-                self.running = job.question = question = None
-                self._forget()
-                self.changed.notify_all()
+    def _work(self, job: Job) -> None:
+        with self.changed:
+            if job.state == "cancelled":
+                return
+            job.state = "running"
+            self.changed.notify_all()
+        state, outcome = self._run(job)
+        with self.changed:
+            if job.state == "running":
+                job.state, job.outcome = state, outcome
+            job.question = None
+            self._forget()
+            self.changed.notify_all()
 
-    def _run(self, job: Job, question: Question) -> tuple[str, dict]:
+    def _run(self, job: Job) -> tuple[str, dict]:
         def on_text(text: str) -> None:
             with self.changed:
                 is_abandoned = time.monotonic() - job.asked_at > ABANDONED_SECONDS
@@ -383,7 +378,7 @@ class Queue:
 
         try:
             on_text("")
-            return "done", {"result": self.answer(question, on_text)}
+            return "done", {"result": self.answer(job.question, on_text)}
         except CancelledError:
             return "cancelled", {}
         except ValueError as error:
