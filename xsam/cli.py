@@ -309,13 +309,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     options.stages = [1, 2, 3] if options.stage == "all" else [int(options.stage)]
     options.out = options.out or Path("runs") / options.config
     # The toy preset draws its own world where the user points at none.
-    options.world = options.out / "world" if options.config == "toy" else None
-    options.makes_data = options.world is not None and options.data is None
-    options.makes_weights = options.world is not None and options.weights is None
-    options.data = options.data or (options.world / "data" if options.world else Path("datas"))
-    options.weights = options.weights or (
-        options.world / "weights" if options.world else Path("weights")
-    )
+    is_toy, world = options.config == "toy", options.out / "world"
+    options.makes_data = is_toy and options.data is None
+    options.makes_weights = is_toy and options.weights is None
+    options.data = options.data or (world / "data" if is_toy else Path("datas"))
+    options.weights = options.weights or (world / "weights" if is_toy else Path("weights"))
     options.brought = {}  # the parts that --init gives to the first stage, and its paths
     options.replaced = set()  # those that no public folder is needed for
     try:

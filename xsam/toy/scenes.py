@@ -402,12 +402,9 @@ def plural(category: str) -> str:
 
 def find_matches(scene: Scene, attributes: dict[str, str]) -> list[int]:
     """Indices in `segments` of those with all the attributes; a crowd may be of any size."""
-    found = []
-    for index, segment in enumerate(scene.segments):
-        own = asdict(segment) | ({"size": attributes.get("size")} if segment.is_crowd else {})
-        if all(own[key] == value for key, value in attributes.items()):
-            found.append(index)
-    return found
+    any_size = {"size": attributes.get("size")}
+    looks = [asdict(each) | (any_size if each.is_crowd else {}) for each in scene.segments]
+    return [index for index, look in enumerate(looks) if attributes.items() <= look.items()]
 
 
 def count_matches(scene: Scene, attributes: dict[str, str]) -> int:
