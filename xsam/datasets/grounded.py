@@ -4,7 +4,7 @@ A caption's phrases have a mask each (paper section 3.1). Legend: T targets, H W
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,6 +59,10 @@ class Gcg(Dataset):
 
     def captions(self) -> Iterator[Caption]:
         """The captions of the file, with all of their spans."""
+        return self.read_each(self.read)
+
+    def read(self, record: Any, where: str) -> Caption:
+        """One caption of a file that is a list of them."""
         raise NotImplementedError
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
@@ -107,46 +111,39 @@ class GcgGrounded(Gcg):
     """Human annotated and OpenPSG: {phrase: spans and RLEs}; a phrase's RLEs are united. OpenPSG
     names its images with or without their COCO folder."""
 
-    def captions(self) -> Iterator[Caption]:
-        for index, record in enumerate(read_json(self.annotations, list)):
-            where = f"{self.annotations}: record {index}"
-            with self.record():
-                name, image_id, text, groundings = unpack(
-                    record, where, file_name=str, image_id=Id, caption=str, groundings=dict
-                )
-                spans = []
-                for phrase, grounding in groundings.items():
-                    at = f"{where}: {phrase!r}"
-                    offsets, rles = unpack(grounding, at, token_positives=list, rle_masks=list)
-                    spans.append(Span(*read_offsets(offsets, at), rles))
-                files = [name, f"train2017/{name}", f"val2017/{name}"]
-                size = size_if_told(record, where)
-                yield Caption(image_id, files, size, clean_caption(text), spans, [])
+    def read(self, record: Any, where: str) -> Caption:
+        name, image_id, text, groundings = unpack(
+            record, where, file_name=str, image_id=Id, caption=str, groundings=dict
+        )
+        spans = []
+        for phrase, grounding in groundings.items():
+            at = f"{where}: {phrase!r}"
+            offsets, rles = unpack(grounding, at, token_positives=list, rle_masks=list)
+            spans.append(Span(*read_offsets(offsets, at), rles))
+        files, size = [name, f"train2017/{name}", f"val2017/{name}"], size_if_told(record, where)
+        return Caption(image_id, files, size, clean_caption(text), spans, [])
 
 
 class GcgRefs(Gcg):
     """RefCOCOg: a list of {key: record}; a sentence's span is its first occurrence in the caption,
     and one that does not occur is skipped."""
 
-    def captions(self) -> Iterator[Caption]:
-        for index, entry in enumerate(read_json(self.annotations, list)):
-            where = f"{self.annotations}: record {index}"
-            with self.record():
-                if len(expect(entry, dict, where)) != 1:
-                    raise ValueError(f"{where}: has {len(entry)} keys, expected one")
-                ((key, record),) = entry.items()
-                name, text, refs = unpack(record, where, img_file_name=str, caption=str, refs=list)
-                text, spans = clean_caption(text), []
-                for ref in refs:
-                    phrase, shape = unpack(ref, where, sentence=str, segmentation=Segmentation)
-                    phrase = clean_caption(phrase)
-                    start = text.find(phrase) if phrase else -1
-                    if start < 0:
-                        self.skipped["phrases that their caption lacks"] += 1
-                    else:
-                        spans.append(Span(start, start + len(phrase), shape))
-                image_id, size = record.get("image_id", key), size_if_told(record, where)
-                yield Caption(image_id, [name], size, text, spans, [])
+    def read(self, record: Any, where: str) -> Caption:
+        if len(expect(record, dict, where)) != 1:
+            raise ValueError(f"{where}: has {len(record)} keys, expected one")
+        ((key, record),) = record.items()
+        name, text, refs = unpack(record, where, img_file_name=str, caption=str, refs=list)
+        text, spans = clean_caption(text), []
+        for ref in refs:
+            phrase, shape = unpack(ref, where, sentence=str, segmentation=Segmentation)
+            phrase = clean_caption(phrase)
+            start = text.find(phrase) if phrase else -1
+            if start < 0:
+                self.skipped["phrases that their caption lacks"] += 1
+            else:
+                spans.append(Span(start, start + len(phrase), shape))
+        image_id, size = record.get("image_id", key), size_if_told(record, where)
+        return Caption(image_id, [name], size, text, spans, [])
 
 
 class GcgFlickr(Gcg):

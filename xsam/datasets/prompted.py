@@ -59,19 +59,15 @@ class VisualPrompts(Dataset):
         if self.source.instances:
             categories = read_categories(read_json(self.instances, dict), str(self.instances))
             self.category_names = {number: c.name for number, c in categories.items()}
-        images = []
-        for index, record in enumerate(read_json(self.annotations, list)):
-            with self.record():
-                images.append(self.read_record(record, f"record {index}"))
+        images = list(self.read_each(self.read_record))
         if self.source.is_cross:
             self.index_references(images)
         else:
             for image in images:
                 self.index_image(image)
 
-    def read_record(self, record: dict, name: str) -> PromptedImage:
-        """A record of the file, `name` in messages, in whichever of the two layouts it is."""
-        where = f"{self.annotations}: {name}"
+    def read_record(self, record: dict, where: str) -> PromptedImage:
+        """A record of the file, in whichever of the two layouts it is."""
         is_thin = isinstance(record, dict) and "anns" in record
         keys = {"image": str, "image_info": dict, "anns": list}
         if not is_thin:
@@ -79,7 +75,8 @@ class VisualPrompts(Dataset):
         file_name, info, annotations = unpack(record, where, **keys)
         size, objects = parse(Size, info, where), []
         for raw in annotations:
-            at = f"{self.annotations}: {label(raw, 'id', 'annotation {}', name)}"
+            name = label(raw, "id", "annotation {}", "")
+            at = f"{self.annotations}: {name}" if name else where
             number, category, shape, is_crowd = unpack(
                 raw, at, id=Id, category_id=int, segmentation=Segmentation, iscrowd=Flag
             )

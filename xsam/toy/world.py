@@ -86,7 +86,6 @@ class Drawing:
     """
 
     image_id: int
-    split: str
     scene: Scene
     jpeg: bytes
     rng: Generator
@@ -121,15 +120,14 @@ class Drawing:
 
 def draw_split(seed: int, split: str, count: int) -> list[Drawing]:
     """The first `count` drawings of a split; the very first has a crowd."""
-    drawings = []
-    number = SPLITS.index(split)
+    drawings, number = [], SPLITS.index(split)
     for index in tqdm(range(count), desc=f"draw {split}"):
         entropy = seed, number, index
         rng = np.random.default_rng(entropy)
         scene = scenes.draw_scene(rng, has_crowd=index == 0 or rng.random() < 1 / 12)
         jpeg = _encode(scene.image, format="JPEG", quality=95, subsampling=0)
         image_id = 139 + 37 * index + 18 * number
-        drawings.append(Drawing(image_id, split, scene, jpeg, rng, entropy))
+        drawings.append(Drawing(image_id, scene, jpeg, rng, entropy))
     return drawings
 
 
