@@ -34,6 +34,8 @@ from xsam.weights import CONFIG_FILE, weights_digest
 
 CARD_FILE = "README.md"
 
+TEMPLATE = Path(__file__).with_name("model_card.md")
+
 SHOWN_CLASSES = 20
 
 OWNERS = {  # on the hub, of the folders that `config.ARCHITECTURES` names, by how those begin
@@ -144,51 +146,21 @@ def model_card(
     if config.presence:
         presence = f"A phrase whose best score is below {config.presence:g} gets no mask."
     nothing = "None: no results.json with figures of these weights lay beside the checkpoint."
-    newline = "\n"
-    return f"""---
-library_name: xsam
-pipeline_tag: image-segmentation
-{newline.join(front)}
----
-
-# {name.rpartition("/")[2]}
-
-{WHAT[stage]}
-Its parts: {", ".join(each for each in names.values() if each != "none")}.
-
-## Use
-
-```python
-{PYTHON[stage].format(name=name, noun=noun)}
-print(result.labels, result.scores, result.masks.shape)  # bool [N, H, W]
-result.draw().save("found.png")
-```
-
-```bash
-python -m xsam.predict {request} --checkpoint {name} --image photo.jpg
-```
-
-## Training
-
-{_recipe(headers) if headers else "How it was trained is not known here."}
-
-{_parameters(model)}
-
-## Classes
-
-{_classes(config)}
-
-## Results
-
-{results or nothing}
-
-## Intended use and limits
-
-For research on segmentation: pictures like those it was trained on, requests in the words of its
-training. Nothing was measured but what the results above have. {presence if stage == 3 else ""}
-Its scores are not calibrated, and its answers and masks can be wrong: a person has to check them
-before anything that affects people is decided by them.
-{"" if license else f"{newline}No license was named when this card was written.{newline}"}"""
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        front="\n".join(front),
+        name=name,
+        title=name.rpartition("/")[2],
+        what=WHAT[stage],
+        parts=", ".join(each for each in names.values() if each != "none"),
+        python=PYTHON[stage].format(name=name, noun=noun),
+        request=request,
+        recipe=_recipe(headers) if headers else "How it was trained is not known here.",
+        parameters=_parameters(model),
+        classes=_classes(config),
+        results=results or nothing,
+        presence=presence if stage == 3 else "",
+        license="" if license else "\n\nNo license was named when this card was written.",
+    )
 
 
 def _recipe(headers: list[dict]) -> str:

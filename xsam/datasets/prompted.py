@@ -146,13 +146,12 @@ class VisualPrompts(Dataset):
         objects = image.objects
         if self.is_interactive:
             objects = [objects[rng.integers(len(objects))]]
-        groups, masks = defaultdict(list), defaultdict(list)  # by category
+        groups = defaultdict(list)  # of objects and their masks, by category
         for target in sorted(objects, key=lambda o: o.category):
             may_be_empty = not self.is_interactive
             mask = decode_mask(target.segmentation, image.size, target.where, may_be_empty)
             if mask.any():  # a few of COCO's objects are smaller than a pixel
-                groups[target.category].append(target)
-                masks[target.category].append(mask)
+                groups[target.category].append((target, mask))
         if not groups:
             raise ValueError(f"{self.annotations}: image {image.id}: no object has a pixel")
         shown = list(groups)
@@ -163,15 +162,15 @@ class VisualPrompts(Dataset):
             found = [self.region_elsewhere(category, image.id, rng) for category in shown]
             region_images, regions, kinds = map(list, zip(*found, strict=True))
         else:
-            parts = [image._replace(objects=groups[category]) for category in shown]
+            parts = [image._replace(objects=[o for o, _ in groups[c]]) for c in shown]
             regions, kinds = zip(*(self.region(part, rng) for part in parts), strict=True)
-            regions = np.stack(regions)
+            regions = np.stack(regions)  # [G, H, W]
         return Sample(
             f"{self.name}/{image.id}/{index}",
             self.source.task,
             picture,
             turns=[self.turn(["<region>"] * len(shown), rng)],
-            masks=np.concatenate([masks[category] for category in shown]),
+            masks=np.stack([mask for category in shown for _, mask in groups[category]]),
             labels=np.repeat(np.arange(len(shown)), [len(groups[category]) for category in shown]),
             names=["object"] if self.is_interactive else [self.category_names[c] for c in shown],
             regions=regions,

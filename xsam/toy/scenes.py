@@ -9,6 +9,7 @@ import colorsys
 import string
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -337,62 +338,20 @@ CHECKS = {
 class Riddle(NamedTuple):
     """Ways to ask for one category without its name, and why it is the answer."""
 
-    questions: tuple[str, ...]
-    phrases: tuple[str, ...]
+    questions: list[str]
+    phrases: list[str]
     explanation: str
 
 
-RIDDLES = {
-    "circle": Riddle(
-        ("Which shape is round like a ball?", "What would a child kick and throw?",
-         "What looks like the full sun?"),
-        ("the shape of a ball", "the round shape without a hole", "something like the sun"),
-        "A circle is round like a ball.",
-    ),
-    "square": Riddle(
-        ("Which shape looks like a box?", "What could be a window of a house?",
-         "Which shape stands flat on one of four equal sides?"),
-        ("the shape of a box", "the shape of a window", "something like a flat box"),
-        "A square looks like a box.",
-    ),
-    "triangle": Riddle(
-        ("Which shape has three corners?", "What could be the roof of a house?",
-         "Which shape has fewer sides than a box?"),
-        ("the shape with three corners", "the shape of a roof", "something with three sides"),
-        "A triangle has three corners.",
-    ),
-    "star": Riddle(
-        ("Which shape has five points?", "Which shape points five ways?",
-         "What would a child put on top of a tree?"),
-        ("the shape with five points", "something for the top of a tree",
-         "the shape that points five ways"),
-        "A star has five points.",
-    ),
-    "cross": Riddle(
-        ("Which shape has four arms?", "What looks like a plus sign?",
-         "Which shape would be made by two bars?"),
-        ("the shape with four arms", "the plus sign", "something made of two bars"),
-        "A cross has four arms.",
-    ),
-    "ring": Riddle(
-        ("What could be worn on a finger?", "Which shape has a hole?",
-         "What would a rope go through?"),
-        ("the shape with a hole", "something for a finger", "something to look through"),
-        "A ring has a hole.",
-    ),
-    "moon": Riddle(
-        ("Which shape is bent like a banana?", "What changes from thin to full each month?",
-         "Which shape has two ends and a bent back?"),
-        ("the shape of a banana", "the bent shape", "something thin with two ends"),
-        "A moon is bent like a banana.",
-    ),
-    "diamond": Riddle(
-        ("Which shape looks like a kite?", "Which shape stands on a corner?",
-         "What is a hard stone and costs a lot of money?"),
-        ("the shape of a kite", "the shape that stands on a corner", "a stone of much money"),
-        "A diamond stands on a corner.",
-    ),
-}  # fmt: skip
+def _read_riddles() -> dict[str, Riddle]:
+    """Of every category its name, the explanation, three questions and three phrases, a line
+    each."""
+    text = Path(__file__).with_name("riddles.txt").read_text(encoding="utf-8")
+    blocks = (block.splitlines() for block in text.split("\n\n"))
+    return {name: Riddle(lines[:3], lines[3:], why) for name, why, *lines in blocks}
+
+
+RIDDLES = _read_riddles()
 
 
 def plural(category: str) -> str:
