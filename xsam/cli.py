@@ -127,6 +127,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    """`--device`, as train, evaluate, predict and demo take it."""
     parser.add_argument(
         "--device",
         choices=DEVICES,
@@ -248,6 +249,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def train_parser() -> Parser:
+    """The flags of xsam/train.py beside those of the configuration's fields."""
     parser = Parser(
         prog="xsam/train.py",
         description="Trains X-SAM; runs under torchrun or alone.",
@@ -369,6 +371,7 @@ def share_out(config: Config, stages: list[int], flags: dict[str, Any]) -> Confi
 
 
 def refuse(what: object, message: str) -> None:
+    """Raises ValueError with a message where something is wrong, that is not empty or 0."""
     if what:
         raise ValueError(message)
 

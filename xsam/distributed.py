@@ -19,10 +19,12 @@ import torch.distributed as dist
 
 
 def rank() -> int:
+    """The number of this process among all, from 0; torchrun sets it."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -66,6 +68,7 @@ def start(name: str | None = None) -> torch.device:
 
 
 def has_group() -> bool:
+    """Whether the processes form a group, as under torchrun."""
     return dist.is_initialized()
 
 
@@ -81,6 +84,7 @@ def finish() -> None:
 
 
 def barrier() -> None:
+    """Waits until all ranks are here."""
     if dist.is_initialized():
         dist.barrier()
 

@@ -304,6 +304,7 @@ def check_paths(names: list[str], data: Path) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
     parser = Parser(
         prog="xsam/evaluate.py",
         description="Scores a checkpoint, or predictions, on the benchmarks; runs under torchrun "
@@ -377,6 +378,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command: returns the exit status, 2 at bad input, 1 where another rank is lost."""
     options = parse_options(arguments)
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1 for several processes
         torch.set_num_threads(1)  # one process has to add up in the same order as they do

@@ -275,6 +275,7 @@ def push_to_hub(
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
     parser = Parser(
         prog="python -m xsam.export",
         description="Writes a model's folder, with a card, and uploads it.",
@@ -296,6 +297,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command: returns the exit status, 2 at bad input."""
     options = build_parser().parse_args(arguments)
     try:
         run(options)
@@ -306,6 +308,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Writes the folder that the flags ask for, and uploads it with --push. Raises ValueError where
+    it cannot."""
     out = options.out
     if options.private and not options.push:
         raise ValueError("--private is of --push")

@@ -57,6 +57,7 @@ class Report:
 
     @property
     def state(self) -> str:
+        """In a word: ok, empty, missing, or how many records are bad."""
         if self.missing:
             return "missing"
         if self.problems:
@@ -224,6 +225,7 @@ def show(dataset: Dataset, count: int, out: Path, seed: int) -> list[Path]:
 
 
 def run(options: argparse.Namespace) -> int:
+    """The command `check` with its options; returns its exit status."""
     names = options.datasets.split(",") if options.datasets else list(SOURCES)
     for name in names:
         find_source(name)  # an unknown one is told before hours of reading

@@ -43,6 +43,7 @@ class Generic(Dataset):
         return tuple({"name": name, "is_thing": is_thing} for name, is_thing in pairs)
 
     def index_images(self, images: dict[Id, dict], annotations: list) -> None:
+        """Fills `records` from the file's images, by id, and its annotations."""
         raise NotImplementedError
 
     def key(self, index: int) -> Id:
@@ -52,9 +53,11 @@ class Generic(Dataset):
         return record[0].file_name
 
     def image(self, record: dict) -> CocoImage:
+        """An entry of the file's images. Raises ValueError where a field is wrong."""
         return parse(CocoImage, record, f"{self.annotations}: image {record['id']}")
 
     def open_image(self, image: CocoImage) -> Image.Image:
+        """The picture, of the size that the file tells. Raises ValueError where there is none."""
         path = find_file(self.images, image.file_name)
         if is_own(self.name) and not is_file(path):
             raise ValueError(

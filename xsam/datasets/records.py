@@ -145,6 +145,7 @@ class CocoImage(NamedTuple):
 
     @property
     def size(self) -> Size:
+        """Height and width, in pixels."""
         return Size(self.height, self.width)
 
 
@@ -178,5 +179,6 @@ def by_id(content: dict, key: str, where: str, kind: Any = Id) -> dict:
 
 
 def check_category(number: int, categories: Container[int], where: str) -> None:
+    """Raises ValueError at a category that the file does not have."""
     if number not in categories:
         raise ValueError(f"{where}: category {number!r} is not in its categories")

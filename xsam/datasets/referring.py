@@ -296,6 +296,7 @@ class Reason(Dataset):
         self.skipped["images without an annotation"] = len(stems - {path.stem for path in paths})
 
     def index_file(self, path: Path) -> None:
+        """The records of a file, or what it is counted as where it has none."""
         content = read_json(path, last_resort="cp1252")  # some of the files are
         about = content if isinstance(content, dict) else {}
         names, size = labelme_image(path, about)

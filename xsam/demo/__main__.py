@@ -23,6 +23,7 @@ NUM_SCENES = 4
 
 
 def build_parser() -> Parser:
+    """The flags of the command."""
     parser = Parser(
         prog="python -m xsam.demo",
         description="A page in the browser that asks a model. Stop it with Ctrl-C.",
@@ -64,6 +65,7 @@ def read_examples(folder: Path | None) -> list[tuple[str, Image.Image]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Serves the page until Ctrl-C; returns the exit status, 2 at bad input."""
     options = build_parser().parse_args(arguments)
     try:
         examples = read_examples(options.examples)

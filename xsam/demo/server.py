@@ -421,6 +421,7 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(DeadlineReader(self.connection, RECEIVE_SECONDS))
 
     def answer_request(self) -> None:
+        """Replies to a request, or says why not; what is still being sent then is taken."""
         try:
             self.check_sender()
             self.reply(200, *self.route())
