@@ -83,7 +83,7 @@ def draw_region(mark: Mark, size: Shape, where: str = "region") -> np.ndarray:
             # The far edge of the picture belongs to its last pixel.
             pixels = [(x - (x == width), y - (y == height)) for x, y in pixels]
             draw.line(pixels, fill=1) if len(pixels) > 1 else draw.point(pixels, fill=1)
-    mask = np.array(canvas)
+    mask = np.array(canvas)  # bool [H, W]
     if is_outside or not mask.any():
         shown = ", ".join(f"({x:g}, {y:g})" for x, y in points[:3])
         raise ValueError(f"{where}: the {kind} at {shown} is outside the {width}x{height} picture")

@@ -347,11 +347,11 @@ def _fill(
         for name in names:
             owner, _, attribute = name.rpartition(".")
             module.get_submodule(owner).register_parameter(attribute, target)
-    if tensor.shape == target.shape or tensor.dim() == 0:
+    if tensor.shape == target.shape or tensor.dim() == 0:  # [] fills [1]
         target.copy_(tensor)
-    elif names[0].endswith(POSITIONS):
+    elif names[0].endswith(POSITIONS):  # [1, H, W, C] or [2L-1, C], of another length
         target.copy_(resize_positions(tensor, target.shape))
-    else:
+    else:  # [words, C]; the last rows stay as they are
         target[: len(tensor)] = tensor.to(target)
 
 
@@ -570,7 +570,7 @@ def save_bin(
     over tables of another length than its tokenizer."""
     state = {disk_name(prefix + name): value.cpu() for name, value in model.state_dict().items()}
     for name in state.keys() & {EMBEDDING, OUTPUT}:
-        state[name] = state[name][:num_words].clone()  # a view would bring all rows
+        state[name] = state[name][:num_words].clone()  # [num_words, C]; a view would bring all rows
     torch.save(state, folder / BIN_FILE)
 
 
@@ -587,7 +587,7 @@ def weights_digest(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     a `dtype` numbers are rounded to it first, and copies in other types have the same digest."""
     digest = hashlib.sha256()
     for name, parameter in model.state_dict().items():
-        flat = parameter.detach().flatten()
+        flat = parameter.detach().flatten()  # [numbers]
         some = flat[:: max(1, len(flat) // 256)].to(dtype or flat.dtype).float().cpu().numpy()
         digest.update(f"{name} {list(parameter.shape)} {dtype or parameter.dtype}".encode())
         digest.update(some.tobytes())

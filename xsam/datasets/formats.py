@@ -88,7 +88,7 @@ def read_segment_ids(path: Path, size: tuple[int, int]) -> np.ndarray:
     if image.mode not in ("RGB", "RGBA", "P"):
         raise ValueError(f"{path}: its pixels are {image.mode}, segment ids are colours (RGB)")
     colours = np.asarray(image.convert("RGBA"))
-    return (colours.view("<u4")[..., 0] & 0xFFFFFF).astype(np.int32)
+    return (colours.view("<u4")[..., 0] & 0xFFFFFF).astype(np.int32)  # [H, W, 4] bytes to [H, W]
 
 
 def segment_colours(ids: np.ndarray) -> np.ndarray:
@@ -129,7 +129,7 @@ def decode_mask(
         rles += coco_mask.frPyObjects(rings, height, width)
     if not rles:
         raise ValueError(f"{where}: no valid polygon or RLE in its segmentation")
-    mask = coco_mask.decode(coco_mask.merge(rles)).view(bool)
+    mask = coco_mask.decode(coco_mask.merge(rles)).view(bool)  # the union, [H, W]
     if not (may_be_empty or mask.any()):
         raise ValueError(f"{where}: its mask has no pixel in the image")
     return mask

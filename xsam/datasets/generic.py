@@ -147,7 +147,7 @@ class Panoptic(Generic):
         numbers = [0, *(segment.id for segment in segments)]
         table = np.zeros(len(formats.SEGMENT_IDS), np.int32)  # unused pages take no memory
         table[numbers] = np.arange(len(numbers))
-        segment_index = table[ids]
+        segment_index = table[ids]  # [H, W]
         is_unknown = (segment_index == 0) & (ids != 0)
         if is_unknown.any():
             raise ValueError(f"{path}: segment id {ids[is_unknown][0]} is not in its segments_info")
@@ -158,7 +158,7 @@ class Panoptic(Generic):
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         picture, segment_index, segments = self.read(index)
         indices = [i for i, segment in enumerate(segments, 1) if not segment["iscrowd"]]
-        masks = segment_index == np.array(indices, np.int32)[:, None, None]
+        masks = segment_index == np.array(indices, np.int32)[:, None, None]  # [segments, H, W]
         ignore = ~masks.any(axis=0)
         is_visible = masks.any(axis=(1, 2))  # ADE20K lists stuff that things cover wholly
         classes = [segments[i - 1]["class"] for i in itertools.compress(indices, is_visible)]
@@ -222,10 +222,10 @@ class Instances(Generic):
         picture, objects = self.read(index)
         size = picture.height, picture.width
         shown = [(c, mask) for c, mask, is_crowd in objects if not is_crowd and mask.any()]
-        masks = np.array([mask for _, mask in shown], bool).reshape(-1, *size)
+        masks = np.array([mask for _, mask in shown], bool).reshape(-1, *size)  # [T, H, W]
         crowd = np.array([mask for _, mask, is_crowd in objects if is_crowd], bool)
         # An instance keeps its label where a crowd region lies over it.
-        ignore = crowd.reshape(-1, *size).any(axis=0) & ~masks.any(axis=0)
+        ignore = crowd.reshape(-1, *size).any(axis=0) & ~masks.any(axis=0)  # [H, W]
         classes = [category for category, _ in shown]
         return self.make(self.records[index][0], picture, masks, classes, ignore, rng)
 
@@ -263,7 +263,7 @@ class Semantic(Panoptic):
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         picture, classes = self.read(index)
         present = np.unique(classes[classes != 255]).tolist()
-        masks = classes == np.array(present, np.uint8)[:, None, None]
+        masks = classes == np.array(present, np.uint8)[:, None, None]  # [T, H, W]
         return self.make(self.records[index][0], picture, masks, present, classes == 255, rng)
 
 
@@ -276,6 +276,6 @@ class Regions(Panoptic):
         if len(self.names) > 255:
             raise ValueError(f"{self.annotations}: {len(self.names)} classes, a map holds 255")
         classes = [255] + [255 if each["iscrowd"] else each["class"] for each in segments]
-        return picture, np.array(classes, np.uint8)[segment_index]
+        return picture, np.array(classes, np.uint8)[segment_index]  # [H, W]
 
     sample = Semantic.sample

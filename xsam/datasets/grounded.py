@@ -68,14 +68,15 @@ class Gcg(Dataset):
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         image_id, files, size, text, spans, ignored = self.records[index]
         where = f"{self.annotations}: image {image_id}"
-        told = (told_size(span.segmentation) for span in spans)  # where the record tells none
-        picture = read_image(find_file(self.images, *files), size or next(filter(None, told), None))
+        shapes = [span.segmentation for span in spans]
+        told = size or next(filter(None, map(told_size, shapes)), None)  # by the record, or a mask
+        picture = read_image(find_file(self.images, *files), told)
         size = picture.height, picture.width
-        masks = np.stack([decode_mask(span.segmentation, size, where) for span in spans])
+        masks = np.stack([decode_mask(shape, size, where) for shape in shapes])  # [T, H, W]
         ignore = None
         if ignored:  # a phrase keeps its label where an ignored region lies over it
             ignored = [decode_mask(shape, size, where, may_be_empty=True) for shape in ignored]
-            ignore = np.any(ignored, axis=0) & ~masks.any(axis=0)
+            ignore = np.any(ignored, axis=0) & ~masks.any(axis=0)  # [H, W]
         names = [text[span.start : span.end] for span in spans]
         marked = check_words(text, where)
         for start, end, _ in reversed(spans):
@@ -233,7 +234,7 @@ class GcgScored(Dataset):
         where = f"{self.annotations}: image {number}"
         picture = read_image(find_file(self.images, f"{number}.jpg"), size)
         turns = [(ask("gcg", [], rng, self.phrasings), text)]
-        masks = np.stack([decode_mask(shape, size, where) for shape in shapes])
+        masks = np.stack([decode_mask(shape, size, where) for shape in shapes])  # [T, H, W]
         labels = np.arange(len(shapes)) if phrases else np.zeros(len(shapes), np.int64)
         sample_id, names = f"{self.name}/{number}", phrases or ["object"]
         return Sample(sample_id, "gcg", picture, turns, masks, labels, names=names, image_id=number)

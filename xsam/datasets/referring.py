@@ -103,7 +103,7 @@ class Referring(Dataset):
         turns = [self.turn([name], rng, kind) for name, kind in zip(names, kinds, strict=True)]
         labels = np.flatnonzero([mask is not None for mask in masks])
         found = np.array([masks[index] for index in labels], bool)
-        found = found.reshape(-1, picture.height, picture.width)
+        found = found.reshape(-1, picture.height, picture.width)  # [T, H, W]
         return Sample(
             sample_id, "refer", picture, turns, found, labels, names=names, image_id=image_id
         )

@@ -106,7 +106,7 @@ def panoptic_quality(records: list[list[Match]], is_thing: list[bool]) -> Figure
     """PQ, SQ and RQ over all classes, PQ over things and over stuff, of the records of
     `match_segments`, one list an image. Each is the mean over the classes that occur in the truth
     or in a prediction that counts."""
-    true_positives, mistakes, iou = np.zeros((3, len(is_thing)))
+    true_positives, mistakes, iou = np.zeros((3, len(is_thing)))  # [K] each
     for kind, category, value in (match for record in records for match in record):
         if kind == "tp":
             true_positives[category] += 1
@@ -161,13 +161,13 @@ def instance_quality(record: dict, least: float) -> float:
     found = [(category, rle) for category, rle, score in record["predicted"] if score >= least]
     classes, rles, is_crowd = zip(*record["truth"], strict=True) if record["truth"] else ([],) * 3
     is_target = ~np.array(is_crowd, bool)
-    ious = np.zeros((len(found), len(rles)))
+    ious = np.zeros((len(found), len(rles)))  # [N, T]
     if ious.size:
         ious = np.array(coco_mask.iou([rle for _, rle in found], list(rles), list(is_crowd)))
         ious *= (np.array([c for c, _ in found])[:, None] == classes) & (ious > 0.5)
-    is_excused = ious[:, ~is_target].any(axis=1)
-    ious = ious[:, is_target]
-    pairs = np.transpose(linear_sum_assignment(ious, maximize=True))
+    is_excused = ious[:, ~is_target].any(axis=1)  # [N]
+    ious = ious[:, is_target]  # [N, targets]
+    pairs = np.transpose(linear_sum_assignment(ious, maximize=True))  # [pairs, 2]
     pairs = [(row, column) for row, column in pairs.tolist() if ious[row, column]]
     num_false = np.count_nonzero(~is_excused) - sum(not is_excused[row] for row, _ in pairs)
     mistakes = [("", 0, 0.0)] * (num_false + is_target.sum() - len(pairs))
@@ -191,7 +191,7 @@ def average_precision(records: list[dict], num_categories: int) -> Figures:
         evaluation.evaluate()
         evaluation.accumulate()
     precision = evaluation.eval["precision"][..., 0, 0]  # [10 thresholds, 101 recalls, K]
-    at_half = precision[np.isclose(params.iouThrs, 0.5)]
+    at_half = precision[np.isclose(params.iouThrs, 0.5)]  # [1, 101, K]
     return {"AP": _percent(precision[precision > -1]), "AP50": _percent(at_half[at_half > -1])}
 
 
@@ -225,6 +225,7 @@ def count_pixels(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> 
     """
     assert truth.shape == predicted.shape, f"{truth.shape}, {predicted.shape} pixels"
     is_counted = (truth >= 0) & (truth < num_classes)
+    # [pixels that count]
     truth, predicted = truth[is_counted].astype(np.int64), predicted[is_counted].astype(np.int64)
     predicted[(predicted < 0) | (predicted >= num_classes)] = num_classes
     size = (num_classes, num_classes + 1)
@@ -234,7 +235,7 @@ def count_pixels(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> 
 def mean_iou(matrix: np.ndarray) -> Figures:
     """mIoU of the sum of the records of `count_pixels`: the mean over the classes that occur in the
     truth, as detectron2's evaluation takes it."""
-    intersection, true_area = matrix.diagonal(), matrix.sum(axis=1)
+    intersection, true_area = matrix.diagonal(), matrix.sum(axis=1)  # [K]
     union = true_area + matrix[:, :-1].sum(axis=0) - intersection
     occurs = true_area > 0
     return {"mIoU": _percent(intersection[occurs] / union[occurs])}
@@ -356,7 +357,7 @@ def phrase_similarity(
     if embed is None:
         rows, columns = ([text.strip().lower() for text in each] for each in (truth, predicted))
         return np.array([[row == column for column in columns] for row in rows], np.float64)
-    embeddings = np.asarray(embed([*truth, *predicted]), np.float64)
+    embeddings = np.asarray(embed([*truth, *predicted]), np.float64)  # [T + N, d]
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
     embeddings = embeddings / np.where(lengths > 0, lengths, 1)
     return embeddings[: len(truth)] @ embeddings[len(truth) :].T
