@@ -67,8 +67,8 @@ def visual_prompts(
         corner = np.array([top + rows.start, left + columns.start])
         for kind, draw in _DRAW.items():
             patch, offset = draw(component, rng)
-            _unite(prompts[kind], patch, corner + offset)
-        _unite(prompts["mask"], *_blurred(component, corner, mask.shape))
+            unite(prompts[kind], patch, corner + offset)
+        unite(prompts["mask"], *_blurred(component, corner, mask.shape))
     if is_dilated:
         prompts |= {kind: dilate(prompts[kind], radius) for kind, radius in PROMPT_RADII.items()}
     return prompts
@@ -131,10 +131,11 @@ def _blurred(component: np.ndarray, corner: np.ndarray, size: tuple[int, int]) -
     return blurred > (1 - 1e-6) * blurred.sum() / np.prod(size), corner - before
 
 
-def _unite(prompt: np.ndarray, patch: np.ndarray, corner: np.ndarray) -> None:
-    """Adds to `prompt`, in place, what of a patch at `corner` (row, column) lies inside it."""
+def unite(mask: np.ndarray, patch: np.ndarray, corner: Sequence[int]) -> None:
+    """Adds to a mask, bool [H, W], in place, what of a patch, bool of any size, with its corner at
+    (row, column) lies inside it."""
     (top, left), (height, width) = corner, patch.shape
-    into = prompt[max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
+    into = mask[max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
     into |= patch[max(-top, 0) :, max(-left, 0) :][: into.shape[0], : into.shape[1]]
 
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from xsam.datasets.build import add_command, run_each
+from xsam.datasets.build import add_command, run_each, unite
 from xsam.datasets.check import contents_text
 from xsam.datasets.formats import bounding_box, encode_mask, read_tsv, segment_colours
 from xsam.datasets.records import take, unpack
@@ -278,12 +278,10 @@ def _labelme_mask(shape: dict, box: list, size: tuple[int, int], where: str) -> 
         return np.zeros(size, bool)
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: its mask is no PNG in base64 ({error})") from error
-    mask, (left, top) = np.zeros(size, bool), box[0]
-    patch = patch[max(-top, 0) :, max(-left, 0) :]
-    window = mask[max(top, 0) :, max(left, 0) :][: patch.shape[0], : patch.shape[1]]
-    if window.shape != patch.shape:
+    mask, corner = np.zeros(size, bool), box[0][::-1]
+    if (np.add(corner, patch.shape) > size).any():
         raise ValueError(f"{where}: its mask of {list(patch.shape)} leads out of the image")
-    window[:] = patch
+    unite(mask, patch, corner)
     return mask
 
 

@@ -259,40 +259,28 @@ def mask_overlap(
 def mask_quality(records: list[Overlap]) -> Figures:
     """cIoU, the sum of intersections over the sum of unions, and gIoU, the mean IoU, of the records
     of `mask_overlap`; an empty union is an IoU of 1 (Lai et al. 2024, LISA)."""
-    return {
-        "cIoU": _cumulative_iou(records),
-        "gIoU": _percent([each[0] / each[1] if each[1] else 1.0 for each in records]),
-    }
+    intersection, union = (sum(each[n] for each in records) for n in (0, 1))
+    ious = [each[0] / each[1] if each[1] else 1.0 for each in records]
+    return {"cIoU": 100 * intersection / union if union else None, "gIoU": _percent(ious)}
 
 
 def target_quality(records: list[Overlap]) -> Figures:
     """The protocol of gRefCOCO (Liu et al. 2023, GRES) of the records of `mask_overlap`.
 
     cIoU and gIoU are over all expressions. One without a target has an IoU of 1 if nothing was
-    predicted; else 0, and its pixels are in the sum of unions. N_acc and T_acc are the shares of
-    the expressions without and with a target that were recognised as such. cIoU_targets and
-    gIoU_targets are over the expressions with a target alone, which is what X-SAM reports: its code
-    reads no others.
+    predicted, for then its union is empty; else 0, and its pixels are in the sum of unions. N_acc
+    and T_acc are the shares of the expressions without and with a target that were recognised as
+    such. cIoU_targets and gIoU_targets are over the expressions with a target alone, which is what
+    X-SAM reports: its code reads no others.
     """
     targets = [each for each in records if each[2]]
-    others = [each for each in records if not each[2]]
-    ious = [
-        intersection / union if has_target else float(not is_found)
-        for intersection, union, has_target, is_found in records
-    ]
-    return {
-        "cIoU": _cumulative_iou(records),
-        "gIoU": _percent(ious),
-        "N_acc": _percent([not is_found for *_, is_found in others]),
+    is_refused = [not is_found for *_, has_target, is_found in records if not has_target]
+    recognised = {
+        "N_acc": _percent(is_refused),
         "T_acc": _percent([is_found for *_, is_found in targets]),
-        "cIoU_targets": _cumulative_iou(targets),
-        "gIoU_targets": _percent([each[0] / each[1] for each in targets]),
     }
-
-
-def _cumulative_iou(records: list[Overlap]) -> float | None:
-    union = sum(each[1] for each in records)
-    return 100 * sum(each[0] for each in records) / union if union else None
+    alone = {f"{name}_targets": figure for name, figure in mask_quality(targets).items()}
+    return mask_quality(records) | recognised | alone
 
 
 # ---- grounded captions ---------------------------------------------------------------------------
@@ -451,10 +439,8 @@ def read_choice(answer: str, options: dict[str, str]) -> str | None:
 
 def read_yes_no(answer: str) -> str | None:
     """Yes or No, whichever word is in the answer without the other; else None."""
-    words = set(re.findall(r"[^\W_]+", answer.lower()))
-    if ("yes" in words) == ("no" in words):
-        return None
-    return "Yes" if "yes" in words else "No"
+    words = {"yes", "no"} & set(re.findall(r"[^\W_]+", answer.lower()))
+    return words.pop().capitalize() if len(words) == 1 else None
 
 
 def exact_match(answer: str, truth: str) -> bool:
