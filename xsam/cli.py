@@ -34,15 +34,8 @@ from xsam.config import (
     stage_folder,
     xsam,
 )
-from xsam.datasets.sources import (
-    SCORED_SETS,
-    find_source,
-    hold_out,
-    is_own,
-    required_paths,
-    run_sets,
-    with_held_out,
-)
+from xsam.datasets import sources
+from xsam.datasets.sources import SCORED_SETS
 from xsam.files import check_target
 from xsam.toy.preset import toy
 
@@ -358,15 +351,16 @@ def share_out(config: Config, stages: list[int], flags: dict[str, Any]) -> Confi
     they are trained on in place of its sets."""
     cut, own = (config.held_out, config.seed), []
     for number in stages:
-        datasets = [hold_out(name, *cut) for name in config.stages[number].datasets]
+        datasets = [sources.hold_out(name, *cut) for name in config.stages[number].datasets]
         config = config.resolve([number], datasets=tuple(datasets))
-        own += filter(is_own, datasets)
+        own += filter(sources.is_own, datasets)
     names = []
     for name in config.eval_tasks:  # one of which a share is held out means both
-        names += with_held_out(hold_out(name, *cut)) if hold_out(name, *cut) != name else [name]
+        rest = sources.hold_out(name, *cut)
+        names += sources.with_held_out(rest) if rest != name else [name]
     if own and "eval_tasks" not in flags:
         is_added = flags["datasets"][0].startswith("+")
-        names = [*names * is_added, *(each for name in own for each in with_held_out(name))]
+        names = [*names * is_added, *(each for name in own for each in sources.with_held_out(name))]
     return config.resolve(eval_tasks=tuple(dict.fromkeys(names)))
 
 
@@ -400,7 +394,7 @@ def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Con
             is_sound = (value > 0 or (value == 0 and name not in POSITIVE)) and value < math.inf
             refuse(not is_sound, f"{name} is {value}; it has to be {least}")
             refuse(name in SHARES and value > 1, f"{name} is {value}; it is 1 at most")
-    is_idle = flags.get("eval_tasks") and not run_sets(config, options.stages, options.data)
+    is_idle = flags.get("eval_tasks") and not sources.run_sets(config, options.stages, options.data)
     refuse(is_idle, f"eval_tasks: stage {options.stage} is scored on none of these")
     is_idle = config.validate_every and not config.eval_tasks
     refuse(is_idle, "validate_every: name the tasks to validate with --eval_tasks")
@@ -418,7 +412,7 @@ def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Con
     refuse(idle, "lora_rank: stage 2 trains its projectors whole")
     refuse(config.held_out == 1, "held_out is 1: nothing is left to train on")
     names = [name for number in options.stages for name in config.stages[number].datasets]
-    idle = config.held_out and not any(map(is_own, [*names, *config.eval_tasks]))
+    idle = config.held_out and not any(map(sources.is_own, [*names, *config.eval_tasks]))
     refuse(idle, "held_out is for files of your own, and --datasets has none")
     wrong = config.optimizer_bits not in (8, 32)
     refuse(wrong, f"optimizer_bits is {config.optimizer_bits}, not 8 or 32")
@@ -460,7 +454,7 @@ def check_stage(number: int, config: Config) -> None:
     wrong = scales and not (len(scales) == 2 and 0 < scales[0] <= scales[1] < math.inf)
     refuse(wrong, f"{where}: scale_range is {scales}, not a least and a largest scale, or empty")
     for name in stage.datasets:
-        task = find_source(name).task  # of a file of one's own it is in the file
+        task = sources.find_source(name).task  # of a file of one's own it is in the file
         is_other = number == 1 and task not in ("generic", "")
         refuse(is_other, f"{where} learns classes from generic sets alone; {name} is of {task}")
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -487,7 +481,7 @@ def check_beginnings(options: argparse.Namespace, flags: dict[str, Any], config:
     for number in options.stages:
         stage, brought = config.stages[number], options.brought if number == first else {}
         new = [part for part, origin in origins(config, number, brought).items() if not origin]
-        if number == 2 and {find_source(name).task for name in stage.datasets} == {"chat"}:
+        if number == 2 and {sources.find_source(name).task for name in stage.datasets} == {"chat"}:
             new = []  # chat has no use for them, and a checkpoint of stage 2 does not hold them
         is_meant = flags.get("starts_from") == () and options.stage == "3"  # table 8, row "S3"
         allowed = new if is_meant else NEW_PARTS[number]
@@ -506,7 +500,7 @@ def preflight(options: argparse.Namespace, config: Config) -> str:
     except ValueError as error:
         return str(error)
     folders = options.data, options.weights, options.out
-    required = required_paths(config, options.stages, *folders, options.replaced)
+    required = sources.required_paths(config, options.stages, *folders, options.replaced)
     options.makes_data &= any(options.data in path.parents for path, _ in required)
     options.makes_weights &= any(options.weights in path.parents for path, _ in required)
     made = [options.data] * options.makes_data + [options.weights] * options.makes_weights
@@ -564,7 +558,7 @@ def run_training(options: argparse.Namespace, config: Config) -> int:
         return complain(str(error), is_met_by_all=True)
     if int(os.environ.get("RANK", 0)) == 0:
         one = (config.resolve(eval_tasks=(word,)) for word in config.eval_tasks)
-        words = [x.eval_tasks[0] for x in one if run_sets(x, options.stages, options.data)]
+        words = [x.eval_tasks[0] for x in one if sources.run_sets(x, options.stages, options.data)]
         print("\n".join([*outlines, f"scored on: {', '.join(words) or 'nothing'}"]), flush=True)
         for number in options.stages if options.resume else ():
             last = find_checkpoint(stage_folder(options.out, number)).name

@@ -29,19 +29,10 @@ from xsam import distributed
 from xsam.checkpoints import last_stage
 from xsam.cli import Parser, add_checkpoint_flags
 from xsam.data import Processor, Sample
+from xsam.datasets import sources
 from xsam.datasets.base import Dataset, read_categories
 from xsam.datasets.generic import Generic
 from xsam.datasets.registry import open_dataset
-from xsam.datasets.sources import (
-    SEGMENTOR_TASKS,
-    SOURCES,
-    find_source,
-    folder_name,
-    is_own,
-    locate,
-    paths_of,
-    scored_sets,
-)
 from xsam.evaluation import benchmarks, metrics
 from xsam.evaluation import prediction_files as files
 from xsam.evaluation.benchmarks import TASKS, Figures, task_of
@@ -221,10 +212,10 @@ def evaluate(
             label = f"{name} [{number}/{len(names)}]"
             dataset = held.pop(name) if name in held else opened(name)
             if model is not None:
-                place = folder / folder_name(name)
+                place = folder / sources.folder_name(name)
                 predict_dataset(model, dataset, place, num_samples, label, overwrite)
             task, suffix = task_of(name)
-            predictions = SavedPredictions(folder / folder_name(name), dataset, num_samples)
+            predictions = SavedPredictions(folder / sources.folder_name(name), dataset, num_samples)
             qualities: dict[int, float] = {}
             rules = embed, label, one_crowd_per_class, qualities
             figures = benchmarks.score_dataset(predictions, *rules)
@@ -238,7 +229,7 @@ def _open_scored(
     name: str, data: Path, phrasings: dict, class_names: list[str] | None, skip_bad: bool
 ) -> Dataset:
     """See `evaluate`."""
-    skips = skip_bad and is_own(name)
+    skips = skip_bad and sources.is_own(name)
     dataset = open_dataset(name, data, True, phrasings, skips, is_scored=True)
     if skips:
         dataset.leave_out_bad()
@@ -273,7 +264,7 @@ def rename_classes(dataset: Generic, names: list[str], data: Path) -> None:
     if len(names) == len(ids):
         dataset.names = names
         return
-    path = locate(data, SOURCES["ade20k_panoptic_val"].annotations)
+    path = sources.locate(data, sources.SOURCES["ade20k_panoptic_val"].annotations)
     all_ids = list(read_categories(read_json(path, dict), str(path))) if path.is_file() else []
     if len(names) != len(all_ids) or not set(ids) <= set(all_ids):
         raise ValueError(f"{len(names)} names for the {len(ids)} classes of {dataset.name}")
@@ -288,17 +279,17 @@ def chosen_sets(tasks: str | None, data: Path, is_segmentor: bool = False) -> li
     none, all. Raises ValueError at an unknown one, or one that a stage-1 checkpoint cannot
     predict."""
     if tasks in (None, "", "all"):
-        return scored_sets(TASKS, data, is_segmentor)
-    names = scored_sets(tasks.split(","), data)
-    if is_segmentor and len(scored_sets(names, data, is_segmentor)) < len(names):
-        known = ",".join(SEGMENTOR_TASKS)
+        return sources.scored_sets(TASKS, data, is_segmentor)
+    names = sources.scored_sets(tasks.split(","), data)
+    if is_segmentor and len(sources.scored_sets(names, data, is_segmentor)) < len(names):
+        known = ",".join(sources.SEGMENTOR_TASKS)
         raise ValueError(f"stage 1 has no language model; it is scored with --tasks {known}")
     return names
 
 
 def check_paths(names: list[str], data: Path) -> None:
     """Raises ValueError that lists what the sets lack on disk."""
-    paths = [path for name in names for path in paths_of(find_source(name), data)]
+    paths = [path for name in names for path in sources.paths_of(sources.find_source(name), data)]
     if missing := sorted({str(path) for path in paths if not path.exists()}):
         raise ValueError(f"missing: {', '.join(missing)}; --tasks says what else to score")
 
@@ -406,7 +397,7 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
         folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
         names = chosen_sets(options.tasks, options.data)
         if not options.tasks:
-            names = [name for name in names if (folder / folder_name(name)).is_dir()]
+            names = [name for name in names if (folder / sources.folder_name(name)).is_dir()]
         if not names:
             raise ValueError(f"{folder}: has no folder of a set that is scored")
     else:
@@ -420,7 +411,7 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
         dataset = predictions.dataset
         sets[dataset.name] = {"records": len(predictions.keys), "skipped": dataset.skipped}
         if options.errors:
-            place = out / "errors" / folder_name(dataset.name)
+            place = out / "errors" / sources.folder_name(dataset.name)
             draw_errors(predictions, qualities, options.errors, place)
 
     results = evaluate(
