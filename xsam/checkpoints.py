@@ -76,16 +76,9 @@ def save_checkpoint(
                 _flush(path)
         with distributed.together(*failed):
             if rank == 0:
-                paths = [path for path in temporary.rglob("*") if path.is_file()]
-                names = (path.relative_to(temporary).as_posix() for path in paths)
-                files = {name: path.stat().st_size for name, path in zip(names, paths, strict=True)}
+                files = _sizes(temporary)
                 write_header(temporary, config, stage, step, num_skipped, files, base)
-                for path in (*paths, temporary / CONFIG_FILE, temporary):
-                    _flush(path)
-                if target.exists():
-                    _remove(target)
-                temporary.rename(target)
-                _flush(folder)
+                _finish(temporary, target)
     except OSError:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -159,6 +152,23 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library raises no other of a full disk
         raise OSError(f"the tokenizer: {error}") from error
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file below a folder, by its path in it."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _finish(temporary: Path, target: Path) -> None:
+    """Gives a checkpoint its name once all of it is on the disk."""
+    for name in _sizes(temporary):
+        _flush(temporary / name)
+    _flush(temporary)
+    if target.exists():
+        _remove(target)
+    temporary.rename(target)
+    _flush(target.parent)
 
 
 def _flush(path: Path) -> None:

@@ -219,8 +219,9 @@ def share(text: str) -> float:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in a line, once for all ranks of a machine, and takes no flag twice, of
-    which one would be lost; but of a field with one value the last counts, as scripts expect."""
+    """Reports an error in one line, once for all ranks of a machine. A flag that is given twice is
+    an error, since one of the two would be lost; but of a field of the configuration that takes
+    one value the last counts, as scripts expect."""
 
     def parse_known_args(self, args=None, namespace=None):
         for stream in (sys.stdout, sys.stderr):  # of a terminal or file without all letters
@@ -590,7 +591,7 @@ def run_training(options: argparse.Namespace, config: Config) -> int:
 def complain(message: str, is_met_by_all: bool = False) -> int:
     """Prints an error and returns the status 2. What all ranks meet is said by the first of each
     machine alone; of another the rank is named. Those that leave it to the first return 0: torchrun
-    ends every rank as soon as one fails, and the first may not have spoken yet."""
+    ends every rank as soon as one fails, and the first may not have printed it yet."""
     rank = int(os.environ.get("RANK", 0))
     if is_met_by_all and int(os.environ.get("LOCAL_RANK", 0)) > 0:
         return 0

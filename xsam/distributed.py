@@ -76,8 +76,8 @@ _left_groups = []
 
 
 def finish() -> None:
-    """Leaves the group, whose object is kept: PyTorch 2.6 frees it, and waits for its threads, with
-    Python's lock in hand. One of them that frees the last tensors wants that lock: for ever."""
+    """Leaves the group and keeps its object: PyTorch 2.6 would free it, and wait for its threads,
+    while it holds Python's lock, which a thread that frees the last tensors needs: a deadlock."""
     if dist.is_initialized():
         _left_groups.append(dist.group.WORLD)
         dist.destroy_process_group()
@@ -128,7 +128,7 @@ BEAT_SECONDS, LOST_SECONDS = 3.0, 40.0
 
 @contextlib.contextmanager
 def heartbeat() -> Iterator[None]:
-    """Ends this process, with the cause, where another rank shows no sign of life any more.
+    """Ends this process, and prints the cause, where another rank gives no sign of life any more.
 
     torchrun looks after the ranks of its own machine. One that is lost on another machine, or with
     it, would leave the rest in a collective until that times out. So a thread of each rank counts

@@ -348,7 +348,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     options.out = options.out or (source.parent if source.is_file() else source)
     try:
         check_target(options.out, is_folder=True)
-        read_earlier(options.out)  # an error is told before hours of prediction
+        read_earlier(options.out)  # an error is reported before hours of prediction
         read_phrasings(options.phrasings or "")
         names = chosen_sets(options.tasks, options.data)
         options.names = read_names(options.names) if options.names else None

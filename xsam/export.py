@@ -69,7 +69,7 @@ result = model.predict("photo.jpg", task="refer", text="the {noun}")""",
 
 
 def read_record(checkpoint: Path | str, model: Segmentor | XSAM) -> dict[str, Any]:
-    """What is on the disk of how a checkpoint was made and scored, for `model_card`: "headers", its
+    """What the disk has on how a checkpoint was made and scored, for `model_card`: "headers", its
     own and those of earlier stages beside it, and "results", a table in Markdown.
 
     `model` is the checkpoint's as it is stored. Of evaluate's results.json those of these very

@@ -146,8 +146,9 @@ def check_target(path: Path, is_folder: bool = False) -> None:
 
 
 def give_rights(*files: Path) -> None:
-    """Lets others read files that safetensors keeps for their owner, as far as the umask does."""
-    umask = os.umask(0o077)  # is only told by setting another
+    """Gives files, which safetensors lets their owner alone read, the rights that the umask
+    allows."""
+    umask = os.umask(0o077)  # it can only be read by setting another
     os.umask(umask)
     for file in files:
         with contextlib.suppress(PermissionError):  # of a disk that knows no rights

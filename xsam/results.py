@@ -1,4 +1,4 @@
-"""What a model says of one image, and the forms in which that leaves the library.
+"""What a model predicts for one image, and the forms in which that leaves the library.
 
 The last box of the pipeline: `postprocess.py` makes the masks, a `SegmentationResult` holds them
 with their labels, scores and the answer; it is drawn, or handed to annotation tools as COCO JSON
@@ -34,7 +34,7 @@ SHOWN_SCORE = 0.3
 
 @dataclass
 class SegmentationResult:
-    """What a model says of one image, at the image's own size."""
+    """What a model predicts for one image, at the image's own size."""
 
     image: Image.Image
     masks: np.ndarray  # bool [N, H, W]

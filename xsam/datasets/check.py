@@ -1,4 +1,4 @@
-"""Says of every dataset what is there, what is missing and where it goes, and what is wrong.
+"""Reports for every dataset what is there, what is missing and where it goes, and what is wrong.
 
     python -m xsam.data check --data datas
     python -m xsam.data check --data datas --datasets refcoco,reasonseg --show 4 --out pictures

@@ -34,8 +34,8 @@ class Referring(Dataset):
     `groups` has every image once, with its expressions: what says of their masks, None where
     nothing fits, and their texts. A record is the number of a group, and where those of its
     expressions begin and end that evaluation asks for, or `check` reads. A training sample draws
-    how many expressions of the image it asks for (1 to MAX_TURNS, all as likely), which, in which
-    order, and a text of each.
+    how many expressions of the image it asks for (1 to MAX_TURNS, all equally likely), which, in
+    which order, and a text of each.
     """
 
     groups: Packed

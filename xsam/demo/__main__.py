@@ -47,8 +47,8 @@ def build_parser() -> Parser:
 
 
 def read_examples(folder: Path | None) -> list[tuple[str, Image.Image]]:
-    """Names and pictures; those that cannot be read are told and left out. Raises ValueError where
-    the folder has none."""
+    """Names and pictures; those that cannot be read are reported and left out. Raises ValueError
+    where the folder has none."""
     if folder is None:
         scenes = [draw_scene(np.random.default_rng(seed)) for seed in range(NUM_SCENES)]
         return [(f"drawing {n}", Image.fromarray(scene.image)) for n, scene in enumerate(scenes, 1)]

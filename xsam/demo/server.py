@@ -517,19 +517,19 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Also what the standard library says of a request that is no HTTP."""
+        """Replies with an error as JSON, also where the standard library finds no HTTP."""
         self.reply(code, {"error": message or "The request cannot be read."})
 
     def drain(self) -> None:
-        """Takes what is still being sent, for a while: a connection that is closed with bytes in it
-        is reset, and the sender never reads the refusal."""
+        """Reads what is still being sent, for two seconds: a connection that is closed with unread
+        bytes is reset, and the sender would never read the refusal."""
         self.connection.shutdown(socket.SHUT_WR)
         reader, end = DeadlineReader(self.connection, 2), bytearray(2**16)
         while reader.readinto(end):
             pass
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing: what people ask is theirs."""
+        """Logs nothing: requests are private."""
 
 
 class DemoServer(ThreadingHTTPServer):
@@ -602,7 +602,7 @@ class DemoServer(ThreadingHTTPServer):
             self.connections.release()
 
     def handle_error(self, request: socket.socket, client_address: Any) -> None:
-        """A sender that went away is no error of ours."""
+        """A sender that has gone away is not an error of the server."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 

@@ -57,8 +57,8 @@ class Monitor:
         device: torch.device,
         peak_tflops: float | None,
     ):
-        """Forgets what an interrupted run recorded from `first_step` on. `peak_tflops` of one
-        device; None where it is not known, and no rate is told."""
+        """Forgets what an interrupted run recorded from `first_step` on. `peak_tflops` is
+        that of one device; None where it is not known, and then no rate is recorded."""
         self.out, self.stage, self.is_on = out, stage, distributed.rank() == 0
         self.device, self.peak_tflops = device, peak_tflops
         self.bar = tqdm(
@@ -174,7 +174,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def _without_nan(value):
-    """JSON has no word for what is not finite: null."""
+    """JSON has no numbers that are not finite: null in their place."""
     if isinstance(value, dict):
         return {name: _without_nan(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
