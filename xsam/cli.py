@@ -121,68 +121,33 @@ def add_config_flags(parser: argparse.ArgumentParser) -> set[str]:
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
     """`--device`, as train, evaluate, predict and demo take it."""
-    parser.add_argument(
-        "--device",
-        choices=DEVICES,
-        help="where to compute (default: cuda where there is a GPU, else cpu); mps is untested",
-    )
+    text = "where to compute (default: cuda where there is a GPU, else cpu); mps is untested"
+    parser.add_argument("--device", choices=DEVICES, help=text)
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
     """Which checkpoint a command reads, where to, and how it makes masks: the arguments of
     `inference.load_checkpoint`, and `inference_changes`."""
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=is_required,
-        metavar="PATH",
-        help="a step_N folder, its stage's or its run's (the newest of the last stage), one of "
-        "save_pretrained, or a published X-SAM checkpoint",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="DIR",
-        help="the language model's Hugging Face folder, for a published checkpoint without one",
-    )
-    parser.add_argument(
-        "--allow-missing",
-        action="append",
-        default=[],
-        metavar="PREFIX",
-        help="names of tensors, as on disk, that the checkpoint may lack; may be repeated",
-    )
+    add, rules = parser.add_argument, typing.get_args(Config.__annotations__["panoptic_rule"])
+    text = "a step_N folder, its stage's or its run's (the newest of the last stage), one of "
+    text += "save_pretrained, or a published X-SAM checkpoint"
+    add("--checkpoint", type=Path, required=is_required, metavar="PATH", help=text)
+    text = "the language model's Hugging Face folder, for a published checkpoint without one"
+    add("--tokenizer", type=Path, metavar="DIR", help=text)
+    text = "names of tensors, as on disk, that the checkpoint may lack; may be repeated"
+    add("--allow-missing", action="append", default=[], metavar="PREFIX", help=text)
     add_device_flag(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=typing.get_args(Dtype),
-        help="of the weights (default: as they are stored); bfloat16 computes under autocast",
-    )
-    parser.add_argument(
-        "--llm-bits",
-        type=int,
-        choices=(4, 8),
-        help="hold the language model's matrices in so many bits (needs bitsandbytes)",
-    )
-    parser.add_argument(
-        "--base",
-        type=Path,
-        metavar="PATH",
-        help="of a checkpoint with adapters: where its base is, if not where it was",
-    )
-    parser.add_argument(
-        "--panoptic-rule",
-        choices=typing.get_args(Config.__annotations__["panoptic_rule"]),
-        help="how panoptic masks are made: mask2former (default), or that of the published code, "
-        "with a score threshold of 0",
-    )
-    parser.add_argument(
-        "--presence",
-        type=share,
-        metavar="SCORE",
-        help="refer, reason: a phrase whose best score is below it has no mask (default: the "
-        "checkpoint's, 0 as in the paper: every phrase has one)",
-    )
+    text = "of the weights (default: as they are stored); bfloat16 computes under autocast"
+    add("--dtype", choices=typing.get_args(Dtype), help=text)
+    text = "hold the language model's matrices in so many bits (needs bitsandbytes)"
+    add("--llm-bits", type=int, choices=(4, 8), help=text)
+    text = "of a checkpoint with adapters: where its base is, if not where it was"
+    add("--base", type=Path, metavar="PATH", help=text)
+    text = "how panoptic masks are made: mask2former (default), or that of the published code, "
+    add("--panoptic-rule", choices=rules, help=f"{text}with a score threshold of 0")
+    text = "refer, reason: a phrase whose best score is below it has no mask (default: the "
+    text += "checkpoint's, 0 as in the paper: every phrase has one)"
+    add("--presence", type=share, metavar="SCORE", help=text)
 
 
 def inference_changes(options: argparse.Namespace) -> dict[str, Any]:
@@ -251,44 +216,26 @@ def train_parser() -> Parser:
         "--out runs/toy",
         allow_abbrev=False,
     )
-    parser.add_argument("--stage", choices=("1", "2", "3", "all"), required=True)
-    parser.add_argument("--config", choices=tuple(CONFIGS), default="xsam", help="preset")
-    parser.add_argument("--data", type=Path, help="data root (default: datas; toy makes its own)")
-    parser.add_argument("--weights", type=Path, help="folder of Hugging Face folders (weights)")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG)")
-    parser.add_argument(
-        "--init",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="checkpoint to start from in place of the earlier stages' in --out, ours or a "
-        "published X-SAM one, whole or a stage's part; may be repeated",
-    )
-    parser.add_argument(
-        "--allow-missing",
-        action="append",
-        default=[],
-        metavar="PREFIX",
-        help="names of tensors, as on disk, that an earlier stage's checkpoint may lack",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint, if any"
-    )
+    add = parser.add_argument
+    add("--stage", choices=("1", "2", "3", "all"), required=True)
+    add("--config", choices=tuple(CONFIGS), default="xsam", help="preset")
+    add("--data", type=Path, help="data root (default: datas; toy makes its own)")
+    add("--weights", type=Path, help="folder of Hugging Face folders (weights)")
+    add("--out", type=Path, help="run folder (default: runs/CONFIG)")
+    text = "checkpoint to start from in place of the earlier stages' in --out, ours or a "
+    text += "published X-SAM one, whole or a stage's part; may be repeated"
+    add("--init", type=Path, action="append", default=[], metavar="PATH", help=text)
+    text = "names of tensors, as on disk, that an earlier stage's checkpoint may lack"
+    add("--allow-missing", action="append", default=[], metavar="PREFIX", help=text)
+    add("--resume", action="store_true", help="go on from the last checkpoint, if any")
     add_device_flag(parser)
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="print parameters, memory per GPU, steps and time of the run, and exit; needs no data",
-    )
-    parser.add_argument("--gpus", type=count, help="of --plan (8)")
-    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of each, for --plan (80)")
-    parser.add_argument(
-        "--images-per-second", type=float, metavar="X", help="of all GPUs, measured, for --plan"
-    )
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="train without bad records; they are counted"
-    )
+    text = "print parameters, memory per GPU, steps and time of the run, and exit; needs no data"
+    add("--plan", action="store_true", help=text)
+    add("--gpus", type=count, help="of --plan (8)")
+    add("--gpu-memory", type=float, metavar="GB", help="of each, for --plan (80)")
+    text = "of all GPUs, measured, for --plan"
+    add("--images-per-second", type=float, metavar="X", help=text)
+    add("--skip-bad", action="store_true", help="train without bad records; they are counted")
     return parser
 
 
