@@ -30,19 +30,12 @@ def build_parser() -> Parser:
         epilog="example: python -m xsam.demo --checkpoint runs/toy/stage3",
     )
     add_checkpoint_flags(parser)
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on (default: %(default)s, this machine alone)",
-    )
-    parser.add_argument("--port", type=count, default=8080, help="default: %(default)s")
-    parser.add_argument(
-        "--examples",
-        type=Path,
-        metavar="DIR",
-        help=f"a folder whose first {MAX_EXAMPLES} pictures are offered as examples (default: "
-        "drawings of the toy world)",
-    )
+    add = parser.add_argument
+    text = "address to listen on (default: %(default)s, this machine alone)"
+    add("--host", default="127.0.0.1", help=text)
+    add("--port", type=count, default=8080, help="default: %(default)s")
+    text = f"a folder whose first {MAX_EXAMPLES} pictures are offered as examples (default: "
+    add("--examples", type=Path, metavar="DIR", help=f"{text}drawings of the toy world)")
     return parser
 
 

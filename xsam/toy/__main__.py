@@ -14,14 +14,11 @@ from xsam.toy.world import write_world
 
 def main() -> int:
     """Writes the folder that is named and returns the exit status, 2 at bad input."""
-    parser = Parser(
-        prog="python -m xsam.toy",
-        description="Write the toy world: FOLDER/data, FOLDER/weights",
-    )
+    about = "Write the toy world: FOLDER/data, FOLDER/weights"
+    parser = Parser(prog="python -m xsam.toy", description=about)
     parser.add_argument("folder", type=Path, help="where to write; made if need be")
-    parser.add_argument("--seed", type=count, default=0, help="default: %(default)s")
-    parser.add_argument("--num_train", type=count, default=1600, help="default: %(default)s")
-    parser.add_argument("--num_val", type=count, default=64, help="default: %(default)s")
+    for name, default in (("seed", 0), ("num_train", 1600), ("num_val", 64)):
+        parser.add_argument(f"--{name}", type=count, default=default, help="default: %(default)s")
     arguments = parser.parse_args()
     from xsam.toy.weights import write_weights  # after the flags are read, as torch takes seconds
 
