@@ -12,9 +12,10 @@ that the model refused in words stays refused. With --out it also draws precisio
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 from xsam.datasets.registry import open_dataset
 from xsam.datasets.sources import sets_by_task
-from xsam.evaluation.metrics import presence_curve
 from xsam.evaluation.prediction_files import SavedPredictions
 
 
@@ -27,6 +28,25 @@ def read_scores(folder: Path, data: Path, sets: list[str]) -> tuple[list[float],
         scores += [predictions.mask_score(index) for index in indices]
         is_present += [dataset.is_present(index) for index in indices]
     return scores, is_present
+
+
+def presence_curve(
+    scores: list[float], is_present: list[bool], thresholds: list[float]
+) -> list[dict[str, float | None]]:
+    """What each threshold would do, from the best score of every phrase (-inf where it got no mask
+    at all). Figures are in percent, None where there is nothing to count."""
+    scores, is_present = np.array(scores), np.array(is_present, bool)
+    curve = []
+    for threshold in thresholds:
+        is_kept = (scores >= threshold) & (scores > -np.inf)
+        shares = {
+            "N_acc": ~is_kept[~is_present],
+            "T_acc": is_kept[is_present],
+            "precision": is_present[is_kept],
+        }
+        figures = {name: 100 * x.mean() if len(x) else None for name, x in shares.items()}
+        curve.append({"threshold": threshold} | figures)
+    return curve
 
 
 def draw(path: Path, curve: list[dict], name: str) -> None:

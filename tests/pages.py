@@ -5,18 +5,22 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
 from xsam.demo.server import DemoServer, Question, pack_result
 from xsam.regions import draw_region
+from xsam.results import SegmentationResult
 from xsam.tasks import TASKS
 
 SAID = "an <i>ugly</i> disc and 𝒂 square"  # with a letter that JavaScript counts as two
 
 MARKS = ((0, 19), (24, 32))  # where its phrases are
+
+
+class StubResult(SegmentationResult):
+    text, spans = "", ()  # which follow from no answer here
 
 
 class StubEngine:
@@ -67,15 +71,11 @@ class StubEngine:
             kept = [n for n, score in enumerate(scores) if score >= threshold]
             columns = masks, labels, scores, spans
             masks, labels, scores, spans = ([each[n] for n in kept] for each in columns)
-        result = SimpleNamespace(
-            masks=np.array(masks, bool).reshape(-1, *bright.shape),
-            labels=labels,
-            scores=scores,
-            spans=spans,
-            text=SAID if question.task in ("gcg", "chat") else "",
-            threshold=threshold,
-            num_prompts=1,
-        )
+        masks = np.array(masks, bool).reshape(-1, *bright.shape)
+        categories = list(range(len(labels)))
+        result = StubResult(question.image, masks, categories, labels, scores, "")
+        result.threshold, result.spans = threshold, spans
+        result.text = SAID if question.task in ("gcg", "chat") else ""
         return pack_result(result, ["a note"] if question.text == "note" else [])
 
 

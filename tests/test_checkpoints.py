@@ -793,9 +793,9 @@ def ranks(rank: int, folder: Path, ports: tuple[int, int]) -> None:
         train(model, optimizer, range(3))
         save_states(folder / "three", model, optimizer)
         if rank == 2:
-            checkpoints.save_tensors = full
+            weights.save_tensors = full
         outcome(folder, "states", rank, lambda: save_small(folder / "three", 4))
-        checkpoints.save_tensors = save_tensors
+        weights.save_tensors = save_tensors
         dist.barrier()
     if rank == 2:
         return

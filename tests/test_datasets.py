@@ -1583,15 +1583,12 @@ def num_words(dataset: Dataset) -> list[int]:
 
 def test_words_of_referring_and_reasoning_prompts_are_counted(tmp_path):
     write_refs(tmp_path, [*TWO_REFS, *OF_VAL])
-    assert num_words(open_dataset("refcoco", tmp_path)) == [3 + 2, 3 + 2]  # at most
     dataset = open_dataset("refcoco_val", tmp_path)
     counts = [len(sample.names[0].split()) for sample in samples_of(dataset)]
     assert num_words(dataset) == counts == [2, 2, 3, 1]
-    for split in ("train", "val"):
-        write_reason(tmp_path, REASON, split)
+    write_reason(tmp_path, REASON, "val")
     counts = [len(text.split()) for text in TEXTS]
     assert num_words(open_dataset("reasonseg_val", tmp_path)) == [*counts, 2]
-    assert num_words(open_dataset("reasonseg", tmp_path)) == [max(counts), 2]  # one will be drawn
 
 
 def test_words_of_a_question_with_options_and_categories_of_visual_prompts_are_counted(tmp_path):
@@ -2008,7 +2005,7 @@ BAD_RECORDS: dict[str, list[tuple]] = {
         (at(1, "masks", []), "record 1: 0 masks but 5 texts"),
         (at(1, "texts", 0, " "), "record 1: a text is empty"),
         (at(1, "texts", 0, []), "record 1: a text is empty"),
-        (at(1, "texts", 0, 7), "record 1: texts: expected list"),
+        (at(1, "texts", 0, 7), "record 1: a text is empty or no string"),
         (at(1, "texts", 0, TOKEN), "record 1: contains <p>"),
         (at(1, "masks", 0, [[1, 2, 3]]), "record 1: no valid polygon"),
         (at(1, "masks", 0, rle([700])), "record 1: its RLE does not fit"),
@@ -2151,8 +2148,8 @@ def test_reasonseg_bad_explanation_is_named(tmp_path, explanation, message):
         ({"question": " "}, "row 1: has no 'question'"),
         ({"index": ""}, "row 1: has no 'index'"),
         ({"answer": "C"}, r"index 5: its answer 'C' is none of \['A', 'B'\]"),
-        ({"image": "?" * 80}, "index 5: its image is not base64"),
-        ({"image": "A" * 80}, "index 5: its image cannot be read"),
+        ({"image": "?" * 80}, "index 5: its image is no picture in base64"),
+        ({"image": "A" * 80}, "index 5: its image is no picture in base64"),
         ({"image": PICTURE[:-9]}, "index 5: its image"),
         ({"image": "99"}, "index 5: its image is row 99, which has none"),
         ({"image": ""}, "index 5: has neither image nor image_path"),

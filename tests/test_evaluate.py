@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -31,7 +32,6 @@ from xsam.datasets.registry import open_dataset
 from xsam.datasets.sources import SOURCES, locate
 from xsam.evaluate import main, predict_dataset
 from xsam.evaluation.benchmarks import scored_tasks
-from xsam.evaluation.metrics import presence_curve
 from xsam.evaluation.prediction_files import (
     ABOUT_FILE,
     PREDICTIONS_FILE,
@@ -260,6 +260,21 @@ def test_two_processes_write_what_one_does(command, alone, tmp_path):
     assert contents(out) == alone
 
 
+def test_presence_curve_is_a_recount_at_each_threshold(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from presence import presence_curve
+
+    scores = [0.9, 0.2, 0.6, -math.inf, 0.1, -math.inf]
+    is_present = [True, True, False, True, False, False]
+    curve = presence_curve(scores, is_present, [0.0, 0.2, 0.5, 0.95])
+    third = 100 / 3
+    expected = (third, 2 * third, 50), (2 * third, 2 * third, 2 * third), (2 * third, third, 50)
+    for figures, values in zip(curve, expected, strict=False):
+        assert list(figures.values())[1:] == pytest.approx(values)
+    assert curve[3] == {"threshold": 0.95, "N_acc": 100, "T_acc": 0, "precision": None}
+    assert presence_curve([0.5], [True], [0.0])[0]["N_acc"] is None
+
+
 def test_presence_of_saved_predictions_is_what_the_flag_does(
     speaking_model, world, tmp_path, capsys, monkeypatch, results
 ):
@@ -274,7 +289,7 @@ def test_presence_of_saved_predictions_is_what_the_flag_does(
     scores, is_present = presence.read_scores(tmp_path / "all/predictions", world / "data", [name])
     assert 0 < sum(is_present) < len(scores)
     threshold = sorted(scores)[len(scores) // 2]
-    (expected,) = presence_curve(scores, is_present, [threshold])
+    (expected,) = presence.presence_curve(scores, is_present, [threshold])
     assert run(*flags, "--out", tmp_path / "some", "--presence", threshold) == 0
     figures = results(tmp_path / "some")["grefer"]
     assert (figures["N_acc"], figures["T_acc"]) == (expected["N_acc"], expected["T_acc"])

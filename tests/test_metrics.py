@@ -39,7 +39,6 @@ from xsam.evaluation.metrics import (
     mme_score,
     panoptic_quality,
     phrase_similarity,
-    presence_curve,
     read_choice,
     read_yes_no,
     segment_quality,
@@ -563,20 +562,6 @@ def test_mask_quality_is_a_recount_of_the_pixels():
         expected = {"cIoU": mean([Fraction(intersection, union)]) if union else None}
         records = [mask_overlap(*sample) for sample in samples]
         assert_same(mask_quality(records), expected | {"gIoU": mean(ious)})
-
-
-def test_presence_curve_is_a_recount_at_each_threshold():
-    scores, is_present = (
-        [0.9, 0.2, 0.6, -np.inf, 0.1, -np.inf],
-        [True, True, False, True, False, False],
-    )
-    curve = presence_curve(scores, is_present, [0.0, 0.2, 0.5, 0.95])
-    third = 100 / 3
-    expected = (third, 2 * third, 50), (2 * third, 2 * third, 2 * third), (2 * third, third, 50)
-    for figures, values in zip(curve, expected, strict=False):
-        assert list(figures.values())[1:] == pytest.approx(values)
-    assert curve[3] == {"threshold": 0.95, "N_acc": 100, "T_acc": 0, "precision": None}
-    assert presence_curve([0.5], [True], [0.0])[0]["N_acc"] is None
 
 
 def test_target_quality_is_a_recount_of_the_pixels():

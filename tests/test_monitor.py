@@ -33,7 +33,7 @@ from xsam.report.monitor import (
     Monitor,
     drop_metrics,
     peak_memory,
-    read_results,
+    read_document,
     score,
 )
 from xsam.results import SegmentationResult
@@ -385,7 +385,7 @@ def trained(segmentor, monkeypatch):
     counts = dict(num_validation=3, num_pictures=2)
     segmentor.config = segmentor.config.resolve(eval_tasks=tasks, **counts)
     monkeypatch.setattr(
-        "xsam.evaluate.score_dataset", lambda said, *_: {"PQ": float(len(said.keys))}
+        "xsam.evaluation.benchmarks.score_dataset", lambda said, *_: {"PQ": float(len(said.keys))}
     )
     return segmentor
 
@@ -427,7 +427,7 @@ def test_scores_come_beside_those_from_before(trained, world, tmp_path, capsys):
         (UNTRAINED, {"panoptic": {"PQ": 6.0}}),
         ("stage 1", {"panoptic": {"PQ": 6.0}}),
     ]
-    assert read_results(tmp_path) == document["columns"]
+    assert read_document(tmp_path) == document
     text = (tmp_path / "results.md").read_text()
     assert "| old | untrained | stage 1 |" in text and "| panoptic | PQ | 1.0 | 6.0 | 6.0 |" in text
     assert text in capsys.readouterr().out
@@ -501,7 +501,7 @@ def test_the_tasks_are_those_of_the_configuration(model, tmp_path, monkeypatch):
 
 
 def test_without_results_there_are_none(tmp_path):
-    assert read_results(tmp_path) == {}
+    assert read_document(tmp_path) == {}
 
 
 @pytest.mark.parametrize(

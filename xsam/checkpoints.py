@@ -18,22 +18,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from xsam import distributed
+from xsam import distributed, weights
 from xsam.config import Config
 from xsam.files import read_json
 from xsam.lora import has_adapters
 from xsam.optimizer import MasterAdamW, plain_states
-from xsam.weights import (
-    CONFIG_FILE,
-    Stored,
-    disk_name,
-    list_tensors,
-    load_tensors,
-    own_tensors,
-    read_tensors,
-    save_model,
-    save_tensors,
-)
+from xsam.weights import CONFIG_FILE, Stored
 
 LATEST_FILE = "latest"
 
@@ -77,23 +67,18 @@ def save_checkpoint(
                 temporary.mkdir(parents=True)
         with distributed.together(*failed):
             stem = f"{STATES_FILE}-{rank + 1:05d}-of-{world_size:05d}"
-            save_tensors(temporary, stem, states, STATES_BYTES)
+            weights.save_tensors(temporary, stem, states, STATES_BYTES)
             if rank == 0:
-                save_model(temporary, _trained(model, stage), model.prefix)
+                weights.save_model(temporary, _trained(model, stage), model.prefix)
                 if tokenizer is not None:
                     _save_tokenizer(tokenizer, temporary)
             for path in temporary.glob(f"{stem}*"):
                 _flush(path)
         with distributed.together(*failed):
             if rank == 0:
-                files = {
-                    path.relative_to(temporary).as_posix(): path.stat().st_size
-                    for path in _files(temporary)
-                }
+                files = _sizes(temporary)
                 write_header(temporary, config, stage, step, num_skipped, files, base)
-                for path in (*_files(temporary), temporary):
-                    _flush(path)
-                _replace(temporary, target)
+                _finish(temporary, target)
     except OSError:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -148,7 +133,7 @@ def point_latest(checkpoint: Path) -> None:
 
 def _trained(model: nn.Module, stage: int) -> dict[str, Tensor]:
     """What the checkpoint of a stage holds of the model."""
-    state = own_tensors(model)
+    state = weights.own_tensors(model)
     if stage != 2 and not has_adapters(model):
         return state
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
@@ -169,8 +154,21 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         raise OSError(f"the tokenizer: {error}") from error
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file below a folder, by its path in it."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _finish(temporary: Path, target: Path) -> None:
+    """Gives a checkpoint its name once all of it is on the disk."""
+    for name in _sizes(temporary):
+        _flush(temporary / name)
+    _flush(temporary)
+    if target.exists():
+        _remove(target)
+    temporary.rename(target)
+    _flush(target.parent)
 
 
 def _flush(path: Path) -> None:
@@ -180,13 +178,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    if target.exists():
-        _remove(target)
-    temporary.rename(target)
-    _flush(target.parent)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -251,8 +242,9 @@ def load_trained(model: nn.Module, folder: Path) -> str:
     if header["stage"] == 2 or header["base"]:
         parameters = model.named_parameters()
         trained = (name for name, value in parameters if value.requires_grad)
-        only = tuple(disk_name(model.prefix + name) for name in trained)
-    return load_tensors(model, list_tensors(folder), folder, model.prefix, only=only)
+        only = tuple(weights.disk_name(model.prefix + name) for name in trained)
+    stored = weights.list_tensors(folder)
+    return weights.load_tensors(model, stored, folder, model.prefix, only=only)
 
 
 def list_states(folder: Path) -> dict[str, Stored]:
@@ -268,7 +260,7 @@ def list_states(folder: Path) -> dict[str, Stored]:
             )
     found = {}
     for file in sorted(folder.glob(f"{STATES_FILE}-*.safetensors")):
-        found |= list_tensors(file)
+        found |= weights.list_tensors(file)
     if not found:
         raise ValueError(
             f"{folder}: no {STATES_FILE}-*.safetensors in it; without the optimizer's states it "
@@ -315,15 +307,6 @@ def find_base(folder: Path) -> Path | None:
     )
 
 
-def refuse_adapters(folder: Path) -> None:
-    """Raises ValueError of a checkpoint that is not whole, where a part of one is wanted."""
-    if find_base(folder) is not None:
-        raise ValueError(
-            f"{folder}: holds adapters, whose base has the rest; write the whole of it first: "
-            f"python -m xsam.export {folder} --out DIR"
-        )
-
-
 def check_checkpoint(folder: Path, config: Config, stage: int) -> dict:
     """The checkpoint's header, if it is of this stage and this model. Raises ValueError if not."""
     header = read_header(folder)
@@ -361,7 +344,7 @@ def state_tensors(
     """This rank's states under the names that they have on disk: "<parameter>:exp_avg", …"""
     shard = own_shard(optimizer)
     return {
-        f"{disk_name(prefix + name)}:{kind}": state
+        f"{weights.disk_name(prefix + name)}:{kind}": state
         for name, parameter in model.named_parameters()
         if parameter in shard.state
         for kind, state in plain_states(shard.state[parameter]).items()
@@ -378,7 +361,7 @@ def fill_states(
     mine = {parameter for group in shard.param_groups for parameter in group["params"]}
     stepped, wanted = {name.rpartition(":")[0] for name in stored}, {}
     for name, parameter in model.named_parameters():
-        on_disk = disk_name(prefix + name)
+        on_disk = weights.disk_name(prefix + name)
         if parameter not in mine or on_disk not in stepped:
             continue
         for kind, state in plain_states(shard.start(parameter)).items():
@@ -387,5 +370,5 @@ def fill_states(
                 found = "nothing" if entry is None else f"{list(entry.shape)} in {entry.file}"
                 raise ValueError(f"{on_disk}:{kind} should be {list(state.shape)}, found {found}")
             wanted[entry] = state
-    for entry, values in read_tensors(list(wanted)):
+    for entry, values in weights.read_tensors(list(wanted)):
         wanted[entry].copy_(values)

@@ -34,15 +34,7 @@ from xsam.config import (
     stage_folder,
     xsam,
 )
-from xsam.datasets.sources import (
-    find_source,
-    hold_out,
-    is_own,
-    required_paths,
-    run_sets,
-    sets_by_task,
-    with_held_out,
-)
+from xsam.datasets import sources
 from xsam.files import check_target
 from xsam.tasks import TASKS
 from xsam.toy.preset import toy
@@ -54,7 +46,7 @@ CONFIGS = {"xsam": xsam, "small": small, "toy": toy}
 KNOWN = {  # what a field may name, told in its help
     **{part: tuple(names) for part, names in ARCHITECTURES.items() if part != "decoder"},
     "learning_rates": PARTS,
-    "eval_tasks": tuple(sets_by_task()),
+    "eval_tasks": tuple(sources.sets_by_task()),
 }
 
 # Numbers of the configuration that have to be more than 0, and those that are 1 at most; none is
@@ -148,68 +140,34 @@ def _default(values: list) -> str:
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device",
-        choices=DEVICES,
-        help="where to compute (default: cuda where there is a GPU, else cpu); mps is untested",
-    )
+    """`--device`, as train, evaluate, predict and demo take it."""
+    text = "where to compute (default: cuda where there is a GPU, else cpu); mps is untested"
+    parser.add_argument("--device", choices=DEVICES, help=text)
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
     """Which checkpoint a command reads, where to, and how it makes masks: the arguments of
     `inference.load_checkpoint`, and `inference_changes`."""
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=is_required,
-        metavar="PATH",
-        help="a step_N folder, its stage's or its run's (the newest of the last stage), one of "
-        "save_pretrained, or a published X-SAM checkpoint",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="DIR",
-        help="the language model's Hugging Face folder, for a published checkpoint without one",
-    )
-    parser.add_argument(
-        "--allow-missing",
-        action="append",
-        default=[],
-        metavar="PREFIX",
-        help="names of tensors, as on disk, that the checkpoint may lack; may be repeated",
-    )
+    add, rules = parser.add_argument, typing.get_args(Config.__annotations__["panoptic_rule"])
+    text = "a step_N folder, its stage's or its run's (the newest of the last stage), one of "
+    text += "save_pretrained, or a published X-SAM checkpoint"
+    add("--checkpoint", type=Path, required=is_required, metavar="PATH", help=text)
+    text = "the language model's Hugging Face folder, for a published checkpoint without one"
+    add("--tokenizer", type=Path, metavar="DIR", help=text)
+    text = "names of tensors, as on disk, that the checkpoint may lack; may be repeated"
+    add("--allow-missing", action="append", default=[], metavar="PREFIX", help=text)
     add_device_flag(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=typing.get_args(Dtype),
-        help="of the weights (default: as they are stored); bfloat16 computes under autocast",
-    )
-    parser.add_argument(
-        "--llm-bits",
-        type=int,
-        choices=(4, 8),
-        help="hold the language model's matrices in so many bits (needs bitsandbytes)",
-    )
-    parser.add_argument(
-        "--base",
-        type=Path,
-        metavar="PATH",
-        help="of a checkpoint with adapters: where its base is, if not where it was",
-    )
-    parser.add_argument(
-        "--panoptic-rule",
-        choices=typing.get_args(Config.__annotations__["panoptic_rule"]),
-        help="how panoptic masks are made: mask2former (default), or that of the published code, "
-        "with a score threshold of 0",
-    )
-    parser.add_argument(
-        "--presence",
-        type=share,
-        metavar="SCORE",
-        help="refer, reason: a phrase whose best score is below it has no mask (default: the "
-        "checkpoint's, 0 as in the paper: every phrase has one)",
-    )
+    text = "of the weights (default: as they are stored); bfloat16 computes under autocast"
+    add("--dtype", choices=typing.get_args(Dtype), help=text)
+    text = "hold the language model's matrices in so many bits (needs bitsandbytes)"
+    add("--llm-bits", type=int, choices=(4, 8), help=text)
+    text = "of a checkpoint with adapters: where its base is, if not where it was"
+    add("--base", type=Path, metavar="PATH", help=text)
+    text = "how panoptic masks are made: mask2former (default), or that of the published code, "
+    add("--panoptic-rule", choices=rules, help=f"{text}with a score threshold of 0")
+    text = "refer, reason: a phrase whose best score is below it has no mask (default: the "
+    text += "checkpoint's, 0 as in the paper: every phrase has one)"
+    add("--presence", type=share, metavar="SCORE", help=text)
 
 
 def inference_changes(options: argparse.Namespace) -> dict[str, Any]:
@@ -246,8 +204,9 @@ def share(text: str) -> float:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in a line, once for all ranks of a machine, and takes no flag twice, of
-    which one would be lost; but of a field with one value the last counts, as scripts expect."""
+    """Reports an error in one line, once for all ranks of a machine. A flag that is given twice is
+    an error, since one of the two would be lost; but of a field of the configuration that takes
+    one value the last counts, as scripts expect."""
 
     def parse_known_args(self, args=None, namespace=None):
         for stream in (sys.stdout, sys.stderr):  # of a terminal or file without all letters
@@ -325,13 +284,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     options.stages = [1, 2, 3] if options.stage == "all" else [int(options.stage)]
     options.out = options.out or Path("runs") / options.config
     # The toy preset draws its own world where the user points at none.
-    options.world = options.out / "world" if options.config == "toy" else None
-    options.makes_data = options.world is not None and options.data is None
-    options.makes_weights = options.world is not None and options.weights is None
-    options.data = options.data or (options.world / "data" if options.world else Path("datas"))
-    options.weights = options.weights or (
-        options.world / "weights" if options.world else Path("weights")
-    )
+    is_toy, world = options.config == "toy", options.out / "world"
+    options.makes_data = is_toy and options.data is None
+    options.makes_weights = is_toy and options.weights is None
+    options.data = options.data or (world / "data" if is_toy else Path("datas"))
+    options.weights = options.weights or (world / "weights" if is_toy else Path("weights"))
     options.brought = {}  # the parts that --init gives to the first stage, and its paths
     options.replaced = set()  # those that no public folder is needed for
     try:
@@ -374,19 +331,21 @@ def share_out(config: Config, stages: list[int], flags: dict[str, Any]) -> Confi
     they are trained on in place of its sets."""
     cut, own = (config.held_out, config.seed), []
     for number in stages:
-        datasets = [hold_out(name, *cut) for name in config.stages[number].datasets]
+        datasets = [sources.hold_out(name, *cut) for name in config.stages[number].datasets]
         config = config.resolve([number], datasets=tuple(datasets))
-        own += filter(is_own, datasets)
+        own += filter(sources.is_own, datasets)
     names = []
     for name in config.eval_tasks:  # one of which a share is held out means both
-        names += with_held_out(hold_out(name, *cut)) if hold_out(name, *cut) != name else [name]
+        rest = sources.hold_out(name, *cut)
+        names += sources.with_held_out(rest) if rest != name else [name]
     if own and "eval_tasks" not in flags:
         is_added = flags["datasets"][0].startswith("+")
-        names = [*names * is_added, *(each for name in own for each in with_held_out(name))]
+        names = [*names * is_added, *(each for name in own for each in sources.with_held_out(name))]
     return config.resolve(eval_tasks=tuple(dict.fromkeys(names)))
 
 
 def refuse(what: object, message: str) -> None:
+    """Raises ValueError with a message where something is wrong, that is not empty or 0."""
     if what:
         raise ValueError(message)
 
@@ -415,7 +374,7 @@ def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Con
             is_sound = (value > 0 or (value == 0 and name not in POSITIVE)) and value < math.inf
             refuse(not is_sound, f"{name} is {value}; it has to be {least}")
             refuse(name in SHARES and value > 1, f"{name} is {value}; it is 1 at most")
-    is_idle = flags.get("eval_tasks") and not run_sets(config, options.stages, options.data)
+    is_idle = flags.get("eval_tasks") and not sources.run_sets(config, options.stages, options.data)
     refuse(is_idle, f"eval_tasks: stage {options.stage} is scored on none of these")
     is_idle = config.validate_every and not config.eval_tasks
     refuse(is_idle, "validate_every: name the tasks to validate with --eval_tasks")
@@ -433,7 +392,7 @@ def check_config(options: argparse.Namespace, flags: dict[str, Any], config: Con
     refuse(idle, "lora_rank: stage 2 trains its projectors whole")
     refuse(config.held_out == 1, "held_out is 1: nothing is left to train on")
     names = [name for number in options.stages for name in config.stages[number].datasets]
-    idle = config.held_out and not any(map(is_own, [*names, *config.eval_tasks]))
+    idle = config.held_out and not any(map(sources.is_own, [*names, *config.eval_tasks]))
     refuse(idle, "held_out is for files of your own, and --datasets has none")
     wrong = config.optimizer_bits not in (8, 32)
     refuse(wrong, f"optimizer_bits is {config.optimizer_bits}, not 8 or 32")
@@ -475,7 +434,7 @@ def check_stage(number: int, config: Config) -> None:
     wrong = scales and not (len(scales) == 2 and 0 < scales[0] <= scales[1] < math.inf)
     refuse(wrong, f"{where}: scale_range is {scales}, not a least and a largest scale, or empty")
     for name in stage.datasets:
-        task = find_source(name).task  # of a file of one's own it is in the file
+        task = sources.find_source(name).task  # of a file of one's own it is in the file
         is_other = number == 1 and task and TASKS[task].needs != "categories"
         refuse(is_other, f"{where} learns classes from generic sets alone; {name} is of {task}")
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -503,7 +462,7 @@ def check_beginnings(options: argparse.Namespace, flags: dict[str, Any], config:
         stage, brought = config.stages[number], options.brought if number == first else {}
         new = [part for part, origin in origins(config, number, brought).items() if not origin]
         texts = {name for name, task in TASKS.items() if not task.has_masks}
-        if number == 2 and {find_source(name).task for name in stage.datasets} <= texts:
+        if number == 2 and {sources.find_source(name).task for name in stage.datasets} <= texts:
             new = []  # chat has no use for them, and a checkpoint of stage 2 does not hold them
         is_meant = flags.get("starts_from") == () and options.stage == "3"  # table 8, row "S3"
         allowed = new if is_meant else NEW_PARTS[number]
@@ -522,7 +481,7 @@ def preflight(options: argparse.Namespace, config: Config) -> str:
     except ValueError as error:
         return str(error)
     folders = options.data, options.weights, options.out
-    required = required_paths(config, options.stages, *folders, options.replaced)
+    required = sources.required_paths(config, options.stages, *folders, options.replaced)
     options.makes_data &= any(options.data in path.parents for path, _ in required)
     options.makes_weights &= any(options.weights in path.parents for path, _ in required)
     made = [options.data] * options.makes_data + [options.weights] * options.makes_weights
@@ -580,7 +539,7 @@ def run_training(options: argparse.Namespace, config: Config) -> int:
         return complain(str(error), is_met_by_all=True)
     if int(os.environ.get("RANK", 0)) == 0:
         one = (config.resolve(eval_tasks=(word,)) for word in config.eval_tasks)
-        words = [x.eval_tasks[0] for x in one if run_sets(x, options.stages, options.data)]
+        words = [x.eval_tasks[0] for x in one if sources.run_sets(x, options.stages, options.data)]
         print("\n".join([*outlines, f"scored on: {', '.join(words) or 'nothing'}"]), flush=True)
         for number in options.stages if options.resume else ():
             last = find_checkpoint(stage_folder(options.out, number)).name
@@ -612,7 +571,7 @@ def run_training(options: argparse.Namespace, config: Config) -> int:
 def complain(message: str, is_met_by_all: bool = False) -> int:
     """Prints an error and returns the status 2. What all ranks meet is said by the first of each
     machine alone; of another the rank is named. Those that leave it to the first return 0: torchrun
-    ends every rank as soon as one fails, and the first may not have spoken yet."""
+    ends every rank as soon as one fails, and the first may not have printed it yet."""
     rank = int(os.environ.get("RANK", 0))
     if is_met_by_all and int(os.environ.get("LOCAL_RANK", 0)) > 0:
         return 0

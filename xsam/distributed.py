@@ -19,10 +19,12 @@ import torch.distributed as dist
 
 
 def rank() -> int:
+    """The number of this process among all, from 0; torchrun sets it."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -66,6 +68,7 @@ def start(name: str | None = None) -> torch.device:
 
 
 def has_group() -> bool:
+    """Whether the processes form a group, as under torchrun."""
     return dist.is_initialized()
 
 
@@ -73,14 +76,15 @@ _left_groups = []
 
 
 def finish() -> None:
-    """Leaves the group, whose object is kept: PyTorch 2.6 frees it, and waits for its threads, with
-    Python's lock in hand. One of them that frees the last tensors wants that lock: for ever."""
+    """Leaves the group and keeps its object: PyTorch 2.6 would free it, and wait for its threads,
+    while it holds Python's lock, which a thread that frees the last tensors needs: a deadlock."""
     if dist.is_initialized():
         _left_groups.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
 def barrier() -> None:
+    """Waits until all ranks are here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -124,7 +128,7 @@ BEAT_SECONDS, LOST_SECONDS = 3.0, 40.0
 
 @contextlib.contextmanager
 def heartbeat() -> Iterator[None]:
-    """Ends this process, with the cause, where another rank shows no sign of life any more.
+    """Ends this process, and prints the cause, where another rank gives no sign of life any more.
 
     torchrun looks after the ranks of its own machine. One that is lost on another machine, or with
     it, would leave the rest in a collective until that times out. So a thread of each rank counts

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,32 +29,13 @@ from xsam import distributed
 from xsam.checkpoints import last_stage
 from xsam.cli import Parser, add_checkpoint_flags
 from xsam.data import Processor, Sample
+from xsam.datasets import sources
 from xsam.datasets.base import Dataset, read_categories
 from xsam.datasets.generic import Generic
 from xsam.datasets.registry import open_dataset
-from xsam.datasets.sources import (
-    SEGMENTOR_TASKS,
-    SOURCES,
-    find_source,
-    folder_name,
-    is_own,
-    locate,
-    paths_of,
-    scored_sets,
-    sets_by_task,
-)
-from xsam.evaluation import metrics
+from xsam.evaluation import benchmarks, metrics
 from xsam.evaluation import prediction_files as files
-from xsam.evaluation.benchmarks import (
-    GROUNDED,
-    Figures,
-    bert_embedder,
-    named,
-    score_dataset,
-    scoring_of,
-    table,
-    task_of,
-)
+from xsam.evaluation.benchmarks import Figures, task_of
 from xsam.evaluation.prediction_files import SavedPredictions, keys_of, kind_of
 from xsam.files import check_target, read_json, write_whole
 from xsam.inference import Inputs, build_inputs, load_with_flags, predict_inputs, stored_stage
@@ -73,6 +55,11 @@ FOLDER = "predictions"  # of a run or a checkpoint
 HELD_BYTES = 2**25  # of the records of a set that stays open
 
 SIMILAR_WORDS = 16  # prompts that differ in fewer may share a batch
+
+FOR_PREDICTING = (  # flags that have no use for predictions that are there
+    *("overwrite", "names", "phrasings", "batch_size", "tokenizer", "allow_missing", "device"),
+    *("dtype", "llm_bits", "base", "panoptic_rule", "presence"),
+)
 
 
 # ---- predictions ---------------------------------------------------------------------------------
@@ -171,16 +158,8 @@ def _unfinished_batches(dataset: Dataset, keys: list, folder: Path, size: int) -
 def made_by(model: Segmentor | XSAM, dataset: Dataset) -> dict[str, str]:
     """What predictions depend on: the dataset's name, and digests of weights and settings."""
     values = model.config.to_dict()
-    names = (
-        "model",
-        "panoptic_rule",
-        "score_threshold",
-        "overlap_threshold",
-        "presence",
-        "eval_batch_size",
-        "max_new_tokens",
-    )
-    settings = {name: values[name] for name in names}
+    names = "panoptic_rule", "score_threshold", "overlap_threshold", "presence", "max_new_tokens"
+    settings = {name: values[name] for name in ("model", "eval_batch_size", *names)}
     settings |= {"phrasings": dataset.phrasings, "names": getattr(dataset, "names", [])}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     return {"dataset": dataset.name, "weights": weights_digest(model), "settings": digest}
@@ -212,22 +191,15 @@ def evaluate(
     records. `embed`, `one_crowd_per_class` and the qualities: see `score_dataset`.
     """
     phrasings = read_phrasings(model.config.phrasings if model is not None else "")
-
-    def opened(name: str) -> Dataset:
-        skips = skip_bad and is_own(name)
-        dataset = open_dataset(name, data, True, phrasings, skips, is_scored=True)
-        if skips:
-            dataset.leave_out_bad()
-        if class_names is not None and task_of(name)[0] == "openvocab":
-            rename_classes(dataset, class_names, data)
-        return dataset
-
+    opened = partial(
+        _open_scored, data=data, phrasings=phrasings, class_names=class_names, skip_bad=skip_bad
+    )
     # All sets are opened first, so that a missing or broken file is reported before hours of
     # prediction. Large ones are opened again then: some tables are gigabytes of images.
     held, has_captions = {}, False
     for name in names:
         dataset = opened(name)
-        has_captions |= scoring_of(dataset) is GROUNDED
+        has_captions |= benchmarks.scoring_of(dataset) is benchmarks.GROUNDED
         if dataset.records.content.nbytes < HELD_BYTES:
             held[name] = dataset
     results: dict[str, dict[str, Figures]] = {}
@@ -238,16 +210,30 @@ def evaluate(
             label = f"{name} [{number}/{len(names)}]"
             dataset = held.pop(name) if name in held else opened(name)
             if model is not None:
-                place = folder / folder_name(name)
+                place = folder / sources.folder_name(name)
                 predict_dataset(model, dataset, place, num_samples, label, overwrite)
             task, suffix = task_of(name)
-            predictions = SavedPredictions(folder / folder_name(name), dataset, num_samples)
+            predictions = SavedPredictions(folder / sources.folder_name(name), dataset, num_samples)
             qualities: dict[int, float] = {}
-            figures = score_dataset(predictions, embed, label, one_crowd_per_class, qualities)
-            results.setdefault(task, {}).update(named(figures, suffix))
+            rules = embed, label, one_crowd_per_class, qualities
+            figures = benchmarks.score_dataset(predictions, *rules)
+            results.setdefault(task, {}).update(benchmarks.named(figures, suffix))
             if on_scored is not None:
                 on_scored(task, predictions, qualities)
     return results
+
+
+def _open_scored(
+    name: str, data: Path, phrasings: dict, class_names: list[str] | None, skip_bad: bool
+) -> Dataset:
+    """See `evaluate`."""
+    skips = skip_bad and sources.is_own(name)
+    dataset = open_dataset(name, data, True, phrasings, skips, is_scored=True)
+    if skips:
+        dataset.leave_out_bad()
+    if class_names is not None and task_of(name)[0] == "openvocab":
+        rename_classes(dataset, class_names, data)
+    return dataset
 
 
 def draw_errors(
@@ -256,7 +242,7 @@ def draw_errors(
     """The worst `count` of a set's predictions that are not perfect, beside the truth: pictures
     000_INDEX.png and so on in `folder`, the worst first, in place of what an earlier command drew
     there. Every rank gives the qualities (`score_dataset`) that it knows and draws its share."""
-    measure = scoring_of(predictions.dataset).measure
+    measure = benchmarks.scoring_of(predictions.dataset).measure
     pairs = sorted(distributed.gather([(quality, n) for n, quality in qualities.items()]))
     worst = {index: quality for quality, index in pairs[:count] if quality < 1}
     if distributed.rank() == 0:
@@ -276,7 +262,7 @@ def rename_classes(dataset: Generic, names: list[str], data: Path) -> None:
     if len(names) == len(ids):
         dataset.names = names
         return
-    path = locate(data, SOURCES["ade20k_panoptic_val"].annotations)
+    path = sources.locate(data, sources.SOURCES["ade20k_panoptic_val"].annotations)
     all_ids = list(read_categories(read_json(path, dict), str(path))) if path.is_file() else []
     if len(names) != len(all_ids) or not set(ids) <= set(all_ids):
         raise ValueError(f"{len(names)} names for the {len(ids)} classes of {dataset.name}")
@@ -291,22 +277,23 @@ def chosen_sets(tasks: str | None, data: Path, is_segmentor: bool = False) -> li
     none, all. Raises ValueError at an unknown one, or one that a stage-1 checkpoint cannot
     predict."""
     if tasks in (None, "", "all"):
-        return scored_sets(sets_by_task(), data, is_segmentor)
-    names = scored_sets(tasks.split(","), data)
-    if is_segmentor and len(scored_sets(names, data, is_segmentor)) < len(names):
-        known = ",".join(SEGMENTOR_TASKS)
+        return sources.scored_sets(sources.sets_by_task(), data, is_segmentor)
+    names = sources.scored_sets(tasks.split(","), data)
+    if is_segmentor and len(sources.scored_sets(names, data, is_segmentor)) < len(names):
+        known = ",".join(sources.SEGMENTOR_TASKS)
         raise ValueError(f"stage 1 has no language model; it is scored with --tasks {known}")
     return names
 
 
 def check_paths(names: list[str], data: Path) -> None:
     """Raises ValueError that lists what the sets lack on disk."""
-    paths = [path for name in names for path in paths_of(find_source(name), data)]
+    paths = [path for name in names for path in sources.paths_of(sources.find_source(name), data)]
     if missing := sorted({str(path) for path in paths if not path.exists()}):
         raise ValueError(f"missing: {', '.join(missing)}; --tasks says what else to score")
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
     parser = Parser(
         prog="xsam/evaluate.py",
         description="Scores a checkpoint, or predictions, on the benchmarks; runs under torchrun "
@@ -318,7 +305,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", type=Path, default=Path("datas"), help="data root (default: datas)")
     text = (
-        f"{', '.join(sets_by_task())}, sets of these, files of your own, "
+        f"{', '.join(sources.sets_by_task())}, sets of these, files of your own, "
         "FILE.json[:IMAGES[:MASKS]], or all"
     )
     add("--tasks", metavar="NAME,...", help=f"{text} (default: all that can be)")
@@ -350,22 +337,10 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if (options.checkpoint is None) == (options.from_predictions is None):
         parser.error("give --checkpoint or --from-predictions")
-    if options.from_predictions is not None:
-        for name in (
-            "overwrite",
-            "names",
-            "phrasings",
-            "batch_size",
-            "tokenizer",
-            "allow_missing",
-            "device",
-            "dtype",
-            "panoptic_rule",
-            "presence",
-        ):
-            if getattr(options, name) not in (None, False, []):
-                flag = f"--{name.replace('_', '-')}"
-                parser.error(f"{flag} is for predicting, so it goes with --checkpoint")
+    for name in FOR_PREDICTING if options.from_predictions is not None else ():
+        if getattr(options, name) not in (None, False, []):
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} is for predicting, so it goes with --checkpoint")
     for name in ("limit", "batch_size", "errors"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} has to be 1 or more")
@@ -375,13 +350,13 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     options.out = options.out or (source.parent if source.is_file() else source)
     try:
         check_target(options.out, is_folder=True)
-        read_earlier(options.out)  # an error is told before hours of prediction
+        read_earlier(options.out)  # an error is reported before hours of prediction
         read_phrasings(options.phrasings or "")
         names = chosen_sets(options.tasks, options.data)
         options.names = read_names(options.names) if options.names else None
-        options.bert = bert_embedder(options.bert) if options.bert else None
+        options.bert = benchmarks.bert_embedder(options.bert) if options.bert else None
         chosen = {task_of(name)[0] for name in names}
-        scored = [source for source in SOURCES.values() if source.scores]
+        scored = [source for source in sources.SOURCES.values() if source.scores]
         panoptic = {each.scores for each in scored if each.format == "panoptic"}
         users = {"names": {"openvocab"}, "panoptic_rule": panoptic, "one_crowd_per_class": panoptic}
         users["presence"] = {each.scores for each in scored if TASKS[each.task].is_per_phrase}
@@ -398,6 +373,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command: returns the exit status, 2 at bad input, 1 where another rank is lost."""
     options = parse_options(arguments)
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1 for several processes
         torch.set_num_threads(1)  # one process has to add up in the same order as they do
@@ -419,21 +395,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, device: torch.device) -> None:
     """Evaluates as the command line says, and writes the results."""
-    is_first = distributed.rank() == 0
+    is_first, out = distributed.rank() == 0, options.out
     if options.from_predictions is not None:
         model, column, folder = None, "predictions", options.from_predictions
         folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
         names = chosen_sets(options.tasks, options.data)
         if not options.tasks:
-            names = [name for name in names if (folder / folder_name(name)).is_dir()]
+            names = [name for name in names if (folder / sources.folder_name(name)).is_dir()]
         if not names:
             raise ValueError(f"{folder}: has no folder of a set that is scored")
-        out = options.out
     else:
         model, stage = load_model(options, device, print if is_first else lambda _: None)
-        column, out = f"stage {stage}", options.out
+        column, folder = f"stage {stage}", out / FOLDER
         names = chosen_sets(options.tasks, options.data, is_segmentor=stage == 1)
-        folder = out / FOLDER
     check_paths(names, options.data)
     sets = {}
 
@@ -441,7 +415,7 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
         dataset = predictions.dataset
         sets[dataset.name] = {"records": len(predictions.keys), "skipped": dataset.skipped}
         if options.errors:
-            place = out / "errors" / folder_name(dataset.name)
+            place = out / "errors" / sources.folder_name(dataset.name)
             draw_errors(predictions, qualities, options.errors, place)
 
     results = evaluate(
@@ -502,18 +476,18 @@ def write_results(out: Path, results: dict[str, dict[str, Figures]], about: dict
     earlier = before.pop("about", {})
     if earlier | {"sets": {}} == about | {"sets": {}}:
         about = about | {"sets": earlier["sets"] | sets}
-        tasks = [task for task in sets_by_task() if task in before or task in results]
+        tasks = [task for task in sources.sets_by_task() if task in before or task in results]
         tasks += [task for task in {**before, **results} if task not in tasks]
         results = {task: before.get(task, {}) | results.get(task, {}) for task in tasks}
     write_whole(out / "results.json", json.dumps(results | {"about": about}, indent=1))
-    text = table({about["column"]: results}, result_notes(about))
+    text = benchmarks.table({about["column"]: results}, result_notes(about))
     write_whole(out / "results.md", text + "\n")
     print(text)
     for name, each in sets.items():
         reasons = [f"{count} {reason}" for reason, count in each["skipped"].items() if count]
         if reasons:
             print(f"{name}: scored without {', '.join(reasons)}")
-    rows = [(name, task) for task in results for name in sets_by_task().get(task, [])]
+    rows = [(name, task) for task in results for name in sources.sets_by_task().get(task, [])]
     if missing := [f"{name} ({task})" for name, task in rows if name not in about["sets"]]:
         print(f"not scored: {', '.join(missing)}")
 

@@ -34,6 +34,8 @@ from xsam.weights import CONFIG_FILE, weights_digest
 
 CARD_FILE = "README.md"
 
+TEMPLATE = Path(__file__).with_name("model_card.md")
+
 SHOWN_CLASSES = 20
 
 OWNERS = {  # on the hub, of the folders that `config.ARCHITECTURES` names, by how those begin
@@ -67,7 +69,7 @@ result = model.predict("photo.jpg", task="refer", text="the {noun}")""",
 
 
 def read_record(checkpoint: Path | str, model: Segmentor | XSAM) -> dict[str, Any]:
-    """What is on the disk of how a checkpoint was made and scored, for `model_card`: "headers", its
+    """What the disk has on how a checkpoint was made and scored, for `model_card`: "headers", its
     own and those of earlier stages beside it, and "results", a table in Markdown.
 
     `model` is the checkpoint's as it is stored. Of evaluate's results.json those of these very
@@ -144,51 +146,21 @@ def model_card(
     if config.presence:
         presence = f"A phrase whose best score is below {config.presence:g} gets no mask."
     nothing = "None: no results.json with figures of these weights lay beside the checkpoint."
-    newline = "\n"
-    return f"""---
-library_name: xsam
-pipeline_tag: image-segmentation
-{newline.join(front)}
----
-
-# {name.rpartition("/")[2]}
-
-{WHAT[stage]}
-Its parts: {", ".join(each for each in names.values() if each != "none")}.
-
-## Use
-
-```python
-{PYTHON[stage].format(name=name, noun=noun)}
-print(result.labels, result.scores, result.masks.shape)  # bool [N, H, W]
-result.draw().save("found.png")
-```
-
-```bash
-python -m xsam.predict {request} --checkpoint {name} --image photo.jpg
-```
-
-## Training
-
-{_recipe(headers) if headers else "How it was trained is not known here."}
-
-{_parameters(model)}
-
-## Classes
-
-{_classes(config)}
-
-## Results
-
-{results or nothing}
-
-## Intended use and limits
-
-For research on segmentation: pictures like those it was trained on, requests in the words of its
-training. Nothing was measured but what the results above have. {presence if stage == 3 else ""}
-Its scores are not calibrated, and its answers and masks can be wrong: a person has to check them
-before anything that affects people is decided by them.
-{"" if license else f"{newline}No license was named when this card was written.{newline}"}"""
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        front="\n".join(front),
+        name=name,
+        title=name.rpartition("/")[2],
+        what=WHAT[stage],
+        parts=", ".join(each for each in names.values() if each != "none"),
+        python=PYTHON[stage].format(name=name, noun=noun),
+        request=request,
+        recipe=_recipe(headers) if headers else "How it was trained is not known here.",
+        parameters=_parameters(model),
+        classes=_classes(config),
+        results=results or nothing,
+        presence=presence if stage == 3 else "",
+        license="" if license else "\n\nNo license was named when this card was written.",
+    )
 
 
 def _recipe(headers: list[dict]) -> str:
@@ -303,6 +275,7 @@ def push_to_hub(
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
     parser = Parser(
         prog="python -m xsam.export",
         description="Writes a model's folder, with a card, and uploads it.",
@@ -329,6 +302,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command: returns the exit status, 2 at bad input."""
     options = build_parser().parse_args(arguments)
     try:
         run(options)
@@ -339,6 +313,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Writes the folder that the flags ask for, and uploads it with --push. Raises ValueError where
+    it cannot."""
     out = options.out
     if options.private and not options.push:
         raise ValueError("--private is of --push")

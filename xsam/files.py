@@ -38,17 +38,25 @@ def cause_of(error: Exception | str, path: Any) -> str:
     return str(error)
 
 
+def read_bytes(path: Path, size: int = -1) -> bytes:
+    """What is in a file, or its first bytes. Raises ValueError that names the file and what it is
+    where it cannot be read, is empty, or stands in the place of another."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(size)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    if about := cause_of("", path):
+        raise ValueError(f"{path}: {about}")
+    return content
+
+
 def read_text(path: Path, last_resort: str = "") -> str:
     """A text in UTF-8, UTF-16 or UTF-32, with or without a byte order mark; what is none of them is
     read in `last_resort` (a code page), if there is one, and else refused.
 
     Raises ValueError that names the file and what it is."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    if about := cause_of("", path):
-        raise ValueError(f"{path}: {about}")
+    content = read_bytes(path)
     try:
         return content.decode(json.detect_encoding(content)).rstrip("\0")
     except UnicodeDecodeError as error:
@@ -138,8 +146,9 @@ def check_target(path: Path, is_folder: bool = False) -> None:
 
 
 def give_rights(*files: Path) -> None:
-    """Lets others read files that safetensors keeps for their owner, as far as the umask does."""
-    umask = os.umask(0o077)  # is only told by setting another
+    """Gives files, which safetensors lets their owner alone read, the rights that the umask
+    allows."""
+    umask = os.umask(0o077)  # it can only be read by setting another
     os.umask(umask)
     for file in files:
         with contextlib.suppress(PermissionError):  # of a disk that knows no rights
@@ -147,6 +156,7 @@ def give_rights(*files: Path) -> None:
 
 
 def refuse_existing(*targets: Path) -> None:
+    """Raises FileExistsError where one of the targets exists."""
     for target in targets:
         if target.exists():
             raise FileExistsError(f"{target} exists already: delete it or name another")

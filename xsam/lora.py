@@ -37,6 +37,7 @@ class Adapter(nn.Module):
         return output + self.scale * F.linear(F.linear(x, self.A), self.B)
 
     def merge(self, layer: nn.Linear) -> None:
+        """Adds the product of the two matrices to the layer's weights [out, in], in place."""
         layer.weight += (self.scale * self.B.float() @ self.A.float()).to(layer.weight)
 
 
@@ -58,6 +59,7 @@ class TokenRows(nn.Module):
         return output.index_add(-1, self.ids, F.linear(x, self.rows).to(output))
 
     def merge(self, table: nn.Embedding | nn.Linear) -> None:
+        """Adds the rows [tokens, C] to those of the table, in place."""
         table.weight[self.ids] += self.rows
 
 
@@ -117,6 +119,7 @@ def _add_adapter(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Ten
 
 
 def has_adapters(model: nn.Module) -> bool:
+    """Whether a model has gained adapters that are not merged yet."""
     return any(isinstance(module, Adapter) for module in model.modules())
 
 

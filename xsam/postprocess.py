@@ -69,10 +69,11 @@ class OriginalReader:
         reach = self.rows.reach(box[0])
         masks = mask_logits[:, reach].float()
         N, height, _ = masks.shape
-        masks = masks.flatten(0, 1)  # index_select has a fast way along two dimensions alone
+        # [N·height, w]: index_select has a fast way along two dimensions alone
+        masks = masks.flatten(0, 1)
         first, second, weight = (each[box[1]] for each in self.columns.tensors)
         masks = torch.lerp(masks.index_select(1, first), masks.index_select(1, second), weight)
-        masks = masks.unflatten(0, (N, height))
+        masks = masks.unflatten(0, (N, height))  # [N, height, width]
         first, second, weight = (each[box[0]] for each in self.rows.tensors)
         above, below = (masks.index_select(1, each - reach.start) for each in (first, second))
         return torch.lerp(above, below, weight[:, None], out=above)
@@ -128,7 +129,7 @@ def merge_parts(
     """
     merged = []
     for (probabilities, _), indices in zip(parts, places, strict=True):
-        whole = probabilities.new_zeros(len(probabilities), num_classes + 1)
+        whole = probabilities.new_zeros(len(probabilities), num_classes + 1)  # [Q, K+1]
         whole[:, [*indices, num_classes]] = probabilities
         merged.append(whole)
     return torch.cat(merged), torch.cat([mask_logits for _, mask_logits in parts])
@@ -161,17 +162,31 @@ def panoptic_inference(
     if is_published:
         probabilities = F.pad(probabilities[:, :-1], (0, 1))  # no query is background
         probabilities = probabilities / probabilities.sum(-1, keepdim=True).clamp(min=1e-12)
-    scores, categories = probabilities.max(-1)
+    scores, categories = probabilities.max(-1)  # [Q]
     is_kept = (categories < probabilities.shape[1] - 1) & (scores > score_threshold)
     scores, categories, mask_logits = (each[is_kept] for each in (scores, categories, mask_logits))
-    count = len(scores)
-    if not count:
+    if not len(scores):
         return np.zeros((0, *transform.original), bool), [], []
     scores, categories = scores.tolist(), categories.tolist()
+    segments, won, shown, areas = compete(mask_logits, scores, transform, is_published)
+    shares = won / np.maximum(areas, 1)
+    is_kept = (shown > 0) & (areas > 0) & (shares >= overlap_threshold)
+    places, chosen = place_segments(categories, is_kept, is_thing)
+    masks = split_map(places[segments], len(chosen))  # [N, H, W]
+    return masks, [categories[number] for number in chosen], [scores[number] for number in chosen]
+
+
+def compete(
+    mask_logits: Tensor, scores: list[float], transform: ResizeAndPad, is_published: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Which of the N queries each pixel shows, int16 [H, W], -1 for none; and of each query, int64
+    [N], the pixels that it wins, those that show it, and those where its own mask is a half or
+    more. See `panoptic_inference`."""
+    count = len(scores)
     read = OriginalReader(mask_logits, transform)
     areas = torch.zeros(count, dtype=torch.int64, device=mask_logits.device)
     won, shown = np.zeros((2, count), np.int64)
-    segments = np.empty(transform.original, np.int16)  # which query a pixel shows; -1: none
+    segments = np.empty(transform.original, np.int16)  # [H, W]
     for band in bands(transform, 4):  # a mask, the best so far and what compares them
         size = segments[band].shape
         best = mask_logits.new_full(size, -1, dtype=torch.float32)
@@ -192,12 +207,7 @@ def panoptic_inference(
         won += np.bincount(winner.ravel(), minlength=count)
         shown += np.bincount(winner[is_inside], minlength=count)
         segments[band] = np.where(is_inside, winner, -1)
-    areas = areas.cpu().numpy()
-    shares = won / np.maximum(areas, 1)
-    is_kept = (shown > 0) & (areas > 0) & (shares >= overlap_threshold)
-    places, chosen = place_segments(categories, is_kept, is_thing)
-    masks = split_map(places[segments], len(chosen))
-    return masks, [categories[number] for number in chosen], [scores[number] for number in chosen]
+    return segments, won, shown, areas.cpu().numpy()
 
 
 def place_segments(
@@ -247,7 +257,7 @@ def semantic_inference(
     present = areas.nonzero()[0]
     places = np.full(K, -1, np.int16)
     places[present] = np.arange(len(present))
-    masks = split_map(places[classes], len(present))
+    masks = split_map(places[classes], len(present))  # [N, H, W]
     return masks, present.tolist(), (sums[present] / areas[present]).tolist()
 
 
@@ -260,7 +270,7 @@ def instance_inference(
     K = probabilities.shape[1] - 1
     if K == 0:
         return np.zeros((0, *transform.original), bool), [], []
-    scores = probabilities[:, :-1].flatten()
+    scores = probabilities[:, :-1].flatten()  # [Q·K]
     least = scores.topk(min(most, len(scores))).values[-1]
     chosen = ((scores >= least) & (scores > 0)).nonzero()[:, 0]  # of equals the first are taken
     scores, order = scores[chosen].sort(descending=True, stable=True)
@@ -277,10 +287,10 @@ def instance_inference(
         qualities.append(logits.sigmoid_().mul_(is_inside).sum() / area)
     if not boxes:
         return np.zeros((0, *transform.original), bool), [], []
-    is_kept = torch.stack(areas)[place] > 0
+    is_kept = torch.stack(areas)[place] > 0  # of each pair
     scores, categories, place = (each[is_kept] for each in (scores, categories, place))
     scores, order = (scores * torch.stack(qualities)[place]).sort(descending=True, stable=True)
-    masks = np.zeros((len(order), *transform.original), bool)
+    masks = np.zeros((len(order), *transform.original), bool)  # [N, H, W]
     for mask, number in zip(masks, place[order].tolist(), strict=True):
         mask[boxes[number]] = insides[number]
     return masks, categories[order].tolist(), scores.tolist()
@@ -291,8 +301,8 @@ def phrase_inference(
 ) -> Reading:
     """Referring reading: for each phrase, [K], the mask of the query that fits it best and its
     score; none for a phrase whose score is below `presence`. A mask may be empty."""
-    scores, best = probabilities[:, :-1].max(0)
-    phrases = (scores >= presence).nonzero()[:, 0]
+    scores, best = probabilities[:, :-1].max(0)  # [K]
+    phrases = (scores >= presence).nonzero()[:, 0]  # [N]
     masks = np.zeros((len(phrases), *transform.original), bool)
     insides = read_insides(mask_logits[best[phrases]], transform)
     for mask, (box, logits) in zip(masks, insides, strict=True):
@@ -310,11 +320,11 @@ def union_inference(
     """Generalised referring reading (gRefCOCO, Liu et al. 2023): for each phrase all that the
     queries at or above the threshold segment, [K, H, W], or what the best one does where there is
     none above it. The score is the best query's; below `presence` a phrase has no mask."""
-    scores, best = probabilities[:, :-1].max(0)
+    scores, best = probabilities[:, :-1].max(0)  # [K]
     is_chosen = probabilities[:, :-1] >= score_threshold  # [Q, K]
     is_chosen[best, torch.arange(len(best), device=best.device)] = True
     used = is_chosen.any(1).nonzero()[:, 0]
-    masks = np.zeros((len(best), *transform.original), bool)
+    masks = np.zeros((len(best), *transform.original), bool)  # [K, H, W]
     insides = read_insides(mask_logits[used], transform)
     for phrases, (box, logits) in zip(is_chosen[used].cpu().numpy(), insides, strict=True):
         is_inside = (logits > 0).cpu().numpy()
@@ -345,4 +355,4 @@ def interactive_inference(
         overlap = np.count_nonzero(mask & region)
         ious.append(overlap / np.count_nonzero(mask | region))
     best = int(np.argmax(ious))
-    return masks[best][None], [categories[best]], [scores[best]]
+    return masks[best][None], [categories[best]], [scores[best]]  # [1, H, W]

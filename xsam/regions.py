@@ -73,17 +73,15 @@ def draw_region(mark: Mark, size: Shape, where: str = "region") -> np.ndarray:
         (left, right), (top, bottom) = (_span(sorted(values)) for values in (xs, ys))
         draw.rectangle((left, top, right, bottom), fill=1)
     else:
-        inside = [
-            (min(max(x, -width), 2 * width), min(max(y, -height), 2 * height)) for x, y in points
-        ]
-        pixels = [(math.floor(x), math.floor(y)) for x, y in inside]
+        limits = np.array([width, height])
+        pixels = np.floor(np.clip(points, -limits, 2 * limits)).astype(int)  # [P, 2]
         if kind == "lasso":
-            draw.polygon(pixels, fill=1, outline=1)
+            draw.polygon(pixels.ravel().tolist(), fill=1, outline=1)
         else:
-            # The far edge of the picture belongs to its last pixel.
-            pixels = [(x - (x == width), y - (y == height)) for x, y in pixels]
-            draw.line(pixels, fill=1) if len(pixels) > 1 else draw.point(pixels, fill=1)
-    mask = np.array(canvas)
+            pixels -= pixels == limits  # the picture's far edge belongs to its last pixel
+            draw_path = draw.line if len(pixels) > 1 else draw.point
+            draw_path(pixels.ravel().tolist(), fill=1)
+    mask = np.array(canvas)  # bool [H, W]
     if is_outside or not mask.any():
         shown = ", ".join(f"({x:g}, {y:g})" for x, y in points[:3])
         raise ValueError(f"{where}: the {kind} at {shown} is outside the {width}x{height} picture")

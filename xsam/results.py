@@ -1,4 +1,4 @@
-"""What a model says of one image, and the forms in which that leaves the library.
+"""What a model predicts for one image, and the forms in which that leaves the library.
 
 The last box of the pipeline: `postprocess.py` makes the masks, a `SegmentationResult` holds them
 with their labels, scores and the answer; it is drawn, or handed to annotation tools as COCO JSON
@@ -34,7 +34,7 @@ SHOWN_SCORE = 0.3
 
 @dataclass
 class SegmentationResult:
-    """What a model says of one image, at the image's own size."""
+    """What a model predicts for one image, at the image's own size."""
 
     image: Image.Image
     masks: np.ndarray  # bool [N, H, W]
@@ -64,12 +64,8 @@ class SegmentationResult:
     @property
     def boxes(self) -> np.ndarray:
         """float32 [N, 4]: left, top, right, bottom of each mask in pixels, 0 of an empty one."""
-        boxes = np.zeros((len(self.masks), 4), np.float32)
-        for box, mask in zip(boxes, self.masks, strict=True):
-            for start, is_any in enumerate((mask.any(0), mask.any(1))):
-                if is_any.any():
-                    box[[start, start + 2]] = is_any.argmax(), len(is_any) - is_any[::-1].argmax()
-        return boxes
+        boxes = [Image.fromarray(mask).getbbox() or (0, 0, 0, 0) for mask in self.masks]
+        return np.array(boxes, np.float32).reshape(-1, 4)
 
     def shown(self, min_score: float | None = None) -> list[int]:
         """The numbers of the masks scored `min_score` (default: the threshold) or more."""
@@ -121,11 +117,10 @@ class SegmentationResult:
 
     def to_coco(self, file_name: str = "", use_polygons: bool = False) -> dict[str, Any]:
         """A file of COCO instances with this image alone: see `coco_instances`."""
-        size = {"width": self.image.width, "height": self.image.height}
-        found = {"image": {"file_name": file_name} | size, "names": self.names}
-        return coco_instances(
-            [self.to_dict() | found | {"threshold": self.threshold}], use_polygons
-        )
+        width, height = self.image.size
+        image = {"file_name": file_name, "width": width, "height": height}
+        about = {"image": image, "names": self.names, "threshold": self.threshold}
+        return coco_instances([self.to_dict() | about], use_polygons)
 
     def to_supervision(self) -> Detections:
         """The `shown` masks as Roboflow's `supervision` takes them. Raises ImportError without that

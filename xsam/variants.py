@@ -46,6 +46,7 @@ class ProjectedAttention(nn.Module):
         self.out_proj = nn.Linear(inner_dim, dim)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Queries [B, N, C], keys and values [B, M, C] to [B, N, C]."""
         q, k, v = (
             project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
@@ -74,6 +75,7 @@ class TwoWayLayer(nn.Module):
     def forward(
         self, tokens: Tensor, image: Tensor, token_positions: Tensor, image_positions: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Tokens [R, N, C] and image [R, h·w, C] with their positions to both anew."""
         if self.is_first:
             tokens = self.layer_norm1(self.self_attn(tokens, tokens, tokens))
         else:
@@ -96,6 +98,7 @@ class MaskMLP(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens [..., C] to the weights of their masks [..., C/8]."""
         return self.proj_out(F.relu(self.layers[0](F.relu(self.proj_in(x)))))
 
 
@@ -172,6 +175,7 @@ class SwinEncoder(nn.Module):
 
     @property
     def dims(self) -> list[int]:
+        """Channels of the scales, the finest first."""
         return list(self.model.channels)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:

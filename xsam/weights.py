@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from xsam.config import Config, part_name
 from xsam.encoders import resize_positions, transformers_config
-from xsam.files import cause_of, give_rights, read_json
+from xsam.files import give_rights, read_bytes, read_json
 from xsam.llm import render_conversation
 
 MODEL_FILE, BIN_FILE, CONFIG_FILE = "model.safetensors", "pytorch_model.bin", "config.json"
@@ -118,24 +118,11 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _first_bytes(file: Path) -> bytes:
-    """How a file begins. Raises ValueError that says what it is where it is empty or stands in for
-    another: a git-LFS pointer, a web page."""
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(200)
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror.lower()}") from error
-    if about := cause_of("", file):
-        raise ValueError(f"{file}: {about}")
-    return start
-
-
 @contextlib.contextmanager
 def open_tensors(file: Path) -> Iterator[dict[str, Callable[[], Tensor]]]:
     """Names and memory-mapped tensors of a safetensors file or a pickled state dict, of which
     nothing but tensors is accepted. Raises ValueError that names the file and what it is."""
-    start, unknown = _first_bytes(file), "damaged, cut short or no weights; fetch it again"
+    start, unknown = read_bytes(file, 200), "damaged, cut short or no weights; fetch it again"
     if re.fullmatch(rb"[\s -~]+", start):
         raise ValueError(f"{file}: a text, no weights: it begins {start[:40]!r}")
     if file.suffix == ".safetensors" or start[8:9] == b"{":  # after the length of its header
@@ -360,11 +347,11 @@ def _fill(
         for name in names:
             owner, _, attribute = name.rpartition(".")
             module.get_submodule(owner).register_parameter(attribute, target)
-    if tensor.shape == target.shape or tensor.dim() == 0:
+    if tensor.shape == target.shape or tensor.dim() == 0:  # [] fills [1]
         target.copy_(tensor)
-    elif names[0].endswith(POSITIONS):
+    elif names[0].endswith(POSITIONS):  # [1, H, W, C] or [2L-1, C], of another length
         target.copy_(resize_positions(tensor, target.shape))
-    else:
+    else:  # [words, C]; the last rows stay as they are
         target[: len(tensor)] = tensor.to(target)
 
 
@@ -468,7 +455,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder}: no tokenizer could be read (no such folder)")
     for file in sorted(folder.iterdir()):
         if file.name.startswith(TOKENIZER_FILES) and file.is_file():
-            _first_bytes(file)
+            read_bytes(file, 200)  # says what is wrong with it
     model = folder / "tokenizer.model"
     try:
         if model.is_file() and not (folder / "tokenizer.json").is_file():
@@ -583,7 +570,7 @@ def save_bin(
     over tables of another length than its tokenizer."""
     state = {disk_name(prefix + name): value.cpu() for name, value in model.state_dict().items()}
     for name in state.keys() & {EMBEDDING, OUTPUT}:
-        state[name] = state[name][:num_words].clone()  # a view would bring all rows
+        state[name] = state[name][:num_words].clone()  # [num_words, C]; a view would bring all rows
     torch.save(state, folder / BIN_FILE)
 
 
@@ -600,7 +587,7 @@ def weights_digest(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     a `dtype` numbers are rounded to it first, and copies in other types have the same digest."""
     digest = hashlib.sha256()
     for name, parameter in model.state_dict().items():
-        flat = parameter.detach().flatten()
+        flat = parameter.detach().flatten()  # [numbers]
         some = flat[:: max(1, len(flat) // 256)].to(dtype or flat.dtype).float().cpu().numpy()
         digest.update(f"{name} {list(parameter.shape)} {dtype or parameter.dtype}".encode())
         digest.update(some.tobytes())

@@ -9,15 +9,16 @@ import contextlib
 import hashlib
 import pickle
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from xsam.data import Sample
 from xsam.datasets.records import Flag, Id, by_id, take, whole
 from xsam.datasets.sources import Source, locate
+from xsam.files import read_json
 from xsam.prompts import (
     Phrased,
     Phrasings,
@@ -101,6 +102,7 @@ class Dataset:
     left_out = property(lambda self: self.skipped, doc="`skipped`, by its former name.")
 
     def index(self) -> None:
+        """Reads the annotations and fills `records`."""
         raise NotImplementedError
 
     def key(self, index: int) -> Id:
@@ -122,8 +124,8 @@ class Dataset:
         return True
 
     def num_words(self, index: int) -> int:
-        """How long the prompt of a record is, in words or categories, counting only what differs
-        between the records of the set. Reads no image."""
+        """Of a set that is scored: how long the prompt of a record is, in words or categories,
+        counting only what differs between the records of the set. Reads no image."""
         return 0
 
     def inputs(self, index: int) -> Sample:
@@ -176,6 +178,13 @@ class Dataset:
             yield
         except ValueError as error:
             self.problems.append(str(error))
+
+    def read_each(self, read: Callable[[Any, str], Any]) -> Iterator:
+        """What `read(record, where)` makes of the records of a file that is a list, but for those
+        that are problems."""
+        for index, record in enumerate(read_json(self.annotations, list)):
+            with self.record():
+                yield read(record, f"{self.annotations}: record {index}")
 
     def group_by_image(self, content: dict, images: dict) -> dict[Id, list[dict]]:
         """The annotations of a COCO file by image; one of an unknown image is a problem."""

@@ -67,8 +67,8 @@ def visual_prompts(
         corner = np.array([top + rows.start, left + columns.start])
         for kind, draw in _DRAW.items():
             patch, offset = draw(component, rng)
-            _unite(prompts[kind], patch, corner + offset)
-        _unite(prompts["mask"], *_blurred(component, corner, mask.shape))
+            unite(prompts[kind], patch, corner + offset)
+        unite(prompts["mask"], *_blurred(component, corner, mask.shape))
     if is_dilated:
         prompts |= {kind: dilate(prompts[kind], radius) for kind, radius in PROMPT_RADII.items()}
     return prompts
@@ -131,10 +131,11 @@ def _blurred(component: np.ndarray, corner: np.ndarray, size: tuple[int, int]) -
     return blurred > (1 - 1e-6) * blurred.sum() / np.prod(size), corner - before
 
 
-def _unite(prompt: np.ndarray, patch: np.ndarray, corner: np.ndarray) -> None:
-    """Adds to `prompt`, in place, what of a patch at `corner` (row, column) lies inside it."""
+def unite(mask: np.ndarray, patch: np.ndarray, corner: Sequence[int]) -> None:
+    """Adds to a mask, bool [H, W], in place, what of a patch, bool of any size, with its corner at
+    (row, column) lies inside it."""
     (top, left), (height, width) = corner, patch.shape
-    into = prompt[max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
+    into = mask[max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
     into |= patch[max(-top, 0) :, max(-left, 0) :][: into.shape[0], : into.shape[1]]
 
 
@@ -357,8 +358,7 @@ def _read_ade_classes(folder: Path, aliases: bool) -> tuple[list[dict], dict[int
     if [row[0].strip() for row in rows] != [str(index + 1) for index in range(len(rows))]:
         raise ValueError(f"{path}: its first column does not count the classes from 1")
     path, things = folder / _MAPPING, {}
-    lines = read_text(path, last_resort="cp1252").splitlines()
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in enumerate(read_text(path, last_resort="cp1252").splitlines()[1:], start=2):
         # Runs of tabs part the columns. The last one, the class of the full ADE, is not needed, but
         # an instance class that joins several of those has a line for every one.
         columns = [int(word) if word.isdecimal() else 0 for word in line.split()[:2]]
@@ -390,10 +390,8 @@ def _convert_split(
         *folders, panoptic_file, instance_file = partials
         for path in folders:
             path.mkdir()
-        inputs = [
-            folder / kind / split for kind in ("images", "annotations", "annotations_instance")
-        ]
-        paths = (*inputs, *folders)
+        kinds = "images", "annotations", "annotations_instance"
+        paths = (*(folder / kind / split for kind in kinds), *folders)
         make = functools.partial(_ade_image, folders=paths, categories=categories, things=things)
         for image, segments, objects in run_each(make, stems, num_workers):
             images.append(image)
@@ -464,22 +462,21 @@ def add_commands(subparsers: Any) -> None:
     """Adds vgd, coco-semantic and ade20k to what `ArgumentParser.add_subparsers` gives; they set
     `run`, which takes the options and returns the exit code."""
     path = dict(type=Path, required=True)
-    about = "COCO instances to COCO-VGD: four visual prompts for every object"
     example = "--instances instances_val2017.json --out img_vgdseg_coco_val.json"
+    about = "COCO instances to COCO-VGD: four visual prompts for every object"
     add = add_command(subparsers, "vgd", build_vgd, about, example)
     add("--instances", metavar="FILE", help="JSON of COCO instances", **path)
     add("--out", metavar="FILE", help="JSON to write", **path)
     add("--seed", type=count, default=0, help="seed of the prompts (default: %(default)s)")
+    example = "--panoptic panoptic_val2017.json --masks panoptic_val2017"
+    example += " --out panoptic_semseg_val2017"
     about = "COCO panoptic to PNGs of classes"
-    example = (
-        "--panoptic panoptic_val2017.json --masks panoptic_val2017 --out panoptic_semseg_val2017"
-    )
     add = add_command(subparsers, "coco-semantic", build_coco_semantic, about, example)
     add("--panoptic", metavar="FILE", help="JSON of COCO panoptic", **path)
     add("--masks", metavar="DIR", help="the folder of its PNGs", **path)
     add("--out", metavar="DIR", help="folder to write", **path)
-    about = "ADE20K-150 as downloaded to semantic, panoptic and instance annotations beside it"
     example, splits = "--folder img_ovseg/ade20k --splits validation", ",".join(_ADE_SPLITS)
+    about = "ADE20K-150 as downloaded to semantic, panoptic and instance annotations beside it"
     add = add_command(subparsers, "ade20k", convert_ade20k, about, example)
     add("--folder", metavar="DIR", help="holds images, annotations, ...", **path)
     about = "name classes by the alias lists of objectInfo150.txt, not as the public files do"

@@ -27,6 +27,7 @@ NO_IMAGE = (64, 64)  # width and height of the black image of a text, as any oth
 
 
 def conversation(sample_id: str, image: Image.Image | None, turns: list, image_id: str) -> Sample:
+    """The sample of a dialogue without masks, about no image where that is None."""
     is_text, image = image is None, image or Image.new("RGB", NO_IMAGE)
     masks, labels = np.zeros((0, image.height, image.width), bool), np.zeros(0, np.int64)
     return Sample(
@@ -48,18 +49,16 @@ class Llava(Dataset):
                 names = names if isinstance(names, list) else [names]
                 turns, num_images = self.turns(record, where)
                 is_video = any("<video>" in question for question, _ in turns)
-                if is_video or record.get("video") or record.get("videos"):
-                    self.skipped["records of a video"] += 1
-                elif max(len(names), num_images) > 1:
-                    self.skipped["records of several images"] += 1
-                elif num_images and not names:
-                    self.skipped["records whose <image> has no file"] += 1
-                elif not names and self.source.images:
-                    self.skipped["text without an image"] += 1
-                elif names and not self.source.images:
-                    self.skipped["records with an image"] += 1
-                elif not turns or not all(answer for _, answer in turns):
-                    self.skipped["conversations without an answer"] += 1
+                reasons = {  # to skip it: the first that holds
+                    "records of a video": is_video or record.get("video") or record.get("videos"),
+                    "records of several images": max(len(names), num_images) > 1,
+                    "records whose <image> has no file": num_images and not names,
+                    "text without an image": not names and self.source.images,
+                    "records with an image": names and not self.source.images,
+                    "conversations without an answer": not turns or not all(x for _, x in turns),
+                }
+                if reason := next((text for text, holds in reasons.items() if holds), None):
+                    self.skipped[reason] += 1
                 else:
                     name = expect(names[0], str, f"{where}: 'image'") if names else ""
                     self.records.append((record.get("id", index), name, turns))
@@ -149,17 +148,15 @@ class Benchmark(Dataset):
         return conversation(f"{self.name}/{row['index']}", image, turns, row["index"])
 
     def image(self, row: dict[str, str], where: str) -> Image.Image:
+        """The image of a row, from its text or the file that the row names."""
         if not row["image"]:
             return read_image(find_file(self.annotations.parent, row["image_path"]))
         try:
             text = row["image"].removeprefix("data:").split(";base64,")[-1]
             content = base64.b64decode("".join(text.split()), validate=True)
-        except ValueError as error:
-            raise ValueError(f"{where}: its image is not base64 ({error})") from error
-        try:
             return read_image(io.BytesIO(content))
         except ValueError as error:
-            raise ValueError(f"{where}: its image cannot be read ({error})") from error
+            raise ValueError(f"{where}: its image is no picture in base64 ({error})") from error
 
     def options(self, row: dict[str, str]) -> dict[str, str]:
         """The options of a question by letter; none of one that is open. A table that was saved by

@@ -1,4 +1,4 @@
-"""Says of every dataset what is there, what is missing and where it goes, and what is wrong.
+"""Reports for every dataset what is there, what is missing and where it goes, and what is wrong.
 
     python -m xsam.data check --data datas
     python -m xsam.data check --data datas --datasets refcoco,reasonseg --show 4 --out pictures
@@ -57,6 +57,7 @@ class Report:
 
     @property
     def state(self) -> str:
+        """In a word: ok, empty, missing, or how many records are bad."""
         if self.missing:
             return "missing"
         if self.problems:
@@ -156,10 +157,9 @@ def contents_text(dataset: Dataset) -> str:
     """What a user's own file trains on: objects and images of every class, or expressions."""
     records = [dataset.records[index] for index in range(len(dataset))]
     if isinstance(dataset, OwnReferring):
-        asked = [(dataset.groups[group], start, stop) for group, start, stop in records]
-        masks = [mask for (_, _, pairs), start, stop in asked for mask, _ in pairs[start:stop]]
+        masks = [mask for n in range(len(dataset)) for mask, _ in dataset.asked(n)[1]]
         what = f"{len(masks)} expressions, {masks.count(None)} that nothing fits"
-        return f"{dataset.name}: {len({image for (_, image, _), *_ in asked})} images, {what}"
+        return f"{dataset.name}: {len(set(map(dataset.image_name, records)))} images, {what}"
     objects, images, index = Counter(), Counter(), dataset.category_index
     for _, annotated, *_ in records:
         found = [index[each.category_id] for each in annotated if not each.iscrowd]
@@ -225,6 +225,7 @@ def show(dataset: Dataset, count: int, out: Path, seed: int) -> list[Path]:
 
 
 def run(options: argparse.Namespace) -> int:
+    """The command `check` with its options; returns its exit status."""
     names = options.datasets.split(",") if options.datasets else list(SOURCES)
     for name in names:
         find_source(name)  # an unknown one is told before hours of reading

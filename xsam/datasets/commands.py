@@ -8,6 +8,7 @@ from xsam.datasets import build, check, convert
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs the sub-command that is named and returns the exit status: 2 at bad input."""
     parser = Parser(
         prog="python -m xsam.data",
         description="Checks the datasets of a data root, converts annotations of your own, and "

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from xsam.datasets.build import add_command, run_each
+from xsam.datasets.build import add_command, run_each, unite
 from xsam.datasets.check import contents_text
 from xsam.datasets.formats import bounding_box, encode_mask, read_tsv, segment_colours
 from xsam.datasets.records import take, unpack
@@ -103,6 +103,13 @@ def convert(
             named = [name for _, name in sorted(classes.items()) if name]
             content = _coco(jobs, files, results, named, bool(pngs))
         partial.write_text(json.dumps(content), encoding="utf-8")
+    _report(spec, counts, void)
+    return spec
+
+
+def _report(spec: str, counts: Counter, void: float) -> None:
+    """Prints what is in a file that was written, what is not, and what to do next; `void` is the
+    share of the pixels of class maps that have no class."""
     dataset = open_dataset(spec, Path())
     print(contents_text(dataset))
     if skipped := _listed(counts + dataset.skipped):
@@ -111,7 +118,6 @@ def convert(
         mend = 'if it is what is no object, name its value: --names "0=background,..."'
         print(f"void: {void:.0%} of the pixels, which train nothing; {mend}")
     print(f"next: python -m xsam.data check --datasets {shlex.quote(spec)} --show 4")
-    return spec
 
 
 def _listed(counts: Counter) -> str:
@@ -272,12 +278,10 @@ def _labelme_mask(shape: dict, box: list, size: tuple[int, int], where: str) -> 
         return np.zeros(size, bool)
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: its mask is no PNG in base64 ({error})") from error
-    mask, (left, top) = np.zeros(size, bool), box[0]
-    patch = patch[max(-top, 0) :, max(-left, 0) :]
-    window = mask[max(top, 0) :, max(left, 0) :][: patch.shape[0], : patch.shape[1]]
-    if window.shape != patch.shape:
+    mask, corner = np.zeros(size, bool), box[0][::-1]
+    if (np.add(corner, patch.shape) > size).any():
         raise ValueError(f"{where}: its mask of {list(patch.shape)} leads out of the image")
-    window[:] = patch
+    unite(mask, patch, corner)
     return mask
 
 

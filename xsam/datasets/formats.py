@@ -11,8 +11,10 @@ import itertools
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
@@ -86,7 +88,7 @@ def read_segment_ids(path: Path, size: tuple[int, int]) -> np.ndarray:
     if image.mode not in ("RGB", "RGBA", "P"):
         raise ValueError(f"{path}: its pixels are {image.mode}, segment ids are colours (RGB)")
     colours = np.asarray(image.convert("RGBA"))
-    return (colours.view("<u4")[..., 0] & 0xFFFFFF).astype(np.int32)
+    return (colours.view("<u4")[..., 0] & 0xFFFFFF).astype(np.int32)  # [H, W, 4] bytes to [H, W]
 
 
 def segment_colours(ids: np.ndarray) -> np.ndarray:
@@ -127,10 +129,17 @@ def decode_mask(
         rles += coco_mask.frPyObjects(rings, height, width)
     if not rles:
         raise ValueError(f"{where}: no valid polygon or RLE in its segmentation")
-    mask = coco_mask.decode(coco_mask.merge(rles)).view(bool)
+    mask = coco_mask.decode(coco_mask.merge(rles)).view(bool)  # the union, [H, W]
     if not (may_be_empty or mask.any()):
         raise ValueError(f"{where}: its mask has no pixel in the image")
     return mask
+
+
+def told_size(segmentation: Any) -> list | None:
+    """(height, width) of the image of a mask, where it is an RLE, which tells it."""
+    rles = (each for each in mask_parts(segmentation)[0] if isinstance(each, dict))
+    size = next((rle.get("size") for rle in rles), None)
+    return list(map(whole, size)) if isinstance(size, list) and len(size) == 2 else None
 
 
 def rle_area(rle: dict, size: tuple[int, int], where: str) -> int:
@@ -146,9 +155,8 @@ def encode_mask(mask: np.ndarray) -> dict:
 
 def bounding_box(mask: np.ndarray) -> list[int]:
     """COCO's [x, y, width, height] of a mask that is not empty."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    x, y = int(columns[0]), int(rows[0])
-    return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
+    left, top, right, bottom = Image.fromarray(mask).getbbox()
+    return [left, top, right - left, bottom - top]
 
 
 def _checked_ring(ring: list, size: tuple[int, int], where: str) -> list[float]:

@@ -43,6 +43,7 @@ class Generic(Dataset):
         return tuple({"name": name, "is_thing": is_thing} for name, is_thing in pairs)
 
     def index_images(self, images: dict[Id, dict], annotations: list) -> None:
+        """Fills `records` from the file's images, by id, and its annotations."""
         raise NotImplementedError
 
     def key(self, index: int) -> Id:
@@ -52,9 +53,11 @@ class Generic(Dataset):
         return record[0].file_name
 
     def image(self, record: dict) -> CocoImage:
+        """An entry of the file's images. Raises ValueError where a field is wrong."""
         return parse(CocoImage, record, f"{self.annotations}: image {record['id']}")
 
     def open_image(self, image: CocoImage) -> Image.Image:
+        """The picture, of the size that the file tells. Raises ValueError where there is none."""
         path = find_file(self.images, image.file_name)
         if is_own(self.name) and not is_file(path):
             raise ValueError(
@@ -95,29 +98,32 @@ class Panoptic(Generic):
     label. The annotation names the PNG."""
 
     prediction_kind = "panoptic"
+    needs_segments = True  # an annotation without any is skipped
 
     def index_images(self, images: dict[Id, dict], annotations: list) -> None:
-        segments, pngs = {}, {}
+        found = {}
         for index, record in enumerate(annotations):
             with self.record():
                 name = label(record, "image_id", "image {}", f"annotations[{index}]")
                 where = f"{self.annotations}: {name}"
-                number, infos = records.unpack(record, where, image_id=Id, segments_info=list)
+                number, _ = records.unpack(record, where, image_id=Id, segments_info=list)
                 if number not in images:
                     raise ValueError(f"{where}: has segments but is not in its images")
-                if number in segments:
+                if number in found:
                     raise ValueError(f"{where}: is annotated more than once")
-                segments[number], pngs[number] = infos, record
+                found[number] = record
         for number, image in images.items():
-            if not segments.get(number):
+            infos = found[number]["segments_info"] if number in found else None
+            if infos is None or (not infos and self.needs_segments):
                 self.skipped["images without segments"] += 1
                 continue
             with self.record():
                 image = self.image(image)
-                png = formats.png_name(pngs[number], image.file_name)
-                self.records.append((image, self.segments(number, segments[number]), png))
+                png = formats.png_name(found[number], image.file_name)
+                self.records.append((image, self.segments(number, infos), png))
 
     def segments(self, image_id: Id, infos: list) -> list[CocoSegment]:
+        """An image's segments, known to have ids that differ and categories of the file."""
         where, segments = f"{self.annotations}: image {image_id}", []
         for record in infos:
             at = where + label(record, "id", ", segment {}", "")
@@ -142,7 +148,7 @@ class Panoptic(Generic):
         numbers = [0, *(segment.id for segment in segments)]
         table = np.zeros(len(formats.SEGMENT_IDS), np.int32)  # unused pages take no memory
         table[numbers] = np.arange(len(numbers))
-        segment_index = table[ids]
+        segment_index = table[ids]  # [H, W]
         is_unknown = (segment_index == 0) & (ids != 0)
         if is_unknown.any():
             raise ValueError(f"{path}: segment id {ids[is_unknown][0]} is not in its segments_info")
@@ -153,7 +159,7 @@ class Panoptic(Generic):
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         picture, segment_index, segments = self.read(index)
         indices = [i for i, segment in enumerate(segments, 1) if not segment["iscrowd"]]
-        masks = segment_index == np.array(indices, np.int32)[:, None, None]
+        masks = segment_index == np.array(indices, np.int32)[:, None, None]  # [segments, H, W]
         ignore = ~masks.any(axis=0)
         is_visible = masks.any(axis=(1, 2))  # ADE20K lists stuff that things cover wholly
         classes = [segments[i - 1]["class"] for i in itertools.compress(indices, is_visible)]
@@ -219,10 +225,10 @@ class Instances(Generic):
         picture, objects = self.read(index)
         size = picture.height, picture.width
         shown = [(c, mask) for c, mask, is_crowd in objects if not is_crowd and mask.any()]
-        masks = np.array([mask for _, mask in shown], bool).reshape(-1, *size)
+        masks = np.array([mask for _, mask in shown], bool).reshape(-1, *size)  # [T, H, W]
         crowd = np.array([mask for _, mask, is_crowd in objects if is_crowd], bool)
         # An instance keeps its label where a crowd region lies over it.
-        ignore = crowd.reshape(-1, *size).any(axis=0) & ~masks.any(axis=0)
+        ignore = crowd.reshape(-1, *size).any(axis=0) & ~masks.any(axis=0)  # [H, W]
         classes = [category for category, _ in shown]
         return self.make(self.records[index][0], picture, masks, classes, ignore, rng)
 
@@ -233,30 +239,24 @@ def _is_fraction(ring: list | dict) -> bool:
     return all(isinstance(number, int | float) and abs(number) <= 1 for number in numbers)
 
 
-class Semantic(Generic):
+class Semantic(Panoptic):
     """Class maps: 8-bit PNGs of contiguous classes, 255 where nothing is labelled. Categories and
     the names of the PNGs are those of the panoptic file."""
 
     prediction_kind = "semantic"
+    needs_segments = False
 
     def index_images(self, images: dict[Id, dict], annotations: list) -> None:
+        super().index_images(images, annotations)
         self.is_thing = [False] * len(self.names)  # a class is one region
-        pngs = {}
-        for index, record in enumerate(annotations):
-            with self.record():
-                where = f"{self.annotations}: annotations[{index}]"
-                pngs[take(record, "image_id", Id, where)] = record
-        for number, image in images.items():
-            if number not in pngs:
-                self.skipped["images without segments"] += 1
-                continue
-            with self.record():
-                image = self.image(image)
-                self.records.append((image, formats.png_name(pngs[number], image.file_name)))
+
+    def segments(self, image_id: Id, infos: list) -> list[CocoSegment]:
+        """None are kept: the map says which classes there are."""
+        return []
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """The picture and its class map, uint8 [H, W]."""
-        image, png = self.records[index]
+        image, _, png = self.records[index]
         picture, path = self.open_image(image), find_file(self.masks, png)
         classes = formats.read_class_map(path, image.size)
         largest = classes.max(initial=0, where=classes != 255)
@@ -267,7 +267,7 @@ class Semantic(Generic):
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         picture, classes = self.read(index)
         present = np.unique(classes[classes != 255]).tolist()
-        masks = classes == np.array(present, np.uint8)[:, None, None]
+        masks = classes == np.array(present, np.uint8)[:, None, None]  # [T, H, W]
         return self.make(self.records[index][0], picture, masks, present, classes == 255, rng)
 
 
@@ -282,6 +282,6 @@ class Regions(Panoptic):
         if len(self.names) > 255:
             raise ValueError(f"{self.annotations}: {len(self.names)} classes, a map holds 255")
         classes = [255] + [255 if each["iscrowd"] else each["class"] for each in segments]
-        return picture, np.array(classes, np.uint8)[segment_index]
+        return picture, np.array(classes, np.uint8)[segment_index]  # [H, W]
 
     sample = Semantic.sample

@@ -4,25 +4,14 @@ A caption's phrases have a mask each (paper section 3.1). Legend: T targets, H W
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from xsam.data import Sample
 from xsam.datasets.base import Dataset
-from xsam.datasets.formats import decode_mask
-from xsam.datasets.records import (
-    Flag,
-    Id,
-    Segmentation,
-    Size,
-    by_id,
-    expect,
-    label,
-    parse,
-    told_size,
-    unpack,
-)
+from xsam.datasets.formats import decode_mask, told_size
+from xsam.datasets.records import Flag, Id, Segmentation, Size, by_id, expect, parse, take, unpack
 from xsam.files import find_file, read_json
 from xsam.images import read_image
 from xsam.prompts import ask, check_words, reply
@@ -69,19 +58,25 @@ class Gcg(Dataset):
                 self.skipped["captions without a span"] += 1
 
     def captions(self) -> Iterator[Caption]:
+        """The captions of the file, with all of their spans."""
+        return self.read_each(self.read)
+
+    def read(self, record: Any, where: str) -> Caption:
+        """One caption of a file that is a list of them."""
         raise NotImplementedError
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         image_id, files, size, text, spans, ignored = self.records[index]
         where = f"{self.annotations}: image {image_id}"
-        told = (told_size(span.segmentation) for span in spans)  # where the record tells none
-        picture = read_image(find_file(self.images, *files), size or next(filter(None, told), None))
+        shapes = [span.segmentation for span in spans]
+        told = size or next(filter(None, map(told_size, shapes)), None)  # by the record, or a mask
+        picture = read_image(find_file(self.images, *files), told)
         size = picture.height, picture.width
-        masks = np.stack([decode_mask(span.segmentation, size, where) for span in spans])
+        masks = np.stack([decode_mask(shape, size, where) for shape in shapes])  # [T, H, W]
         ignore = None
         if ignored:  # a phrase keeps its label where an ignored region lies over it
             ignored = [decode_mask(shape, size, where, may_be_empty=True) for shape in ignored]
-            ignore = np.any(ignored, axis=0) & ~masks.any(axis=0)
+            ignore = np.any(ignored, axis=0) & ~masks.any(axis=0)  # [H, W]
         names = [text[span.start : span.end] for span in spans]
         marked = check_words(text, where)
         for start, end, _ in reversed(spans):
@@ -103,6 +98,7 @@ def clean_caption(text: str) -> str:
 
 
 def size_if_told(record: dict, where: str) -> Size | None:
+    """The size of the image, where the record has it."""
     return parse(Size, record, where) if record.get("height") or record.get("width") else None
 
 
@@ -117,46 +113,39 @@ class GcgGrounded(Gcg):
     """Human annotated and OpenPSG: {phrase: spans and RLEs}; a phrase's RLEs are united. OpenPSG
     names its images with or without their COCO folder."""
 
-    def captions(self) -> Iterator[Caption]:
-        for index, record in enumerate(read_json(self.annotations, list)):
-            where = f"{self.annotations}: record {index}"
-            with self.record():
-                name, image_id, text, groundings = unpack(
-                    record, where, file_name=str, image_id=Id, caption=str, groundings=dict
-                )
-                spans = []
-                for phrase, grounding in groundings.items():
-                    at = f"{where}: {phrase!r}"
-                    offsets, rles = unpack(grounding, at, token_positives=list, rle_masks=list)
-                    spans.append(Span(*read_offsets(offsets, at), rles))
-                files = [name, f"train2017/{name}", f"val2017/{name}"]
-                size = size_if_told(record, where)
-                yield Caption(image_id, files, size, clean_caption(text), spans, [])
+    def read(self, record: Any, where: str) -> Caption:
+        name, image_id, text, groundings = unpack(
+            record, where, file_name=str, image_id=Id, caption=str, groundings=dict
+        )
+        spans = []
+        for phrase, grounding in groundings.items():
+            at = f"{where}: {phrase!r}"
+            offsets, rles = unpack(grounding, at, token_positives=list, rle_masks=list)
+            spans.append(Span(*read_offsets(offsets, at), rles))
+        files, size = [name, f"train2017/{name}", f"val2017/{name}"], size_if_told(record, where)
+        return Caption(image_id, files, size, clean_caption(text), spans, [])
 
 
 class GcgRefs(Gcg):
     """RefCOCOg: a list of {key: record}; a sentence's span is its first occurrence in the caption,
     and one that does not occur is skipped."""
 
-    def captions(self) -> Iterator[Caption]:
-        for index, entry in enumerate(read_json(self.annotations, list)):
-            where = f"{self.annotations}: record {index}"
-            with self.record():
-                if len(expect(entry, dict, where)) != 1:
-                    raise ValueError(f"{where}: has {len(entry)} keys, expected one")
-                ((key, record),) = entry.items()
-                name, text, refs = unpack(record, where, img_file_name=str, caption=str, refs=list)
-                text, spans = clean_caption(text), []
-                for ref in refs:
-                    phrase, shape = unpack(ref, where, sentence=str, segmentation=Segmentation)
-                    phrase = clean_caption(phrase)
-                    start = text.find(phrase) if phrase else -1
-                    if start < 0:
-                        self.skipped["phrases that their caption lacks"] += 1
-                    else:
-                        spans.append(Span(start, start + len(phrase), shape))
-                image_id, size = record.get("image_id", key), size_if_told(record, where)
-                yield Caption(image_id, [name], size, text, spans, [])
+    def read(self, record: Any, where: str) -> Caption:
+        if len(expect(record, dict, where)) != 1:
+            raise ValueError(f"{where}: has {len(record)} keys, expected one")
+        ((key, record),) = record.items()
+        name, text, refs = unpack(record, where, img_file_name=str, caption=str, refs=list)
+        text, spans = clean_caption(text), []
+        for ref in refs:
+            phrase, shape = unpack(ref, where, sentence=str, segmentation=Segmentation)
+            phrase = clean_caption(phrase)
+            start = text.find(phrase) if phrase else -1
+            if start < 0:
+                self.skipped["phrases that their caption lacks"] += 1
+            else:
+                spans.append(Span(start, start + len(phrase), shape))
+        image_id, size = record.get("image_id", key), size_if_told(record, where)
+        return Caption(image_id, [name], size, text, spans, [])
 
 
 class GcgFlickr(Gcg):
@@ -181,7 +170,7 @@ class GcgFlickr(Gcg):
                     if is_ignored:
                         ignored.append(shape)
                     else:
-                        (offsets,) = unpack(record, where, tokens_positive=list)
+                        offsets = take(record, "tokens_positive", list, where)
                         offsets = read_offsets(offsets[0] if offsets else None, where)
                         spans.append(Span(*offsets, shape))
                 size = parse(Size, image, where)
@@ -210,27 +199,25 @@ class GcgScored(Dataset):
             else:
                 with self.record():
                     size, (text, phrases) = parse(Size, image, where), texts[number]
-                    pairs = [unpack(m, where, segmentation=Segmentation) for m in by_image[number]]
-                    if len(phrases) != len(pairs):
+                    masks = by_image[number]
+                    shapes = [take(mask, "segmentation", Segmentation, where) for mask in masks]
+                    if len(phrases) != len(shapes):
                         self.skipped["images whose phrases do not belong to their masks"] += 1
                         phrases = []
-                    self.records.append(
-                        (number, size, text, phrases, [shape for (shape,) in pairs])
-                    )
+                    self.records.append((number, size, text, phrases, shapes))
 
     def read_captions(self, content: dict) -> dict[Id, tuple[str, list[str]]]:
         """The caption and the phrases of every image."""
         texts = {}
-        (annotations,) = unpack(content, str(self.instances), annotations=list)
-        for record in annotations:
+        for record in take(content, "annotations", list, str(self.instances)):
             with self.record():
-                name = label(record, "image_id", "annotation of image {}", "annotation")
-                where = f"{self.instances}: {name}"
-                number, text = unpack(record, where, image_id=Id, caption=str)
+                number = take(record, "image_id", Id, f"{self.instances}: annotation")
+                where = f"{self.instances}: annotation of image {number}"
+                text = take(record, "caption", str, where)
                 if number in texts:
                     self.skipped["further captions of an image"] += 1
                     continue
-                (phrases,) = unpack({"labels": []} | record, where, labels=list)
+                phrases = take({"labels": []} | record, "labels", list, where)
                 phrases = [check_words(expect(p, str, f"{where}: labels"), where) for p in phrases]
                 texts[number] = check_words(text, where), phrases
         return texts
@@ -250,9 +237,10 @@ class GcgScored(Dataset):
         number, size, text, phrases, shapes = self.records[index]
         where = f"{self.annotations}: image {number}"
         picture = read_image(find_file(self.images, f"{number}.jpg"), size)
-        task = self.source.task
-        turns = [(ask(task, [], rng, self.phrasings), text)]
-        masks = np.stack([decode_mask(shape, size, where) for shape in shapes])
+        turns = [(ask(self.source.task, [], rng, self.phrasings), text)]
+        masks = np.stack([decode_mask(shape, size, where) for shape in shapes])  # [T, H, W]
         labels = np.arange(len(shapes)) if phrases else np.zeros(len(shapes), np.int64)
         sample_id, names = f"{self.name}/{number}", phrases or ["object"]
-        return Sample(sample_id, task, picture, turns, masks, labels, names=names, image_id=number)
+        return Sample(
+            sample_id, self.source.task, picture, turns, masks, labels, names=names, image_id=number
+        )

@@ -65,18 +65,15 @@ class VisualPrompts(Dataset):
             categories = read_categories(read_json(self.instances, dict), str(self.instances))
             self.category_names = {number: c.name for number, c in categories.items()}
             self.category_index = {number: index for index, number in enumerate(categories)}
-        images = []
-        for index, record in enumerate(read_json(self.annotations, list)):
-            with self.record():
-                images.append(self.read_record(record, f"record {index}"))
+        images = list(self.read_each(self.read_record))
         if self.source.is_cross:
             self.index_references(images)
         else:
             for image in images:
                 self.index_image(image)
 
-    def read_record(self, record: dict, name: str) -> PromptedImage:
-        where = f"{self.annotations}: {name}"
+    def read_record(self, record: dict, where: str) -> PromptedImage:
+        """A record of the file, in whichever of the two layouts it is."""
         is_thin = isinstance(record, dict) and "anns" in record
         keys = {"image": str, "image_info": dict, "anns": list}
         if not is_thin:
@@ -84,7 +81,8 @@ class VisualPrompts(Dataset):
         file_name, info, annotations = unpack(record, where, **keys)
         size, objects = parse(Size, info, where), []
         for raw in annotations:
-            at = f"{self.annotations}: {label(raw, 'id', 'annotation {}', name)}"
+            name = label(raw, "id", "annotation {}", "")
+            at = f"{self.annotations}: {name}" if name else where
             number, category, shape, is_crowd = unpack(
                 raw, at, id=Id, category_id=int, segmentation=Segmentation, iscrowd=Flag
             )
@@ -93,10 +91,8 @@ class VisualPrompts(Dataset):
             rles, suffix = raw, "_visual_prompt_mask"
             if not is_thin:
                 rles, suffix = take(raw, "visual_prompts", dict, at), "_visual_prompt"
-            prompts = {kind: take(rles, f"{kind}{suffix}", dict, at) for kind in PROMPT_TYPES}
-            for kind, rle in list(prompts.items()):
-                if is_empty_rle(rle, size, f"{at}: {kind}"):
-                    del prompts[kind]
+            found = {kind: take(rles, f"{kind}{suffix}", dict, at) for kind in PROMPT_TYPES}
+            prompts = {x: y for x, y in found.items() if not is_empty_rle(y, size, f"{at}: {x}")}
             objects.append(PromptedObject(at, number, category, shape, is_crowd, prompts))
         return PromptedImage(take(info, "id", Id, where), file_name, size, is_thin, objects)
 
@@ -156,13 +152,12 @@ class VisualPrompts(Dataset):
         objects = image.objects
         if self.is_interactive:
             objects = [objects[rng.integers(len(objects))]]
-        groups, masks = defaultdict(list), defaultdict(list)  # by category
+        groups = defaultdict(list)  # of objects and their masks, by category
         for target in sorted(objects, key=lambda o: o.category):
             may_be_empty = not self.is_interactive
             mask = decode_mask(target.segmentation, image.size, target.where, may_be_empty)
             if mask.any():  # a few of COCO's objects are smaller than a pixel
-                groups[target.category].append(target)
-                masks[target.category].append(mask)
+                groups[target.category].append((target, mask))
         if not groups:
             raise ValueError(f"{self.annotations}: image {image.id}: no object has a pixel")
         shown = list(groups)
@@ -173,15 +168,15 @@ class VisualPrompts(Dataset):
             found = [self.region_elsewhere(category, image.id, rng) for category in shown]
             region_images, regions, kinds = map(list, zip(*found, strict=True))
         else:
-            parts = [image._replace(objects=groups[category]) for category in shown]
+            parts = [image._replace(objects=[o for o, _ in groups[c]]) for c in shown]
             regions, kinds = zip(*(self.region(part, rng) for part in parts), strict=True)
-            regions = np.stack(regions)
+            regions = np.stack(regions)  # [G, H, W]
         return Sample(
             f"{self.name}/{image.id}/{index}",
             self.source.task,
             picture,
             turns=[self.turn(["<region>"] * len(shown), rng)],
-            masks=np.concatenate([masks[category] for category in shown]),
+            masks=np.stack([mask for category in shown for _, mask in groups[category]]),
             labels=np.repeat(np.arange(len(shown)), [len(groups[category]) for category in shown]),
             names=["object"] if self.is_interactive else [self.category_names[c] for c in shown],
             regions=regions,

@@ -101,13 +101,6 @@ def _is_corner(point: Any) -> bool:
     return isinstance(point, dict) and {"x", "y"} <= point.keys()
 
 
-def told_size(segmentation: Any) -> list | None:
-    """(height, width) of the image of a mask, where it is an RLE, which tells it."""
-    rles = (each for each in mask_parts(segmentation)[0] if isinstance(each, dict))
-    size = next((rle.get("size") for rle in rles), None)
-    return list(map(whole, size)) if isinstance(size, list) and len(size) == 2 else None
-
-
 def expect(value: Any, kind: Any, where: str) -> Any:
     """`value`, which must be of `kind`, a class or several as a union or tuple; an int may stand
     for a float, a bool never for a number."""
@@ -152,6 +145,7 @@ class CocoImage(NamedTuple):
 
     @property
     def size(self) -> Size:
+        """Height and width, in pixels."""
         return Size(self.height, self.width)
 
 
@@ -185,5 +179,6 @@ def by_id(content: dict, key: str, where: str, kind: Any = Id) -> dict:
 
 
 def check_category(number: int, categories: Container[int], where: str) -> None:
+    """Raises ValueError at a category that the file does not have."""
     if number not in categories:
         raise ValueError(f"{where}: category {number!r} is not in its categories")

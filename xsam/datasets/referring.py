@@ -8,6 +8,7 @@ such thing, or a <SEG> without a mask. Legend: T targets, H W image size.
 import math
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw
 from xsam.data import Sample
 from xsam.datasets import formats, records
 from xsam.datasets.base import Dataset, Packed, pack
-from xsam.datasets.formats import decode_mask
+from xsam.datasets.formats import decode_mask, told_size
 from xsam.datasets.records import CocoImage, Segmentation, expect, label, parse, take, unpack
 from xsam.files import IMAGE_SUFFIXES, find_file, is_file, list_files, read_json
 from xsam.images import read_image, read_image_size, read_region
@@ -30,10 +31,11 @@ MAX_TURNS = 8  # referred objects of one training conversation
 class Referring(Dataset):
     """Conversations with a turn for every expression, even one that nothing in the image fits.
 
-    `groups` has every image once, its expressions last. A record is the number of a group, and
-    where those of its expressions begin and end that evaluation asks for, or `check` reads. A
-    training sample draws how many expressions of the image it asks for (1 to MAX_TURNS, all as
-    likely), which, in which order, and a text of each.
+    `groups` has every image once, with its expressions: what says of their masks, None where
+    nothing fits, and their texts. A record is the number of a group, and where those of its
+    expressions begin and end that evaluation asks for, or `check` reads. A training sample draws
+    how many expressions of the image it asks for (1 to MAX_TURNS, all equally likely), which, in
+    which order, and a text of each.
     """
 
     groups: Packed
@@ -41,26 +43,48 @@ class Referring(Dataset):
 
     @property
     def is_training(self) -> bool:
+        """Whether samples are drawn; else every text is asked for in turn."""
         return self.source.split in ("", "train")
 
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        group, start, stop = self.records[index]
-        *_, phrases = group = self.groups[group]
+    def add_group(
+        self, groups: list[bytes], image: Any, phrases: list[tuple], where: str
+    ) -> list[tuple[int, int, int]]:
+        """Adds an image and its expressions to the groups; returns their records."""
+        size = MAX_TURNS
         if not self.is_training:
-            return self.build(index, group, phrases[start:stop], rng)
+            phrases, size = [(mask, [text]) for mask, texts in phrases for text in texts], 1
+        groups.append(pack((image, phrases), where))
+        return [(len(groups) - 1, start, start + size) for start in range(0, len(phrases), size)]
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        if not self.is_training:
+            return self.check(index, rng)
+        image, phrases = self.groups[self.records[index][0]]
         count = rng.integers(1, min(len(phrases), MAX_TURNS) + 1)
         chosen = [phrases[i] for i in rng.permutation(len(phrases))[:count]]
-        return self.build(index, group, chosen, rng)
+        return self.build(index, (image, phrases), chosen, rng)
 
     def check(self, index: int, rng: np.random.Generator) -> Sample:
-        group, start, stop = self.records[index]
-        *_, phrases = group = self.groups[group]
-        return self.build(index, group, phrases[start:stop], rng)
+        group, phrases = self.asked(index)
+        return self.build(index, group, phrases, rng)
+
+    def asked(self, index: int) -> tuple[tuple[Any, list], list[tuple]]:
+        """The group of a record, and those of its expressions that the record asks for."""
+        number, start, stop = self.records[index]
+        group = self.groups[number]
+        return group, group[1][start:stop]
+
+    def is_present(self, index: int) -> bool:
+        """Of a set that is scored: whether anything in the image fits the expression."""
+        return self.asked(index)[1][0][0] is not None
+
+    def num_words(self, index: int) -> int:
+        return sum(len(str(text).split()) for _, texts in self.asked(index)[1] for text in texts)
 
     def build(
         self, index: int, group: tuple, phrases: list[tuple], rng: np.random.Generator
     ) -> Sample:
-        """The sample that asks for these expressions of a group, in this order."""
+        """The sample that asks for these `phrases` of a group, in this order."""
         raise NotImplementedError
 
     def make(
@@ -80,7 +104,8 @@ class Referring(Dataset):
         turns = [self.turn([name], rng, kind) for name, kind in zip(names, kinds, strict=True)]
         labels = np.flatnonzero([mask is not None for mask in masks])
         found = np.array([masks[index] for index in labels], bool)
-        found, task = found.reshape(-1, picture.height, picture.width), self.source.task
+        found = found.reshape(-1, picture.height, picture.width)  # [T, H, W]
+        task = self.source.task
         return Sample(
             sample_id, task, picture, turns, found, labels, names=names, image_id=image_id
         )
@@ -115,9 +140,11 @@ class RefCoco(Referring):
         index_of = {number: index for index, number in enumerate(used)}
         groups: list[bytes] = []
         for image_id, refs in chosen.items():
-            phrases = [([index_of[n] for n in numbers], texts) for numbers, texts in refs]
+            phrases = [([index_of[n] for n in numbers] or None, texts) for numbers, texts in refs]
+            counts, where = [len(texts) for _, texts in refs], f"{self.instances}: image {image_id}"
+            times = min(sum(counts), math.prod(counts)) if self.is_training else 1
             with self.record():
-                self.index_image(images[image_id], phrases, groups)
+                self.records += self.add_group(groups, images[image_id], phrases, where) * times
         self.groups = Packed(groups)
 
     def read_ref(
@@ -150,19 +177,6 @@ class RefCoco(Referring):
         is_training = self.source.split == "train"
         return image_id, split, numbers, sorted(set(texts)) if is_training else texts
 
-    def index_image(
-        self, image: dict, phrases: list[tuple[list[int], list[str]]], groups: list[bytes]
-    ) -> None:
-        """The group and the records of an image; a phrase is indices into `self.objects` and
-        sentences."""
-        if not self.is_training:
-            phrases = [(indices, [text]) for indices, texts in phrases for text in texts]
-        groups.append(pack((image, phrases), f"{self.instances}: image {image['id']}"))
-        counts, size = [len(texts) for _, texts in phrases], MAX_TURNS if self.is_training else 1
-        starts = range(0, len(phrases), size)
-        records = [(len(groups) - 1, start, start + size) for start in starts]
-        self.records += records * min(sum(counts), math.prod(counts))
-
     def key(self, index: int) -> str:
         return f"{self.groups[self.records[index][0]][0]['id']}/{index}"
 
@@ -174,23 +188,13 @@ class RefCoco(Referring):
         picture = read_image(find_file(self.images, image.file_name), image.size)
         objects = []
         for indices, texts in phrases:
-            masks = [self.mask(self.objects[i], image.size) for i in indices]
+            masks = [self.mask(self.objects[i], image.size) for i in indices or ()]
             text = texts[rng.integers(len(texts))]
             objects.append((text, np.any(masks, axis=0) if masks else None))
         return self.make(f"{self.name}/{image.id}/{index}", image.id, picture, objects, rng)
 
-    def is_present(self, index: int) -> bool:
-        """Of a set that is scored: whether anything in the image fits the expression."""
-        group, start, _ = self.records[index]
-        return bool(self.groups[group][1][start][0])
-
-    def num_words(self, index: int) -> int:
-        """Of a training sample at most."""
-        group, start, stop = self.records[index]
-        counts = [max(len(text.split()) for text in texts) for _, texts in self.groups[group][1]]
-        return sum(sorted(counts)[-MAX_TURNS:] if self.is_training else counts[start:stop])
-
     def mask(self, annotation: dict, size: tuple[int, int]) -> np.ndarray:
+        """The mask, bool [H, W], of an annotation of the instances file."""
         where = f"{self.instances}: annotation {annotation['id']}"
         return decode_mask(take(annotation, "segmentation", Segmentation, where), size, where)
 
@@ -201,40 +205,25 @@ class OwnReferring(Referring):
     string or a list of alternatives."""
 
     def index(self) -> None:
-        groups = []
+        groups: list[bytes] = []
         for index, record in enumerate(read_json(self.annotations, list)):
             where = f"{self.annotations}: record {index}"
             with self.record():
                 image, masks, texts = unpack(record, where, image=str, masks=list, texts=list)
                 if not masks or len(masks) != len(texts):
                     raise ValueError(f"{where}: {len(masks)} masks but {len(texts)} texts")
+                texts = [text if isinstance(text, list) else [text] for text in texts]
                 phrases = list(zip(masks, texts, strict=True))
-                if not self.is_training:  # a record for each text
-                    phrases = [
-                        (m, t) for m, t in phrases for t in (t if isinstance(t, list) else [t])
-                    ]
-                groups.append(pack((where, image, phrases), where))
-                size = MAX_TURNS if self.is_training else 1
-                starts = range(0, len(phrases), size)
-                self.records += [(len(groups) - 1, start, start + size) for start in starts]
+                self.records += self.add_group(groups, (where, image), phrases, where)
         self.groups = Packed(groups)
-        self.keep_part(image for _, image, _ in map(self.groups.__getitem__, range(len(groups))))
+        self.keep_part(map(self.image_name, self.records))
 
     def image_name(self, record: tuple) -> str:
-        return self.groups[record[0]][1]
+        (_, name), _ = self.groups[record[0]]
+        return name
 
     def key(self, index: int) -> str:
         return f"{self.image_name(self.records[index])}/{index}"
-
-    def is_present(self, index: int) -> bool:
-        """Of a set that is scored: whether anything in the image fits the expression."""
-        group, start, _ = self.records[index]
-        return self.groups[group][2][start][0] is not None
-
-    def num_words(self, index: int) -> int:
-        """Of a set that is scored."""
-        group, start, _ = self.records[index]
-        return len(str(self.groups[group][2][start][1]).split())
 
     def build(
         self, index: int, group: tuple, phrases: list[tuple], rng: np.random.Generator
@@ -242,20 +231,19 @@ class OwnReferring(Referring):
         try:
             return self.read(index, group, phrases, rng)
         except ValueError as error:
-            where = "" if str(self.annotations) in str(error) else f"{group[0]}: "
+            where = "" if str(self.annotations) in str(error) else f"{group[0][0]}: "
             raise ValueError(f"{where}{error}") from error
 
     def read(
         self, index: int, group: tuple, phrases: list[tuple], rng: np.random.Generator
     ) -> Sample:
         """See `build`."""
-        where, name, every = group
+        (where, name), every = group
         told = (self.told_size(mask) for mask, _ in every)  # by those that are not asked for, too
         picture = read_image(find_file(self.images, name), next(filter(None, told), None))
         size = picture.height, picture.width
         objects = []
         for mask, texts in phrases:
-            texts = [texts] if isinstance(texts, str) else expect(texts, list, f"{where}: texts")
             if not is_texts(texts):
                 raise ValueError(f"{where}: a text is empty or no string")
             text = check_words(texts[rng.integers(len(texts))].strip(), where)
@@ -270,7 +258,7 @@ class OwnReferring(Referring):
         """The size of the image, where its mask tells it."""
         if isinstance(mask, str):
             return read_image_size(find_file(self.images, mask))
-        return records.told_size(mask)
+        return told_size(mask)
 
 
 def is_texts(values: list) -> bool:
@@ -312,6 +300,7 @@ class Reason(Dataset):
         self.skipped["images without an annotation"] = len(stems - {path.stem for path in paths})
 
     def index_file(self, path: Path) -> None:
+        """The records of a file, or what it is counted as where it has none."""
         content = read_json(path, last_resort="cp1252")  # some of the files are
         about = content if isinstance(content, dict) else {}
         names, size = labelme_image(path, about)
@@ -370,7 +359,7 @@ class Reason(Dataset):
         )
 
     def num_words(self, index: int) -> int:
-        return max(len(text.split()) for text in self.records[index][3])
+        return len(self.records[index][3][0].split())
 
     def is_sentence(self, index: int) -> bool:
         """Whether the question is a long one, as the scores of the test split are told apart."""

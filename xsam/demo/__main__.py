@@ -23,32 +23,26 @@ NUM_SCENES = 4
 
 
 def build_parser() -> Parser:
+    """The flags of the command."""
     parser = Parser(
         prog="python -m xsam.demo",
         description="A page in the browser that asks a model. Stop it with Ctrl-C.",
         epilog="example: python -m xsam.demo --checkpoint runs/toy/stage3",
     )
     add_checkpoint_flags(parser)
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on (default: %(default)s, this machine alone)",
-    )
+    add = parser.add_argument
+    text = "address to listen on (default: %(default)s, this machine alone)"
+    add("--host", default="127.0.0.1", help=text)
     port = "port to listen on (default: %(default)s)"
-    parser.add_argument("--port", type=count, default=8080, metavar="N", help=port)
-    parser.add_argument(
-        "--examples",
-        type=Path,
-        metavar="DIR",
-        help=f"a folder whose first {MAX_EXAMPLES} pictures are offered as examples (default: "
-        "drawings of the toy world)",
-    )
+    add("--port", type=count, default=8080, metavar="N", help=port)
+    text = f"a folder whose first {MAX_EXAMPLES} pictures are offered as examples (default: "
+    add("--examples", type=Path, metavar="DIR", help=f"{text}drawings of the toy world)")
     return parser
 
 
 def read_examples(folder: Path | None) -> list[tuple[str, Image.Image]]:
-    """Names and pictures; those that cannot be read are told and left out. Raises ValueError where
-    the folder has none."""
+    """Names and pictures; those that cannot be read are reported and left out. Raises ValueError
+    where the folder has none."""
     if folder is None:
         scenes = [draw_scene(np.random.default_rng(seed)) for seed in range(NUM_SCENES)]
         return [(f"drawing {n}", Image.fromarray(scene.image)) for n, scene in enumerate(scenes, 1)]
@@ -65,6 +59,7 @@ def read_examples(folder: Path | None) -> list[tuple[str, Image.Image]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Serves the page until Ctrl-C; returns the exit status, 2 at bad input."""
     options = build_parser().parse_args(arguments)
     try:
         examples = read_examples(options.examples)

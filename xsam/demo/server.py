@@ -19,8 +19,9 @@ import threading
 import time
 import traceback
 import warnings
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -29,11 +30,11 @@ from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image
 
-from xsam.datasets.formats import bounding_box, encode_mask
 from xsam.images import read_image
 from xsam.inference import encode_image, predict
 from xsam.model import XSAM, Segmentor
 from xsam.regions import KINDS
+from xsam.report.colours import PALETTE
 from xsam.results import SegmentationResult
 from xsam.tasks import TASKS, requested_task, requests
 
@@ -114,6 +115,7 @@ class Pictures:
         self.decoding = threading.Lock()  # one at a time: each may take 150 MB
 
     def add(self, content: bytes) -> tuple[str, Image.Image]:
+        """Keeps an uploaded picture; its key, and the picture. Raises as `decode_picture` does."""
         key = hashlib.sha256(content).hexdigest()[:32]
         with self.decoding:
             image = decode_picture(content)
@@ -125,7 +127,7 @@ class Pictures:
         return key, image
 
     def find(self, key: Any) -> Image.Image:
-        """Raises RefusedError where there is no such picture, or no longer."""
+        """The picture of a key. Raises RefusedError where there is none, or no longer."""
         with self.lock:
             if isinstance(key, str) and key in self.examples:
                 return self.examples[key][1]
@@ -235,6 +237,7 @@ class Engine:
         on_text("")
         options: dict[str, Any] = {"text": question.text, "regions": question.drawings}
         options |= {"things": question.things or None, "stuff": question.stuff or None}
+        options["region_image"] = question.region_image
         config, threshold = self.model.config, None  # from which the page shows masks at first
         of_threshold = requests()[question.task].threshold
         if of_threshold == "presence":
@@ -264,16 +267,12 @@ class Engine:
 def pack_result(
     result: SegmentationResult, notes: list[str], threshold: float | None = None
 ) -> dict:
-    """A result as the page takes it: masks as COCO's compressed RLE, boxes [x, y, width, height] in
-    pixels, and the score from which a mask is shown at first."""
+    """A result as the page takes it: the segments of `to_dict`, each with its span in the text, and
+    the score from which a mask is shown at first."""
     if result.num_prompts > 1:
         notes = [*notes, f"The names did not fit one prompt: asked in {result.num_prompts}."]
-    masks = []
-    columns = result.masks, result.labels, result.scores, result.spans
-    for mask, label, score, span in zip(*columns, strict=True):
-        about = {"label": label, "score": round(score, 4), "span": span, "area": int(mask.sum())}
-        about["box"] = bounding_box(mask) if mask.any() else [0, 0, 0, 0]
-        masks.append(about | {"counts": encode_mask(mask)["counts"]})
+    segments = zip(result.to_dict()["segments"], result.spans, strict=True)
+    masks = [segment | {"span": span} for segment, span in segments]
     threshold = result.threshold if threshold is None else threshold
     return {"text": result.text, "masks": masks, "threshold": threshold, "notes": notes}
 
@@ -285,7 +284,7 @@ def pack_result(
 class Job:
     """A request on its way through the queue."""
 
-    question: Question | None  # None once it is answered: the picture is let go
+    question: Question | None  # None once it has ended: the picture is let go
     key: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     state: str = "waiting"  # running, done, failed, cancelled
     text: str = ""  # the answer so far
@@ -298,24 +297,20 @@ class Queue:
 
     def __init__(self, answer: Callable[[Question, Callable[[str], None]], dict]):
         self.answer = answer
-        self.jobs: OrderedDict[str, Job] = OrderedDict()
-        self.waiting: deque[Job] = deque()
-        self.running: Job | None = None
+        self.jobs: dict[str, Job] = {}  # in the order in which they came
         self.is_closed = False
         self.changed = threading.Condition()
-        self.worker = threading.Thread(target=self._work, daemon=True)
-        self.worker.start()
+        self.worker = ThreadPoolExecutor(1)
 
     def submit(self, question: Question) -> str:
         """The key of a new job. Raises RefusedError where too many are waiting."""
         with self.changed:
-            if len(self.waiting) >= MAX_WAITING:
+            if sum(job.state == "waiting" for job in self.jobs.values()) >= MAX_WAITING:
                 raise RefusedError(503, f"{MAX_WAITING} requests are waiting. Try again later.")
             job = Job(question)
             self.jobs[job.key] = job
-            self.waiting.append(job)
             self._forget()
-            self.changed.notify_all()
+        self.worker.submit(self._work, job)
         return job.key
 
     def follow(self, key: str, seen: str) -> dict:
@@ -329,19 +324,20 @@ class Queue:
             return self._describe(job)
 
     def cancel(self, key: str) -> None:
+        """Takes a job out of the queue, or ends it as soon as its answer grows. Raises RefusedError
+        at an unknown job."""
         with self.changed:
             job = self._find(key)
-            if job in self.waiting:
-                self.waiting.remove(job)
+            if job.state == "waiting":
+                job.question = None
             if job.state in ("waiting", "running"):
-                job.state, job.question = "cancelled", None
+                job.state = "cancelled"
             self.changed.notify_all()
 
     def close(self) -> None:
-        with self.changed:
-            self.is_closed = True
-            self.changed.notify_all()
-        self.worker.join()
+        """Answers nothing any more, and waits until the running job has ended."""
+        self.is_closed = True
+        self.worker.shutdown(cancel_futures=True)
 
     def _find(self, key: str) -> Job:
         if key not in self.jobs:
@@ -349,9 +345,8 @@ class Queue:
         return self.jobs[key]
 
     def _describe(self, job: Job) -> dict:
-        place = 0
-        if job in self.waiting:
-            place = self.waiting.index(job) + (self.running is not None)
+        before = [other for other in self.jobs.values() if other.question is not None]
+        place = before.index(job) if job.state == "waiting" else 0
         stamp = f"{job.state}.{place}.{len(job.text)}"
         about = {"state": job.state, "place": place, "text": job.text, "stamp": stamp}
         return about | job.outcome
@@ -361,24 +356,21 @@ class Queue:
         for key in ended[:-KEPT_ANSWERS]:
             del self.jobs[key]
 
-    def _work(self) -> None:
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.is_closed)
-                if self.is_closed:
-                    return
-                job = self.running = self.waiting.popleft()
-                job.state, question = "running", job.question
-                self.changed.notify_all()
-            state, outcome = self._run(job, question)
-            with self.changed:
-                if job.state == "running":
-                    job.state, job.outcome = state, outcome
-                self.running = job.question = question = None
-                self._forget()
-                self.changed.notify_all()
+    def _work(self, job: Job) -> None:
+        with self.changed:
+            if job.state == "cancelled":
+                return
+            job.state = "running"
+            self.changed.notify_all()
+        state, outcome = self._run(job)
+        with self.changed:
+            if job.state == "running":
+                job.state, job.outcome = state, outcome
+            job.question = None
+            self._forget()
+            self.changed.notify_all()
 
-    def _run(self, job: Job, question: Question) -> tuple[str, dict]:
+    def _run(self, job: Job) -> tuple[str, dict]:
         def on_text(text: str) -> None:
             with self.changed:
                 is_abandoned = time.monotonic() - job.asked_at > ABANDONED_SECONDS
@@ -390,7 +382,7 @@ class Queue:
 
         try:
             on_text("")
-            return "done", {"result": self.answer(question, on_text)}
+            return "done", {"result": self.answer(job.question, on_text)}
         except CancelledError:
             return "cancelled", {}
         except ValueError as error:
@@ -433,6 +425,7 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(DeadlineReader(self.connection, RECEIVE_SECONDS))
 
     def answer_request(self) -> None:
+        """Replies to a request, or says why not; what is still being sent then is taken."""
         try:
             self.check_sender()
             self.reply(200, *self.route())
@@ -528,19 +521,19 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Also what the standard library says of a request that is no HTTP."""
+        """Replies with an error as JSON, also where the standard library finds no HTTP."""
         self.reply(code, {"error": message or "The request cannot be read."})
 
     def drain(self) -> None:
-        """Takes what is still being sent, for a while: a connection that is closed with bytes in it
-        is reset, and the sender never reads the refusal."""
+        """Reads what is still being sent, for two seconds: a connection that is closed with unread
+        bytes is reset, and the sender would never read the refusal."""
         self.connection.shutdown(socket.SHUT_WR)
         reader, end = DeadlineReader(self.connection, 2), bytearray(2**16)
         while reader.readinto(end):
             pass
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing: what people ask is theirs."""
+        """Logs nothing: requests are private."""
 
 
 class DemoServer(ThreadingHTTPServer):
@@ -584,6 +577,7 @@ class DemoServer(ThreadingHTTPServer):
             "token": self.token,
             "title": self.title,
             "limits": {"bytes": MAX_BYTES, "regions": MAX_REGIONS},
+            "palette": PALETTE.tolist(),
             "examples": [
                 {"id": key, "name": name, "width": image.width, "height": image.height}
                 for key, (name, image) in self.pictures.examples.items()
@@ -612,7 +606,7 @@ class DemoServer(ThreadingHTTPServer):
             self.connections.release()
 
     def handle_error(self, request: socket.socket, client_address: Any) -> None:
-        """A sender that went away is no error of ours."""
+        """A sender that has gone away is not an error of the server."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 

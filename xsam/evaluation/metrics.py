@@ -106,7 +106,7 @@ def panoptic_quality(records: list[list[Match]], is_thing: list[bool]) -> Figure
     """PQ, SQ and RQ over all classes, PQ over things and over stuff, of the records of
     `match_segments`, one list an image. Each is the mean over the classes that occur in the truth
     or in a prediction that counts."""
-    true_positives, mistakes, iou = np.zeros((3, len(is_thing)))
+    true_positives, mistakes, iou = np.zeros((3, len(is_thing)))  # [K] each
     for kind, category, value in (match for record in records for match in record):
         if kind == "tp":
             true_positives[category] += 1
@@ -161,13 +161,13 @@ def instance_quality(record: dict, least: float) -> float:
     found = [(category, rle) for category, rle, score in record["predicted"] if score >= least]
     classes, rles, is_crowd = zip(*record["truth"], strict=True) if record["truth"] else ([],) * 3
     is_target = ~np.array(is_crowd, bool)
-    ious = np.zeros((len(found), len(rles)))
+    ious = np.zeros((len(found), len(rles)))  # [N, T]
     if ious.size:
         ious = np.array(coco_mask.iou([rle for _, rle in found], list(rles), list(is_crowd)))
         ious *= (np.array([c for c, _ in found])[:, None] == classes) & (ious > 0.5)
-    is_excused = ious[:, ~is_target].any(axis=1)
-    ious = ious[:, is_target]
-    pairs = np.transpose(linear_sum_assignment(ious, maximize=True))
+    is_excused = ious[:, ~is_target].any(axis=1)  # [N]
+    ious = ious[:, is_target]  # [N, targets]
+    pairs = np.transpose(linear_sum_assignment(ious, maximize=True))  # [pairs, 2]
     pairs = [(row, column) for row, column in pairs.tolist() if ious[row, column]]
     num_false = np.count_nonzero(~is_excused) - sum(not is_excused[row] for row, _ in pairs)
     mistakes = [("", 0, 0.0)] * (num_false + is_target.sum() - len(pairs))
@@ -191,7 +191,7 @@ def average_precision(records: list[dict], num_categories: int) -> Figures:
         evaluation.evaluate()
         evaluation.accumulate()
     precision = evaluation.eval["precision"][..., 0, 0]  # [10 thresholds, 101 recalls, K]
-    at_half = precision[np.isclose(params.iouThrs, 0.5)]
+    at_half = precision[np.isclose(params.iouThrs, 0.5)]  # [1, 101, K]
     return {"AP": _percent(precision[precision > -1]), "AP50": _percent(at_half[at_half > -1])}
 
 
@@ -225,6 +225,7 @@ def count_pixels(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> 
     """
     assert truth.shape == predicted.shape, f"{truth.shape}, {predicted.shape} pixels"
     is_counted = (truth >= 0) & (truth < num_classes)
+    # [pixels that count]
     truth, predicted = truth[is_counted].astype(np.int64), predicted[is_counted].astype(np.int64)
     predicted[(predicted < 0) | (predicted >= num_classes)] = num_classes
     size = (num_classes, num_classes + 1)
@@ -234,7 +235,7 @@ def count_pixels(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> 
 def mean_iou(matrix: np.ndarray) -> Figures:
     """mIoU of the sum of the records of `count_pixels`: the mean over the classes that occur in the
     truth, as detectron2's evaluation takes it."""
-    intersection, true_area = matrix.diagonal(), matrix.sum(axis=1)
+    intersection, true_area = matrix.diagonal(), matrix.sum(axis=1)  # [K]
     union = true_area + matrix[:, :-1].sum(axis=0) - intersection
     occurs = true_area > 0
     return {"mIoU": _percent(intersection[occurs] / union[occurs])}
@@ -258,61 +259,28 @@ def mask_overlap(
 def mask_quality(records: list[Overlap]) -> Figures:
     """cIoU, the sum of intersections over the sum of unions, and gIoU, the mean IoU, of the records
     of `mask_overlap`; an empty union is an IoU of 1 (Lai et al. 2024, LISA)."""
-    return {
-        "cIoU": _cumulative_iou(records),
-        "gIoU": _percent([each[0] / each[1] if each[1] else 1.0 for each in records]),
-    }
+    intersection, union = (sum(each[n] for each in records) for n in (0, 1))
+    ious = [each[0] / each[1] if each[1] else 1.0 for each in records]
+    return {"cIoU": 100 * intersection / union if union else None, "gIoU": _percent(ious)}
 
 
 def target_quality(records: list[Overlap]) -> Figures:
     """The protocol of gRefCOCO (Liu et al. 2023, GRES) of the records of `mask_overlap`.
 
     cIoU and gIoU are over all expressions. One without a target has an IoU of 1 if nothing was
-    predicted; else 0, and its pixels are in the sum of unions. N_acc and T_acc are the shares of
-    the expressions without and with a target that were recognised as such. cIoU_targets and
-    gIoU_targets are over the expressions with a target alone, which is what X-SAM reports: its code
-    reads no others.
+    predicted, for then its union is empty; else 0, and its pixels are in the sum of unions. N_acc
+    and T_acc are the shares of the expressions without and with a target that were recognised as
+    such. cIoU_targets and gIoU_targets are over the expressions with a target alone, which is what
+    X-SAM reports: its code reads no others.
     """
     targets = [each for each in records if each[2]]
-    others = [each for each in records if not each[2]]
-    ious = [
-        intersection / union if has_target else float(not is_found)
-        for intersection, union, has_target, is_found in records
-    ]
-    return {
-        "cIoU": _cumulative_iou(records),
-        "gIoU": _percent(ious),
-        "N_acc": _percent([not is_found for *_, is_found in others]),
+    is_refused = [not is_found for *_, has_target, is_found in records if not has_target]
+    recognised = {
+        "N_acc": _percent(is_refused),
         "T_acc": _percent([is_found for *_, is_found in targets]),
-        "cIoU_targets": _cumulative_iou(targets),
-        "gIoU_targets": _percent([each[0] / each[1] for each in targets]),
     }
-
-
-def presence_curve(
-    scores: list[float], is_present: list[bool], thresholds: list[float]
-) -> list[Figures]:
-    """What `Config.presence` would do at each threshold, from the best score of every phrase
-    (-inf where it got no mask at all): N_acc and T_acc as `target_quality` has them, T_acc being
-    the recall of the phrases that are there, and their precision among those that get a mask."""
-    scores, is_present = np.array(scores), np.array(is_present, bool)
-    figures = []
-    for threshold in thresholds:
-        is_kept = (scores >= threshold) & (scores > -np.inf)
-        figures.append(
-            {
-                "threshold": threshold,
-                "N_acc": _percent(~is_kept[~is_present]),
-                "T_acc": _percent(is_kept[is_present]),
-                "precision": _percent(is_present[is_kept]),
-            }
-        )
-    return figures
-
-
-def _cumulative_iou(records: list[Overlap]) -> float | None:
-    union = sum(each[1] for each in records)
-    return 100 * sum(each[0] for each in records) / union if union else None
+    alone = {f"{name}_targets": figure for name, figure in mask_quality(targets).items()}
+    return mask_quality(records) | recognised | alone
 
 
 # ---- grounded captions ---------------------------------------------------------------------------
@@ -377,7 +345,7 @@ def phrase_similarity(
     if embed is None:
         rows, columns = ([text.strip().lower() for text in each] for each in (truth, predicted))
         return np.array([[row == column for column in columns] for row in rows], np.float64)
-    embeddings = np.asarray(embed([*truth, *predicted]), np.float64)
+    embeddings = np.asarray(embed([*truth, *predicted]), np.float64)  # [T + N, d]
     lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
     embeddings = embeddings / np.where(lengths > 0, lengths, 1)
     return embeddings[: len(truth)] @ embeddings[len(truth) :].T
@@ -471,10 +439,8 @@ def read_choice(answer: str, options: dict[str, str]) -> str | None:
 
 def read_yes_no(answer: str) -> str | None:
     """Yes or No, whichever word is in the answer without the other; else None."""
-    words = set(re.findall(r"[^\W_]+", answer.lower()))
-    if ("yes" in words) == ("no" in words):
-        return None
-    return "Yes" if "yes" in words else "No"
+    words = {"yes", "no"} & set(re.findall(r"[^\W_]+", answer.lower()))
+    return words.pop().capitalize() if len(words) == 1 else None
 
 
 def exact_match(answer: str, truth: str) -> bool:

@@ -29,6 +29,7 @@ def number_colours(*groups: list[Hashable]) -> list[list[int]]:
 
 
 def colour_of(number: int) -> Colour:
+    """The palette's colour of a number, RGB from 0 to 255."""
     return tuple(PALETTE[number % len(PALETTE)].tolist())
 
 

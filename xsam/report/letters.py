@@ -99,6 +99,7 @@ class Run(NamedTuple):
 
     @property
     def right(self) -> float:
+        """Where its colour ends, in pixels from the left."""
         return self.end_with(self.text)
 
     def end_with(self, text: str) -> float:

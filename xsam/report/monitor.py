@@ -57,8 +57,8 @@ class Monitor:
         device: torch.device,
         peak_tflops: float | None,
     ):
-        """Forgets what an interrupted run recorded from `first_step` on. `peak_tflops` of one
-        device; None where it is not known, and no rate is told."""
+        """Forgets what an interrupted run recorded from `first_step` on. `peak_tflops` is
+        that of one device; None where it is not known, and then no rate is recorded."""
         self.out, self.stage, self.is_on = out, stage, distributed.rank() == 0
         self.device, self.peak_tflops = device, peak_tflops
         self.bar = tqdm(
@@ -78,6 +78,7 @@ class Monitor:
                 self.board = SummaryWriter(str(folder), purge_step=first_step)
 
     def __iter__(self) -> Iterator[int]:
+        """The numbers of the steps that are left, under the bar."""
         return iter(self.bar)
 
     def step(self, step: int, batches: list[Batch], figures: dict[str, float]) -> None:
@@ -118,16 +119,14 @@ class Monitor:
         self, step: int, model: Segmentor | XSAM, data: Path, skip_bad: bool = False
     ) -> None:
         """Scores the first samples of every set of the tasks; every rank takes part."""
-        count = model.config.num_validation
-        prefix = f"stage{self.stage}_step{step + 1}"
-        count_pictures = model.config.num_pictures
-        scores = score_tasks(model, self.out, data, prefix, count_pictures, count, skip_bad)
+        count, prefix = model.config.num_validation, f"stage{self.stage}_step{step + 1}"
+        num_pictures = model.config.num_pictures
+        scores = score_tasks(model, self.out, data, prefix, num_pictures, count, skip_bad)
         model.train()
         figures = {f"{task} {name}": x for task, row in scores.items() for name, x in row.items()}
         self._write({"stage": self.stage, "step": step, "validation": figures})
         if self.is_on:
-            known = {name: figure for name, figure in figures.items() if figure is not None}
-            shown = ", ".join(f"{name} {figure:.1f}" for name, figure in known.items())
+            shown = ", ".join(f"{name} {x:.1f}" for name, x in figures.items() if x is not None)
             tqdm.write(f"stage {self.stage} step {step}, {count} samples of each set: {shown}")
             draw_metrics(self.out)
 
@@ -142,6 +141,7 @@ class Monitor:
                     self.board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
+        """Ends the bar and TensorBoard's file, and says how many samples were skipped."""
         self.bar.close()
         if self.is_on and self.num_skipped_samples:
             print(f"{self.num_skipped_samples} samples were skipped, and others drawn")
@@ -174,7 +174,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def _without_nan(value):
-    """JSON has no word for what is not finite: null."""
+    """JSON has no numbers that are not finite: null in their place."""
     if isinstance(value, dict):
         return {name: _without_nan(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -193,26 +193,23 @@ def drop_metrics(path: Path, stage: int, step: int) -> None:
 
 
 def score(
-    column: str,
-    model: Segmentor | XSAM,
-    out: Path,
-    data: Path,
-    skip_bad: bool = False,
-    step: int = 0,
+    column: str, model: Segmentor | XSAM, out: Path, data: Path, skip_bad=False, step: int = 0
 ) -> None:
-    """Evaluates `model`, adds the column to OUT/results.json and results.md, draws pictures."""
-    results = read_results(out)
+    """Evaluates `model`, adds the column to OUT/results.json and results.md, draws pictures.
+    `skip_bad`: see `evaluate`. `step` is the checkpoint's, for `is_scored`."""
+    before = read_document(out)
+    results = before.get("columns", {})
     num_pictures = 0 if column in (UNTRAINED, INIT) else model.config.num_pictures
     count = UNTRAINED_SAMPLES if column == UNTRAINED else None
     prefix = column.replace(" ", "")
     results[column] = score_tasks(model, out, data, prefix, num_pictures, count, skip_bad)
     if distributed.rank() == 0:
         # The last column's figures stand at the top level: {"panoptic": {"PQ": …}, …}.
-        steps = _read_document(out).get("steps", {}) | {column: step}
+        steps = before.get("steps", {}) | {column: step}
         document = results[column] | {"columns": results, "steps": steps}
         write_whole(out / RESULTS_FILE, json.dumps(document, indent=1))
         note = f"{UNTRAINED}: the first {UNTRAINED_SAMPLES} samples of each set"
-        text = table(results, note if UNTRAINED in results else "")
+        text = table(results, note * (UNTRAINED in results))
         write_whole(out / "results.md", text + "\n")
         print(f"\n{text}", flush=True)
     distributed.barrier()
@@ -251,18 +248,15 @@ def score_tasks(
     return figures
 
 
-def read_results(out: Path) -> dict:
-    """{column: {task: {metric: figure}}} of OUT/results.json; empty where there is none."""
-    return _read_document(out).get("columns", {})
-
-
 def is_scored(column: str, out: Path, step: int = 0) -> bool:
     """Whether OUT/results.json has a column, of this step."""
-    document = _read_document(out)
-    is_there = column in document.get("columns", {})
-    return is_there and document.get("steps", {}).get(column, step) == step
+    before = read_document(out)
+    is_there = column in before.get("columns", {})
+    return is_there and before.get("steps", {}).get(column, step) == step
 
 
-def _read_document(out: Path) -> dict:
+def read_document(out: Path) -> dict:
+    """OUT/results.json: {"columns": {column: {task: {metric: figure}}}, "steps": {column: step}}
+    and the last column's tasks beside; empty where there is none."""
     path = out / RESULTS_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

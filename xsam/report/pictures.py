@@ -166,14 +166,12 @@ def _take_place(
     return column * cell, row * cell, column * cell + box_size[0], row * cell + box_size[1]
 
 
-def _draw_labels(
+def _place_labels(
     picture: Image.Image, shapes: dict[int, Shape], texts: list[str], colours: list[int]
-) -> list[tuple[str, int | None]]:
-    """Writes every label on its segment where that has room, else beside it with a line to it; no
-    label covers another. What finds no room near it has a number in its place, if there is room for
-    that, and its name in the legend, which is returned; so have all that would lie beside theirs
-    where the labels would fill much of the picture."""
-    size, draw = letter_size(picture), ImageDraw.Draw(picture)
+) -> tuple[dict[int, tuple[list, Box]], dict[tuple[str, int], int]]:
+    """The lines of each label and the box that they are written in, and the numbers of those that
+    are told in the legend, by text and colour. See `_draw_labels`."""
+    size = letter_size(picture)
     cell, stride = max(1, size // 4), max(1, size // 8)
     weight = np.zeros((picture.height // cell, picture.width // cell))
     blocks, boxes, numbers = {}, {}, {}
@@ -201,6 +199,18 @@ def _draw_labels(
             box = _take_place(weight, cell, shape.deepest, box_size)
         if box is not None:
             boxes[n] = lines, box
+    return boxes, numbers
+
+
+def _draw_labels(
+    picture: Image.Image, shapes: dict[int, Shape], texts: list[str], colours: list[int]
+) -> list[tuple[str, int | None]]:
+    """Writes every label on its segment where that has room, else beside it with a line to it; no
+    label covers another. What finds no room near it has a number in its place, if there is room for
+    that, and its name in the legend, which is returned; so have all that would lie beside theirs
+    where the labels would fill much of the picture."""
+    size, draw = letter_size(picture), ImageDraw.Draw(picture)
+    boxes, numbers = _place_labels(picture, shapes, texts, colours)
     for n, (_, box) in boxes.items():
         x, y = shapes[n].deepest
         end = np.clip(x, box[0], box[2]), np.clip(y, box[1], box[3])
@@ -303,7 +313,7 @@ def draw_prompts(
     if regions is None:
         return [plain]
     kinds = kinds or ["mask"] * len(regions)
-    colours = number_colours(range(len(regions)))[0] if colours is None else colours
+    colours = colours or list(range(len(regions)))
     if region_images is None:
         return [draw_segments(image, regions, labels, colours=colours, kinds=kinds)]
     shown = zip(region_images, regions, labels, colours, kinds, strict=True)

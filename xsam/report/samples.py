@@ -4,6 +4,7 @@ Drawn with `pictures.py`, for the checks of data, the monitor of training and th
 """
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,22 +37,29 @@ def _keys(sample: Sample, labels: list[str]) -> list[tuple[str, int]]:
     return [(label, labels[:n].count(label) * is_caption) for n, label in enumerate(labels)]
 
 
-def draw_sample(sample: Sample) -> Image.Image:
-    """What is asked, with its visual prompts, beside what is answered, with its targets."""
+def _draw_truth(
+    sample: Sample, found: Sequence[str] = ()
+) -> tuple[list[Image.Image], list[str], list[list[int]]]:
+    """What is asked (`draw_prompts`) and the truth beside it; the labels of its masks, their
+    colours, and those of what a model `found`."""
     labels = [sample.names[label] for label in sample.labels]
     shown = sample.names[: len(sample.regions if sample.regions is not None else ())]
-    of_prompts, colours = number_colours(_keys(sample, shown), _keys(sample, labels))
-    asked = draw_prompts(
-        sample.image, sample.regions, sample.region_images, shown, sample.region_kinds, of_prompts
-    )
-    answered = draw_segments(
-        sample.image, sample.masks, labels, colours=colours, ignore=sample.ignore
-    )
+    keys = (_keys(sample, names) for names in (shown, labels, found))
+    of_prompts, *colours = number_colours(*keys)
+    regions = sample.regions, sample.region_images, shown, sample.region_kinds, of_prompts
+    options = {"colours": colours[0], "ignore": sample.ignore}
+    truth = draw_segments(sample.image, sample.masks, labels, **options)
+    return [*draw_prompts(sample.image, *regions), truth], labels, colours
+
+
+def draw_sample(sample: Sample) -> Image.Image:
+    """What is asked, with its visual prompts, beside what is answered, with its targets."""
+    pictures, labels, (colours, _) = _draw_truth(sample)
     question, answer = (read_words(" / ".join(texts)) for texts in zip(*sample.turns, strict=True))
     if TASKS[sample.task].is_grounded:
         answer = colour_phrases(answer, find_spans(answer, labels), colours)
-    titles = [*[""] * (len(asked) - 1), f"{sample.sample_id}\n{question}", answer]
-    return side_by_side([*asked, answered], titles)
+    titles = [*[""] * (len(pictures) - 2), f"{sample.sample_id}\n{question}", answer]
+    return side_by_side(pictures, titles)
 
 
 def draw_prediction(
@@ -66,30 +74,21 @@ def draw_prediction(
         lines = [question, f"truth: {answer}" if answer else "", f"prediction{note}: {said}"]
         title = "\n".join(filter(None, lines))
         return side_by_side([draw_segments(sample.image, sample.masks, [])], [title])
-    shown = sample.names[: len(sample.regions if sample.regions is not None else ())]
-    labels, found = [sample.names[label] for label in sample.labels], prediction.labels
-    of_prompts, of_truth, of_found = number_colours(
-        *(_keys(sample, each) for each in (shown, labels, found))
-    )
-    pictures = [
-        draw_segments(sample.image, sample.masks, labels, colours=of_truth, ignore=sample.ignore),
-        prediction.draw(min_score=min_score, colours=of_found),
-    ]
+    found = prediction.labels
+    pictures, labels, colours = _draw_truth(sample, found)
+    pictures.append(prediction.draw(min_score=min_score, colours=colours[1]))
     asked = answer if task.is_grounded else "" if task.needs == "categories" else question
     titles: list[Text] = [f"truth: {asked}", f"prediction{note}: {said}"]
     titles = [title.removesuffix(": ") for title in titles]
     if task.is_grounded or task.is_per_phrase:
-        told = zip(titles, (labels, found), (of_truth, of_found), strict=True)
+        told = zip(titles, (labels, found), colours, strict=True)
         titles = [colour_phrases(title, find_spans(title, names), c) for title, names, c in told]
-    if sample.regions is not None:
-        kinds = sample.region_kinds
-        prompts = draw_prompts(
-            sample.image, sample.regions, sample.region_images, shown, kinds, of_prompts
-        )
-        pictures, titles = prompts + pictures, ["prompt"] * len(prompts) + titles
-        if sample.region_images is not None:
-            titles[len(prompts) - 1] = "image"
-    return side_by_side(pictures, titles)
+    if sample.regions is None:
+        return side_by_side(pictures[1:], titles)
+    prompts = ["prompt"] * (len(pictures) - 2)
+    if sample.region_images is not None:
+        prompts[-1] = "image"
+    return side_by_side(pictures, prompts + titles)
 
 
 def draw_predictions(

@@ -13,6 +13,7 @@ from xsam.toy.world import write_world
 
 
 def main() -> int:
+    """Writes the folder that is named and returns the exit status, 2 at bad input."""
     parser = Parser(
         prog="python -m xsam.toy",
         description="Writes the toy world: FOLDER/data, FOLDER/weights.",

@@ -9,6 +9,7 @@ import colorsys
 import string
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -96,20 +97,25 @@ class Segment:
 
     @property
     def is_thing(self) -> bool:
+        """Whether it is a thing, or many of them, and no texture."""
         return self.category in THING_IDS
 
     @property
     def category_id(self) -> int:
+        """Its number in the files."""
         return (THING_IDS | STUFF_IDS)[self.category]
 
 
 @dataclass
 class Scene:
+    """A drawing, which pixel of it belongs to what, and what there is."""
+
     image: np.ndarray  # [H, W, 3] uint8
     segment_index: np.ndarray  # [H, W] uint8: 1 + index of the visible segment, 0 where void
     segments: list[Segment]
 
     def mask(self, index: int) -> np.ndarray:
+        """The pixels of a segment, bool [H, W]."""
         return self.segment_index == index + 1
 
     def order(self) -> list[int]:
@@ -118,9 +124,11 @@ class Scene:
         return sorted(single, key=lambda index: np.nonzero(self.mask(index))[1].mean())
 
     def things(self) -> list[Segment]:
+        """Single things from left to right."""
         return [self.segments[index] for index in self.order()]
 
     def background(self) -> str:
+        """The textures as they are named in words."""
         return " and ".join(clean_name(s.category) for s in self.segments if not s.is_thing)
 
 
@@ -130,6 +138,8 @@ class Scene:
 def draw_scene(
     rng: Generator, has_crowd: bool = False, least_things: int = 2, most_things: int = 3
 ) -> Scene:
+    """A random scene with so many single things, or fewer where one finds no place; the drawing is
+    uint8 RGB, of one of IMAGE_SIZES."""
     height, width = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
     inside = np.s_[MARGIN : MARGIN + height, MARGIN : MARGIN + width]
     canvas = np.zeros((height + 2 * MARGIN, width + 2 * MARGIN, 3))
@@ -149,9 +159,8 @@ def draw_scene(
             visible = np.bincount(trial[inside].ravel(), minlength=number + 1)
             trial_areas = areas | {number: np.count_nonzero(trial == number)}
             if all(visible[one] >= MIN_VISIBLE * whole for one, whole in trial_areas.items()):
-                _paint(
-                    canvas, stamps, segment, np.array(COLORS[segment.color]) * rng.uniform(0.9, 1)
-                )
+                color = np.array(COLORS[segment.color]) * rng.uniform(0.9, 1)
+                _paint(canvas, stamps, segment, color)
                 segment_index, areas = trial, trial_areas
                 segments.append(segment)
                 break
@@ -228,11 +237,9 @@ def _pool(values: np.ndarray) -> np.ndarray:
     return values.reshape(height, OVERSAMPLING, width, OVERSAMPLING).mean(axis=(1, 3))
 
 
-def _background(
-    rng: Generator, height: int, width: int
-) -> tuple[np.ndarray, np.ndarray, list[Segment]]:
-    """One or two textures, parted by a straight or wavy line: image, segment index,
-    segments."""
+def _background(rng: Generator, height: int, width: int) -> tuple:
+    """One or two textures, parted by a straight or wavy line: image [H, W, 3], segment index
+    [H, W], segments."""
     names = rng.permutation(list(STUFF_IDS))[: rng.integers(1, 3)].tolist()
     y, x = np.mgrid[:height, :width] / [[[height]], [[width]]] - 0.5
     along, across = _turn(x, y, rng.uniform(0, 2 * np.pi))
@@ -252,10 +259,8 @@ def _texture(rng: Generator, name: str, height: int, width: int) -> np.ndarray:
     period, (x_phase, y_phase) = rng.uniform(7, 10), rng.random(2)
     second = _pool(is_second(x / period + x_phase, y / period + y_phase).astype(float))[..., None]
     hue, value = rng.random(), rng.uniform(130, 175)
-    light, dark = (
-        np.array(colorsys.hsv_to_rgb(hue, 0.25, tone))
-        for tone in (value, value - rng.uniform(45, 65))
-    )
+    tones = value, value - rng.uniform(45, 65)
+    light, dark = (np.array(colorsys.hsv_to_rgb(hue, 0.25, tone)) for tone in tones)
     return (1 - second) * light + second * dark
 
 
@@ -333,76 +338,32 @@ CHECKS = {
 class Riddle(NamedTuple):
     """Ways to ask for one category without its name, and why it is the answer."""
 
-    questions: tuple[str, ...]
-    phrases: tuple[str, ...]
+    questions: list[str]
+    phrases: list[str]
     explanation: str
 
 
-RIDDLES = {
-    "circle": Riddle(
-        ("Which shape is round like a ball?", "What would a child kick and throw?",
-         "What looks like the full sun?"),
-        ("the shape of a ball", "the round shape without a hole", "something like the sun"),
-        "A circle is round like a ball.",
-    ),
-    "square": Riddle(
-        ("Which shape looks like a box?", "What could be a window of a house?",
-         "Which shape stands flat on one of four equal sides?"),
-        ("the shape of a box", "the shape of a window", "something like a flat box"),
-        "A square looks like a box.",
-    ),
-    "triangle": Riddle(
-        ("Which shape has three corners?", "What could be the roof of a house?",
-         "Which shape has fewer sides than a box?"),
-        ("the shape with three corners", "the shape of a roof", "something with three sides"),
-        "A triangle has three corners.",
-    ),
-    "star": Riddle(
-        ("Which shape has five points?", "Which shape points five ways?",
-         "What would a child put on top of a tree?"),
-        ("the shape with five points", "something for the top of a tree",
-         "the shape that points five ways"),
-        "A star has five points.",
-    ),
-    "cross": Riddle(
-        ("Which shape has four arms?", "What looks like a plus sign?",
-         "Which shape would be made by two bars?"),
-        ("the shape with four arms", "the plus sign", "something made of two bars"),
-        "A cross has four arms.",
-    ),
-    "ring": Riddle(
-        ("What could be worn on a finger?", "Which shape has a hole?",
-         "What would a rope go through?"),
-        ("the shape with a hole", "something for a finger", "something to look through"),
-        "A ring has a hole.",
-    ),
-    "moon": Riddle(
-        ("Which shape is bent like a banana?", "What changes from thin to full each month?",
-         "Which shape has two ends and a bent back?"),
-        ("the shape of a banana", "the bent shape", "something thin with two ends"),
-        "A moon is bent like a banana.",
-    ),
-    "diamond": Riddle(
-        ("Which shape looks like a kite?", "Which shape stands on a corner?",
-         "What is a hard stone and costs a lot of money?"),
-        ("the shape of a kite", "the shape that stands on a corner", "a stone of much money"),
-        "A diamond stands on a corner.",
-    ),
-}  # fmt: skip
+def _read_riddles() -> dict[str, Riddle]:
+    """Of every category its name, the explanation, three questions and three phrases, a line
+    each."""
+    text = Path(__file__).with_name("riddles.txt").read_text(encoding="utf-8")
+    blocks = (block.splitlines() for block in text.split("\n\n"))
+    return {name: Riddle(lines[:3], lines[3:], why) for name, why, *lines in blocks}
+
+
+RIDDLES = _read_riddles()
 
 
 def plural(category: str) -> str:
+    """The word for several things of a category."""
     return category + ("es" if category.endswith("s") else "s")
 
 
 def find_matches(scene: Scene, attributes: dict[str, str]) -> list[int]:
     """Indices in `segments` of those with all the attributes; a crowd may be of any size."""
-    found = []
-    for index, segment in enumerate(scene.segments):
-        own = asdict(segment) | ({"size": attributes.get("size")} if segment.is_crowd else {})
-        if all(own[key] == value for key, value in attributes.items()):
-            found.append(index)
-    return found
+    any_size = {"size": attributes.get("size")}
+    looks = [asdict(each) | (any_size if each.is_crowd else {}) for each in scene.segments]
+    return [index for index, look in enumerate(looks) if attributes.items() <= look.items()]
 
 
 def count_matches(scene: Scene, attributes: dict[str, str]) -> int:
@@ -470,6 +431,7 @@ def caption_phrases(scene: Scene) -> tuple[str, list[tuple[int, int, int]]]:
 
 
 def caption_turn(rng: Generator, scene: Scene) -> tuple[str, str]:
+    """A request for a caption, and the caption."""
     return CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))], caption_phrases(scene)[0]
 
 

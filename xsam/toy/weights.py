@@ -6,6 +6,7 @@ in for the public ones, so that all stages run on a laptop without a download.
 Legend: B batch, N tokens, h w patches of the image's height and width.
 """
 
+import functools
 import multiprocessing
 import re
 from collections.abc import Callable
@@ -15,39 +16,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (
-    AutoModel,
-    PreTrainedTokenizerFast,
-    SamVisionConfig,
-    SamVisionModel,
-    SiglipTextConfig,
-    SiglipTextModel,
-)
 
 from xsam.config import ModelConfig
 from xsam.data import ResizeAndPad, image_pixels, seg_pixels
 from xsam.decoder import sine_positions
 from xsam.encoders import transformers_config
-from xsam.files import give_rights
+from xsam.files import complete, give_rights
 from xsam.llm import IGNORE_LABEL, LanguageModel, render_conversation, tokenize
 from xsam.model import build_seg_encoder
 from xsam.prompts import clean_name, read_phrasings
-from xsam.toy import scenes
+from xsam.toy import scenes, world
 from xsam.toy.scenes import CLASSES, FACTS, RIDDLES, THING_IDS, Scene, plural
-from xsam.toy.world import (
-    ADE_NAMES,
-    HINT,
-    OF_EACH,
-    ONE_WORD,
-    SPLITS,
-    YES_OR_NO,
-    chat_turns,
-    new_folder,
-)
 
 # ---- words ---------------------------------------------------------------------------------------
 
@@ -71,17 +55,18 @@ def vocabulary() -> list[str]:
     riddles = [text for r in RIDDLES.values() for text in (*r.questions, *r.phrases, r.explanation)]
     names = [clean_name(name) for name in CLASSES] + [plural(name) for name in THING_IDS]
     looks = [*scenes.COLORS, *scenes.RADII, *scenes.NUMBERS]
-    texts = [*prompts, *dialogues, *riddles, *names, *looks, *ADE_NAMES, *scenes.EXPRESSIONS]
+    texts = [*prompts, *dialogues, *riddles, *names, *looks, *world.ADE_NAMES, *scenes.EXPRESSIONS]
     texts += [text for text, _ in scenes.GROUPS]
     texts += [*scenes.CHECKS.values(), *scenes.CAPTION_REQUESTS]
     # Options of benchmarks, and what is added to their questions.
-    texts += [HINT, ONE_WORD, OF_EACH, YES_OR_NO, "What shapes are there? A. B. C. D."]
-    texts += ["a an and in is it many no of on the this yes Yes No , . : ? !"]
+    texts += [world.HINT, world.ONE_WORD, world.OF_EACH, world.YES_OR_NO]
+    texts += ["What shapes are there? A. B. C. D.", "a an and in is it many no of on the this"]
+    texts += ["yes Yes No , . : ? !"]
     plain = re.sub(r"\{\w+\}|<[^>]+>", " ", " ".join(texts))  # without fields and tokens
     return sorted({*re.findall(r"\w+|[^\w\s]", plain + plain.lower())})
 
 
-def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(vocab_size: int) -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer (Radford et al. 2019) in the layout of Phi-3. Every word of the
     world is one token, every other text some; none is unknown. Raises ValueError if the words do
     not fit."""
@@ -106,7 +91,7 @@ def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator([*words, "\n"], trainer)
     if lost := [word for word in words if len(tokenizer.encode(word).ids) > 1]:
         raise ValueError(f"{len(words)} toy words, {len(lost)} do not fit in {vocab_size} tokens")
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
@@ -129,16 +114,15 @@ def write_weights(
     bytes are the same. Raises FileExistsError."""
     parts = [_write_sam, _write_language_model, _write_image_encoder]
     parts = parts[: 2 + (model.image_encoder != "none")]
-    with new_folder(weights) as root:
+    with complete(weights) as (root,):
+        root.mkdir()
+        write = functools.partial(_write_part, root=root, model=model, seed=seed, steps=steps)
         if num_workers:
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(num_workers, mp_context=spawn) as pool:
-                jobs = [pool.submit(_write_part, part, root, model, seed, steps) for part in parts]
-                for job in jobs:
-                    job.result()
+                list(pool.map(write, parts))  # raises what one of them raised
         else:
-            for part in parts:
-                _write_part(part, root, model, seed, steps)
+            list(map(write, parts))
         give_rights(*root.rglob("*.safetensors"))
 
 
@@ -165,6 +149,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Moves every matrix by its gradient, without a closure."""
         for group in self.param_groups:
             for matrix in group["params"]:
                 state, (rows, columns) = self.state[matrix], matrix.shape
@@ -218,7 +203,7 @@ def _write_sam(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
         build_seg_encoder(model).model.save_pretrained(root / model.seg_encoder)
         return
     steps = 4 * steps
-    sam, encoder = SamVisionModel(sam_config(model)), _random_encoder(model)
+    sam, encoder = transformers.SamVisionModel(sam_config(model)), _random_encoder(model)
     head = nn.Sequential(nn.LayerNorm(model.seg_dim), nn.Linear(model.seg_dim, len(CLASSES) + 1))
     drawn = _draw(seed, "sam", min(1400, 8 * steps), most_things=5)
     columns = zip(*(_patches(scene, model) for scene in drawn), strict=True)
@@ -240,13 +225,14 @@ def _write_sam(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
 
 
 def _draw(seed: int, split: str, count: int, **options) -> list[Scene]:
-    rngs = (np.random.default_rng([seed, SPLITS.index(split), index]) for index in range(count))
+    entropy = ([seed, world.SPLITS.index(split), index] for index in range(count))
+    rngs = map(np.random.default_rng, entropy)
     return [scenes.draw_scene(rng, **options) for rng in tqdm(rngs, f"draw {split}", count)]
 
 
-def sam_config(model: ModelConfig) -> SamVisionConfig:
+def sam_config(model: ModelConfig) -> transformers.SamVisionConfig:
     """The segmentation encoder's sizes as transformers has them."""
-    return SamVisionConfig(
+    return transformers.SamVisionConfig(
         hidden_size=model.seg_dim,
         num_hidden_layers=model.seg_depth,
         num_attention_heads=model.seg_heads,
@@ -290,25 +276,22 @@ def _patches(scene: Scene, model: ModelConfig) -> tuple[Tensor, Tensor]:
 def _write_image_encoder(root: Path, model: ModelConfig, seed: int, steps: int) -> None:
     """SigLIP has learned from ten billion images which caption is whose; this one learns it of
     pictures of one or two things, with its loss (Zhai et al. 2023)."""
-    encoder = AutoModel.from_config(transformers_config(model.image_encoder_config))
+    encoder = transformers.AutoModel.from_config(transformers_config(model.image_encoder_config))
     tokenizer = build_tokenizer(model.llm_config["vocab_size"])
     dim, length = encoder.config.hidden_size, 40
-    text_config = SiglipTextConfig(
+    text_config = transformers.SiglipTextConfig(
         vocab_size=len(tokenizer), hidden_size=dim, projection_size=dim, intermediate_size=2 * dim,
         num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=length,
     )  # fmt: skip
-    reader, scale_and_bias = SiglipTextModel(text_config), nn.Parameter(torch.tensor([2.3, -6.0]))
+    reader = transformers.SiglipTextModel(text_config)
+    scale_and_bias = nn.Parameter(torch.tensor([2.3, -6.0]))
     both = nn.ModuleList([encoder, reader])
     both.register_parameter("scale_and_bias", scale_and_bias)
     steps = 2 * steps
     drawn = _draw(seed, "pairs", min(1400, 8 * steps), least_things=1, most_things=2)
-    statistics = model.image_mean, model.image_std, model.image_resample
-    pixels = torch.stack(
-        [
-            image_pixels(Image.fromarray(scene.image), encoder.config.image_size, *statistics)
-            for scene in drawn
-        ]
-    )
+    how = encoder.config.image_size, model.image_mean, model.image_std, model.image_resample
+    pictures = [Image.fromarray(scene.image) for scene in drawn]
+    pixels = torch.stack([image_pixels(picture, *how) for picture in pictures])
     captions = [scenes.caption_phrases(scene)[0] for scene in drawn]
     options = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     ids = tokenizer(captions, **options).input_ids
@@ -335,7 +318,7 @@ def _conversation(rng: np.random.Generator) -> list[tuple[str, str]]:
         known = [*FACTS, *riddles]
         return [known[index] for index in rng.integers(len(known), size=4)]
     scene = scenes.imagine_scene(rng)
-    (question, answer), *others = chat_turns(rng, scene)
+    (question, answer), *others = world.chat_turns(rng, scene)
     return [(f"{scenes.caption_phrases(scene)[0]}.\n{question}", answer), *others]
 
 
@@ -351,7 +334,7 @@ def _write_language_model(root: Path, model: ModelConfig, seed: int, steps: int)
         queries, keys, _ = layer.self_attn.qkv_proj.weight.data.chunk(3)
         queries.copy_(keys)
     steps = 5 * steps // 3  # with 4 // 3 it does not learn to compare
-    rng = np.random.default_rng([seed, SPLITS.index("text")])
+    rng = np.random.default_rng([seed, world.SPLITS.index("text")])
     batches: list[list[tuple[Tensor, Tensor]]] = []  # of ids and labels
 
     def draw_batches(count: int = 8, size: int = 32) -> None:

@@ -9,7 +9,6 @@ are the same every time. No torch.
 """
 
 import base64
-import contextlib
 import csv
 import functools
 import io
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from xsam.datasets import build
 from xsam.datasets.formats import bounding_box, encode_mask, polygons, segment_colours
 from xsam.datasets.sources import SOURCES
+from xsam.files import complete
 from xsam.prompts import choice_question
 from xsam.toy import scenes
 from xsam.toy.scenes import RIDDLES, STUFF_IDS, THING_IDS, Generator, Scene, Segment
@@ -43,14 +43,6 @@ WRITERS = {
 
 
 # ---- files ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that takes its name only once it is complete, so a killed writer leaves no half."""
-    with build.complete(Path(target)) as (partial,):
-        partial.mkdir()
-        yield partial
 
 
 def _write(path: Path, content: bytes | str | list | dict) -> None:
@@ -94,16 +86,17 @@ class Drawing:
     """
 
     image_id: int
-    split: str
     scene: Scene
     jpeg: bytes
     rng: Generator
     entropy: tuple[int, int, int]  # seed, number of the split, index
 
     def generator(self, writer: str) -> Generator:
+        """The generator of one of WRITERS for this drawing."""
         return np.random.default_rng([*self.entropy, WRITERS[writer]])
 
     def image_record(self, prefix: str = "") -> dict:
+        """COCO's record of the image; its file's name begins with the prefix."""
         height, width = self.scene.segment_index.shape
         name = f"{prefix}{self.image_id:012d}.jpg"
         return dict(id=self.image_id, file_name=name, height=height, width=width)
@@ -127,15 +120,14 @@ class Drawing:
 
 def draw_split(seed: int, split: str, count: int) -> list[Drawing]:
     """The first `count` drawings of a split; the very first has a crowd."""
-    drawings = []
-    number = SPLITS.index(split)
+    drawings, number = [], SPLITS.index(split)
     for index in tqdm(range(count), desc=f"draw {split}"):
         entropy = seed, number, index
         rng = np.random.default_rng(entropy)
         scene = scenes.draw_scene(rng, has_crowd=index == 0 or rng.random() < 1 / 12)
         jpeg = _encode(scene.image, format="JPEG", quality=95, subsampling=0)
         image_id = 139 + 37 * index + 18 * number
-        drawings.append(Drawing(image_id, split, scene, jpeg, rng, entropy))
+        drawings.append(Drawing(image_id, scene, jpeg, rng, entropy))
     return drawings
 
 
@@ -152,7 +144,8 @@ def write_world(data: Path, num_train: int = 1600, num_val: int = 64, seed: int 
     The drawings and image ids are COCO's. The smallest sets get an eighth of the training drawings,
     COCO, RefCOCO and LLaVA all.
     """
-    with new_folder(data) as root:
+    with complete(data) as (root,):
+        root.mkdir()
         train, val = draw_split(seed, "train", num_train), draw_split(seed, "val", num_val)
         # These four share the drawings' `rng`: their order is part of the bytes.
         _write_coco(root, "train", train)
@@ -163,7 +156,10 @@ def write_world(data: Path, num_train: int = 1600, num_val: int = 64, seed: int 
         _write_reasonseg(root, "reasonseg", _eighths(train, 0, 2))
         _write_reasonseg(root, "reasonseg_val", val)
         _write_reasonseg(root, "reasonseg_test", val)
-        _write_gcg(root, train)
+        _write_gcg_grounded(root, "gcg_grandf", _eighths(train, 0, 1))
+        _write_gcg_grounded(root, "gcg_psg", _eighths(train, 1, 3))
+        _write_gcg_refs(root, _eighths(train, 3, 4))
+        _write_gcg_flickr(root, _eighths(train, 4, 6))
         _write_gcg_scored(root, "gcg_val", val[: math.ceil(num_val / 2)])
         _write_gcg_scored(root, "gcg_test", val[math.ceil(num_val / 2) :])
         for split, drawings in (("train", _eighths(train, 0, 4)), ("val", _eighths(val, 0, 4))):
@@ -331,13 +327,6 @@ def _write_reasonseg(root: Path, name: str, drawings: list[Drawing]) -> None:
 
 
 # ---- GranD-f -------------------------------------------------------------------------------------
-
-
-def _write_gcg(root: Path, train: list[Drawing]) -> None:
-    _write_gcg_grounded(root, "gcg_grandf", _eighths(train, 0, 1))
-    _write_gcg_grounded(root, "gcg_psg", _eighths(train, 1, 3))
-    _write_gcg_refs(root, _eighths(train, 3, 4))
-    _write_gcg_flickr(root, _eighths(train, 4, 6))
 
 
 def _phrases(scene: Scene) -> tuple[str, list[tuple[str, list[int], np.ndarray]]]:
