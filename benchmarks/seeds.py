@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from xsam.evaluation.benchmarks import TASKS
+from xsam.evaluation.benchmarks import scored_tasks
 
 FIVE = {  # the README's rows
     "panoptic segmentation, PQ": ("panoptic", "PQ"),
@@ -42,14 +42,14 @@ def main() -> None:
     print("|---|---|---|")
     for title, (task, name) in FIVE.items():
         print(f"| {title} | {' | '.join(spread(runs, task, name))} |")
-    columns = runs[0]["columns"]
+    tasks, columns = scored_tasks(), runs[0]["columns"]
     heads = ["task", "metric", *columns, "mean", "lowest to highest", "paper", "protocol"]
     print(f"\n| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    for task in TASKS:
+    for task in tasks:
         for name in runs[0].get(task, {}):
             stages = [cell(scores.get(task, {}).get(name)) for scores in columns.values()]
-            paper = cell(TASKS[task].paper.get(name))
-            protocol = TASKS[task].protocols[name.split()[0]]
+            paper = cell(tasks[task].paper.get(name))
+            protocol = tasks[task].protocols[name.split()[0]]
             row = [task, name, *stages, *spread(runs, task, name), paper, protocol]
             print(f"| {' | '.join(row)} |")
 

@@ -26,7 +26,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 BOOK = [page for page in PAGES if page.name not in ("LOG.md", "CHANGELOG.md")]  # those are dated
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 COMMANDS = ("python", "torchrun", "srun", "pytest", "pip", "hf", "unzip", "tensorboard")
-OTHERS = {"unzip", "tensorboard", "git", "cd", "source", "mkdir", "tests/versions/run"}
+OTHERS = {"unzip", "ruff", "tensorboard", "git", "cd", "source", "mkdir", "tests/versions/run"}
 
 
 def without_code(text: str) -> str:
