@@ -1,8 +1,8 @@
 """Asking a model: requests, their answers as masks, and models from the disk.
 
-`predict` is the whole of it for one image (docs/predict.md). It makes a `Sample`
-of a request, `build_inputs` makes batches of samples, `predict_inputs` runs the model and makes
-masks (postprocess.py). `load_checkpoint` opens our checkpoints and the published ones.
+`predict` is the whole of it (docs/predict.md). It makes a `Sample` of a request, `build_inputs`
+makes batches of samples, `predict_inputs` runs the model and makes masks (postprocess.py).
+`load_checkpoint` opens our checkpoints and the published ones.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from xsam.postprocess import (
     union_inference,
 )
 from xsam.prompts import ask, check_words, find_phrases, read_answer
-from xsam.regions import Mark, Region, draw_region, read_region
+from xsam.regions import KINDS, Mark, Region, draw_region, read_region
 from xsam.results import SHOWN_SCORE, SegmentationResult
 from xsam.tasks import TASKS, Request, requested_task, requests
 from xsam.weights import (
@@ -137,8 +137,12 @@ def predict_inputs(
 
     `is_thing` tells for each class of a panoptic prompt whether its instances are kept apart. A
     sample that the model answers without a <SEG> has no masks. `config` is taken in place of the
-    model's, `options` are those of `model.infer`.
+    model's, `options` are those of `model.infer`. Raises ValueError where POST_PROCESSING
+    has no such entry.
     """
+    if post_processing not in ("none", *POST_PROCESSING):
+        known = ", ".join(POST_PROCESSING)
+        raise ValueError(f"no post-processing {post_processing!r}; POST_PROCESSING has {known}")
     model.eval()
     config = config or model.config
     parameter = next(model.parameters())
@@ -345,9 +349,9 @@ def check_request(
     if asked.needs == "text" and not all(texts):
         raise ValueError(f"task {task} needs a text")
     if asked.needs == "regions" and not regions:
-        raise ValueError(f"task {task} needs regions")
+        raise ValueError(f"task {task} needs regions: {', '.join(KINDS)} or mask")
     if region_image is not None and (asked.needs != "regions" or asked.is_one_object):
-        raise ValueError(f"task {task} takes regions of the image itself alone")
+        raise ValueError(f"task {task} takes no region image: regions of the image itself, or none")
     if threshold is not None and not request.threshold:
         raise ValueError(f"task {task} has no threshold")
     if threshold is not None and not 0 <= threshold <= 1:
@@ -485,8 +489,8 @@ def load_checkpoint(
     `save_pretrained`), or a published X-SAM checkpoint of either generation, a folder or a file. A
     published one says nothing of its architecture: `config` does (default: the full preset with the
     language model of the folder `tokenizer`), which is also taken in place of the one that is
-    stored, and `tokenizer` has the words where `path` has none. `dtype` None keeps
-    what is stored. Names that begin with one of `allow_missing` (as on disk, such as "llm.") may be
+    stored, and `tokenizer` is the one to use where `path` has none. `dtype` None keeps what is
+    stored. Names that begin with one of `allow_missing` (as on disk, such as "llm.") may be
     absent and start as a new model's, in float32 unless `dtype` says otherwise, as all then is.
     `llm_bits` holds the matrices of the language model in 4 or 8 bits (`quantize`). Of a checkpoint
     with adapters the model is their base, where it was or at `base`, with them merged in.

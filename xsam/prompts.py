@@ -103,7 +103,9 @@ def reply(
 def _draw(
     task: str, kind: str, rng: np.random.Generator | None, phrasings: Phrasings | None
 ) -> str:
-    texts = (phrasings[task] if phrasings else TASKS[task].phrasings)[kind]
+    texts = (phrasings[task] if phrasings else TASKS[task].phrasings).get(kind)
+    if not texts:
+        raise ValueError(f"tasks.TASKS[{task!r}] has no {kind} among its phrasings")
     return texts[rng.integers(len(texts)) if rng else 0]
 
 

@@ -27,10 +27,10 @@ def outline(number: int, config: Config, options: argparse.Namespace) -> str:
     from xsam.datasets.sources import find_source, recognise
 
     stage, is_first = config.stages[number], number == options.stages[0]
-    for source in map(find_source, stage.datasets):
-        task = source.task or recognise(source, options.data).task
+    for name in stage.datasets:
+        task = (source := find_source(name)).task or recognise(source, options.data).task
         if number == 1 and TASKS[task].needs != "categories":
-            raise ValueError(f"stage 1 learns classes from generic sets alone; {source.about}")
+            raise ValueError(f"stage 1 learns classes from generic sets alone; {name} is of {task}")
     for part in ("image_encoder", "llm") if number > 1 else ():
         folder = options.weights / getattr(config.model, part)
         if folder.is_dir() and not (is_first and options.brought.get(part)):

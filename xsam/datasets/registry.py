@@ -14,6 +14,7 @@ from xsam.datasets.prompted import VisualPrompts
 from xsam.datasets.referring import OwnReferring, Reason, RefCoco
 from xsam.datasets.sources import find_source, recognise
 from xsam.prompts import Phrasings
+from xsam.tasks import TASKS
 
 READERS: dict[str, type[Dataset]] = {
     "panoptic": Panoptic,
@@ -42,11 +43,15 @@ def read_dataset(
 ) -> Dataset:
     """The dataset that SOURCES calls `name`, or a user's own file (`find_source`), even if records
     of it are wrong. `is_scored`: of an own one the records to be scored, not those to train on.
-    Raises ValueError where a file cannot be read."""
+    Raises ValueError where a file cannot be read, or its task or format is in no table."""
     source = find_source(name)
     if source.format == "own":
         source = recognise(source, Path(root))
         source = dataclasses.replace(source, split="val" if is_scored else "")
+    needed = ("TASKS", TASKS, source.task), ("READERS", READERS, source.format)
+    for table, entries, key in needed:
+        if key not in entries:
+            raise ValueError(f"set {name}: {table} has no {key!r} (docs/adding.md)")
     return READERS[source.format](name, source, Path(root), all_classes, phrasings)
 
 

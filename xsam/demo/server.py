@@ -36,7 +36,7 @@ from xsam.model import XSAM, Segmentor
 from xsam.regions import KINDS
 from xsam.report.colours import PALETTE
 from xsam.results import SegmentationResult
-from xsam.tasks import TASKS, requested_task, requests
+from xsam.tasks import TASKS, requests
 
 # What Pillow may open: no format whose decoder runs another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -246,9 +246,6 @@ class Engine:
             threshold = question.score_threshold
             threshold = config.score_threshold if threshold is None else threshold
             options["score_threshold"] = threshold
-        task = TASKS[requested_task(question.task)]
-        if task.needs == "regions" and not task.is_one_object:
-            options["region_image"] = question.region_image
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             result = predict(self.model, image, question.task, on_text=on_text, **options)
