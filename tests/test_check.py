@@ -133,7 +133,7 @@ def test_each_set_has_a_row_with_its_counts(root, capsys):
     assert run(root, "--datasets", ROOT_SETS) == 0
     assert rows(capsys.readouterr().out) == {
         "coco_instance": [
-            *("generic", "choice", "ok", "5", "5", "5 invalid rings, 1 images without instances")
+            *("generic", "optional", "ok", "5", "5", "5 invalid rings, 1 images without instances")
         ],
         "refcoco_val": ["refer", "scoring", "ok", "4", "4", ""],
         "reasonseg_val": ["reason", "scoring", "ok", "2", "2", "1 images without a target"],
@@ -285,9 +285,9 @@ def test_files_of_ones_own_are_checked_by_their_layout(own, tmp_path, capsys):
     assert run(tmp_path, "--datasets", ",".join(own.values())) == 0
     table = rows(capsys.readouterr().out)
     assert [table[name][1:6] for name in own.values()] == [
-        ["choice", "ok", "2", "2", ""],
-        ["choice", "ok", "2", "2", "2 invalid rings, 1 images without instances"],
-        ["choice", "ok", "2", "2", "1 images without segments"],
+        ["optional", "ok", "2", "2", ""],
+        ["optional", "ok", "2", "2", "2 invalid rings, 1 images without instances"],
+        ["optional", "ok", "2", "2", "1 images without segments"],
     ]
 
 

@@ -148,7 +148,7 @@ class ModelConfig:
     seg_heads: int = 16  # attention heads of each block
     seg_mlp_dim: int = 4096  # hidden width of the MLP of each block
     seg_window_size: int = 14  # side of an attention window, in patches
-    seg_global_blocks: tuple[int, ...] = (5, 11, 17, 23)  # 0-based; these attend without windows
+    seg_global_blocks: tuple[int, ...] = (5, 11, 17, 23)  # blocks, from 0 on, without windows
     seg_neck_dim: int = 256  # width of SAM's neck, which decoder "sam" alone reads
 
     # ---- image encoder
@@ -161,12 +161,12 @@ class ModelConfig:
     )
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # mean of red, green, blue in 0..1
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)  # deviation of red, green, blue in 0..1
-    image_resample: Literal["bicubic", "bilinear"] = "bicubic"  # resizes the image encoder's input
+    image_resample: Literal["bicubic", "bilinear"] = "bicubic"  # of its resized input
     # false: the language model is shown the image encoder's tokens alone (table 7)
     seg_tokens: bool = True
 
     # ---- language model
-    llm: str = "Phi-3-mini-4k-instruct"  # its folder under the weights root (table 22)
+    llm: str = "Phi-3-mini-4k-instruct"  # its folder under the weights root (table 21)
     # config.json of a causal language model of transformers; the name of a folder brings it
     llm_config: dict = field(default_factory=lambda: _phi3_mini()["llm_config"])
     max_text_length: int = 2319  # most text tokens of a sample; visual tokens do not count
@@ -233,8 +233,8 @@ class Stage:
     repeat_threshold: float = 0.1
 
     # ---- low-rank adapters (lora.py), in place of whole weights
-    # rank of adapters, which, at the learning rate of their part, and lora_whole are then all that
-    # is trained; 0: no adapters
+    # rank of adapters; only these, at the learning rate of their part, and lora_whole are trained
+    # then; 0: no adapters
     lora_rank: int = 0
     lora_alpha: float = 16.0  # an adapter's output is scaled by lora_alpha / lora_rank
     lora_dropout: float = 0.0  # probability of dropout on an adapter's input

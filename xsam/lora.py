@@ -3,7 +3,7 @@
 A linear layer W that is frozen gains an adapter, two thin matrices: it returns W x + α/r · B A x,
 where A is [r, in] and B is [out, r]. B begins as zero, so that nothing changes before the first
 step. What the language model learns of new tokens are rows of its embedding tables; the three that
-`llm.SPECIAL_TOKENS` added get an adapter of their own, a row to add to each.
+`llm.add_special_tokens` added get an adapter of their own, a row to add to each.
 
 `add_adapters` puts them in and freezes the rest, `merge_adapters` adds them to the weights and
 takes them out. A checkpoint of a model with adapters holds what was trained alone and names its

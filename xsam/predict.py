@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     tasks = f"what is asked of the model: {', '.join(requests())}"
     parser.add_argument("task", choices=requests(), metavar="TASK", help=tasks)
-    text = "chat, refer, reason: the question or the phrase"
+    text = "refer: the phrase; chat, reason: the question"
     parser.add_argument("text", nargs="?", default="", metavar="TEXT", help=text)
     add_checkpoint_flags(parser)
     parser.add_argument(
@@ -84,8 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         type=Path,
         metavar="PNG",
-        help="interactive, vgd: a drawing on black, or on nothing, of where it points; may be "
-        "repeated. Of interactive all regions mark one object, of vgd each has a number",
+        help="interactive, vgd: a mask, white on black or opaque on nothing; may be repeated. All "
+        "marks of interactive are of one object, every mark of vgd is of another kind of object",
     )
     parser.add_argument(
         "--region-image",

@@ -28,17 +28,17 @@ class Request:
 class Task:
     """What is special about a task. Its name is its key in TASKS, and `Sample.task`."""
 
-    # "questions" and "answers", and where it has them "absent", what is answered where there is no
-    # such thing. Of chat "choices": how a question with options is asked; {question} is its hint
-    # and itself, {options} has a line "A. text" for each.
+    # "questions" and "answers"; of some tasks "absent", the answers where there is no such thing.
+    # Of chat "choices": how a question with options is asked; {question} is the question after its
+    # hint, {options} has a line "A. text" for every option.
     phrasings: dict[str, list[str]]
     needs: Literal["categories", "text", "regions", "image"]  # what a question is about
     requests: dict[str, Request]  # by the words of the command line that ask for it
-    usual: tuple[int, int, int]  # assumed of a sample: text tokens, those in answers, decoder runs
+    usual: tuple[int, int, int]  # what --plan assumes: text tokens, those in answers, decoder runs
     has_masks: bool = True  # else it is answered by words alone
     is_per_phrase: bool = False  # a <SEG> for each phrase; else one for the image
     is_grounded: bool = False  # the classes are the phrases of the answer; else of the question
-    is_one_object: bool = False  # regions mark one object together; else each a kind of its own
+    is_one_object: bool = False  # all regions mark one object; else every region another kind
 
 
 _SEG_ANSWERS = ["Here is the segmentation: <SEG>.", "Sure, <SEG>.", "It is segmented: <SEG>."]

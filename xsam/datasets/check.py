@@ -137,7 +137,7 @@ def table(reports: list[Report]) -> str:
             users.setdefault(name, []).append(f"stage {number}")
     rows = [("set", "task", "for", "state", "samples", "read", "skipped by the rules")]
     for report in reports:
-        default = "scoring" if _is_scored(report.name) else "choice"
+        default = "scoring" if _is_scored(report.name) else "optional"
         used_for = ", ".join(users.get(report.name, [default]))
         counts = [str(count or "") for count in (report.num_samples, report.num_read)]
         skipped = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())

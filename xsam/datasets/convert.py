@@ -373,7 +373,7 @@ def add_commands(subparsers: Any) -> None:
     """Adds convert, as build.py adds its own."""
     about = "labelme's files, masks or a table of your own to a file that trains"
     add = add_command(subparsers, "convert", convert, about, "labelled --out mine.json")
-    sources = "a folder of labelme's JSON files, of class maps or of a folder of masks a class"
+    sources = "a folder of labelme's JSON files, of class maps, or with a folder of masks per class"
     add("source", type=Path, metavar="SOURCE", help=f"{sources}; or a table, .csv or .tsv")
     add("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
     add("--images", type=Path, metavar="DIR", help="where the images are; masks need it")
