@@ -417,9 +417,9 @@ def test_a_validation_without_a_task_has_no_figure(trained, world, tmp_path, cap
 def test_scores_come_beside_those_from_before(trained, world, tmp_path, capsys):
     before = {"chat": {"accuracy POPE": 12.5}, "panoptic": {"PQ": 1.0}}
     (tmp_path / RESULTS_FILE).write_text(json.dumps({"columns": {"old": before}}))
-    score(UNTRAINED, trained, tmp_path, world / "data")
+    score(UNTRAINED, trained, tmp_path, world / "data", False)
     assert not (tmp_path / "pictures").exists()
-    score("stage 1", trained, tmp_path, world / "data")
+    score("stage 1", trained, tmp_path, world / "data", False)
     document = json.loads((tmp_path / RESULTS_FILE).read_text())
     assert document["panoptic"] == {"PQ": 6.0} and "chat" not in document
     assert list(document["columns"].items()) == [
@@ -450,8 +450,8 @@ def test_the_untrained_model_is_scored_on_the_first_samples(
         counts.append(len(self.keys))
 
     monkeypatch.setattr(SavedPredictions, "__init__", count)
-    score(UNTRAINED, trained, tmp_path, world / "data")
-    score("stage 1", trained, tmp_path, world / "data")
+    score(UNTRAINED, trained, tmp_path, world / "data", False)
+    score("stage 1", trained, tmp_path, world / "data", False)
     assert counts == [2, 6]
     note = "untrained: the first 2 samples of each set"
     assert (tmp_path / "results.md").read_text().startswith(note)

@@ -29,7 +29,7 @@ def world_size() -> int:
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """This process's device: `name` is one of config.DEVICES, None the GPU where there is one and
+    """This process's device: `name` is one of cli.DEVICES, None the GPU where there is one and
     the CPU elsewhere. Raises ValueError where there is no such device for this process."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"

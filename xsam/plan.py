@@ -191,6 +191,7 @@ class Meter(TorchDispatchMode):
             weakref.finalize(storage, self.forget, id(storage), storage.nbytes())
 
     def forget(self, key: int, size: int) -> None:
+        """Takes so many bytes, known by their key, off those that are held."""
         self.known.remove(key)
         self.live -= size
 
@@ -324,6 +325,7 @@ class FlopCount:
         self.of_image -= (3 if is_trained else 1) * bias_flops(segmentor.encoder)
 
     def of(self, batch: Batch) -> float:
+        """The operations of a training step on a batch."""
         size, num_runs = len(batch.seg_pixels), len(batch.targets)
         num_positions = 0 if batch.input_ids is None else batch.input_ids.shape[1]
         of_sample = self.of_image + (num_runs > 0) * self.of_decoded_image

@@ -43,6 +43,7 @@ OURS = {"answer", "segments"}  # keys that a JSON file of ours has
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
     examples = [f"{word} {each.example}" for word, each in requests().items()]
     lines = [f"  python -m xsam.predict {each} --checkpoint DIR" for each in examples]
     parser = Parser(
@@ -340,6 +341,7 @@ def summary(result: SegmentationResult, task: str, paths: list[Path]) -> list[st
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command: returns the exit status, 1 where a picture could not be read, 2 at bad input."""
     options = build_parser().parse_intermixed_args(arguments)
     try:
         return run(options)

@@ -108,10 +108,11 @@ def inspect_init(
     with the architecture of the first where that is a whole model, the path of each part, and the
     parts for which no public folder is needed any more."""
     brought = {part: str(path) for path in paths for part in init_parts(path, stage)}
-    whole, path = [path for path in paths if is_whole(path)], find_checkpoint(paths[0])
+    whole = [path for path in paths if is_whole(path)]
     if whole and whole != paths[:1]:
         raise ValueError(f"--init {whole[-1]} is a whole model: name it alone, or first and once")
-    if header := own_header(path):
+    path = find_checkpoint(paths[0]) if paths else None
+    if path and (header := own_header(path)):
         preset = dataclasses.replace(preset, model=header["config"].model)
     elif whole:
         preset = preset.resolve(**weights.read_published(weights.list_tensors(path), path)[2])

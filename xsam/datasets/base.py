@@ -30,7 +30,7 @@ from xsam.prompts import (
 )
 
 
-def pack(record, where: str) -> bytes:
+def pack(record: Any, where: str) -> bytes:
     """A record for `Packed`. Raises ValueError where it is nested too deeply for a pickle."""
     try:
         return pickle.dumps(record, protocol=5)
@@ -198,7 +198,9 @@ class Dataset:
                 groups[number].append(record)
         return groups
 
-    def turn(self, names: list[str], rng: np.random.Generator, kind: str = "answers"):
+    def turn(
+        self, names: list[str], rng: np.random.Generator, kind: str = "answers"
+    ) -> tuple[str, Phrased]:
         """A random question about `names` and a random answer, which may say them again."""
         question = ask(self.source.task, names, rng, self.phrasings)
         return question, Phrased(reply(self.source.task, rng, self.phrasings, kind), names)

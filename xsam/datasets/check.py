@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -252,7 +253,7 @@ def run(options: argparse.Namespace) -> int:
     return int(bool(bad))
 
 
-def add_command(commands) -> None:
+def add_command(commands: Any) -> None:
     """`check` and its flags."""
     parser = commands.add_parser(
         "check",

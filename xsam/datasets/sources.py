@@ -41,6 +41,7 @@ class Source:
     about: str = ""
 
     def paths(self) -> list[str]:
+        """Those of its files and folders that it has, relative to the data root."""
         paths = self.annotations, self.instances, self.masks, self.images
         return [path for path in paths if path]
 
@@ -298,6 +299,7 @@ def own_parts(name: str) -> tuple[str, str, str]:
 
 
 def is_own(name: str) -> bool:
+    """Whether a name is that of a user's own file."""
     return own_parts(name)[0] != ""
 
 

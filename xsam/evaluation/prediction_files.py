@@ -145,6 +145,7 @@ class Writer:
     def write(
         self, keys: list, samples: list[Sample], predictions: list[SegmentationResult]
     ) -> None:
+        """Appends the predictions of these records to the file of this process."""
         lines = []
         for key, sample, prediction in zip(keys, samples, predictions, strict=True):
             if self.kind == "panoptic":

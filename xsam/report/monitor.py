@@ -193,7 +193,7 @@ def drop_metrics(path: Path, stage: int, step: int) -> None:
 
 
 def score(
-    column: str, model: Segmentor | XSAM, out: Path, data: Path, skip_bad=False, step: int = 0
+    column: str, model: Segmentor | XSAM, out: Path, data: Path, skip_bad: bool, step: int = 0
 ) -> None:
     """Evaluates `model`, adds the column to OUT/results.json and results.md, draws pictures.
     `skip_bad`: see `evaluate`. `step` is the checkpoint's, for `is_scored`."""
