@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +28,7 @@ from xsam.evaluation.benchmarks import BENCHMARKS, BY_KIND, Benchmark
 from xsam.evaluation.prediction_files import LAYOUTS
 from xsam.inference import CHOICES, POST_PROCESSING
 from xsam.plan import PUBLISHED_SIZES, usual_sample
-from xsam.prompts import read_phrasings
+from xsam.prompts import read_phrasings, reply
 from xsam.tasks import TASKS, Request, Task, requests
 from xsam.toy.preset import toy
 
@@ -185,6 +186,21 @@ def test_a_set_without_its_parts_is_told_completely(tables):
     BENCHMARKS["coco_vgd"] = Benchmark("", BY_KIND["mask"], {})
     lack = 'what it is scored as (datasets/sources.py SOURCES["coco_vgd"].scores)'
     assert lacks_of_set("coco_vgd") == [lack]
+
+
+def test_a_run_names_what_a_set_or_task_lacks(tables, world, speaking_model):
+    SOURCES["mine"] = replace(SOURCES["coco_instance_val"], task="tally")
+    with pytest.raises(ValueError, match="set mine: TASKS has no 'tally'"):
+        read_dataset("mine", world / "data")
+    SOURCES["mine"] = replace(SOURCES["coco_instance_val"], format="tally")
+    with pytest.raises(ValueError, match="set mine: READERS has no 'tally'"):
+        read_dataset("mine", world / "data")
+    TASKS["tally"] = replace(TASKS["refer"], phrasings={"questions": ["Count {phrases}."]})
+    with pytest.raises(ValueError, match=r"TASKS\['tally'\] has no answers"):
+        reply("tally", np.random.default_rng(0))
+    TASKS["tally"] = replace(TASKS["refer"], requests={"tally": Request("tally", "")})
+    with pytest.raises(ValueError, match="no post-processing 'tally'"):
+        speaking_model.predict(np.zeros((60, 60, 3), np.uint8), "tally", "ring")
 
 
 # ---- the examples of docs/adding.md --------------------------------------------------------------
