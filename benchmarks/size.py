@@ -27,6 +27,23 @@ SKIPPED = tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, toke
 SKIPPED += (tokenize.ENDMARKER,)
 
 
+def has_docstring(node: ast.AST) -> bool:
+    return isinstance(node, (*DEFINITIONS, ast.Module)) and ast.get_docstring(node) is not None
+
+
+def code_lines(text: str) -> list[int]:
+    """The numbers of the code lines of a program."""
+    nodes = [node for node in ast.walk(ast.parse(text)) if has_docstring(node)]
+    docstrings = {line for n in nodes for line in range(n.body[0].lineno, n.body[0].end_lineno + 1)}
+    lines = {
+        line
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type not in SKIPPED
+        for line in range(token.start[0], token.end[0] + 1)
+    }
+    return sorted(lines - docstrings)
+
+
 class File:
     """What is counted of one file."""
 
@@ -38,19 +55,9 @@ class File:
         is_book = not folder and path.stem in BOOK
         self.shelf = f"{folder}/" if folder else "first shelf" if is_book else "second shelf"
         nodes = list(ast.walk(self.tree))
-        documented = [n for n in nodes if isinstance(n, (*DEFINITIONS, ast.Module))]
-        documented = [n for n in documented if ast.get_docstring(n) is not None]
-        docstrings = {
-            line for n in documented for line in range(n.body[0].lineno, n.body[0].end_lineno + 1)
-        }
-        tokens = [*tokenize.generate_tokens(io.StringIO(self.text).readline)]
-        lines = {
-            line
-            for token in tokens
-            if token.type not in SKIPPED
-            for line in range(token.start[0], token.end[0] + 1)
-        }
-        self.code = sorted(lines - docstrings)
+        documented = [n for n in nodes if has_docstring(n)]
+        self.code = code_lines(self.text)
+        tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
         comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
         self.shapes = sum(SHAPE.search(comment) is not None for comment in comments)
         functions = [n for n in nodes if isinstance(n, DEFINITIONS[:2])]
