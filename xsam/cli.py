@@ -166,7 +166,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, is_required: bool = Tr
     text = "how panoptic masks are made: mask2former (default), or that of the published code, "
     add("--panoptic-rule", choices=rules, help=f"{text}with a score threshold of 0")
     text = "refer, reason: a phrase whose best score is below it has no mask (default: the "
-    text += "checkpoint's, 0 as in the paper: every phrase has one)"
+    text += "checkpoint's; of the paper 0: every phrase has one; of the toy 0.5)"
     add("--presence", type=share, metavar="SCORE", help=text)
 
 

@@ -269,7 +269,7 @@ def predict(
             or masks, bool [H, W] or any picture of one (`read_region`).
         region_image: for "vgd" the image that shows the regions, in place of the image itself.
         threshold: of panoptic the score below which a query is dropped (default 0.8), of refer and
-            reason that below which a phrase is refused (`presence`, default 0: never), of instance
+            reason that below which a phrase is refused (`presence`; 0: never), of instance
             and vgd that from which a mask is shown (0.3; the result holds all).
         on_text: called with the answer of one image each time it grows, without marks; what it
             raises ends the request.
