@@ -309,7 +309,7 @@ def test_the_next_command_works_as_printed(capsys, source):
     assert commands.main([*command[3:], "--workers", "1"]) == 0
     output = capsys.readouterr().out
     task = "refer" if source == "table.csv" else "generic"
-    assert output.splitlines()[1].split()[-5:] == [task, "choice", "ok", "1", "1"]
+    assert output.splitlines()[1].split()[-5:] == [task, "optional", "ok", "1", "1"]
     about = "1 expressions" if task == "refer" else "1 objects of 1 classes\n  cat: 1 objects in 1"
     assert about in output and len(list(Path("runs/check").glob("*.png"))) == 1
 
