@@ -429,7 +429,7 @@ def test_coco_semantic_maps_come_back():
         run(str(maps), "--images", str(photos), "--names", "names.txt", "--out", "mine.json") == 0
     )
     for index in range(0, len(before), 5):
-        image, _ = before.records[index]
+        image, *_ = before.records[index]
         _, classes = before.read(index)
         found, void = segments(f"mine.json:{photos}:mine_panoptic", Path(image.file_name).stem)
         present = np.unique(classes[classes != 255])
