@@ -4,15 +4,17 @@ X-SAM is one model that talks about a picture and segments it. A language model 
 as visual tokens, and a request in which every name stands between <p> and </p>. It answers with a
 sentence that holds the token <SEG>, whose state is added to the queries of a segmentation decoder.
 The decoder makes a mask of each query. A class is the mean of the states of a name, so the cosine
-between a query and a class says what a mask shows, and whatever can be named can be a class.
+between a query and a class says what a mask shows, and the classes are whatever the request names.
 
-    picture ─┬─ image encoder ─── tokens ─┐        ┌─ <p>…</p> states ─► classes ─────► cosine
-             └─ seg. encoder ──┬─ tokens ─┴─► LLM ─┴─ <SEG> state ──► + queries           ▲
-                               └─ features ─────────────────────────► decoder ──► queries ┴─► masks
+    picture ─┬─ image encoder ── tokens ─┬─► LLM ─┬─ states of <p>name</p> ─► classes ─────┐ cosine
+             └─ seg. encoder ─┬─ tokens ─┘        └─ state of <SEG> ─► + queries           │
+                              └─ features ───────────────────────────► decoder ─► queries ─┴─► masks
 
 `python docs/whole_idea.py` makes drawings of coloured shapes, trains on them for about a minute on
-a CPU, segments drawings that it has not seen, and shows some of them in whole_idea.png. What goes
-where is as in X-SAM, all sizes are small; comments name the files of xsam that have the real parts.
+a CPU, segments drawings that it has not seen, and shows some of them in whole_idea.png. Requests,
+model, losses, training and answers are about a hundred lines of code; drawing and showing are the
+rest. What leads where is as in X-SAM; all sizes are small, and there is one stage of training
+instead of three. Headings and comments name the files of xsam that hold the real parts.
 Legend: B drawings, T things, N words, C channels, K names, Q queries, P pixels of a mask.
 """
 
@@ -25,9 +27,7 @@ from PIL import Image, ImageColor, ImageDraw
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-DIM, HEADS = 64, 4
-
-# ---- Drawings, and what is asked about them: xsam/datasets/, xsam/prompts.py ---------------------
+# ---- Drawings: xsam/datasets/ --------------------------------------------------------------------
 
 COLOURS = ["red", "green", "blue", "yellow"]
 SHAPES = {
@@ -37,8 +37,6 @@ SHAPES = {
     "triangle": lambda x, y: (y < 0.8) & (2 * abs(x) < y + 1),
 }
 THINGS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-ANSWER = "here it is : <SEG> ."
-WORDS = ["<p>", "</p>", "segment", ",", "?", "any", "thing", *ANSWER.split(), *COLOURS, *SHAPES]
 
 
 def draw(rng):
@@ -53,6 +51,12 @@ def draw(rng):
         masks.append(SHAPES[shape]((x - column) / radius, (y - row) / radius))
         drawing[masks[-1]] = ImageColor.getrgb(colour) + rng.uniform(-25, 25, 3)
     return drawing, masks, things
+
+
+# ---- Requests: xsam/prompts.py, xsam/data.py -----------------------------------------------------
+
+ANSWER = "here it is : <SEG> ."
+WORDS = ["<p>", "</p>", "segment", ",", "?", "any", "thing", *ANSWER.split(), *COLOURS, *SHAPES]
 
 
 def choose_names(things, count, rng):
@@ -76,11 +80,13 @@ def make_batch(size, count, rng):
 def tokenize(names, answer=""):
     """Requests for K names each, and what there is of the answers: ids [B, N]."""
     phrases = [" , ".join(f"<p> {name} </p>" for name in each) for each in names]
-    texts = [f"segment {each} ? {answer}".split() for each in phrases]
-    return torch.tensor([[WORDS.index(word) for word in text] for text in texts])
+    texts = [f"segment {each} ? {answer}" for each in phrases]
+    return torch.tensor([[WORDS.index(word) for word in text.split()] for text in texts])
 
 
 # ---- The model: xsam/model.py --------------------------------------------------------------------
+
+DIM, HEADS = 64, 4
 
 
 def conv(c_in, c_out, stride=1):
@@ -90,47 +96,46 @@ def conv(c_in, c_out, stride=1):
 class XSAM(nn.Module):
     def __init__(self):
         super().__init__()
-        # Encoders of what is there, SigLIP2, and of where it is, SAM: encoders.py
+        # encoders.py: SigLIP2 to understand the picture, SAM to segment it
         self.image_encoder = nn.Conv2d(3, DIM, 12, stride=12)
-        self.fine = nn.Sequential(conv(3, 32, 2), conv(32, 32))
-        self.coarse = nn.Sequential(conv(32, DIM, 2), conv(DIM, DIM), conv(DIM, DIM))
-        # Into the language model, and out of it: connector.py
+        blocks = conv(3, 32, 2), conv(32, DIM, 2), conv(DIM, DIM), conv(DIM, DIM)
+        self.seg_encoder = nn.Sequential(*blocks)
+        # connector.py: into the language model, out of it, and from encoder to decoder
         self.seg_projector, self.llm_projector = nn.Conv2d(DIM, DIM, 2, 2), nn.Linear(DIM, DIM)
-        # A causal language model, Phi-3: llm.py
+        self.connector = nn.Sequential(nn.Conv2d(DIM, 4 * 32, 1), nn.PixelShuffle(2))
+        # llm.py: Phi-3, a causal language model
         self.words, self.positions = nn.Embedding(len(WORDS), DIM), nn.Embedding(128, DIM)
         sizes = dict(d_model=DIM, nhead=HEADS, dim_feedforward=3 * DIM, dropout=0, batch_first=True)
         block = nn.TransformerEncoderLayer(**sizes, norm_first=True)
         self.llm = nn.TransformerEncoder(block, 2, nn.LayerNorm(DIM), enable_nested_tensor=False)
         self.next_word = nn.Linear(DIM, len(WORDS))
-        # Pixel decoder, masked-attention decoder and class head, Mask2Former: decoder.py
-        self.lateral, self.features = nn.Conv2d(DIM, 32, 1), conv(32, 32)
+        # decoder.py: pixel decoder, masked-attention decoder and class head: Mask2Former
+        self.pixel_decoder, self.mask_embedder = conv(32, 32), nn.Linear(DIM, 32)
         self.places, self.queries = nn.Embedding(144, DIM), nn.Embedding(8, DIM)
         self.layers = nn.ModuleList(nn.TransformerDecoderLayer(**sizes) for _ in range(2))
-        self.mask_embedder, self.background = nn.Linear(DIM, 32), nn.Embedding(1, DIM)
-        self.scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.background, self.scale = nn.Embedding(1, DIM), nn.Parameter(torch.tensor(2.66))
 
     def forward(self, drawings, ids):
         """Drawings [B, 3, 48, 48] and ids [B, N] to the logits of the next words [B, N, V] and, of
         every output of the decoder, class logits [B, Q, K + 1] and mask logits [B, Q, P]."""
-        fine = self.fine(drawings)  # [B, 32, 24, 24]
-        coarse = self.coarse(fine)  # [B, C, 12, 12]
+        grid = self.seg_encoder(drawings)  # [B, C, 12, 12]
         # The language model reads visual tokens, then words.
-        grids = self.image_encoder(drawings), self.seg_projector(coarse)
-        tokens = torch.cat([*(grid.flatten(2).mT for grid in grids), self.words(ids)], dim=1)
+        visual = self.image_encoder(drawings), self.seg_projector(grid)
+        tokens = torch.cat([*(x.flatten(2).mT for x in visual), self.words(ids)], dim=1)
         tokens = tokens + self.positions.weight[: tokens.shape[1]]  # [B, 16 + 36 + N, C]
         causal = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
         states = self.llm(tokens, causal)[:, -ids.shape[1] :]  # [B, N, C]
         next_words, states = self.next_word(states), self.llm_projector(states)
-        # A class is the mean of the states from <p> to </p>; one more is learned, the background.
+        # A class is the mean of the states from <p> to </p>; one more, the background, is learned.
         is_open, is_close, is_seg = (ids == WORDS.index(mark) for mark in ("<p>", "</p>", "<SEG>"))
         opened, closed = is_open.cumsum(1), is_close.cumsum(1)
         spans = F.one_hot(opened * ((opened > closed) | is_close))[..., 1:].float()  # [B, N, K]
         classes = spans.mT @ states / spans.sum(1)[..., None]  # [B, K, C]
         classes = torch.cat([classes, self.background.weight.expand(len(ids), -1, -1)], dim=1)
-        # Queries, with the state of <SEG> added, look at the features where their last mask is.
-        features = self.features(fine + F.interpolate(self.lateral(coarse), scale_factor=2))
+        # Queries, with the state of <SEG> added, attend to the picture where their last mask is.
+        features = self.pixel_decoder(self.connector(grid))  # [B, 32, 24, 24]
         small = F.avg_pool2d(features.detach(), 2).flatten(2)  # [B, 32, 144]
-        memory = coarse.flatten(2).mT + self.places.weight  # [B, 144, C]
+        memory = grid.flatten(2).mT + self.places.weight  # [B, 144, C]
         x = self.queries.weight + is_seg.float()[:, None] @ states  # [B, Q, C]
         outputs = []
         for layer in [*self.layers, None]:
@@ -148,20 +153,21 @@ class XSAM(nn.Module):
 
 
 def mask_loss(logits, truth):
-    """Cross-entropy and dice over the pixels of masks, [..., P] to [...]."""
+    """Cross-entropy and dice over the pixels of masks, [..., P] to [...], weighted as in X-SAM."""
     mask = logits.sigmoid()
     dice = 1 - (2 * (mask * truth).sum(-1) + 1) / ((mask + truth).sum(-1) + 1)
     return 5 * (F.softplus(logits) - logits * truth).mean(-1) + 5 * dice
 
 
 def segmentation_loss(class_logits, mask_logits, labels, masks):
-    """Hungarian matching gives the things that are asked for the queries that fit best together;
-    all other queries are background. labels [B, T], -1 where not asked for, masks [B, T, P]."""
+    """Hungarian matching finds for the things that are asked for the queries that fit best; all
+    other queries are background. labels [B, T], -1 where not asked for, and masks [B, T, P]."""
     asked, K = labels >= 0, class_logits.shape[2] - 1  # class K is the background
     with torch.no_grad():
         scores = class_logits.softmax(-1).mT[torch.arange(len(labels))[:, None], labels]
         costs = mask_loss(mask_logits[:, None], masks[:, :, None]) - 2 * scores  # [B, T, Q]
-        matched = [linear_sum_assignment(cost)[1] for cost in costs * asked[..., None]]
+        costs = costs * asked[..., None]  # what is not asked for takes what is left
+        matched = [linear_sum_assignment(cost)[1] for cost in costs]
         matched = torch.tensor(np.array(matched))  # [B, T]
     wanted = torch.full(class_logits.shape[:2], K).scatter(1, matched, labels.where(asked, K))
     class_loss = F.cross_entropy(class_logits.mT, wanted, torch.tensor([1.0] * K + [0.1]))
@@ -173,8 +179,9 @@ def segmentation_loss(class_logits, mask_logits, labels, masks):
 
 
 def train(model, steps, rng):
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    """Every step has new drawings, and one to four names for each."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1.5e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, steps)
     for step in range(1, steps + 1):
         drawings, masks, names, labels = make_batch(32, rng.choice([1, 2, 3, 4, 4, 4, 4]), rng)
         masks, ids = F.avg_pool2d(masks, 2).flatten(2), tokenize(names, ANSWER)
@@ -183,9 +190,10 @@ def train(model, steps, rng):
         loss += F.cross_entropy(next_words[:, -7:-1].mT, ids[:, -6:])  # the answer's six words
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1)
         optimizer.step()
         schedule.step()
-        if step == 1 or step % 50 == 0:
+        if step % 50 == 0 or step in (1, steps):
             print(f"step {step} of {steps}: loss {loss:.2f}", flush=True)
 
 
@@ -205,36 +213,40 @@ def answer(model, drawings, names):
     return ids[:, -6:], join(masks, class_logits.argmax(-1), len(names[0]))
 
 
+# ---- What is shown -------------------------------------------------------------------------------
+
+
 def show(drawings, names, found, path):
     """Draws every drawing, beside it the masks that were found, and the names in their colours."""
-    sheet = Image.new("RGB", (870, 10 + 77 * len(drawings)), "white")
+    sheet = Image.new("RGB", (1090, 10 + len(drawings) // 3 * 130), "white")
     for i, drawing in enumerate(drawings):
-        left, top = 10 + i % 2 * 440, 10 + i // 2 * 154
+        left, top = 10 + i % 3 * 360, 10 + i // 3 * 130
         pixels = (drawing.permute(1, 2, 0) * 127.5 + 127.5).clamp(0, 255).byte().numpy()
-        picture = Image.fromarray(pixels).resize((144, 144))
+        picture = Image.fromarray(pixels).resize((120, 120))
         sheet.paste(picture, (left, top))
-        sheet.paste(picture.convert("L").point(lambda x: 150 + x // 3), (left + 148, top))
+        sheet.paste(picture.convert("L").point(lambda x: 150 + x // 3), (left + 124, top))
         for k, (name, mask) in enumerate(zip(names[i], found[i].numpy(), strict=True)):
-            ink = ["deeppink", "darkcyan", "darkorange", "slateblue"][k] if mask.any() else "silver"
-            mask = Image.fromarray(mask).convert("L").resize((144, 144))
-            sheet.paste(ink, (left + 148, top), mask)
-            ImageDraw.Draw(sheet).text((left + 304, top + 18 + 28 * k), name, ink, font_size=16)
-    sheet.save(path)
+            ink = ["deeppink", "darkcyan", "darkorange"][k] if mask.any() else "silver"
+            mask = Image.fromarray(mask).convert("L").resize((120, 120))
+            sheet.paste(ink, (left + 124, top), mask)
+            ImageDraw.Draw(sheet).text((left + 252, top + 14 + 26 * k), name, ink, font_size=15)
+    sheet.quantize(128).save(path)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="whole_idea.png")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     model, rng = XSAM(), np.random.default_rng(args.seed)
     train(model, args.steps, rng)
-    drawings, masks, names, labels = make_batch(200, 3, rng)
+    drawings, masks, names, labels = make_batch(200, 3, rng)  # not those of training
     words, found = answer(model, drawings, names)
     truth = join(masks, labels, 3)
     overlaps, unions = (truth & found).sum((2, 3)), (truth | found).sum((2, 3))
-    show(drawings[:8], names, found, args.out)
+    show(drawings[:12], names, found, args.out)
     print("answer:", *(WORDS[i] for i in words[0]))
+    # Of the names that are there or were found: a mask of what is not there has an IoU of 0.
     print(f"mean IoU in new drawings: {(overlaps / unions)[unions > 0].mean():.1%}")
