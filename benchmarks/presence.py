@@ -16,6 +16,7 @@ import numpy as np
 
 from xsam.datasets.registry import open_dataset
 from xsam.datasets.sources import sets_by_task
+from xsam.evaluation.benchmarks import cell
 from xsam.evaluation.prediction_files import SavedPredictions
 
 
@@ -85,7 +86,7 @@ def main() -> None:
     print("| presence | N_acc | T_acc = recall | precision |\n|---|---|---|---|")
     for each in curve:
         threshold, *figures = each.values()
-        cells = ["–" if figure is None else f"{figure:.1f}" for figure in figures]
+        cells = [cell(figure) for figure in figures]
         print(f"| {threshold:.2f} | {' | '.join(cells)} |")
     if options.out:
         draw(options.out, curve, ", ".join(sets))

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from xsam.evaluation.benchmarks import scored_tasks
+from xsam.evaluation.benchmarks import cell, scored_tasks
 
 FIVE = {  # the README's rows
     "panoptic segmentation, PQ": ("panoptic", "PQ"),
@@ -19,10 +19,6 @@ FIVE = {  # the README's rows
     "a marked object, mIoU from a point": ("interactive", "mIoU point"),
     "yes or no about the picture, POPE accuracy": ("chat", "accuracy POPE"),
 }
-
-
-def cell(figure: float | None) -> str:
-    return "–" if figure is None else f"{figure:.1f}"
 
 
 def spread(runs: list[dict], task: str, name: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 A box is a part of the model (paper figure 3) with the file that holds it.
 """
 
+from html import escape
 from pathlib import Path
 
 BOXES = (  # x, y, width, height, title, file
@@ -59,10 +60,6 @@ TINTS = {
 }
 
 
-def escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
 def draw(name: str) -> str:
     """The diagram as SVG, in the colours of a file name."""
     colour, tints = COLOURS[name], TINTS[name]
@@ -83,7 +80,7 @@ def draw(name: str) -> str:
         for number, words in enumerate(label.split("|") if label else []):
             parts.append(
                 f"<text x='{x}' y='{y + 15 * number}' font-size='12' text-anchor='{anchor}' "
-                f"fill='{colour['dim']}'>{escape(words)}</text>"
+                f"fill='{colour['dim']}'>{escape(words, quote=False)}</text>"
             )
     for x, y, width, height, title, file in BOXES:
         fill = tints[FILL[file]] if file in FILL else colour["box"]
@@ -97,7 +94,7 @@ def draw(name: str) -> str:
         for number, (line, weight, fill) in enumerate(lines):
             parts.append(
                 f"<text x='{x + width / 2:g}' y='{top + 18 * number:g}' text-anchor='middle' "
-                f"font-weight='{weight}' fill='{fill}'>{escape(line)}</text>"
+                f"font-weight='{weight}' fill='{fill}'>{escape(line, quote=False)}</text>"
             )
     for number, note in enumerate((NOTE, NOTE_2)):
         parts.append(f"<text x='8' y='{351 + 18 * number}' fill='{colour['dim']}'>{note}</text>")

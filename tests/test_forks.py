@@ -56,6 +56,8 @@ def test_an_example_says_how_many_lines_it_touches(file):
     assert list(map(int, said)) == [count_lines(text)]
     assert f"    python docs/forks/{file.name}\n" in text
     assert re.findall(rf"\| (\d+) \| \[{file.name}\]\({file.name}\)", PAGE) == said
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(rf"\| (\d+) \| \[[^]]+\]\(docs/forks/{file.name}\)", readme) == said
 
 
 def test_the_table_names_what_exists():

@@ -5,9 +5,9 @@ pytest tests/test_whole_idea.py; to the end, in two minutes: pytest -m slow test
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import pytest
@@ -16,21 +16,6 @@ from PIL import Image
 PATH = Path(__file__).resolve().parent.parent / "docs" / "whole_idea.py"
 SOURCE = PATH.read_text(encoding="utf-8")
 MOST_LINES, MOST_OF_THE_IDEA = 165, 110  # of code
-
-
-def code_lines() -> set[int]:
-    """The numbers of the lines of code: neither blank, nor comment, nor docstring."""
-    layout = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
-    lines = set()
-    with PATH.open(encoding="utf-8") as file:
-        for token in tokenize.generate_tokens(file.readline):
-            if tokenize.tok_name[token.type] not in layout:
-                lines |= set(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(SOURCE)):
-        is_documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        if is_documented and ast.get_docstring(node) is not None:
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return lines
 
 
 def run(out: Path, *flags: str) -> str:
@@ -54,7 +39,8 @@ def test_it_imports_only_what_xsam_depends_on_and_nothing_of_xsam():
 
 
 def test_it_is_short():
-    lines = code_lines()
+    size = runpy.run_path(str(PATH.parent.parent / "benchmarks" / "size.py"))
+    lines = size["code_lines"](SOURCE)
     first, last = (
         SOURCE[: SOURCE.index(heading)].count("\n") + 1
         for heading in ("# ---- Requests", "# ---- What is shown")

@@ -466,7 +466,7 @@ def table(results: dict[str, dict[str, Figures]], note: str = "", with_paper: bo
         labels = {task: task for task in labels}
     for task, name in rows:
         figures = [scores.get(task, {}).get(name) for scores in results.values()]
-        cells = [_cell(figure) for figure in figures]
+        cells = [cell(figure) for figure in figures]
         is_some_absent = any("N_acc" in scores.get(task, {}) for scores in results.values())
         protocols = of_kinds | ({} if is_some_absent else _IOU)
         protocols |= {} if is_own(task) else tasks[task].protocols
@@ -476,7 +476,8 @@ def table(results: dict[str, dict[str, Figures]], note: str = "", with_paper: bo
     return "\n".join([*([note, ""] if note else []), *lines])
 
 
-def _cell(figure: float | None) -> str:
+def cell(figure: float | None) -> str:
+    """A figure in a table, a dash where there is none."""
     return "–" if figure is None else f"{figure:.1f}"
 
 
@@ -485,7 +486,7 @@ def _paper(tasks: dict[str, ScoredTask], task: str, name: str, columns: list[str
     paper = tasks[task].paper if task in tasks else {}
     figure, alone = paper.get(name), SEGMENTOR_PAPER.get(task, {}).get(name)
     if columns == ["stage 1"]:
-        return _cell(alone)
+        return cell(alone)
     both = [str(figure)] if figure is not None else []
     if "stage 1" in columns and alone is not None:
         both.append(f"stage 1: {alone}")
