@@ -246,7 +246,7 @@ def folder(speaking_model, world, tmp_path, monkeypatch) -> Path:
     images = tmp_path / "runs/toy/world/data/img_genseg/coco2017/val2017"
     shutil.copytree(world / "data/img_genseg/coco2017/val2017", images)
     first = min(images.iterdir())
-    for name in ("000000000157.jpg", "000000000194.jpg"):
+    for name in ("000000000564.jpg", "000000000194.jpg"):
         if not (images / name).exists():
             shutil.copy(first, images / name)
     shutil.copy(first, tmp_path / "drawing.jpg")
